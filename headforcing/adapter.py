@@ -1,0 +1,140 @@
+"""The questions a base model must answer, and where the answers are found.
+
+An adapter is one file in `integrations/`. It knows its host's interface and nothing of roles, stores
+or backends. It recognises a model by signatures and structure, never by a class name: in this field
+22 different classes are called `CausalWanModel`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+from headforcing.errors import UnsupportedModelError
+from headforcing.lookup import module_names
+from headforcing.types import AttentionCall
+
+Memo = MutableMapping[str, Any]
+"""What an adapter notes down per layer and stream; empty when the stream begins."""
+
+
+class Adapter(ABC):
+    """How to read, project, rotate and answer one call of a host's self-attention."""
+
+    name: str
+    """Short name, as `status()` shows it."""
+
+    @abstractmethod
+    def why_not(self, model: nn.Module) -> str | None:
+        """Why this adapter does not fit the model, in one sentence; `None` when it fits."""
+
+    @abstractmethod
+    def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Dotted name and module of every causal self-attention, in layer order."""
+
+    @abstractmethod
+    def heads(self, module: nn.Module) -> tuple[int, int]:
+        """Number of heads and head dim of a self-attention module."""
+
+    @abstractmethod
+    def window(self, model: nn.Module) -> int:
+        """Frames the model was trained on."""
+
+    @abstractmethod
+    def chunk(self, model: nn.Module) -> int:
+        """Frames the model denoises together."""
+
+    @abstractmethod
+    def read(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AttentionCall | None:
+        """The call in our words; `None` where it has no cache and belongs to the original forward."""
+
+    @abstractmethod
+    def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
+        """Whether the host says that a new video begins with this call.
+
+        Raises:
+            ExternalEditError: the host's cache was changed in a way this adapter does not know.
+        """
+
+    @abstractmethod
+    def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE."""
+
+    @abstractmethod
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int]) -> Tensor:
+        """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the host would."""
+
+    @abstractmethod
+    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
+        """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored."""
+
+    def release(self, call: AttentionCall, memo: Memo) -> int:
+        """Frees the host's own K/V while we are in; returns the bytes freed. Default: nothing."""
+        return 0
+
+    def give_back(self, anchor: object, memo: Memo) -> None:  # noqa: B027 - optional on purpose
+        """Undoes `release` and leaves the host's cache as freshly allocated."""
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the module's `forward`, defaults filled in."""
+    cls: Any = type(module)
+    bound = _signature(cls).bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of the module's `forward`, `self` excluded."""
+    cls: Any = type(module)
+    return tuple(_signature(cls).parameters)[1:]
+
+
+@functools.cache
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter that fits, of those in `headforcing.integrations` and of installed plug-ins.
+
+    Raises:
+        UnsupportedModelError: none fits; the message says why, adapter by adapter.
+    """
+    reasons = []
+    for adapter in _adapters():
+        reason = adapter.why_not(model)
+        if reason is None:
+            return adapter
+        reasons.append(f"  {adapter.name}: {reason}")
+    attention_like = sorted(
+        {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
+    )
+    found = ", ".join(attention_like) if attention_like else "no module with 'attention' in its class"
+    raise UnsupportedModelError(
+        f"no adapter fits {type(model).__name__} (found: {found}):\n"
+        + "\n".join(reasons)
+        + "\nPass adapter=..., or write one: docs/porting.md"
+    )
+
+
+def _adapters() -> Iterator[Adapter]:
+    try:
+        package = importlib.import_module("headforcing.integrations")
+    except ModuleNotFoundError as error:
+        raise UnsupportedModelError(
+            "headforcing.integrations is not installed: run `pip install -e .` in the repository"
+        ) from error
+    for name in module_names(package.__name__):
+        yield importlib.import_module(f"{package.__name__}.{name}").ADAPTER
+    for point in entry_points(group="headforcing.adapters"):
+        yield point.load()

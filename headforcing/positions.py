@@ -1,0 +1,48 @@
+"""Where retained frames sit on the temporal RoPE axis.
+
+Each scheme maps the frames of a view (own chunk last) to integer positions, in Python, without
+reading a tensor. RoPE only feels differences, so `compact` and `clamped` may move the query as well.
+Head Forcing re-encodes "within the pretrained range" (arXiv:2605.14487, abstract); which of the two
+mappings it uses is not public (our choice, see the docs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from headforcing.errors import RoleError
+
+PositionScheme = Literal["absolute", "compact", "clamped"]
+SCHEMES: tuple[PositionScheme, ...] = ("absolute", "compact", "clamped")
+
+
+def place(scheme: PositionScheme, frames: Sequence[int | None], chunk: int, window: int) -> tuple[int, ...]:
+    """Temporal positions of `frames`, own chunk last.
+
+    Args:
+        scheme: `absolute`, `compact` or `clamped`.
+        frames: absolute frame indices, ascending; the last `chunk` are the own chunk.
+        chunk: frames of the own chunk, `F`.
+        window: frames the model was trained on; `clamped` stays in `[0, window)`.
+
+    Raises:
+        RoleError: the scheme needs to know every frame, but some were chosen by content.
+    """
+    if scheme == "compact":
+        return tuple(range(len(frames)))
+    known = [frame for frame in frames if frame is not None]
+    if len(known) != len(frames):
+        raise RoleError(
+            f"positions={scheme!r} needs the index of every frame, but {len(frames) - len(known)} of "
+            f"{len(frames)} frames were chosen by content: use positions='compact'"
+        )
+    return tuple(known) if scheme == "absolute" else _clamped(known, chunk, window)
+
+
+def _clamped(frames: Sequence[int], chunk: int, window: int) -> tuple[int, ...]:
+    """True distances while they fit; then the oldest frames stay at 0, 1, 2, ..."""
+    history, own = frames[: len(frames) - chunk], frames[len(frames) - chunk :]
+    query = min(own[0], window - chunk)
+    kept = [max(rank, query - (own[0] - frame)) for rank, frame in enumerate(history)]
+    return (*kept, *[query + frame - own[0] for frame in own])

@@ -1,0 +1,67 @@
+"""Rotary position embedding of a 3-D token grid, at any temporal position.
+
+The base models ship a table of complex multipliers `[rows, D/2]` whose columns are split into time,
+height and width. Inside the table we use its rows, so the result is the host's, bit for bit; past its
+last row the angle is computed, so there is no frame number at which it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headforcing.types import runs
+
+
+def rotate(x: Tensor, table: Tensor, positions: Sequence[int], height: int, width: int) -> Tensor:
+    """Rotates queries or keys to temporal `positions`; space stays where it is.
+
+    Args:
+        x: queries or keys before RoPE, `[B, n, P, H, D]` with `P = height * width`.
+        table: multipliers `[rows, D/2]`, complex; columns are time, height, width as in Wan:
+            `D/2 - 2*(D/6) | D/6 | D/6`. Neighbouring channels are the pairs.
+        positions: one temporal position per frame.
+        height: patches per column.
+        width: patches per row.
+
+    Returns:
+        `[B, n, P, H, D]` in the dtype of `x`; computed in the precision of the table.
+    """
+    space = table.shape[1] // 3
+    time = table.shape[1] - 2 * space
+    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call])
+    rotated = torch.empty_like(pairs)
+    torch.mul(
+        pairs[..., :time],
+        temporal_rows(table[:, :time], positions)[:, None, None],
+        out=rotated[..., :time],
+    )
+    torch.mul(
+        pairs[..., time:],
+        _spatial_rows(table[:, time:], height, width)[:, None],
+        out=rotated[..., time:],
+    )
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
+
+
+def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:
+    """Multipliers of the given temporal positions, `[n, columns]`, from a table `[rows, columns]`."""
+    parts = []
+    for start, stop in runs(positions):
+        if stop <= table.shape[0]:
+            parts.append(table[start:stop])
+        else:
+            frame = torch.arange(start, stop, dtype=table.real.dtype, device=table.device)
+            angle = frame[:, None] * table[1].angle()
+            parts.append(torch.polar(torch.ones_like(angle), angle))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _spatial_rows(table: Tensor, height: int, width: int) -> Tensor:
+    """Multipliers of every patch of a frame, `[height * width, columns]`."""
+    rows, columns = table.chunk(2, dim=1)
+    down = rows[:height, None].expand(height, width, -1)
+    across = columns[None, :width].expand(height, width, -1)
+    return torch.cat([down, across], dim=-1).flatten(0, 1)

@@ -1,0 +1,90 @@
+"""What an applied model holds right now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headforcing.attention import LayerPlan, Stream
+from headforcing.role_map import RoleMap
+from headforcing.roles import HeadRole
+
+
+@dataclass(frozen=True)
+class StreamStatus:
+    """One timeline, as the first layer sees it.
+
+    Attributes:
+        committed: frames finished, kept or not.
+        pending: frames of the chunk that is still being written, `(start, stop)`.
+    """
+
+    committed: int
+    pending: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is applied, and what it holds; bytes are counted from the tensors.
+
+    Attributes:
+        adapter: name of the adapter.
+        layers: attention layers served.
+        heads: heads per layer.
+        window: frames the model was trained on.
+        roles: heads per role, over all layers.
+        calls: attention calls served since apply.
+        bypassed: calls that had a cache but went to the original forward (training, gradients).
+        streams: the timelines alive now.
+        stored_bytes: keys and values held by all layers and streams.
+        released_bytes: the host's own K/V that is freed while we are in.
+    """
+
+    adapter: str
+    layers: int
+    heads: int
+    window: int
+    roles: Mapping[HeadRole, int]
+    calls: int
+    bypassed: int
+    streams: tuple[StreamStatus, ...]
+    stored_bytes: int
+    released_bytes: int
+
+    @property
+    def active(self) -> bool:
+        """Whether head forcing has served a call since it was applied."""
+        return self.calls > 0
+
+    def __str__(self) -> str:
+        roles = "\n".join(f"  {count:4d} heads  {role}" for role, count in self.roles.items())
+        state = "active" if self.active else "no call yet"
+        return (
+            f"head forcing on {self.layers} layers x {self.heads} heads ({self.adapter}, window "
+            f"{self.window} frames), {state}\n{roles}\n"
+            f"  {len(self.streams)} streams, {self.stored_bytes / 1e6:.2f} MB stored, "
+            f"{self.released_bytes / 1e6:.2f} MB of the host's cache released"
+        )
+
+
+def collect(plans: Sequence[LayerPlan], roles: RoleMap) -> Status:
+    """The status of a model from the plans of its layers."""
+    streams = [stream for plan in plans for stream in plan.streams.values()]
+    first = plans[0]
+    return Status(
+        adapter=first.adapter.name,
+        layers=len(plans),
+        heads=first.num_heads,
+        window=first.window,
+        roles=roles.counts(),
+        calls=first.activity.calls,
+        bypassed=first.activity.bypassed,
+        streams=tuple(_stream_status(stream) for stream in first.streams.values()),
+        stored_bytes=sum(stream.store.nbytes() for stream in streams),
+        released_bytes=sum(stream.released for stream in streams),
+    )
+
+
+def _stream_status(stream: Stream) -> StreamStatus:
+    pending = stream.store.pending
+    return StreamStatus(stream.store.committed, None if pending is None else (pending.start, pending.stop))

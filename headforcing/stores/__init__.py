@@ -1,0 +1,277 @@
+"""Key-value stores: the only owners of state. One per layer and stream.
+
+A store holds the pending chunk apart from the history. Denoising rewrites the pending chunk as often
+as it likes; eviction and every choice happen once, when a later chunk begins. So a noisy pass leaves
+no trace, and nothing has to be rolled back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headforcing.errors import (
+    ChunkOrderError,
+    NonFiniteKVError,
+    StreamError,
+    StreamShapeError,
+)
+from headforcing.lookup import named_module
+from headforcing.roles import HeadRole
+from headforcing.types import Chunk, Encode, Heads, KVView, Phase
+
+
+class KVStore(ABC):
+    """The memory of one layer on one stream.
+
+    The order of chunks, the shape of what comes and the health of what is committed are checked here,
+    before anything changes. Subclasses only hold tensors.
+
+    Args:
+        heads: which heads have which role; together every head of the layer, each once.
+        window: frames the model was trained on.
+        layer: number of the layer, for messages.
+    """
+
+    def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
+        self.heads = dict(heads)
+        self.window = window
+        self.layer = layer
+        self._pending: range | None = None
+        self._shape: _Shape | None = None
+        self._end = 0
+        self._moving = False
+        self._finite: _HostFlag | None = None
+
+    # What a caller does ---------------------------------------------------------------------------
+
+    def write(self, chunk: Chunk) -> None:
+        """Takes one pass over a chunk.
+
+        The pending chunk again: overwrites it. The next chunk, also one that overlaps the end of the
+        pending one: commits the frames before it first. Frame 0 again after growth, or with another
+        shape: begins a new video.
+
+        Raises:
+            ChunkOrderError: a frame would be skipped, or the chunk lies in the past.
+            StreamShapeError: batch, tokens, heads or dtype differ from the chunks before.
+            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
+            WindowError: a role has no room beside so long a chunk.
+        """
+        if self._moving:
+            raise StreamError(
+                f"layer {self.layer}: an earlier commit was interrupted while frames moved, so this "
+                "history is lost: reset the stream and start the video again"
+            )
+        shape = _Shape.of(chunk)
+        if self._begins_video(chunk, shape):
+            self._check_roles(shape.frames)
+            self.reset()
+            self._open(chunk, shape)
+        elif chunk.frames == self._pending:
+            self._check_shape(shape)
+        else:
+            self._check_order(chunk)
+            self._check_shape(shape)
+            self._check_roles(shape.frames)
+            self._commit_before(chunk.start)
+            self._open(chunk, shape)
+        self._stage(chunk)
+
+    def commit(self) -> None:
+        """Ends the pending chunk, as if the next chunk of the same length began.
+
+        Raises:
+            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
+        """
+        if self._pending is not None:
+            frames = len(self._pending)
+            self._commit_before(self._pending.stop)
+            self._begin(frames)
+            self._pending = None
+
+    def reset(self) -> None:
+        """Forgets everything; buffers may stay for the next video."""
+        self._pending = None
+        self._end = 0
+        self._moving = False
+        self._finite = None
+        self._clear()
+
+    @property
+    def pending(self) -> range | None:
+        """Frames of the chunk that is still being written."""
+        return self._pending
+
+    @property
+    def committed(self) -> int:
+        """Frames of the video that are finished, kept or not."""
+        return self._end
+
+    @abstractmethod
+    def view(self, role: HeadRole, phase: Phase, encode: Encode) -> KVView:
+        """What the heads of `role` see now, own chunk last, keys rotated by `encode`."""
+
+    @abstractmethod
+    def frames(self, role: HeadRole) -> list[list[int]]:
+        """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held, counted from the tensors."""
+
+    # What a subclass does -------------------------------------------------------------------------
+
+    @abstractmethod
+    def _begin(self, chunk: int) -> None:
+        """Asks every role what stays, because a chunk of `chunk` frames begins."""
+
+    @abstractmethod
+    def _stage(self, chunk: Chunk) -> None:
+        """Overwrites the pending chunk."""
+
+    @abstractmethod
+    def _append(self, frames: range) -> None:
+        """Turns the first frames of the pending chunk into history, unselected."""
+
+    @abstractmethod
+    def _staged(self) -> Iterator[tuple[HeadRole, Tensor, Tensor]]:
+        """Role, keys and values of the pending chunk, `[B, F, P, Hr, D]`."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Forgets history and pending chunk."""
+
+    # Checks ---------------------------------------------------------------------------------------
+
+    def _begins_video(self, chunk: Chunk, shape: _Shape) -> bool:
+        if chunk.start != 0:
+            return False
+        return self._pending is None or self._pending != chunk.frames or self._shape != shape
+
+    def _check_order(self, chunk: Chunk) -> None:
+        first = self._end if self._pending is None else self._pending.start + 1
+        last = self._end if self._pending is None else self._pending.stop
+        if not first <= chunk.start <= last:
+            raise ChunkOrderError(
+                f"layer {self.layer}: a chunk starts at frame {chunk.start}, expected {last}"
+                f"{'' if self._pending is None else f' (or {self._pending.start} again)'}: chunks come "
+                "in order, a new video starts at frame 0"
+            )
+
+    def _check_shape(self, shape: _Shape) -> None:
+        if self._shape is not None and not self._shape.continues(shape):
+            raise StreamShapeError(
+                f"layer {self.layer}: keys of this video were {self._shape}, now they are {shape}: start "
+                "a new video (frame 0) to change batch, resolution, dtype or device"
+            )
+
+    def _check_roles(self, chunk: int) -> None:
+        for role in self.heads:
+            role.fit(self.window, chunk)
+
+    def _commit_before(self, start: int) -> None:
+        if self._pending is None:
+            return
+        self._check_finite()
+        done = range(self._pending.start, start)
+        self._moving = True
+        self._append(done)
+        self._end = start
+        self._moving = False
+
+    def _open(self, chunk: Chunk, shape: _Shape) -> None:
+        self._moving = True
+        self._begin(shape.frames)
+        self._shape = shape
+        self._pending = chunk.frames
+        self._moving = False
+
+    def _check_finite(self) -> None:
+        """One reduction per role. On an accelerator the verdict is read one chunk later, without a sync."""
+        if self._finite is not None:
+            self._finite.check()
+        sums: list[Tensor] = []
+        heads: list[int] = []
+        for role, k, v in self._staged():
+            sums += [x.sum(dim=(0, 1, 2, 4), dtype=torch.float32) for x in (k, v)]  # [Hr]
+            heads += self.heads[role].indices * 2
+        assert self._pending is not None
+        self._finite = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
+        if self._finite.ready:
+            self._finite.check()
+
+
+class _HostFlag:
+    """Per-head sums on their way to the host; a sum that is not finite names a broken head."""
+
+    def __init__(self, sums: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
+        self._host = sums if sums.device.type == "cpu" else sums.to("cpu", non_blocking=True)
+        self._event: Any = None
+        if sums.device.type != "cpu":
+            self._event = torch.Event(sums.device)
+            self._event.record()
+        self._heads, self._layer, self._frames = heads, layer, frames
+
+    @property
+    def ready(self) -> bool:
+        return self._event is None
+
+    def check(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        finite = torch.isfinite(self._host).numpy()
+        broken = sorted({head for head, fine in zip(self._heads, finite, strict=True) if not fine})
+        if broken:
+            raise NonFiniteKVError(
+                f"layer {self._layer}, heads {', '.join(map(str, broken))}: keys or values of frames "
+                f"{self._frames.start}..{self._frames.stop - 1} are NaN or infinite: the chunk was not "
+                "committed; write it again, or reset the stream and lower the precision's risk"
+            )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a chunk looks like; all but the number of frames must not change inside one video."""
+
+    frames: int
+    sizes: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> _Shape:
+        if chunk.v.shape != chunk.k.shape:
+            raise StreamShapeError(
+                f"keys are {tuple(chunk.k.shape)}, values {tuple(chunk.v.shape)}: expected the same"
+            )
+        batch, frames, *rest = chunk.k.shape
+        return cls(frames, (batch, *rest), (chunk.k.dtype, chunk.v.dtype), chunk.k.device)
+
+    def continues(self, other: _Shape) -> bool:
+        return dataclasses.replace(self, frames=other.frames) == other
+
+    def __str__(self) -> str:
+        batch, *rest = self.sizes
+        return f"[{batch}, F, {', '.join(map(str, rest))}] {self.dtypes[0]} on {self.device}"
+
+
+def store_class(name: str) -> type[KVStore]:
+    """The store that the module `headforcing.stores.<name>` defines.
+
+    Raises:
+        OptionError: there is no such module; the message lists the folder.
+    """
+    module = named_module(__name__, name)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, KVStore) and value.__module__ == module.__name__
+    ]
+    return found[0]

@@ -1,0 +1,106 @@
+"""The specification of a store: lists of frames, sample by sample, nothing clever.
+
+Keeps one Python list per role and sample, copies freely, and rotates all of it for every view. Every
+other store is tested against it, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headforcing.roles import HeadRole
+from headforcing.stores import KVStore
+from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Selection
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """One frame of one sample: its number, keys before RoPE and values, `[P, Hr, D]`."""
+
+    number: int
+    k: Tensor
+    v: Tensor
+
+
+class ReferenceStore(KVStore):
+    """Lists of frames: slow, obvious, trusted."""
+
+    def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
+        super().__init__(heads, window=window, layer=layer)
+        self._history: dict[HeadRole, list[list[_Frame]]]
+        self._known: dict[HeadRole, tuple[int | None, ...]]
+        self._chunk: Chunk | None
+        self._new: int
+        self._clear()
+
+    def view(self, role: HeadRole, phase: Phase, encode: Encode) -> KVView:
+        own = self._chunk
+        assert own is not None
+        length = own.k.shape[1]
+        rows = list(role.attend(self._table(role, new=0, chunk=length), phase))
+        numbers = (*(self._known[role][row] for row in rows), *own.frames)
+        positions = role.place(numbers, length, self.window)
+        heads = self.heads[role]
+        k, v = heads.take(own.k), heads.take(own.v)
+        if rows:
+            k = torch.cat([self._stack(role, rows, "k"), k], dim=1)
+            v = torch.cat([self._stack(role, rows, "v"), v], dim=1)
+        return KVView(numbers, positions, encode(k, positions).to(v.dtype), v)
+
+    def frames(self, role: HeadRole) -> list[list[int]]:
+        return [[frame.number for frame in sample] for sample in self._history[role]]
+
+    def nbytes(self) -> int:
+        frames = [f for samples in self._history.values() for sample in samples for f in sample]
+        own = [] if self._chunk is None else [self._chunk.k, self._chunk.v]
+        tensors = [frame.k for frame in frames] + [frame.v for frame in frames] + own
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _begin(self, chunk: int) -> None:
+        for role, samples in self._history.items():
+            table = self._table(role, self._new, chunk)
+            kept = role.retain(table)
+            selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
+            for index, sample in enumerate(samples):
+                chosen = [] if selection.chosen is None else selection.chosen[index].tolist()
+                rows = [*selection.before, *chosen, *selection.after]
+                samples[index] = [sample[row] for row in rows]
+            self._known[role] = selection.frames(table)
+        self._new = 0
+
+    def _stage(self, chunk: Chunk) -> None:
+        self._chunk = Chunk(chunk.start, chunk.k.detach().clone(), chunk.v.detach().clone())
+        for samples in self._history.values():
+            samples.extend([] for _ in range(chunk.k.shape[0] - len(samples)))
+
+    def _append(self, frames: range) -> None:
+        assert self._chunk is not None
+        for role, samples in self._history.items():
+            k, v = self.heads[role].take(self._chunk.k), self.heads[role].take(self._chunk.v)
+            for index, sample in enumerate(samples):
+                sample += [_Frame(n, k[index, i], v[index, i]) for i, n in enumerate(frames)]
+            self._known[role] = (*self._known[role], *frames)
+        self._new = len(frames)
+
+    def _staged(self) -> Iterator[tuple[HeadRole, Tensor, Tensor]]:
+        assert self._chunk is not None
+        for role, heads in self.heads.items():
+            yield role, heads.take(self._chunk.k), heads.take(self._chunk.v)
+
+    def _clear(self) -> None:
+        self._history = {role: [] for role in self.heads}
+        self._known = dict.fromkeys(self.heads, ())
+        self._chunk = None
+        self._new = 0
+
+    def _table(self, role: HeadRole, new: int, chunk: int) -> FrameTable:
+        return FrameTable(self._known[role], new, chunk, keys=lambda rows: self._stack(role, rows, "k"))
+
+    def _stack(self, role: HeadRole, rows: Sequence[int], name: str) -> Tensor:
+        """Keys or values of history rows, `[B, rows, P, Hr, D]`."""
+        samples = self._history[role]
+        return torch.stack([torch.stack([getattr(sample[row], name) for row in rows]) for sample in samples])

@@ -1,0 +1,180 @@
+"""The data that flows through one attention call, and the alphabet of its shapes.
+
+Shapes, everywhere: `B` batch, `F` frames of the chunk, `P` tokens per frame, `L = F*P`, `H` heads,
+`Hr` heads of one role, `n` frames in a view, `D` head dim, `C` model dim. Frame numbers are absolute
+latent frame indices; lengths are in frames unless a name says tokens or bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Phase = Literal["denoise", "commit"]
+"""`"denoise"`: a noisy pass. `"commit"`: the clean pass that writes the cache."""
+
+Encode = Callable[[Tensor, Sequence[int]], Tensor]
+"""Rotates keys or queries `[B, n, P, Hr, D]` to `n` temporal positions (RoPE, chosen by the adapter)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The frames denoised together, as one layer sees them.
+
+    Attributes:
+        start: absolute index of the first frame.
+        k: keys after normalisation and before RoPE, `[B, F, P, H, D]`.
+        v: values, `[B, F, P, H, D]`.
+    """
+
+    start: int
+    k: Tensor
+    v: Tensor
+
+    @property
+    def frames(self) -> range:
+        """Absolute indices of the frames."""
+        return range(self.start, self.start + self.k.shape[1])
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """The history one role may choose from: what is still there, oldest first.
+
+    A role answers with rows of this table, so it cannot ask for a frame that was evicted.
+
+    Attributes:
+        frames: absolute frame indices, ascending. `None` marks a row that was chosen by its content
+            on the device: which frame it is differs per sample and is not known here.
+        new: how many of the last rows were committed just now.
+        chunk: frames in the chunk that begins.
+        keys: fetches keys before RoPE of the given rows, `[B, rows, P, Hr, D]`. Only content-based
+            roles call it.
+    """
+
+    frames: tuple[int | None, ...]
+    new: int
+    chunk: int
+    keys: Callable[[Sequence[int]], Tensor] = field(repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of a `FrameTable` that stay, oldest first: `before`, then `chosen`, then `after`.
+
+    Attributes:
+        before: rows known without looking at keys.
+        chosen: rows picked by content, `[B, m]` on the device, ascending; `m` is known, they are not.
+        after: rows known without looking at keys.
+    """
+
+    before: tuple[int, ...]
+    chosen: Tensor | None = None
+    after: tuple[int, ...] = ()
+
+    def frames(self, table: FrameTable) -> tuple[int | None, ...]:
+        """Frame indices of the selected rows, `None` for the chosen ones."""
+        unknown = 0 if self.chosen is None else self.chosen.shape[1]
+        kept = [table.frames[row] for row in self.before]
+        return (*kept, *[None] * unknown, *[table.frames[row] for row in self.after])
+
+
+@dataclass(frozen=True)
+class KVView:
+    """What one role sees in one call, own chunk last.
+
+    Attributes:
+        frames: absolute frame indices (`None`: chosen by content).
+        positions: the temporal RoPE position of each frame.
+        k: rotated keys, `[B, n, P, Hr, D]`.
+        v: values, `[B, n, P, Hr, D]`.
+    """
+
+    frames: tuple[int | None, ...]
+    positions: tuple[int, ...]
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a self-attention module, in our words.
+
+    Attributes:
+        x: hidden states, `[B, L, C]`.
+        start: absolute index of the chunk's first frame.
+        grid: frames, height and width of the chunk in patches, `(F, h, w)`.
+        anchor: the object whose life is the life of the timeline (for Self Forcing the key tensor
+            of the cache); `None` where the host has no cache object.
+        arguments: the original call by parameter name, for the adapter.
+        phase: which pass this is, where the host makes it known.
+    """
+
+    x: Tensor
+    start: int
+    grid: tuple[int, int, int]
+    anchor: object | None
+    arguments: Mapping[str, Any] = field(repr=False)
+    phase: Phase = "denoise"
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Patches in one frame, `P`."""
+        return self.grid[1] * self.grid[2]
+
+
+class Heads:
+    """A set of heads of one layer, and how to take them out of a tensor and put them back.
+
+    Args:
+        indices: head numbers, ascending.
+        num_heads: heads in the layer, `H`.
+    """
+
+    def __init__(self, indices: Sequence[int], num_heads: int) -> None:
+        self.indices = tuple(indices)
+        self.everything = self.indices == tuple(range(num_heads))
+        first, last = self.indices[0], self.indices[-1]
+        self._run = slice(first, last + 1) if last - first + 1 == len(self.indices) else None
+        self._index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The heads' part of `x`, `[..., H, D] -> [..., Hr, D]`; a view where they are neighbours."""
+        if self.everything:
+            return x
+        if self._run is not None:
+            return x[..., self._run, :]
+        return x.index_select(-2, self._on(x))
+
+    def put(self, out: Tensor, part: Tensor) -> None:
+        """Writes `part [..., Hr, D]` to the heads' places in `out [..., H, D]`."""
+        if self._run is not None:
+            out[..., self._run, :] = part
+        else:
+            out.index_copy_(-2, self._on(out), part)
+
+    def _on(self, x: Tensor) -> Tensor:
+        if self._index is None or self._index.device != x.device:
+            self._index = x.new_tensor(self.indices, dtype=torch.long)
+        return self._index
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending neighbours as half-open ranges: `[0, 1, 5] -> [(0, 2), (5, 6)]`."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
