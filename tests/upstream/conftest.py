@@ -1,0 +1,40 @@
+"""The upstream tier: parity with checkouts that the environment names.
+
+`HEADFORCING_UPSTREAM` names a folder that holds `Self-Forcing` (guandeh17/Self-Forcing, known to
+work at 33593df) and `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc). Without it every test
+here is skipped. No weights are needed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .harness import Upstream, checkout_of
+from .scenarios import Case
+
+collect_ignore = [
+    "drivers.py",
+    "harness.py",
+    "policies.py",
+    "runner.py",
+    "scenarios.py",
+    "shims.py",
+    "tiny.py",
+]
+
+
+@pytest.fixture(scope="session")
+def _session_upstream(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Upstream:
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    values = [spec.params.get("case") for spec in parameters if spec is not None]
+    selected = [value for value in values if isinstance(value, Case)]
+    return Upstream(selected, tmp_path_factory.mktemp("upstream"))
+
+
+@pytest.fixture
+def upstream(case: Case, _session_upstream: Upstream) -> Upstream:
+    """Return the runs of the selected cases; skip where the case's checkout is absent."""
+    checkout_of(case.repository)
+    return _session_upstream

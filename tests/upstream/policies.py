@@ -1,0 +1,66 @@
+"""Which roles each policy gives to the heads, and how they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+import headforcing as hf
+from headforcing.roles import Full, HeadRole, SlidingWindow
+
+from .scenarios import EQUAL, GROUPS, HEADS, LAYERS, WRAPPER, Scenario
+
+
+@dataclass(frozen=True)
+class SecondWindow(SlidingWindow):
+    """Equal to a sliding window in all but its class, so that its heads form a group."""
+
+
+@dataclass(frozen=True)
+class ThirdWindow(SlidingWindow):
+    """As `SecondWindow`, once more."""
+
+
+def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
+    """Apply the roles of a policy to a model, and return the handle."""
+    roles = POLICIES[policy](scenario)
+    if isinstance(roles, HeadRole):
+        roles = [roles] * HEADS
+    return hf.apply_head_forcing(model, [roles] * LAYERS)
+
+
+def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> SlidingWindow:
+    return role(window=scenario.window, sink=scenario.sink, positions="absolute")
+
+
+def _equal(scenario: Scenario) -> HeadRole:
+    return Full() if scenario.window == -1 else _window(scenario)
+
+
+def _groups(scenario: Scenario) -> list[HeadRole]:
+    first, second, third = (
+        _window(scenario, role) for role in (SlidingWindow, SecondWindow, ThirdWindow)
+    )
+    return [first, second, first, third]
+
+
+def _budgets(scenario: Scenario) -> list[HeadRole]:
+    wide = _window(scenario)
+    return [wide, replace(wide, window=6), replace(wide, window=4, sink=1), wide]
+
+
+POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
+    EQUAL: _equal,
+    WRAPPER: _equal,
+    GROUPS: _groups,
+    "no sink": lambda scenario: replace(_window(scenario), sink=0),
+    "window one frame short": lambda scenario: replace(
+        _window(scenario), window=scenario.window - 1
+    ),
+    "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),
+    "unlimited": lambda scenario: Full(),
+    "head budgets": _budgets,
+}

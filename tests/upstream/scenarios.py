@@ -1,0 +1,138 @@
+"""What is run: scenarios, policies and cases, as plain data that needs no framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+LAYERS = 3
+HEADS = 4
+REPOSITORIES = ("Self-Forcing", "Causal-Forcing")
+DTYPES = ("float32", "bfloat16")
+
+UNTOUCHED = "untouched"
+AGAIN = "untouched again"
+EQUAL = "equal"
+WRAPPER = "equal, applied to the wrapper"
+GROUPS = "equal, in three head groups"
+CONTROLS = ("no sink", "window one frame short", "compact positions", "unlimited", "head budgets")
+BASELINES = (UNTOUCHED, AGAIN)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way in which a repository is driven.
+
+    Attributes:
+        name: Name of the scenario, unique.
+        driver: Which driver runs it, see `drivers.DRIVERS`.
+        window: Upstream's `local_attn_size` in frames; -1 is global attention.
+        sink: Upstream's `sink_size` in frames.
+        frames: Frames drawn as noise.
+        passes: Forward passes of the model that the driver makes.
+        chunk: Frames per chunk.
+        batch: Videos per batch.
+        image: Whether one clean frame precedes the noise.
+        first_steps: Denoising steps of the first chunk where they are its own.
+        steps: Denoising steps of every other chunk, before the shift.
+    """
+
+    name: str
+    driver: str
+    window: int
+    sink: int
+    frames: int
+    passes: int
+    chunk: int = 3
+    batch: int = 1
+    image: bool = False
+    first_steps: tuple[int, ...] | None = None
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a scenario of one repository in one dtype under one policy."""
+
+    repository: str
+    scenario: Scenario
+    dtype: str
+    policy: str = UNTOUCHED
+
+    def __str__(self) -> str:
+        """Return the name used for test ids and for saved tensors."""
+        return "-".join((self.repository, self.scenario.name, self.dtype, self.policy))
+
+    def under(self, policy: str) -> Case:
+        """Return the same run under another policy."""
+        return replace(self, policy=policy)
+
+
+SLIDING = Scenario("w9 s3", "few_step", window=9, sink=3, frames=21, passes=35)
+
+PARITY = (
+    Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30),
+    SLIDING,
+    Scenario("w9 s6", "few_step", window=9, sink=6, frames=21, passes=35),
+    Scenario("w7 s1", "few_step", window=7, sink=1, frames=15, passes=25),
+    Scenario("w7 s1 chunk 1", "few_step", window=7, sink=1, frames=12, passes=60, chunk=1),
+    Scenario("image w7 s1", "few_step", window=7, sink=1, frames=18, passes=31, image=True),
+    Scenario("global", "few_step", window=-1, sink=0, frames=21, passes=35, batch=2),
+    Scenario("second video", "second_video", window=6, sink=1, frames=12, passes=40),
+    Scenario("overlap", "overlap", window=9, sink=3, frames=14, passes=10),
+    Scenario("cfg", "cfg", window=6, sink=1, frames=12, passes=40),
+)
+FIRST_CHUNK = Scenario(
+    "own first steps",
+    "few_step",
+    window=7,
+    sink=1,
+    frames=12,
+    passes=5 + 11 * 2,
+    chunk=1,
+    first_steps=(1000, 750, 500, 250),
+    steps=(1000,),
+)
+PASS_THROUGH = (
+    Scenario("no cache", "no_cache", window=-1, sink=0, frames=6, passes=1),
+    Scenario("gradients", "gradients", window=9, sink=3, frames=3, passes=1),
+)
+REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50)
+
+GRADIENTS_MIDWAY = Scenario(
+    "gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3
+)
+
+SCENARIOS = {
+    item.name: item for item in (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY)
+}
+
+
+def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
+    """Return the runs of some scenarios in every repository and dtype."""
+    return [
+        Case(repository, scenario, dtype, policy)
+        for repository in REPOSITORIES
+        for dtype in DTYPES
+        for scenario in scenarios
+    ]
+
+
+def first_chunk_cases(policy: str = EQUAL) -> list[Case]:
+    """Return the runs that only Causal Forcing knows, whose first chunk has steps of its own."""
+    return [Case("Causal-Forcing", FIRST_CHUNK, dtype, policy) for dtype in DTYPES]
+
+
+def sliding_cases(*policies: str) -> list[Case]:
+    """Return the sliding-window run of every repository and dtype under each policy."""
+    return [case for policy in policies for case in cases_of(SLIDING, policy=policy)]
+
+
+def parity_cases() -> list[Case]:
+    """Return the runs whose output must equal the untouched run's."""
+    return [*cases_of(*PARITY), *sliding_cases(GROUPS, WRAPPER), *first_chunk_cases()]
+
+
+def every_case(policy: str) -> list[Case]:
+    """Return every scenario of every repository and dtype under one policy."""
+    scenarios = (*PARITY, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY)
+    return [*cases_of(*scenarios, policy=policy), *first_chunk_cases(policy)]
