@@ -1,0 +1,121 @@
+"""The documentation tells the truth: its Python runs, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.exists()]
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>```+) *(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks) *$",
+    re.MULTILINE | re.DOTALL,
+)
+NOTEST = re.compile(r'\bnotest="[^"]+"')
+
+
+class Fence(NamedTuple):
+    line: int  # of the first line inside
+    info: str
+    body: str
+
+
+def fences(text: str, language: str) -> list[Fence]:
+    found = []
+    for match in FENCE.finditer(text):
+        info, indent = match["info"].strip(), match["indent"]
+        if re.split(r"[\s{]", info)[0] == language:
+            body = re.sub(f"^{indent}", "", match["body"], flags=re.MULTILINE)
+            found.append(Fence(text.count("\n", 0, match.start("body")) + 1, info, body))
+    return found
+
+
+def run_python(text: str, name: str) -> int:
+    """Runs the fences of one page in one namespace; returns how many."""
+    namespace = {"__name__": "__main__"}
+    tested = [f for f in fences(text, "python") if not NOTEST.search(f.info)]
+    for fence in tested:
+        source = "\n" * (fence.line - 1) + fence.body  # a traceback shows the line of the page
+        exec(compile(source, name, "exec"), namespace)
+    return len(tested)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = []
+    for fence in fences(text, "bash"):
+        if not NOTEST.search(fence.info):
+            lines += fence.body.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|;|\|", line.strip().removeprefix("$ ")):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words = words[1:]
+            found += [words] if words else []
+    return found
+
+
+def make_targets() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+
+
+def console_commands() -> set[str]:
+    typer = pytest.importorskip("typer")
+    cli = pytest.importorskip("headforcing.cli", exc_type=ModuleNotFoundError)
+    return set(getattr(typer.main.get_command(cli.app), "commands", {}))
+
+
+def unknown(text: str) -> list[str]:
+    """Targets and commands that a page names and that do not exist."""
+    missing = []
+    for words in commands(text):
+        names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+        if words[0] == "make":
+            missing += [f"make {name}" for name in names if name not in make_targets()]
+        elif words[0] == "headforcing":
+            missing += [f"headforcing {n}" for n in names[:1] if n not in console_commands()]
+    return missing
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_there_is_a_readme():
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is not written yet")
+    assert ROOT / "README.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python(page.read_text(encoding="utf-8"), str(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_commands_of_a_page_exist(page):
+    assert unknown(page.read_text(encoding="utf-8")) == []
+
+
+def test_fences_of_a_page_share_their_names_and_failures_show():
+    page = "```python\nx = 1\n```\ntext\n\n- item\n\n    ```python\n    assert x == {}\n    ```\n"
+    assert run_python(page.replace("{}", "1"), "page") == 2
+    with pytest.raises(AssertionError):
+        run_python(page.replace("{}", "2"), "page")
+
+
+def test_only_a_reason_spares_a_fence():
+    assert run_python('```python notest="needs a GPU"\n1 / 0\n```\n', "page") == 0
+    with pytest.raises(ZeroDivisionError):
+        run_python('```python notest=""\n1 / 0\n```\n', "page")
+
+
+def test_a_command_that_does_not_exist_is_found():
+    assert unknown("```bash\n$ A=1 make test && make -j2 check  # both\n```\n") == []
+    assert unknown("```bash\nmake tset\n```\n") == ["make tset"]
