@@ -231,8 +231,7 @@ class DemoCausalSelfAttention(nn.Module):
         for chunk in range(q.shape[0]):
             past = (repeat(x[:chunk, 0], "n b h l d -> s b h (n l) d", s=streams) for x in (k, v))
             keys, values = (
-                torch.cat([old, own[chunk]], 3).flatten(0, 1)
-                for old, own in zip(past, (k, v), strict=True)
+                torch.cat([old, own[chunk]], 3).flatten(0, 1) for old, own in zip(past, (k, v), strict=True)
             )
             outs.append(attend(q[chunk].flatten(0, 1), keys, values))
         return rearrange(torch.stack(outs), "n (s b) h l d -> b (s n l) h d", s=streams)

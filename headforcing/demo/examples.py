@@ -38,11 +38,7 @@ class Stage:
     def rate(self, step: int, steps: int) -> float:
         """Learning rate at a step: warm up, hold, cosine."""
         done = max(step / steps - self.hold, 0.0) / (1 - self.hold)
-        return (
-            self.lr
-            * min(1.0, (step + 1) / self.warmup)
-            * max(0.5 * (1 + math.cos(math.pi * done)), 0.02)
-        )
+        return self.lr * min(1.0, (step + 1) / self.warmup) * max(0.5 * (1 + math.cos(math.pi * done)), 0.02)
 
 
 BASE = Stage("base", 3e-3, 60, 0.3, 0.998, 0.4, 0.2)

@@ -27,9 +27,7 @@ SPRITE_PIXELS = (12, 75)
 STRIDE = 3
 
 
-def background_psnr(
-    video: Tensor, scene: Scene, start: int = 0, *, columns: Tensor | None = None
-) -> Tensor:
+def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Tensor | None = None) -> Tensor:
     """PSNR of the texture in dB, over the best pixels of each frame.
 
     Sprites and curtain hide a part of the texture, and where they are is not judged. So each frame

@@ -41,9 +41,7 @@ class DemoBlock(nn.Module):
         dim, hidden = config.dim, config.dim * config.mlp_ratio
         self.self_attn = DemoCausalSelfAttention(config)
         self.cross_attn = DemoCrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
-        )
+        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
         self.modulation = nn.Parameter(torch.zeros(6, dim))
 
     def forward(
@@ -175,9 +173,7 @@ class DemoModel(nn.Module):
         """
         frames = x.shape[2]
         levels = t[:, None].expand(-1, frames) if t.ndim == 1 else t
-        tokens = self._run(
-            self._embed(x), levels, context, frames, kv_cache, crossattn_cache, current_start
-        )
+        tokens = self._run(self._embed(x), levels, context, frames, kv_cache, crossattn_cache, current_start)
         return self._pixels(tokens)
 
     def predict_all(self, clean: Tensor, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:

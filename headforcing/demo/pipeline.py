@@ -84,11 +84,7 @@ class DemoPipeline:
                 context = prompts[:, index]
                 for cross in self.crossattn_cache:
                     cross["is_init"] = False
-            clean = (
-                given[index].to(device)
-                if index < len(given)
-                else self._denoise(noise, context, index)
-            )
+            clean = given[index].to(device) if index < len(given) else self._denoise(noise, context, index)
             self._predict(clean, 0.0, context, index)
             chunks.append(clean)
             if callback is not None:

@@ -88,9 +88,7 @@ class Trainer:
         with torch.autocast(clean.device.type, dtype=torch.bfloat16):
             return self.model.predict_all(clean, noisy, t, prompts)
 
-    def _step(
-        self, example: Example, stage: Stage, groups: list[torch.optim.Optimizer]
-    ) -> dict[str, Tensor]:
+    def _step(self, example: Example, stage: Stage, groups: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
         """One update; the errors by kind of chunk."""
         video, chunk = example.video, self.sampler.config.chunk
         level = self.sampler.levels(stage)  # [B, chunks]

@@ -28,8 +28,7 @@ def _expect(words: list[str], index: int, allowed: tuple[str, ...], what: str) -
     got = words[index] if index < len(words) else "nothing"
     if got not in allowed:
         raise ValueError(
-            f"word {index + 1} of the prompt: got {got!r}, expected the {what}: "
-            f"one of {', '.join(allowed)}"
+            f"word {index + 1} of the prompt: got {got!r}, expected the {what}: one of {', '.join(allowed)}"
         )
     return got
 
