@@ -51,9 +51,8 @@ def test_the_adapters_have_one_name():
 
 def test_the_adapters_are_importable_from_anywhere(tmp_path):
     code = "import headforcing.integrations as i; print(i.__file__)"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
+    python = [sys.executable, "-c", code]
+    answer = subprocess.run(python, capture_output=True, text=True, cwd=tmp_path)
     assert answer.returncode == 0, f"pip install -e . first: {answer.stderr}"
 
 
@@ -62,10 +61,8 @@ def test_there_is_one_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [VERSION]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    versions = [
-        v for v in re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE) if v != "Unreleased"
-    ]
-    assert versions[0] == VERSION
+    versions = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    assert next(v for v in versions if v != "Unreleased") == VERSION
 
 
 def test_the_extra_all_leaves_out_only_what_needs_cuda():
