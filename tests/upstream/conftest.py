@@ -24,9 +24,7 @@ collect_ignore = [
 
 
 @pytest.fixture(scope="session")
-def _session_upstream(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Upstream:
+def _session_upstream(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Upstream:
     parameters = [getattr(item, "callspec", None) for item in request.session.items]
     values = [spec.params.get("case") for spec in parameters if spec is not None]
     selected = [value for value in values if isinstance(value, Case)]

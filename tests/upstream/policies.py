@@ -11,7 +11,7 @@ from torch import nn
 import headforcing as hf
 from headforcing.roles import Full, HeadRole, SlidingWindow
 
-from .scenarios import EQUAL, GROUPS, HEADS, LAYERS, WRAPPER, Scenario
+from .scenarios import EQUAL, GROUPS, HEADS, LAYERS, REFERENCE, WRAPPER, Scenario
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     roles = POLICIES[policy](scenario)
     if isinstance(roles, HeadRole):
         roles = [roles] * HEADS
-    return hf.apply_head_forcing(model, [roles] * LAYERS)
+    store = "reference" if policy == REFERENCE else "ring"
+    return hf.apply_head_forcing(model, [roles] * LAYERS, store=store)
 
 
 def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> SlidingWindow:
@@ -41,9 +42,7 @@ def _equal(scenario: Scenario) -> HeadRole:
 
 
 def _groups(scenario: Scenario) -> list[HeadRole]:
-    first, second, third = (
-        _window(scenario, role) for role in (SlidingWindow, SecondWindow, ThirdWindow)
-    )
+    first, second, third = (_window(scenario, role) for role in (SlidingWindow, SecondWindow, ThirdWindow))
     return [first, second, first, third]
 
 
@@ -55,11 +54,10 @@ def _budgets(scenario: Scenario) -> list[HeadRole]:
 POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     EQUAL: _equal,
     WRAPPER: _equal,
+    REFERENCE: _equal,
     GROUPS: _groups,
     "no sink": lambda scenario: replace(_window(scenario), sink=0),
-    "window one frame short": lambda scenario: replace(
-        _window(scenario), window=scenario.window - 1
-    ),
+    "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),
     "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),
     "unlimited": lambda scenario: Full(),
     "head budgets": _budgets,

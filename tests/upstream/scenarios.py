@@ -13,6 +13,7 @@ UNTOUCHED = "untouched"
 AGAIN = "untouched again"
 EQUAL = "equal"
 WRAPPER = "equal, applied to the wrapper"
+REFERENCE = "equal, in the reference store"
 GROUPS = "equal, in three head groups"
 CONTROLS = ("no sink", "window one frame short", "compact positions", "unlimited", "head budgets")
 BASELINES = (UNTOUCHED, AGAIN)
@@ -98,13 +99,9 @@ PASS_THROUGH = (
 )
 REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50)
 
-GRADIENTS_MIDWAY = Scenario(
-    "gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3
-)
+GRADIENTS_MIDWAY = Scenario("gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3)
 
-SCENARIOS = {
-    item.name: item for item in (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY)
-}
+SCENARIOS = {item.name: item for item in (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY)}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
@@ -129,7 +126,7 @@ def sliding_cases(*policies: str) -> list[Case]:
 
 def parity_cases() -> list[Case]:
     """Return the runs whose output must equal the untouched run's."""
-    return [*cases_of(*PARITY), *sliding_cases(GROUPS, WRAPPER), *first_chunk_cases()]
+    return [*cases_of(*PARITY), *sliding_cases(GROUPS, WRAPPER, REFERENCE), *first_chunk_cases()]
 
 
 def every_case(policy: str) -> list[Case]:

@@ -52,9 +52,7 @@ def make_importable(checkout: Path) -> None:
     sys.path.insert(0, str(checkout))
 
 
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **unused: object
-) -> torch.Tensor:
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **unused: object) -> torch.Tensor:
     """Attend in the dtype of the query; tensors are `[B, L, H, D]`."""
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()

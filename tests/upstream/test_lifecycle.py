@@ -11,9 +11,7 @@ pytestmark = MARKS
 
 
 @pytest.mark.parametrize("case", cases_of(*PASS_THROUGH), ids=str)
-def test_calls_without_a_cache_or_with_gradients_pass_through(
-    case: Case, upstream: Upstream
-) -> None:
+def test_calls_without_a_cache_or_with_gradients_pass_through(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == 0
     assert applied.passes == untouched.passes == case.scenario.passes
@@ -21,9 +19,7 @@ def test_calls_without_a_cache_or_with_gradients_pass_through(
 
 
 @pytest.mark.parametrize("case", cases_of(GRADIENTS_MIDWAY), ids=str)
-def test_gradients_in_the_middle_of_a_video_are_right_or_refused(
-    case: Case, upstream: Upstream
-) -> None:
+def test_gradients_in_the_middle_of_a_video_are_right_or_refused(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert not untouched.facts["refused"]
     if not applied.facts["refused"]:

@@ -30,8 +30,6 @@ def test_other_roles_change_the_video(case: Case, upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize("case", sliding_cases(*CONTROLS), ids=str)
-def test_other_roles_leave_the_end_indices_as_upstream_counts_them(
-    case: Case, upstream: Upstream
-) -> None:
+def test_other_roles_leave_the_end_indices_as_upstream_counts_them(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert torch.equal(untouched.tensors["indices"], applied.tensors["indices"])

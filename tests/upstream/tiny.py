@@ -53,9 +53,7 @@ def capacity(window: int) -> int:
 def seeded_weights(model: nn.Module) -> dict[str, Tensor]:
     """Draw every weight anew; as initialised, the model would output only a bias."""
     generator = torch.Generator().manual_seed(WEIGHT_SEED)
-    return {
-        name: _draw(name, tensor.shape, generator) for name, tensor in model.state_dict().items()
-    }
+    return {name: _draw(name, tensor.shape, generator) for name, tensor in model.state_dict().items()}
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
