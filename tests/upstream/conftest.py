@@ -13,6 +13,7 @@ from .harness import Upstream, checkout_of
 from .scenarios import Case
 
 collect_ignore = [
+    "bench.py",
     "drivers.py",
     "harness.py",
     "policies.py",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,172 +12,12 @@ from torch import Tensor
 from headforcing.errors import HeadForcingError
 
 from . import tiny
-from .scenarios import BASELINES, LAYERS, WRAPPER, Case, Scenario
+from .bench import Bench, Caches, Outcome
+from .scenarios import Case
 
 PROMPT = "a red cube rolls down the stairs"
-NEGATIVE_PROMPT = "blurred"
 SAMPLING_SEED = 0
-Caches = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 OVERLAPPING_STARTS = (0, 2, 5, 8, 11)
-
-
-@dataclass
-class Outcome:
-    """What a run leaves behind.
-
-    Attributes:
-        tensors: Results to compare.
-        facts: Facts about the model and its caches to compare.
-        passes: Forward passes of the model.
-        calls: Attention calls that our library served; None where it was not applied.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    passes: int = 0
-    calls: int | None = None
-
-
-class Bench:
-    """One freshly built model inside the repository's own classes."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.dtype: torch.dtype = getattr(torch, case.dtype)
-        self.handle: Any = None
-        self.passes = 0
-        self.facts: dict[str, Any] = {}
-        self.modules: dict[str, Any] = {}
-        self.caches: list[list[dict[str, Any]]] = []
-        self._weights: dict[str, Tensor] = {}
-
-    @property
-    def scenario(self) -> Scenario:
-        """The scenario that is run."""
-        return self.case.scenario
-
-    def wrapper(self) -> Any:
-        """Build the diffusion wrapper that every pipeline uses."""
-        from utils.wan_wrapper import WanDiffusionWrapper
-
-        with self._tiny_model():
-            wrapper = WanDiffusionWrapper(
-                timestep_shift=5.0,
-                is_causal=True,
-                local_attn_size=self.scenario.window,
-                sink_size=self.scenario.sink,
-            )
-        return self._finish(wrapper, wrapper)
-
-    def few_step(self) -> Any:
-        """Build the few-step pipeline with its caches allocated."""
-        from pipeline.causal_inference import CausalInferencePipeline
-
-        pipeline = self._pipeline(CausalInferencePipeline)
-        pipeline.kv_cache1, pipeline.crossattn_cache = self.allocate()
-        return pipeline
-
-    def cfg(self) -> Any:
-        """Build the many-step pipeline with the caches of both its branches."""
-        from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
-
-        pipeline = self._pipeline(CausalDiffusionInferencePipeline)
-        pipeline.sampling_steps = 4
-        pipeline.kv_cache_pos, pipeline.crossattn_cache_pos = self.allocate()
-        pipeline.kv_cache_neg, pipeline.crossattn_cache_neg = self.allocate()
-        return pipeline
-
-    def allocate(self) -> Caches:
-        """Allocate one stream's caches."""
-        batch = self.scenario.batch
-        self.caches.append(tiny.kv_caches(self.scenario.window, batch, self.dtype))
-        return self.caches[-1], tiny.text_caches(batch, self.dtype)
-
-    def noise(self, seed: int = tiny.NOISE_SEED, frames: int = 0) -> Tensor:
-        """Draw the scenario's noise."""
-        scenario = self.scenario
-        return tiny.noise(scenario.batch, frames or scenario.frames, self.dtype, seed)
-
-    def indices(self) -> Tensor:
-        """Return both end indices of every layer and stream, `[streams, layers, 2]`."""
-        names = ("global_end_index", "local_end_index")
-        return torch.tensor(
-            [[[int(layer[name]) for name in names] for layer in stream] for stream in self.caches]
-        )
-
-    def outcome(self, **tensors: Tensor) -> Outcome:
-        """Collect what the run left behind."""
-        calls = None if self.handle is None else self.handle.status().calls
-        tensors["indices"] = self.indices()
-        return Outcome(tensors, self.facts, self.passes, calls)
-
-    def _pipeline(self, pipeline_class: Callable[..., Any]) -> Any:
-        with self._tiny_model():
-            pipeline = pipeline_class(
-                _arguments(self.scenario),
-                device="cpu",
-                text_encoder=tiny.TextEncoder(),
-                vae=tiny.Decoder(),
-            )
-        pipeline.num_transformer_blocks = LAYERS
-        pipeline.frame_seq_length = tiny.TOKENS_PER_FRAME
-        return self._finish(pipeline, pipeline.generator)
-
-    def _finish(self, whole: Any, wrapper: Any) -> Any:
-        """Load the weights and cast the model after it was built, as the scripts do."""
-        if self.case.policy == WRAPPER:
-            self._apply(wrapper)
-        wrapper.load_state_dict({f"model.{name}": value for name, value in self._weights.items()})
-        wrapper.model.register_forward_pre_hook(self._count)
-        return whole.to(dtype=self.dtype)
-
-    def _count(self, *unused: object) -> None:
-        self.passes += 1
-
-    @contextmanager
-    def _tiny_model(self) -> Iterator[None]:
-        """Have `from_pretrained` build the tiny model and apply our library to it."""
-        from wan.modules.causal_model import CausalWanModel
-
-        def from_pretrained(path: str, local_attn_size: int, sink_size: int) -> Any:
-            del path
-            model = tiny.build_model(CausalWanModel, local_attn_size, sink_size)
-            self._weights = tiny.seeded_weights(model)
-            self.modules = dict(model.named_modules())
-            if self.case.policy not in (*BASELINES, WRAPPER):
-                self._apply(model)
-            return model
-
-        CausalWanModel.from_pretrained = staticmethod(from_pretrained)
-        try:
-            yield
-        finally:
-            del CausalWanModel.from_pretrained
-
-    def _apply(self, model: Any) -> None:
-        from .policies import apply
-
-        self.handle = apply(model, self.scenario, self.case.policy)
-
-
-def _arguments(scenario: Scenario) -> SimpleNamespace:
-    return SimpleNamespace(
-        model_kwargs={
-            "timestep_shift": 5.0,
-            "local_attn_size": scenario.window,
-            "sink_size": scenario.sink,
-        },
-        denoising_step_list=list(scenario.steps),
-        denoising_step_list_first_chunk=scenario.first_steps and list(scenario.first_steps),
-        warp_denoising_step=True,
-        num_frame_per_block=scenario.chunk,
-        independent_first_frame=scenario.image,
-        context_noise=0,
-        num_train_timestep=1000,
-        timestep_shift=5.0,
-        guidance_scale=3.0,
-        negative_prompt=NEGATIVE_PROMPT,
-    )
 
 
 def run(case: Case) -> Outcome:

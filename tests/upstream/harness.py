@@ -27,7 +27,7 @@ MARKS = [pytest.mark.upstream, pytest.mark.timeout(TIME_LIMIT + 60)]
 
 @dataclass
 class Result:
-    """What the runner reports about one case; see `drivers.Outcome`."""
+    """What the runner reports about one case; see `bench.Outcome`."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
