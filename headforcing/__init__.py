@@ -11,8 +11,9 @@ An independent implementation of Head Forcing (arXiv:2605.14487).
 from importlib.metadata import version
 
 from headforcing.adapter import Adapter
-from headforcing.apply import HeadForcing, apply_head_forcing, remove_head_forcing
+from headforcing.apply import apply_head_forcing, remove_head_forcing
 from headforcing.errors import HeadForcingError
+from headforcing.handle import HeadForcing
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.stores import KVStore

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from headforcing.adapter import Adapter
 from headforcing.backends import Attend, Part
 from headforcing.errors import StreamActiveError, StreamError
+from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 from headforcing.stores import KVStore
 from headforcing.types import AttentionCall, Chunk, Heads
@@ -89,21 +90,42 @@ def _by_anchor() -> MutableMapping[object, Stream]:
     return WeakIdKeyDictionary()
 
 
-@dataclass
-class LayerPlan:
-    """What one layer needs to know: its roles, and the tools to serve them."""
+@dataclass(frozen=True)
+class Options:
+    """What was applied: the roles, and the tools that serve them. Equal options are one application."""
 
-    layer: int
-    heads: Mapping[HeadRole, Heads]
-    num_heads: int
+    roles: RoleMap
     window: int
-    adapter: Adapter
+    adapter: Adapter = field(compare=False)
     store: type[KVStore]
     attend: Attend
+
+
+@dataclass
+class LayerPlan:
+    """What one layer needs to know.
+
+    Attributes:
+        layer: number of the layer.
+        options: what was applied to the model.
+        activity: counters shared by all layers.
+        handle: the handle of the model, while somebody holds it.
+        streams: memories of this layer by the anchor of their timeline.
+    """
+
+    layer: int
+    options: Options
     activity: Activity
-    key: tuple[Any, ...]
     handle: weakref.ref[Any] | None = None
     streams: MutableMapping[object, Stream] = field(default_factory=_by_anchor, compare=False)
+
+    def __post_init__(self) -> None:
+        row = self.options.roles.layers[self.layer]
+        members: dict[HeadRole, list[int]] = {}
+        for head, role in enumerate(row):
+            members.setdefault(role, []).append(head)
+        self.num_heads = len(row)
+        self.heads = {role: Heads(indices, len(row)) for role, indices in members.items()}
 
     def stream(self, call: AttentionCall) -> Stream:
         """The stream of a call; a new one where its anchor was never seen."""
@@ -115,7 +137,7 @@ class LayerPlan:
             )
         stream = self.streams.get(anchor)
         if stream is None:
-            store = self.store(self.heads, window=self.window, layer=self.layer)
+            store = self.options.store(self.heads, window=self.options.window, layer=self.layer)
             stream = self.streams[anchor] = Stream(store)
         return stream
 
@@ -135,14 +157,14 @@ class HeadForcingMixin(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns exactly what the original forward does."""
         plan = self._headforcing
-        call = plan.adapter.read(self, args, kwargs)
+        call = plan.options.adapter.read(self, args, kwargs)
         if call is None or needs_grad(self, call.x):
             return self._original(call, args, kwargs)
         with plan.activity.call():
             return self._head_forced(plan, call)
 
     def _head_forced(self, plan: LayerPlan, call: AttentionCall) -> Any:
-        adapter, stream = plan.adapter, plan.stream(call)
+        adapter, stream = plan.options.adapter, plan.stream(call)
         if adapter.begins_video(call, stream.memo):
             stream.store.reset()
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
@@ -158,7 +180,7 @@ class HeadForcingMixin(nn.Module):
             own = view.positions[-q.shape[1] :]
             rotated = encode(heads.take(q), own).to(v.dtype)
             parts.append(Part(heads, *(x.flatten(1, 2) for x in (rotated, view.k, view.v))))
-        out = plan.attend(parts, plan.num_heads)  # [B, L, H, D]
+        out = plan.options.attend(parts, plan.num_heads)  # [B, L, H, D]
         return adapter.output(self, out, call, stream.memo)
 
     def _original(self, call: AttentionCall | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

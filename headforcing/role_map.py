@@ -172,7 +172,7 @@ class _Document(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     format: Literal["headforcing.role-map"]
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]
     roles: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=256)]
     layers: Annotated[list[list[str]], Field(min_length=1)]
     provenance: dict[str, Scalar]

@@ -139,17 +139,16 @@ class SlidingWindow(HeadRole):
             raise RoleError(f"{self}: sink must be smaller than window")
 
     def capacity(self, chunk: int) -> int | None:
-        return max(self.window - chunk, 0)
+        return self.window - chunk
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        room = max(self.window - table.chunk, 0)
-        sink, recent = min(self.sink, room), max(room - self.sink, 0)
-        return _ends(len(table), sink, recent)
+        return _ends(len(table), self.sink, self.window - table.chunk - self.sink)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
-        if self.window < chunk:
+        if self.window < self.sink + chunk:
             raise WindowError(
-                f"{self} has no room for a chunk of {chunk} frames: give it a window of at least {chunk}"
+                f"{self} has no room for its sink and a chunk of {chunk} frames: give it a window of at "
+                f"least {self.sink + chunk}"
             )
         return super().fit(window, chunk)
 

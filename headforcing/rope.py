@@ -31,7 +31,8 @@ def rotate(x: Tensor, table: Tensor, positions: Sequence[int], height: int, widt
     """
     space = table.shape[1] // 3
     time = table.shape[1] - 2 * space
-    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call])
+    wide = x.to(table.real.dtype)
+    pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))
     rotated = torch.empty_like(pairs)
     torch.mul(
         pairs[..., :time],

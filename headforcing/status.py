@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headforcing.attention import LayerPlan, Stream
-from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 
 
@@ -67,16 +66,16 @@ class Status:
         )
 
 
-def collect(plans: Sequence[LayerPlan], roles: RoleMap) -> Status:
+def collect(plans: Sequence[LayerPlan]) -> Status:
     """The status of a model from the plans of its layers."""
     streams = [stream for plan in plans for stream in plan.streams.values()]
     first = plans[0]
     return Status(
-        adapter=first.adapter.name,
+        adapter=first.options.adapter.name,
         layers=len(plans),
         heads=first.num_heads,
-        window=first.window,
-        roles=roles.counts(),
+        window=first.options.window,
+        roles=first.options.roles.counts(),
         calls=first.activity.calls,
         bypassed=first.activity.bypassed,
         streams=tuple(_stream_status(stream) for stream in first.streams.values()),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -33,6 +34,14 @@ from headforcing.demo.words import PROMPT_WORDS, WORDS
 TIME_FEATURES = 64
 
 
+class Layout(NamedTuple):
+    """How the tokens of a call are laid out, as Wan's attention wants to know it."""
+
+    seq_lens: Tensor  # [B], on the CPU
+    grid_sizes: Tensor  # [B, 3], on the CPU
+    freqs: Tensor  # [rows, D / 2]
+
+
 class DemoBlock(nn.Module):
     """Self-attention, cross-attention and MLP; AdaLN-single modulation per frame."""
 
@@ -48,9 +57,7 @@ class DemoBlock(nn.Module):
         self,
         x: Tensor,
         shifts: Tensor,
-        seq_lens: Tensor,
-        grid_sizes: Tensor,
-        freqs: Tensor,
+        layout: Layout,
         context: Tensor,
         kv_cache: Cache | None,
         crossattn_cache: CrossCache | None,
@@ -62,7 +69,7 @@ class DemoBlock(nn.Module):
             (shifts + self.modulation).to(x.dtype)[:, :, :, None].unbind(2)
         )  # 6 x [B, F, 1, C]
         h = (_norm(x).view(by_frame) * (1 + scale) + shift).view_as(x)
-        h = self.self_attn(h, seq_lens, grid_sizes, freqs, None, kv_cache, current_start, None)
+        h = self.self_attn(h, *layout, None, kv_cache, current_start, None)
         x = x + (h.view(by_frame) * gate).view_as(x)
         x = x + self.cross_attn(_norm(x), context, crossattn_cache)
         h = (_norm(x).view(by_frame) * (1 + scale_mlp) + shift_mlp).view_as(x)
@@ -227,7 +234,7 @@ class DemoModel(nn.Module):
         words = self.text_embedding(prompts) + self.text_position  # [B, n, W, C]
         summary = self.text_summary(words.sum(2))
         summary = summary.repeat_interleave(levels.shape[1] // summary.shape[1], 1)
-        hidden = self.time_embedding(_time_features(levels)) + summary
+        hidden = self.time_embedding(_time_features(levels).to(summary.dtype)) + summary
         shifts = rearrange(self.time_projection(hidden), "b f (six c) -> b f six c", six=6)
         words = words.flatten(0, 1)
         grid = self.config.grid
@@ -235,13 +242,12 @@ class DemoModel(nn.Module):
         seq_lens = torch.full((tokens.shape[0],), tokens.shape[1])
         if self.freqs.device != tokens.device:
             self.freqs = self.freqs.to(tokens.device)
+        layout = Layout(seq_lens, grid_sizes, self.freqs)
         for index, block in enumerate(self.blocks):
             tokens = block(
                 tokens,
                 shifts,
-                seq_lens,
-                grid_sizes,
-                self.freqs,
+                layout,
                 words,
                 None if kv_cache is None else kv_cache[index],
                 None if crossattn_cache is None else crossattn_cache[index],

@@ -70,21 +70,21 @@ class DemoPipeline:
             `[B, 3, T, 24, 24]` in about [-1, 1].
         """
         batch, total = prompts.shape[0], num_chunks or prompts.shape[1]
-        device = self.model.patch_embedding.weight.device
-        prompts = prompts.to(device)
+        like = self.model.patch_embedding.weight
+        prompts = prompts.to(like.device)
         self._prepare(batch, total)
         chunk, chunks = self.model.config.chunk, []
         given = () if first_chunk is None else torch.split(first_chunk, chunk, 2)
         for index in range(total):
             size = (batch, 3, chunk, VIEW, VIEW)
-            noise = torch.randn(size, generator=generator, device=generator.device).to(device)
+            noise = torch.randn(size, generator=generator, device=generator.device).to(like)
             if index >= prompts.shape[1]:
                 context = prompts[:, -1]
             else:
                 context = prompts[:, index]
                 for cross in self.crossattn_cache:
                     cross["is_init"] = False
-            clean = given[index].to(device) if index < len(given) else self._denoise(noise, context, index)
+            clean = given[index].to(like) if index < len(given) else self._denoise(noise, context, index)
             self._predict(clean, 0.0, context, index)
             chunks.append(clean)
             if callback is not None:
@@ -102,7 +102,7 @@ class DemoPipeline:
     def _predict(self, sample: Tensor, level: float, context: Tensor, index: int) -> Tensor:
         """One pass of the model over one chunk; at level 0 its purpose is to write the cache."""
         config = self.model.config
-        levels = torch.full((sample.shape[0], config.chunk), level, device=sample.device)
+        levels = sample.new_full((sample.shape[0], config.chunk), level)
         out: Tensor = self.model(
             sample,
             t=levels,

@@ -194,18 +194,21 @@ class KVStore(ABC):
         self._moving = False
 
     def _check_finite(self) -> None:
-        """One reduction per role. On an accelerator the verdict is read one chunk later, without a sync."""
-        if self._finite is not None:
-            self._finite.check()
+        """One reduction per role; on an accelerator the verdict is read one chunk later, without a sync."""
+        late, self._finite = self._finite, None
+        if late is not None:
+            late.check("were committed before this was known: reset the stream")
         sums: list[Tensor] = []
         heads: list[int] = []
         for role, k, v in self._staged():
             sums += [x.sum(dim=(0, 1, 2, 4), dtype=torch.float32) for x in (k, v)]  # [Hr]
             heads += self.heads[role].indices * 2
         assert self._pending is not None
-        self._finite = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
-        if self._finite.ready:
-            self._finite.check()
+        flag = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
+        if flag.ready:
+            flag.check("were not committed: write the chunk again, or reset the stream")
+        else:
+            self._finite = flag
 
 
 class _HostFlag:
@@ -223,7 +226,7 @@ class _HostFlag:
     def ready(self) -> bool:
         return self._event is None
 
-    def check(self) -> None:
+    def check(self, consequence: str) -> None:
         if self._event is not None:
             self._event.synchronize()
         finite = torch.isfinite(self._host).numpy()
@@ -231,8 +234,7 @@ class _HostFlag:
         if broken:
             raise NonFiniteKVError(
                 f"layer {self._layer}, heads {', '.join(map(str, broken))}: keys or values of frames "
-                f"{self._frames.start}..{self._frames.stop - 1} are NaN or infinite: the chunk was not "
-                "committed; write it again, or reset the stream and lower the precision's risk"
+                f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity, and {consequence}"
             )
 
 

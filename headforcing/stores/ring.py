@@ -142,7 +142,9 @@ class _Bank:
         return some_k, some_v
 
     def numbers(self) -> list[list[int]]:
-        numbers: list[list[int]] = self._ids[:, : len(self.frames)].tolist() if self.frames else []
+        if self._ids is _NOTHING:
+            return []
+        numbers: list[list[int]] = self._ids[:, : len(self.frames)].tolist()
         return numbers
 
     def nbytes(self) -> int:

@@ -1,0 +1,89 @@
+"""RoPE: the host's rotation inside its table, the same rotation past its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headforcing.rope import rotate, temporal_rows
+
+ROWS, HEIGHT, WIDTH = 64, 3, 5
+
+
+def table(pairs: int = 16, rows: int = ROWS) -> torch.Tensor:
+    space = pairs // 3
+    parts = []
+    for count in (pairs - 2 * space, space, space):
+        rate = 1e4 ** (-torch.arange(count, dtype=torch.float64) / count)
+        angle = torch.arange(rows, dtype=torch.float64)[:, None] * rate
+        parts.append(torch.polar(torch.ones_like(angle), angle))
+    return torch.cat(parts, dim=1)
+
+
+def slowly(x: torch.Tensor, freqs: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Token by token, pair by pair, with sine and cosine."""
+    out = x.double().clone()
+    pairs, space = freqs.shape[1], freqs.shape[1] // 3
+    time = pairs - 2 * space
+    for n, position in enumerate(positions):
+        for p in range(HEIGHT * WIDTH):
+            for pair in range(pairs):
+                where = (position, p // WIDTH, p % WIDTH)[(pair >= time) + (pair >= time + space)]
+                count = time if pair < time else space
+                exponent = (pair if pair < time else (pair - time) % space) / count
+                angle = torch.tensor(where * 1e4**-exponent, dtype=torch.float64)
+                a, b = x[:, n, p, :, 2 * pair].double(), x[:, n, p, :, 2 * pair + 1].double()
+                out[:, n, p, :, 2 * pair] = a * angle.cos() - b * angle.sin()
+                out[:, n, p, :, 2 * pair + 1] = a * angle.sin() + b * angle.cos()
+    return out
+
+
+@pytest.mark.parametrize("pairs", [16, 7, 64])
+def test_rotation_is_the_textbook_one_also_past_the_table(pairs):
+    x = torch.randn(2, 4, HEIGHT * WIDTH, 2, 2 * pairs, dtype=torch.float64)
+    positions = [0, 7, ROWS - 1, 10 * ROWS]
+    assert torch.allclose(
+        rotate(x, table(pairs), positions, HEIGHT, WIDTH), slowly(x, table(pairs), positions)
+    )
+
+
+@given(
+    st.lists(st.integers(0, 3 * ROWS), min_size=1, max_size=6),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_rows_past_the_table_equal_those_of_a_longer_table(positions, dtype):
+    x = torch.randn(1, len(positions), HEIGHT * WIDTH, 2, 32, generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )
+    short = rotate(x, table(), positions, HEIGHT, WIDTH)
+    long = rotate(x, table(rows=4 * ROWS), positions, HEIGHT, WIDTH)
+    assert short.dtype == dtype
+    assert torch.allclose(short.float(), long.float(), atol=1e-6)
+
+
+def test_there_is_no_frame_number_at_which_it_ends():
+    rows = temporal_rows(table()[:, :6], [10**6, 10**6 + 1])
+    assert torch.allclose(rows.abs(), torch.ones_like(rows.abs()))
+    step = table()[1, :6]
+    assert torch.allclose(rows[0] * step, rows[1], atol=1e-8)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 20))
+def test_scores_depend_on_differences_only(query, key, shift):
+    generator = torch.Generator().manual_seed(query * 41 + key)
+    q, k = torch.randn(2, 1, 1, HEIGHT * WIDTH, 1, 32, dtype=torch.float64, generator=generator)
+
+    def score(by: int) -> torch.Tensor:
+        a = rotate(q, table(rows=128), [query + by], HEIGHT, WIDTH)
+        return a.flatten() @ rotate(k, table(rows=128), [key + by], HEIGHT, WIDTH).flatten()
+
+    assert torch.allclose(score(0), score(shift))
+
+
+def test_history_rotated_in_parts_is_history_rotated_at_once():
+    x = torch.randn(1, 9, HEIGHT * WIDTH, 4, 32)
+    at_once = rotate(x, table(), range(9), HEIGHT, WIDTH)
+    parts = [rotate(x[:, a:b], table(), range(a, b), HEIGHT, WIDTH) for a, b in ((0, 2), (2, 3), (3, 9))]
+    assert torch.equal(torch.cat(parts, 1), at_once)

@@ -1,0 +1,449 @@
+"""Stores: a clean run through the reference beside a noisy run through every other store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import Phase as Phase_
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from headforcing.episodic import MaxMin, ThresholdFifo, Uniform, similarity
+from headforcing.errors import ChunkOrderError, NonFiniteKVError, StreamError, StreamShapeError, WindowError
+from headforcing.lookup import module_names
+from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.stores import KVStore, store_class
+from headforcing.stores.reference import ReferenceStore
+from headforcing.stores.ring import RingStore
+from headforcing.testing.strategies import frame_tensor, roles
+from headforcing.types import Chunk, FrameTable, Heads, Phase
+
+WINDOW, CHUNK = 12, 4
+FAST_STORES = [store_class(name) for name in module_names("headforcing.stores") if name != "reference"]
+
+
+def encode(x: torch.Tensor, positions: Any) -> torch.Tensor:
+    """Stands for RoPE: exact, and different for every position."""
+    return x + 1000.0 * torch.tensor(positions, dtype=x.dtype)[:, None, None, None]
+
+
+def grouped(row: list[HeadRole]) -> dict[HeadRole, Heads]:
+    heads: dict[HeadRole, list[int]] = {}
+    for head, role in enumerate(row):
+        heads.setdefault(role, []).append(head)
+    return {role: Heads(indices, len(row)) for role, indices in heads.items()}
+
+
+class Definition:
+    """What a role keeps, written on frame numbers and Python lists only, for one sample."""
+
+    def __init__(self, role: HeadRole) -> None:
+        self.role, self.kept, self.episodic = role, [], []
+
+    def begin(self, new: list[int], chunk: int, keys: dict[int, torch.Tensor]) -> None:
+        role, frames = self.role, self.kept + new
+        if isinstance(role, SlidingWindow):
+            recent = role.window - role.sink - chunk
+            others = [f for f in frames if f >= role.sink]
+            self.kept = [f for f in frames if f < role.sink] + others[max(len(others) - recent, 0) :]
+        elif isinstance(role, Local | Anchor):
+            others = [f for f in frames if f >= role.sink]
+            recent = others[len(others) - role.recent :] if role.recent < len(others) else others
+            self.kept = [f for f in frames if f < role.sink] + recent
+        elif isinstance(role, Memory):
+            self._memory(role, frames, keys)
+        else:
+            self.kept = frames
+
+    def _memory(self, role: Memory, frames: list[int], keys: dict[int, torch.Tensor]) -> None:
+        others = [f for f in frames if f >= role.sink]
+        recent = others[len(others) - role.recent :] if role.recent else []
+        for frame in [f for f in others if f not in recent and f not in self.episodic]:
+            self.episodic.append(frame)
+            if len(self.episodic) > role.episodic:
+                self.episodic.remove(self._victim(role, keys))
+        self.kept = [f for f in frames if f < role.sink] + self.episodic + recent
+
+    def _victim(self, role: Memory, keys: dict[int, torch.Tensor]) -> int:
+        bank = self.episodic
+        if role.episodic == 0:
+            return bank[-1]
+        if isinstance(role.update, Uniform):
+            if len(bank) < 3:
+                return bank[-1]
+            gaps = {b: c - a for a, b, c in zip(bank, bank[1:], bank[2:], strict=False)}
+            return max(f for f, gap in gaps.items() if gap == min(gaps.values()))
+
+        def alike(a: int, b: int) -> float:
+            return torch.nn.functional.cosine_similarity(keys[a], keys[b], dim=-1).mean().item()
+
+        newest = bank[-1]
+        if isinstance(role.update, ThresholdFifo):
+            nearest = max((alike(newest, f) for f in bank[:-1]), default=-1.0)
+            return bank[0] if nearest < 1 - role.update.novelty else newest
+        a, b = max(((x, y) for x in bank for y in bank if x < y), key=lambda pair: alike(*pair))
+        rest = [f for f in bank if f not in (a, b)]
+        second = [max((alike(f, g) for g in rest), default=-2.0) for f in (a, b)]
+        return a if second[0] > second[1] else b
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """One final write per chunk into the reference, any number of noisy ones into the other."""
+
+    store: ClassVar[type[KVStore]] = RingStore
+
+    @initialize(
+        row=st.lists(roles(WINDOW, CHUNK), min_size=1, max_size=4),
+        batch=st.integers(1, 2),
+        seed=st.integers(0, 9),
+    )
+    def start(self, row: list[HeadRole], batch: int, seed: int) -> None:
+        self.heads, self.num_heads = grouped(row), len(row)
+        self.clean = ReferenceStore(self.heads, window=WINDOW, layer=0)
+        self.noisy = self.store(self.heads, window=WINDOW, layer=0)
+        self.seed = seed
+        self._new_video(batch)
+
+    def _new_video(self, batch: int) -> None:
+        self.batch, self.pending = batch, None
+        self.oracle = {role: [Definition(role) for _ in range(batch)] for role in self.heads}
+
+    def _tensor(self, frames: range, salt: int = 0) -> torch.Tensor:
+        return frame_tensor(frames, self.seed + salt, self.batch, self.num_heads)
+
+    def _write(self, frames: range, noisy_passes: int) -> None:
+        k, v = self._tensor(frames), -self._tensor(frames)
+        for salt in range(1, noisy_passes + 1):
+            noise = self._tensor(frames, salt=100 * salt)
+            self.noisy.write(Chunk(frames.start, noise, noise))
+            for role in self.heads:
+                self.noisy.view(role, "denoise", encode)
+        for store in (self.noisy, self.clean):
+            store.write(Chunk(frames.start, k, v))
+        new = [] if self.pending is None else [f for f in self.pending if f < frames.start]
+        for role, samples in self.oracle.items():
+            heads = list(self.heads[role].indices)
+            for sample, definition in enumerate(samples):
+                known = [*definition.kept, *new]
+                keys = {f: self._tensor(range(f, f + 1))[sample, 0][:, heads] for f in known}
+                definition.begin(new, len(frames), keys)
+        self.pending = frames
+
+    @rule(length=st.integers(1, CHUNK), overlap=st.integers(0, 2), passes=st.integers(0, 3))
+    def next_chunk(self, length: int, overlap: int, passes: int) -> None:
+        start = 0
+        if self.pending is not None:
+            start = max(self.pending.stop - overlap, self.pending.start + 1)
+        self._write(range(start, start + length), passes)
+
+    @precondition(lambda self: self.pending is not None)
+    @rule(passes=st.integers(1, 2))
+    def rewrite(self, passes: int) -> None:
+        frames = self.pending
+        for salt in range(passes):
+            noise = self._tensor(frames, salt=100 * salt + 50)
+            self.noisy.write(Chunk(frames.start, noise, noise))
+        for store in (self.noisy, self.clean):
+            store.write(Chunk(frames.start, self._tensor(frames), -self._tensor(frames)))
+
+    @precondition(lambda self: self.pending is not None and self.pending.start > 0)
+    @rule(batch=st.integers(1, 2), length=st.integers(1, CHUNK), explicit=st.booleans())
+    def new_video(self, batch: int, length: int, explicit: bool) -> None:
+        if explicit:
+            self.clean.reset()
+            self.noisy.reset()
+        self._new_video(batch)
+        self._write(range(length), 1)
+
+    @invariant()
+    def views_agree_and_obey_the_definition(self) -> None:
+        if getattr(self, "pending", None) is None:
+            return
+        now = self.pending
+        for role, heads in self.heads.items():
+            expected = self.clean.view(role, "denoise", encode)
+            view = self.noisy.view(role, "denoise", encode)
+            assert view.frames == expected.frames
+            assert view.positions == expected.positions
+            assert torch.equal(view.k, expected.k), role
+            assert torch.equal(view.v, expected.v), role
+            placed = torch.tensor(view.positions, dtype=view.k.dtype)[:, None, None, None]
+            assert torch.allclose(view.k - 1000.0 * placed, -view.v, atol=1e-2), "K and V are of one frame"
+            self._check_bounds(role, view.positions)
+            held = self.noisy.frames(role)
+            assert held == self.clean.frames(role)
+            assert held == [definition.kept for definition in self.oracle[role]], role
+            for sample in held:
+                assert sample == sorted(set(sample)), "no frame twice"
+                assert all(frame < now.start for frame in sample), "none from the future"
+            assert view.k.shape[3] == len(heads)
+
+    def _check_bounds(self, role: HeadRole, positions: tuple[int, ...]) -> None:
+        assert list(positions) == sorted(set(positions))
+        if role.bounded:
+            assert positions[0] >= 0
+            assert positions[-1] < WINDOW
+        capacity = role.capacity(len(self.pending))
+        assert capacity is None or len(positions) <= capacity + len(self.pending)
+
+
+SETTINGS = settings(stateful_step_count=25)
+
+
+@pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
+def test_noisy_rewrites_leave_no_trace_and_every_role_keeps_what_its_definition_names(store):
+    machine = type("Machine", (StoreMachine,), {"store": store})
+    run_state_machine_as_test(machine, settings=SETTINGS)
+
+
+class Leaky(RingStore):
+    """Commits on every write."""
+
+    def _stage(self, chunk: Chunk) -> None:
+        super()._stage(chunk)
+        if self._pending is not None and self._pending.start:
+            for bank in self._banks.values():
+                bank.append(self._pending)
+
+
+class Sticky(RingStore):
+    """Forgets to forget."""
+
+    def _clear(self) -> None:
+        pass
+
+
+class Greedy(RingStore):
+    """Keeps what the role says to evict, once it has enough."""
+
+    def _begin(self, chunk: int) -> None:
+        if any(len(bank.frames) < 8 for bank in self._banks.values()):
+            super()._begin(chunk)
+
+
+class Mixed(RingStore):
+    """Shows the values of another pass."""
+
+    def _stage(self, chunk: Chunk) -> None:
+        if chunk.frames != getattr(self, "seen", None):
+            self.values = chunk.v
+        self.seen = chunk.frames
+        super()._stage(Chunk(chunk.start, chunk.k, self.values))
+
+
+class Frozen(RingStore):
+    """Never rotates history again."""
+
+    def view(self, role: HeadRole, phase: Phase, encode: Any) -> Any:
+        bank = self._banks[role]
+        placed = [role.place((*bank.frames, *self._pending), len(self._pending), self.window)]
+        held = len(bank.frames) - 1
+        bank._placed[:held] = placed[0][:held]
+        return super().view(role, phase, encode)
+
+
+@pytest.mark.parametrize("store", [Leaky, Sticky, Greedy, Mixed, Frozen], ids=lambda store: store.__name__)
+def test_the_state_machine_catches_a_planted_bug(store):
+    machine = type("Planted", (StoreMachine,), {"store": store})
+    quick = settings(SETTINGS, phases=[Phase_.generate], report_multiple_bugs=False)
+    with pytest.raises((AssertionError, RuntimeError, IndexError, StreamError)):
+        run_state_machine_as_test(machine, settings=quick)
+
+
+def chunk_of(start: int, length: int = 3, batch: int = 1, heads: int = 2, **kind: Any) -> Chunk:
+    x = frame_tensor(range(start, start + length), 0, batch, heads).to(**kind)
+    return Chunk(start, x, -x)
+
+
+@pytest.fixture(params=["reference", "ring"])
+def store(request) -> KVStore:
+    return store_class(request.param)(grouped([Local(2), Memory(1, 2, 2)]), window=WINDOW, layer=7)
+
+
+@dataclass(frozen=True)
+class Strided(HeadRole):
+    """Keeps everything, sees every second frame while denoising: a role that attends to a part."""
+
+    uses_phase: ClassVar[bool] = True
+
+    def capacity(self, chunk: int) -> int | None:
+        return WINDOW - chunk
+
+    def retain(self, table: FrameTable) -> Any:
+        return range(max(len(table) - (WINDOW - table.chunk), 0), len(table))
+
+    def attend(self, table: FrameTable, phase: Phase) -> Any:
+        return range(0, len(table), 2) if phase == "denoise" else range(max(len(table) - 2, 0), len(table))
+
+
+@given(lengths=st.lists(st.integers(1, CHUNK), min_size=1, max_size=12), passes=st.integers(1, 3))
+def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, passes):
+    stores = [
+        cls(grouped([Strided(), Full()]), window=WINDOW, layer=0) for cls in (ReferenceStore, RingStore)
+    ]
+    start = 0
+    for length in lengths:
+        for number in range(passes):
+            chunk = chunk_of(start, length)
+            for store in stores:
+                store.write(Chunk(start, chunk.k + passes - number - 1, chunk.v))
+            for phase in ("denoise", "commit"):
+                one, two = (store.view(Strided(), phase, encode) for store in stores)
+                assert one.frames == two.frames
+                assert torch.equal(one.k, two.k)
+                assert torch.equal(one.v, two.v)
+        start += length
+
+
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=8))
+def test_chunks_must_come_in_order(starts):
+    store = RingStore(grouped([Local(1)]), window=WINDOW, layer=3)
+    pending = None
+    for start in starts:
+        expected = {0} if pending is None else {0, *range(pending, pending + 4)}
+        if start in expected:
+            store.write(chunk_of(start, heads=1))
+            pending = start
+        else:
+            with pytest.raises(ChunkOrderError, match=rf"layer 3: a chunk starts at frame {start}, expected"):
+                store.write(chunk_of(start, heads=1))
+
+
+def test_a_change_of_batch_or_dtype_inside_a_video_is_refused_and_harmless(store):
+    for start in (0, 3, 6):
+        store.write(chunk_of(start))
+    before = store.frames(Local(2))
+    for bad in (chunk_of(9, batch=2), chunk_of(9, dtype=torch.float64), chunk_of(6, batch=2)):
+        with pytest.raises(StreamShapeError, match="layer 7: keys of this video were"):
+            store.write(bad)
+    assert store.frames(Local(2)) == before
+    assert store.pending == range(6, 9)
+    store.write(chunk_of(9))
+
+
+def test_a_new_video_may_have_another_batch(store):
+    store.write(chunk_of(0))
+    store.write(chunk_of(3))
+    store.write(chunk_of(0, batch=2))
+    store.write(chunk_of(3, batch=2))
+    assert store.frames(Local(2)) == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_a_broken_chunk_is_not_committed_and_can_be_written_again(store, value, which):
+    store.write(chunk_of(0))
+    chunk = chunk_of(3)
+    getattr(chunk, which)[0, 1, 0, 1, 2] = value
+    store.write(chunk)
+    with pytest.raises(NonFiniteKVError, match=r"layer 7, heads 1: keys or values of frames 3\.\.5"):
+        store.write(chunk_of(6))
+    assert store.pending == range(3, 6)
+    assert store.frames(Local(2)) == [[1, 2]]
+    store.write(chunk_of(3))
+    store.write(chunk_of(6))
+    assert store.frames(Local(2)) == [[4, 5]]
+
+
+def test_a_chunk_longer_than_the_role_has_room_for_is_refused(store):
+    store.write(chunk_of(0))
+    with pytest.raises(WindowError, match="beside a chunk of 9"):
+        store.write(chunk_of(3, length=9))
+    store.write(chunk_of(3))
+
+
+def test_committing_by_hand_ends_the_pending_chunk(store):
+    store.write(chunk_of(0))
+    store.commit()
+    store.commit()
+    assert store.pending is None
+    assert store.committed == 3
+    assert store.frames(Local(2)) == [[1, 2]]
+    store.write(chunk_of(3))
+    assert store.frames(Memory(1, 2, 2)) == [[0, 1, 2]]
+
+
+def test_an_interrupted_commit_makes_the_stream_refuse_instead_of_guess():
+    store = RingStore(grouped([Local(2)]), window=WINDOW, layer=1)
+    store.write(chunk_of(0, heads=1))
+    bank = store._banks[Local(2)]
+    original, bank.begin = bank.begin, lambda chunk: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(chunk_of(3, heads=1))
+    bank.begin = original
+    with pytest.raises(StreamError, match="interrupted"):
+        store.write(chunk_of(3, heads=1))
+    store.reset()
+    store.write(chunk_of(0, heads=1))
+
+
+def test_bytes_are_counted_from_the_tensors():
+    store = RingStore(grouped([Local(2), Anchor(1)]), window=WINDOW, layer=0)
+    assert store.nbytes() == 0
+    store.write(chunk_of(0))
+    token = 4 * 4  # float32, D = 4
+    slots = (2 + 3) + (1 + 3)
+    assert store.nbytes() == 3 * slots * 2 * token + 8 * slots
+
+
+def test_a_longer_local_memory_never_takes_fewer_bytes():
+    sizes = []
+    for recent in range(6):
+        store = RingStore(grouped([Local(recent)]), window=WINDOW, layer=0)
+        for start in range(0, 30, 3):
+            store.write(chunk_of(start, heads=1))
+        sizes.append(store.nbytes())
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == len(sizes)
+
+
+@given(frames=st.integers(2, 9), batch=st.integers(1, 3), seed=st.integers(0, 5))
+def test_similarity_is_the_mean_cosine_of_colocated_keys(frames, batch, seed):
+    keys = frame_tensor(range(frames), seed, batch, heads=3).double()
+    slow = torch.stack(
+        [
+            torch.stack(
+                [torch.cosine_similarity(keys[:, i], keys[:, j], dim=-1).mean((1, 2)) for j in range(frames)],
+                -1,
+            )
+            for i in range(frames)
+        ],
+        1,
+    )
+    assert torch.allclose(similarity(keys).double(), slow, atol=1e-5)
+
+
+@given(shown=st.lists(st.integers(0, 2), min_size=9, max_size=16))
+def test_max_min_keeps_every_distinct_scene(shown):
+    scenes = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    keys = torch.stack([scenes[scene] for scene in shown])[None]
+    assume(len(set(shown)) == 3)
+    kept = MaxMin().choose(keys, stored=0, places=3)[0].tolist()
+    assert {shown[row] for row in kept} == {0, 1, 2}
+
+
+def test_samples_of_a_batch_remember_on_their_own():
+    role = Memory(1, 2, 1)
+    alone = []
+    both = ReferenceStore(grouped([role]), window=WINDOW, layer=0)
+    tensors = [frame_tensor(range(30), seed, 1, 1) for seed in (1, 2)]
+    for x in tensors:
+        single = RingStore(grouped([role]), window=WINDOW, layer=0)
+        for start in range(0, 30, 3):
+            single.write(Chunk(start, x[:, start : start + 3], x[:, start : start + 3]))
+        alone += single.frames(role)
+    for start in range(0, 30, 3):
+        x = torch.cat([tensor[:, start : start + 3] for tensor in tensors])
+        both.write(Chunk(start, x, x))
+    assert both.frames(role) == alone
