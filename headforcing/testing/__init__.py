@@ -69,8 +69,6 @@ class Rig:
         self.config = DemoConfig(dim=16 * heads, layers=layers, heads=heads)
         model = DemoModel(self.config).randomize(torch.Generator().manual_seed(1))
         self.model: DemoModel = model.eval().requires_grad_(False).to(dtype)
-        for part in (model.time_embedding, model.time_projection):
-            part.float()  # noise levels are embedded in float32
         model.local_attn_size, model.sink_size = window, sink
 
     def caches(self, batch: int = 1, frames: int | None = None) -> Caches:
