@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from headforcing.apply import apply_head_forcing
-from headforcing.attention import HeadForcingMixin
 from headforcing.backends import Part
 from headforcing.backends.sdpa import attend
 from headforcing.demo.camera import CHUNK, VIEW, CameraSchedule
@@ -31,6 +30,7 @@ from headforcing.demo.pipeline import ChunkCallback, DemoPipeline
 from headforcing.demo.words import COLOURS, CURTAINS, PALETTES, POSES, SHAPES, SPEEDS, WORDS, parse_prompt
 from headforcing.demo.world import Scene, render, sample_scene
 from headforcing.errors import AlreadyAppliedError
+from headforcing.handle import handle_of
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 from headforcing.status import Status
@@ -151,12 +151,8 @@ def roll(
     given = render(scene, torch.arange(given_chunks * CHUNK)).video if given_chunks else None
     with _as_found(model):
         pipeline = _SeededPipeline(model, policy, seeds)
-        applied = (
-            nullcontext()
-            if policy.roles is None
-            else apply_head_forcing(model, policy.roles, backend=recorder)
-        )
-        with applied as handle:
+        roles = policy.roles
+        with nullcontext() if roles is None else apply_head_forcing(model, roles, backend=recorder) as handle:
             started = time.perf_counter()
             video = pipeline.generate(
                 scene.prompts(chunks),
@@ -231,7 +227,7 @@ class _Recorder:
 @contextmanager
 def _as_found(model: DemoModel) -> Iterator[None]:
     """Evaluation mode inside; window, sink and mode are put back."""
-    if any(isinstance(module, HeadForcingMixin) for module in model.modules()):
+    if handle_of(model) is not None:
         raise AlreadyAppliedError("roll applies the policy itself: remove head forcing from the model first")
     found = model.local_attn_size, model.sink_size, model.training
     model.eval()
@@ -256,11 +252,8 @@ def _held(
 def _measure(video: Tensor, scene: Scene, given_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
     """PSNR, identity and motion, each `[B, T]`; the given frames are not judged."""
     columns = known_columns(scene.camera, video.shape[2] // CHUNK, given_chunks)
-    values = (
-        background_psnr(video, scene, columns=columns),
-        sprite_identity(video, scene),
-        speed_ratio(video, scene),
-    )
+    psnr = background_psnr(video, scene, columns=columns)
+    values = (psnr, sprite_identity(video, scene), speed_ratio(video, scene))
     for value in values:
         value[:, : given_chunks * CHUNK] = torch.nan
     return values
