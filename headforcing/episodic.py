@@ -120,22 +120,30 @@ class Uniform(EpisodicUpdate):
 
     def choose(self, keys: Tensor, stored: int, places: int) -> Tensor:
         """Not a rule on keys; see `spread`."""
-        raise RoleError("Uniform chooses by frame number: call spread(frames, places)")
+        raise RoleError("Uniform chooses by frame number: call spread(frames, stored, places)")
 
-    def spread(self, frames: Sequence[int], places: int) -> tuple[int, ...]:
-        """Rows that stay: while too many, the inner frame in the tightest place leaves.
+    def spread(self, frames: Sequence[int], stored: int, places: int) -> tuple[int, ...]:
+        """Rows that stay: for a frame too many, the inner frame in the tightest place leaves.
 
-        Ties go to the newer frame. First and last candidates hold the ends of the covered time.
+        Ties go to the newer frame. The oldest and the newest hold the ends of the covered time.
+
+        Args:
+            frames: numbers of the stored frames and of those that want in, ascending.
+            stored: how many of them are in the memory already.
+            places: frames the memory holds.
         """
-        rows = list(range(len(frames)))
-        while len(rows) > places:
-            if len(rows) < 3:
-                rows.pop()
-                continue
-            gaps = [frames[rows[i + 1]] - frames[rows[i - 1]] for i in range(1, len(rows) - 1)]
-            tightest = max(i for i, gap in enumerate(gaps) if gap == min(gaps))
-            rows.pop(tightest + 1)
+        rows = list(range(stored))
+        for candidate in range(stored, len(frames)):
+            rows.append(candidate)
+            if len(rows) > places:
+                rows.pop(_tightest([frames[row] for row in rows]))
         return tuple(rows)
+
+
+def _tightest(frames: Sequence[int]) -> int:
+    """Index of the last inner frame whose neighbours are nearest to each other."""
+    gaps = [after - before for before, after in zip(frames, frames[2:], strict=False)]
+    return max((i + 1 for i, gap in enumerate(gaps) if gap == min(gaps)), default=len(frames) - 1)
 
 
 def _first(mask: Tensor) -> Tensor:

@@ -242,12 +242,12 @@ class Memory(HeadRole):
             kept = contest if episodic else ()
             return (*range(sinks), *kept, *range(rows - recents, rows))
         sinks_before = min(self.sink, before)
-        stored = before - sinks_before - min(recent, before - sinks_before)
+        stored = min(episodic, before - sinks_before - min(recent, before - sinks_before))
         if isinstance(self.update, Uniform):
             frames = [frame for row in contest if (frame := table.frames[row]) is not None]
-            spread = [sinks + row for row in self.update.spread(frames, episodic)]
+            spread = [sinks + row for row in self.update.spread(frames, stored, episodic)]
             return (*range(sinks), *spread, *range(rows - recents, rows))
-        chosen = self.update.choose(table.keys(contest), min(stored, episodic), episodic)
+        chosen = self.update.choose(table.keys(contest), stored, episodic)
         return Selection(tuple(range(sinks)), sinks + chosen, tuple(range(rows - recents, rows)))
 
     def fit(self, window: int, chunk: int) -> HeadRole:

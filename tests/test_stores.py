@@ -54,26 +54,28 @@ class Definition:
     def begin(self, new: list[int], chunk: int, keys: dict[int, torch.Tensor]) -> None:
         role, frames = self.role, self.kept + new
         if isinstance(role, SlidingWindow):
-            recent = role.window - role.sink - chunk
-            others = [f for f in frames if f >= role.sink]
-            self.kept = [f for f in frames if f < role.sink] + others[max(len(others) - recent, 0) :]
+            self.kept = self._sinks(frames) + self._last(frames, role.window - role.sink - chunk)
         elif isinstance(role, Local | Anchor):
-            others = [f for f in frames if f >= role.sink]
-            recent = others[len(others) - role.recent :] if role.recent < len(others) else others
-            self.kept = [f for f in frames if f < role.sink] + recent
+            self.kept = self._sinks(frames) + self._last(frames, role.recent)
         elif isinstance(role, Memory):
             self._memory(role, frames, keys)
         else:
             self.kept = frames
 
     def _memory(self, role: Memory, frames: list[int], keys: dict[int, torch.Tensor]) -> None:
-        others = [f for f in frames if f >= role.sink]
-        recent = others[len(others) - role.recent :] if role.recent else []
-        for frame in [f for f in others if f not in recent and f not in self.episodic]:
+        sinks, recent = self._sinks(frames), self._last(frames, role.recent)
+        for frame in [f for f in frames if f not in sinks + recent + self.episodic]:
             self.episodic.append(frame)
             if len(self.episodic) > role.episodic:
                 self.episodic.remove(self._victim(role, keys))
-        self.kept = [f for f in frames if f < role.sink] + self.episodic + recent
+        self.kept = sinks + self.episodic + recent
+
+    def _sinks(self, frames: list[int]) -> list[int]:
+        return [f for f in frames if f < self.role.sink]
+
+    def _last(self, frames: list[int], count: int) -> list[int]:
+        others = [f for f in frames if f >= self.role.sink]
+        return others[max(len(others) - count, 0) :]
 
     def _victim(self, role: Memory, keys: dict[int, torch.Tensor]) -> int:
         bank = self.episodic
@@ -107,13 +109,16 @@ class StoreMachine(RuleBasedStateMachine):
         row=st.lists(roles(WINDOW, CHUNK), min_size=1, max_size=4),
         batch=st.integers(1, 2),
         seed=st.integers(0, 9),
+        lengths=st.lists(st.integers(1, CHUNK), min_size=3, max_size=10),
     )
-    def start(self, row: list[HeadRole], batch: int, seed: int) -> None:
+    def start(self, row: list[HeadRole], batch: int, seed: int, lengths: list[int]) -> None:
         self.heads, self.num_heads = grouped(row), len(row)
         self.clean = ReferenceStore(self.heads, window=WINDOW, layer=0)
         self.noisy = self.store(self.heads, window=WINDOW, layer=0)
         self.seed = seed
         self._new_video(batch)
+        for length in lengths:
+            self.next_chunk(length, overlap=0, passes=1)
 
     def _new_video(self, batch: int) -> None:
         self.batch, self.pending = batch, None
@@ -198,7 +203,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert capacity is None or len(positions) <= capacity + len(self.pending)
 
 
-SETTINGS = settings(stateful_step_count=25)
+SETTINGS = settings(stateful_step_count=20, max_examples=2 * settings.default.max_examples)
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
@@ -257,7 +262,7 @@ class Frozen(RingStore):
 def test_the_state_machine_catches_a_planted_bug(store):
     machine = type("Planted", (StoreMachine,), {"store": store})
     quick = settings(SETTINGS, phases=[Phase_.generate], report_multiple_bugs=False)
-    with pytest.raises((AssertionError, RuntimeError, IndexError, StreamError)):
+    with pytest.raises((AssertionError, RuntimeError, IndexError, StreamError, WindowError)):
         run_state_machine_as_test(machine, settings=quick)
 
 

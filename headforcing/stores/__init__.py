@@ -73,7 +73,7 @@ class KVStore(ABC):
         if self._begins_video(chunk, shape):
             self._check_roles(shape.frames)
             self.reset()
-            self._open(chunk, shape)
+            self._make_room(shape.frames)
         elif chunk.frames == self._pending:
             self._check_shape(shape)
         else:
@@ -81,8 +81,9 @@ class KVStore(ABC):
             self._check_shape(shape)
             self._check_roles(shape.frames)
             self._commit_before(chunk.start)
-            self._open(chunk, shape)
+            self._make_room(shape.frames)
         self._stage(chunk)
+        self._pending, self._shape = chunk.frames, shape
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -91,10 +92,9 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
         """
         if self._pending is not None:
-            frames = len(self._pending)
+            chunk = len(self._pending)
             self._commit_before(self._pending.stop)
-            self._begin(frames)
-            self._pending = None
+            self._make_room(chunk)
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
@@ -183,14 +183,12 @@ class KVStore(ABC):
         done = range(self._pending.start, start)
         self._moving = True
         self._append(done)
-        self._end = start
+        self._end, self._pending = start, None
         self._moving = False
 
-    def _open(self, chunk: Chunk, shape: _Shape) -> None:
+    def _make_room(self, chunk: int) -> None:
         self._moving = True
-        self._begin(shape.frames)
-        self._shape = shape
-        self._pending = chunk.frames
+        self._begin(chunk)
         self._moving = False
 
     def _check_finite(self) -> None:

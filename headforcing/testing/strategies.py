@@ -41,7 +41,7 @@ def memories(window: int, chunk: int) -> st.SearchStrategy[Memory]:
         episodic = min(episodic, room - sink)
         return Memory(sink, episodic, min(recent, room - sink - episodic), update)
 
-    size = st.integers(0, window)
+    size = st.one_of(st.integers(0, 3), st.integers(0, window))
     return st.builds(build, st.integers(0, 3), size, size, st.sampled_from(UPDATES))
 
 
