@@ -1,0 +1,278 @@
+"""The demo from prompt to files: two policies on one scene, side by side with the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from headforcing.apply import apply_head_forcing
+from headforcing.demo import draw
+from headforcing.demo.camera import CHUNK
+from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
+from headforcing.demo.model import DemoModel, demo_model
+from headforcing.demo.pipeline import DemoPipeline
+from headforcing.demo.report import Report, policy_row, spans
+from headforcing.demo.words import MOTIONS, POSES, format_prompt
+from headforcing.demo.world import Scene, render
+from headforcing.role_map import RoleMap
+from headforcing.roles import HeadRole
+from headforcing.stores.ring import RingStore
+from headforcing.types import Heads
+
+FPS = 16
+REPORT = "demo.json"
+FILES = ("demo.mp4", "contact_sheet.png", "memory.png", REPORT)
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, what is done of it and how much there is."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to show.
+
+    Attributes:
+        prompt: words for the scene; `None`: drawn from the seed.
+        seconds: length of the videos, rounded to whole chunks.
+        seed: of scene and noise.
+        camera: `still` or `pan`.
+        out: folder for the files, made where it is missing.
+        weights: of the model; `None`: those in the package.
+        roles: role-map file; `None`: the one in the package.
+    """
+
+    prompt: str | None = None
+    seconds: float = 15.0
+    seed: int = 0
+    camera: Literal["still", "pan"] = "still"
+    out: Path = Path("headforcing-demo")
+    weights: Path | None = None
+    roles: Path | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of each video."""
+        return round(self.seconds * FPS / CHUNK)
+
+
+def show(request: Request, progress: Progress = lambda *_: None) -> Report:
+    """Makes the videos, writes the files and says what was found.
+
+    Raises:
+        ValueError: the prompt, the length or a file is not usable.
+        FileExistsError: the folder holds files of the same names that the demo did not write.
+    """
+    given = GIVEN_CHUNKS[request.camera]
+    if request.chunks <= given:
+        raise ValueError(
+            f"{request.seconds:g} seconds are {request.chunks * CHUNK} frames, but the first "
+            f"{given * CHUNK} are given to the model: ask for {(given + 1) * CHUNK / FPS + 0.05:.1f} or more"
+        )
+    scene = make_scene([request.seed], request.chunks, camera=request.camera, prompt=request.prompt)
+    model = load_model(request.weights)
+    roles = load_roles(request.roles)
+    check_folder(request.out)
+    policies = (Policy("sliding window"), Policy("Head Forcing", roles))
+    rollouts = []
+    for policy in policies:
+
+        def tell(index: int, _: Tensor, name: str = policy.name) -> None:
+            progress(name, index + 1, request.chunks)
+
+        seeds = [request.seed]
+        rollouts.append(
+            roll(model, policy, scene, request.chunks, seeds=seeds, given_chunks=given, callback=tell)
+        )
+    report = summarise_all(request, scene, model, rollouts)
+    held = watch_memory(model, roles, scene, request, progress)
+    files = write(request.out, report, story(report, scene, rollouts), held, progress)
+    return dataclasses.replace(report, files=files)
+
+
+def load_model(weights: Path | None) -> DemoModel:
+    """The demo model, with the weights of the package or of a file.
+
+    Raises:
+        ValueError: the file does not hold weights of the demo model.
+    """
+    if weights is None:
+        return demo_model()
+    try:
+        return DemoModel().load_weights(weights).eval().requires_grad_(False)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{weights}: not weights of the demo model ({error})") from error
+
+
+def load_roles(path: Path | None) -> RoleMap:
+    """The role map of a file, or the one in the package.
+
+    Raises:
+        RoleMapError: the file is not a role map.
+    """
+    if path is not None:
+        return RoleMap.load(path)
+    with resources.as_file(resources.files("headforcing.demo") / "roles.json") as packaged:
+        return RoleMap.load(packaged)
+
+
+def summarise_all(request: Request, scene: Scene, model: DemoModel, rollouts: list[Rollout]) -> Report:
+    """The report, without files."""
+    given, frames = GIVEN_CHUNKS[request.camera] * CHUNK, request.chunks * CHUNK
+    early, late = spans(frames, given, model.config.window)
+    words = format_prompt(scene.prompts(torch.zeros(1, dtype=torch.long))[0, 0])
+    return Report(
+        prompt=" ".join(word for word in words.split() if word not in (*POSES, *MOTIONS)),
+        camera=request.camera,
+        seed=request.seed,
+        frames=frames,
+        trained=model.config.window,
+        given=given,
+        early=early,
+        late=late,
+        policies=tuple(policy_row(rollout, model, frames - given, early, late) for rollout in rollouts),
+    )
+
+
+def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> draw.Story:
+    """What the pictures tell."""
+    truth = render(scene, torch.arange(report.frames)).video
+    names = {"sliding window": "The model's own sliding window"}
+    tracks = [draw.Track("True world", draw.TRUTH, _pixels(truth))]
+    for rollout, colour in zip(rollouts, (draw.WINDOW, draw.FORCING), strict=True):
+        name = names.get(rollout.policy.name, rollout.policy.name)
+        tracks.append(draw.Track(name, colour, _pixels(rollout.video), rollout.psnr[0].double().numpy()))
+    times = report.frames / report.trained
+    return draw.Story(
+        tuple(tracks),
+        headline=f"One prompt, one seed, {times:.1f} x the trained length",
+        byline=f"“{report.prompt}” · camera {report.camera} · seed {report.seed} · "
+        f"continues {report.given} true frames · 24 x 24 pixels, enlarged",
+        fps=FPS,
+        trained=report.trained,
+        given=report.given,
+    )
+
+
+def watch_memory(
+    model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
+) -> tuple[draw.Memory, ...]:
+    """Makes the video once more, and notes which frames one head of every role holds at each chunk."""
+    config = model.config
+    stores: list[RingStore] = []
+
+    class Watched(RingStore):
+        """The fast store, within reach."""
+
+        def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
+            super().__init__(heads, window=window, layer=layer)
+            stores.append(self)
+
+    chunks = torch.arange(request.chunks)
+    held: dict[HeadRole, list[tuple[int, ...]]] = {}
+
+    def note(index: int, _: Tensor) -> None:
+        first = {role: store for store in reversed(stores) for role in store.heads}
+        for role in roles.fit(config.layers, config.heads, config.window, config.chunk).counts():
+            held.setdefault(role, []).append(tuple(first[role].frames(role)[0]))
+        progress("who remembers what", index + 1, request.chunks)
+
+    given = render(scene, torch.arange(GIVEN_CHUNKS[request.camera] * CHUNK)).video
+    noise = torch.Generator().manual_seed(request.seed)
+    with apply_head_forcing(model, roles, store=Watched):
+        pipeline = DemoPipeline(model)
+        pipeline.generate(scene.prompts(chunks), generator=noise, first_chunk=given, callback=note)
+    window = config.window - config.chunk
+    rolled = [tuple(range(max(0, start - window), start)) for start in (chunks * CHUNK).tolist()]
+    memories = [draw.Memory("Sliding window: every head", tuple(rolled))]
+    for role, frames in held.items():
+        memories.append(draw.Memory(f"Head Forcing: {type(role).__name__.lower()} head", tuple(frames)))
+    return tuple(memories)
+
+
+def check_folder(out: Path) -> None:
+    """Makes the folder; refuses to overwrite what an earlier demo did not write.
+
+    Raises:
+        FileExistsError: see above.
+        NotADirectoryError: there is a file of that name.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    present = [name for name in FILES if (out / name).exists()]
+    if present and not _is_ours(out / REPORT):
+        raise FileExistsError(
+            f"{out} holds {', '.join(present)}, which this demo did not write: choose another --out"
+        )
+
+
+def write(
+    out: Path, report: Report, told: draw.Story, held: tuple[draw.Memory, ...], progress: Progress
+) -> tuple[str, ...]:
+    """Writes the files and returns their absolute paths."""
+    paths = {name: (out / name).resolve() for name in FILES}
+    files = tuple(str(path) for path in paths.values())
+    document = {"made_by": "headforcing demo", **dataclasses.replace(report, files=files).to_dict()}
+    _replace(paths[REPORT], lambda path: path.write_text(json.dumps(document, indent=2) + "\n", "utf-8"))
+
+    def told_frames() -> Iterable[draw.Pixels]:
+        for index, frame in enumerate(draw.draw_video(told)):
+            progress("drawing", index + 1, told.frames)
+            yield frame
+
+    _replace(paths["demo.mp4"], lambda path: write_mp4(path, told_frames()))
+    _replace(paths["contact_sheet.png"], lambda path: draw.draw_sheet(told).save(path))
+    title = f"Which frames a head remembers, over {told.frames} frames"
+    _replace(paths["memory.png"], lambda path: draw.draw_memory(held, CHUNK, title).savefig(path))
+    return files
+
+
+def write_mp4(path: Path, frames: Iterable[draw.Pixels]) -> None:
+    """H.264 in yuv420p with BT.709 colours, ready to play while it loads."""
+    from imageio_ffmpeg import write_frames
+
+    tags = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+    options = ["-crf", "18", "-preset", "veryfast", "-movflags", "+faststart", "-threads", "2"]
+    options += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,setparams={tags}"]
+    writer = write_frames(
+        str(path), draw.SIZE, fps=FPS, quality=None, pix_fmt_out="yuv420p", output_params=options
+    )
+    writer.send(None)
+    try:
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+    finally:
+        writer.close()
+
+
+def _replace(path: Path, save: Callable[[Path], Any]) -> None:
+    """Saves beside `path` and moves into place, so that nobody sees half a file."""
+    part = path.with_name(f".part-{path.name}")
+    try:
+        save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text("utf-8"))["made_by"] == "headforcing demo")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _pixels(video: Tensor) -> draw.Pixels:
+    """Frames `[T, 24, 24, 3]` of the first video of `[B, 3, T, 24, 24]` in [-1, 1]."""
+    levels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).numpy()
