@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from headforcing.adapter import Adapter, find_adapter
-from headforcing.attention import Options
 from headforcing.backends import Attend, find_backend
 from headforcing.errors import AlreadyAppliedError, RoleMapError, UnsupportedModelError
 from headforcing.handle import HeadForcing, handle_of, install
+from headforcing.plan import Options
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole

@@ -11,18 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.attention import (
-    Activity,
-    HeadForcingMixin,
-    LayerPlan,
-    Options,
-    Timeline,
-    open_stream,
-    original_class,
-    patched_class,
-    with_class,
-)
+from headforcing.attention import HeadForcingMixin, original_class, patched_class, with_class
 from headforcing.errors import PatchedModuleError, StreamActiveError
+from headforcing.plan import Activity, LayerPlan, Options, Timeline, open_stream
 from headforcing.role_map import RoleMap
 from headforcing.status import Status, collect
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from headforcing.attention import LayerPlan, Stream
+from headforcing.plan import LayerPlan, Stream
 from headforcing.roles import HeadRole
 
 

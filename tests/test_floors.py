@@ -17,9 +17,11 @@ FLOORS = [
     {"types", "errors", "lookup"},
     {"positions", "roles", "episodic", "role_map", "rope", "adapter"},
     {"stores", "backends", "metrics"},
-    {"attention", "profile", "presets", "status"},
+    {"plan", "presets"},
+    {"attention", "status"},
     {"handle"},
     {"apply"},
+    {"profile"},
     {""},
     {"integrations", "demo", "testing", "cli"},
 ]
