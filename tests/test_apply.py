@@ -749,7 +749,7 @@ def _small(roles: Any = None) -> tuple[Rig, list[Tensor]]:
     return Rig(layers=1), _through(expected, expected.model)
 
 
-@pytest.mark.parametrize("first", ["compile", "apply"])
+@pytest.mark.parametrize("first", ["compile", pytest.param("apply", marks=pytest.mark.slow)])
 @bug("dynamo cannot trace our forward: InternalTorchDynamoError in rope.rotate")
 def test_a_compiled_model_is_head_forced_whichever_comes_first(compiled: Any, first: str) -> None:
     rig, expected = _small(Local())
@@ -765,7 +765,7 @@ def test_a_compiled_model_is_head_forced_whichever_comes_first(compiled: Any, fi
     assert equal(_through(rig, rig.model), _small()[1])
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("how", ["in place", pytest.param("wrapped", marks=pytest.mark.slow)])
 @bug("an attention module compiled by itself keeps calling its original: silently inactive")
 def test_an_attention_module_compiled_by_itself_is_served_or_refused(compiled: Any, how: str) -> None:
     rig, expected = _small(Local())
