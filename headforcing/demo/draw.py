@@ -1,4 +1,4 @@
-"""The pictures of the demo: video frames, contact sheet, curves and memory strips.
+"""The pictures of the demo: the frames of the side-by-side video, and the contact sheet.
 
 Pure drawing: numbers come in, pixels come out. Pillow and matplotlib are imported where they are
 used, so that the module can be read without the extra `demo`.
@@ -6,21 +6,15 @@ used, so that the module can be read without the extra `demo`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Pixels = NDArray[np.uint8]
-
-# Okabe and Ito's palette, safe for colour-blind readers; the curves differ in dash as well.
-TRUTH, WINDOW, FORCING, THIRD = "#E8E6DF", "#E69F00", "#56B4E9", "#CC79A7"
-ROLE_COLOURS = (FORCING, "#009E73", THIRD, "#F0E442", "#D55E00", "#0072B2")
-PAPER, PANEL, INK, FAINT, RULE = "#11151A", "#171C23", "#ECEEF0", "#98A1AC", "#343C47"
+from headforcing.demo.plots import draw_curves
+from headforcing.demo.story import FAINT, INK, PAPER, RULE, TRUTH, Pixels, Story, Track
 
 SIZE = (1280, 720)
 SIDE, TOP, LEFT, GAP = 360, 112, 48, 52
@@ -28,68 +22,12 @@ CURVES = (0, 478, 1280, 242)
 """Left, top, width and height of the curves below the panels."""
 
 
-@dataclass(frozen=True)
-class Track:
-    """One video of the comparison.
-
-    Attributes:
-        name: its caption.
-        colour: of caption, frame and curve.
-        video: `[T, 24, 24, 3]`.
-        psnr: dB per frame, NaN where nothing is measured; `None` for the truth.
-    """
-
-    name: str
-    colour: str
-    video: Pixels
-    psnr: NDArray[np.float64] | None = None
-
-
-@dataclass(frozen=True)
-class Story:
-    """What the pictures tell: the tracks, and what they have in common.
-
-    Attributes:
-        tracks: the true world, then the policies.
-        headline: the large line.
-        byline: the small line.
-        fps: frames per second.
-        trained: frames of the training videos.
-        given: first frames that every policy is shown.
-    """
-
-    tracks: tuple[Track, ...]
-    headline: str
-    byline: str
-    fps: int
-    trained: int
-    given: int
-
-    @property
-    def frames(self) -> int:
-        """Frames of the videos."""
-        return len(self.tracks[0].video)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What one head of a role holds over time.
-
-    Attributes:
-        name: the panel's title.
-        held: per chunk, the frame numbers held when the chunk is made.
-    """
-
-    name: str
-    held: tuple[tuple[int, ...], ...]
-
-
 def draw_video(story: Story) -> Iterator[Pixels]:
     """The frames of the side-by-side video, `[720, 1280, 3]`, one by one."""
     from PIL import Image, ImageDraw
 
     stage = _stage(story)
-    bright, dim, edges = _curves(story)
+    bright, dim, edges = draw_curves(story, CURVES[2:])
     for frame in range(story.frames):
         image = stage.copy()
         draw = ImageDraw.Draw(image)
@@ -100,6 +38,7 @@ def draw_video(story: Story) -> Iterator[Pixels]:
                 text = "given" if frame < story.given else _decibel(track.psnr[frame])
                 draw.text((left + SIDE + 2, TOP - 10), text, INK, _font(15, "mono"), anchor="rs")
         _counter(draw, story, frame)
+        _camera(draw, story, frame)
         now = round(edges[0] + (edges[1] - edges[0]) * frame / max(story.frames - 1, 1))
         mixed = np.concatenate([bright[:, :now], dim[:, now:]], 1)
         image.paste(Image.fromarray(mixed), CURVES[:2])
@@ -164,100 +103,24 @@ def _counter(draw: Any, story: Story, frame: int) -> None:
     time = f"{frame / story.fps:5.1f} s   frame {frame:3d}"
     draw.text((right, 40), time, INK, _font(22, "mono"), anchor="rs")
     if frame < story.given:
-        note = "given to every model"
+        note = "true frames, given"
     elif frame < story.trained:
         note = "inside the trained length"
     else:
-        note = f"{(frame + 1) / story.trained:.1f} x the trained length"
+        note = f"{(frame + 1) / story.trained:.1f} × the trained length"
     draw.text((right, 66), note, FAINT, _font(15), anchor="rs")
 
 
-def _curves(story: Story) -> tuple[Pixels, Pixels, tuple[float, float, float, float]]:
-    """The curves in full and in dim colour, and the edges of their axes: left, right, top, bottom."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    pictures, edges = [], (0.0, 0.0, 0.0, 0.0)
-    for strength in (1.0, 0.28):
-        figure = Figure(figsize=(CURVES[2] / 100, CURVES[3] / 100), dpi=100, facecolor=PAPER)
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.0664, 0.20, 0.8961, 0.685))
-        _plot_psnr(axes, story, strength)
-        canvas.draw()
-        pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-        box = axes.get_window_extent()
-        edges = (box.x0, box.x1, CURVES[3] - box.y1, CURVES[3] - box.y0)
-    return pictures[0], pictures[1], edges
-
-
-def _plot_psnr(axes: Any, story: Story, strength: float) -> None:
-    tracks = [track for track in story.tracks if track.psnr is not None]
-    values = np.concatenate([np.asarray(track.psnr)[story.given :] for track in tracks])
-    known = values[np.isfinite(values)]
-    low, high = (known.min(), known.max()) if len(known) else (10.0, 40.0)
-    axes.set_ylim(5 * np.floor((low - 1) / 5), 5 * np.ceil((high + 2) / 5))
-    axes.set_xlim(0, max(story.frames - 1, 1))
-    axes.axvspan(0, story.trained, color="#FFFFFF", alpha=0.06, lw=0)
-    axes.axvline(story.trained, color=FAINT, lw=1.2, ls=(0, (4, 3)))
-    axes.annotate(
-        f"trained length ends ({story.trained} frames)",
-        (story.trained, axes.get_ylim()[0]),
-        (6, 6),
-        textcoords="offset points",
-        color=FAINT,
-        fontsize=10.5,
-    )
-    for index, track in enumerate(tracks):
-        shown = np.where(np.arange(story.frames) < story.given, np.nan, np.asarray(track.psnr))
-        style = "-" if index else (0, (5, 1.2))
-        axes.plot(shown, color=track.colour, lw=2.4, ls=style, alpha=strength)
-        axes.plot([], [], color=track.colour, lw=2.4, ls=style, label=track.name)
-    axes.set_xlabel(f"frame ({story.fps} per second)", labelpad=2)
-    axes.set_ylabel("background PSNR (dB)")
-    axes.legend(
-        loc="lower right", bbox_to_anchor=(1.005, 0.97), ncols=2, frameon=False, labelcolor=INK, fontsize=10
-    )
-    dress(axes)
-
-
-def dress(axes: Any) -> None:
-    """Gives axes the look of the demo."""
-    axes.set_facecolor(PANEL)
-    axes.grid(color=RULE, lw=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, labelsize=10, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=FAINT, fontsize=10.5)
-
-
-def draw_memory(memories: Sequence[Memory], chunk: int, title: str) -> Any:
-    """Who remembers what, a matplotlib figure: per role, the frames held at every time."""
-    from matplotlib.collections import PolyCollection
-    from matplotlib.figure import Figure
-
-    count = len(memories)
-    figure = Figure(figsize=(1.2 + 3.1 * count, 4.2), dpi=110, facecolor=PAPER)
-    figure.text(0.012, 0.93, title, color=INK, fontsize=14, fontweight="bold")
-    end = max(len(memory.held) for memory in memories) * chunk
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    for index, (axes, memory) in enumerate(zip(panels, memories, strict=True)):
-        colour = WINDOW if index == 0 else ROLE_COLOURS[(index - 1) % len(ROLE_COLOURS)]
-        cells = [
-            [(time * chunk, frame), (time * chunk, frame + 1), (left, frame + 1), (left, frame)]
-            for time, held in enumerate(memory.held)
-            for left in [(time + 1) * chunk]
-            for frame in held
-        ]
-        axes.add_collection(PolyCollection(cells, facecolor=colour, edgecolor=colour, lw=0.6))
-        axes.plot([0, end], [0, end], color=FAINT, lw=1, ls=(0, (2, 2)))
-        axes.set(xlim=(0, end), ylim=(-0.025 * end, end), xlabel="frame being made")
-        axes.set_title(memory.name, color=colour, fontsize=11.5, loc="left", pad=8)
-        dress(axes)
-    panels[0].set_ylabel("frames remembered")
-    figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.985, top=0.78, bottom=0.14, wspace=0.08)
-    return figure
+def _camera(draw: Any, story: Story, frame: int) -> None:
+    """Where the view is on the strip, above the true world."""
+    if story.camera is None:
+        return
+    width, height = 120, 10
+    left, top = _panel_left(0) + SIDE + 2 - width, TOP - 21
+    draw.text((left - 8, top + height), "view", FAINT, _font(13), anchor="rs")
+    draw.rectangle([left, top, left + width, top + height], outline=RULE)
+    start = left + round(width * float(story.camera[frame]))
+    draw.rectangle([start, top, start + width // 2, top + height], TRUTH)
 
 
 def _panel_left(index: int) -> int:

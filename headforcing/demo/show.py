@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from headforcing.apply import apply_head_forcing
-from headforcing.demo import draw
-from headforcing.demo.camera import CHUNK
+from headforcing.demo import draw, plots
+from headforcing.demo.camera import CHUNK, STRIP
 from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
+from headforcing.demo.files import FILES, MADE_BY, REPORT, check_folder, replace_file, write_mp4
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.report import Report, policy_row, spans
+from headforcing.demo.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
 from headforcing.demo.words import MOTIONS, POSES, format_prompt
 from headforcing.demo.world import Scene, render
 from headforcing.role_map import RoleMap
@@ -30,8 +32,6 @@ from headforcing.stores.ring import RingStore
 from headforcing.types import Heads
 
 FPS = 16
-REPORT = "demo.json"
-FILES = ("demo.mp4", "contact_sheet.png", "memory.png", REPORT)
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, what is done of it and how much there is."""
@@ -82,21 +82,46 @@ def show(request: Request, progress: Progress = lambda *_: None) -> Report:
     model = load_model(request.weights)
     roles = load_roles(request.roles)
     check_folder(request.out)
-    policies = (Policy("sliding window"), Policy("Head Forcing", roles))
+    rollouts = _roll_both(model, roles, scene, request, progress)
+    held = watch_memory(model, roles, scene, request, progress)
+    report = summarise_all(request, scene, model, rollouts)
+    files = write(request.out, report, story(report, scene, rollouts), held, progress)
+    return dataclasses.replace(report, files=files)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One video of a small model leaves threads nothing to share: they would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def _roll_both(
+    model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
+) -> list[Rollout]:
+    """The same scene and noise under both policies."""
     rollouts = []
-    for policy in policies:
+    for policy in (Policy("sliding window"), Policy("Head Forcing", roles)):
 
         def tell(index: int, _: Tensor, name: str = policy.name) -> None:
             progress(name, index + 1, request.chunks)
 
-        seeds = [request.seed]
-        rollouts.append(
-            roll(model, policy, scene, request.chunks, seeds=seeds, given_chunks=given, callback=tell)
+        rollout = roll(
+            model,
+            policy,
+            scene,
+            request.chunks,
+            seeds=[request.seed],
+            given_chunks=GIVEN_CHUNKS[request.camera],
+            callback=tell,
         )
-    report = summarise_all(request, scene, model, rollouts)
-    held = watch_memory(model, roles, scene, request, progress)
-    files = write(request.out, report, story(report, scene, rollouts), held, progress)
-    return dataclasses.replace(report, files=files)
+        rollouts.append(rollout)
+    return rollouts
 
 
 def load_model(weights: Path | None) -> DemoModel:
@@ -143,29 +168,32 @@ def summarise_all(request: Request, scene: Scene, model: DemoModel, rollouts: li
     )
 
 
-def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> draw.Story:
+def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
     """What the pictures tell."""
     truth = render(scene, torch.arange(report.frames)).video
     names = {"sliding window": "The model's own sliding window"}
-    tracks = [draw.Track("True world", draw.TRUTH, _pixels(truth))]
-    for rollout, colour in zip(rollouts, (draw.WINDOW, draw.FORCING), strict=True):
+    tracks = [Track("True world", TRUTH, _pixels(truth))]
+    for rollout, colour in zip(rollouts, (WINDOW, FORCING), strict=True):
         name = names.get(rollout.policy.name, rollout.policy.name)
-        tracks.append(draw.Track(name, colour, _pixels(rollout.video), rollout.psnr[0].double().numpy()))
+        tracks.append(Track(name, colour, _pixels(rollout.video), rollout.psnr[0].double().numpy()))
     times = report.frames / report.trained
-    return draw.Story(
+    offset = scene.camera.offset(torch.arange(report.frames))[0]
+    return Story(
         tuple(tracks),
-        headline=f"One prompt, one seed, {times:.1f} x the trained length",
+        headline=f"One prompt, one seed, {times:.1f} × the trained length",
         byline=f"“{report.prompt}” · camera {report.camera} · seed {report.seed} · "
-        f"continues {report.given} true frames · 24 x 24 pixels, enlarged",
+        f"continues {report.given} true frames · 24 × 24 pixels, enlarged",
         fps=FPS,
         trained=report.trained,
         given=report.given,
+        camera=offset.double().numpy() / STRIP if report.camera == "pan" else None,
     )
 
 
+@_one_thread()
 def watch_memory(
     model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
-) -> tuple[draw.Memory, ...]:
+) -> tuple[Held, ...]:
     """Makes the video once more, and notes which frames one head of every role holds at each chunk."""
     config = model.config
     stores: list[RingStore] = []
@@ -193,86 +221,34 @@ def watch_memory(
         pipeline.generate(scene.prompts(chunks), generator=noise, first_chunk=given, callback=note)
     window = config.window - config.chunk
     rolled = [tuple(range(max(0, start - window), start)) for start in (chunks * CHUNK).tolist()]
-    memories = [draw.Memory("Sliding window: every head", tuple(rolled))]
+    memories = [Held("Sliding window: every head", tuple(rolled))]
     for role, frames in held.items():
-        memories.append(draw.Memory(f"Head Forcing: {type(role).__name__.lower()} head", tuple(frames)))
+        memories.append(Held(f"Head Forcing: {type(role).__name__.lower()} head", tuple(frames)))
     return tuple(memories)
 
 
-def check_folder(out: Path) -> None:
-    """Makes the folder; refuses to overwrite what an earlier demo did not write.
-
-    Raises:
-        FileExistsError: see above.
-        NotADirectoryError: there is a file of that name.
-    """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    present = [name for name in FILES if (out / name).exists()]
-    if present and not _is_ours(out / REPORT):
-        raise FileExistsError(
-            f"{out} holds {', '.join(present)}, which this demo did not write: choose another --out"
-        )
-
-
 def write(
-    out: Path, report: Report, told: draw.Story, held: tuple[draw.Memory, ...], progress: Progress
+    out: Path, report: Report, told: Story, held: tuple[Held, ...], progress: Progress
 ) -> tuple[str, ...]:
     """Writes the files and returns their absolute paths."""
     paths = {name: (out / name).resolve() for name in FILES}
     files = tuple(str(path) for path in paths.values())
-    document = {"made_by": "headforcing demo", **dataclasses.replace(report, files=files).to_dict()}
-    _replace(paths[REPORT], lambda path: path.write_text(json.dumps(document, indent=2) + "\n", "utf-8"))
+    document = {"made_by": MADE_BY, **dataclasses.replace(report, files=files).to_dict()}
+    replace_file(paths[REPORT], lambda path: path.write_text(json.dumps(document, indent=2) + "\n", "utf-8"))
 
-    def told_frames() -> Iterable[draw.Pixels]:
+    def told_frames() -> Iterable[Pixels]:
         for index, frame in enumerate(draw.draw_video(told)):
             progress("drawing", index + 1, told.frames)
             yield frame
 
-    _replace(paths["demo.mp4"], lambda path: write_mp4(path, told_frames()))
-    _replace(paths["contact_sheet.png"], lambda path: draw.draw_sheet(told).save(path))
+    replace_file(paths["demo.mp4"], lambda path: write_mp4(path, told_frames(), draw.SIZE, FPS))
+    replace_file(paths["contact_sheet.png"], lambda path: draw.draw_sheet(told).save(path))
     title = f"Which frames a head remembers, over {told.frames} frames"
-    _replace(paths["memory.png"], lambda path: draw.draw_memory(held, CHUNK, title).savefig(path))
+    replace_file(paths["memory.png"], lambda path: plots.draw_memory(held, CHUNK, title).savefig(path))
     return files
 
 
-def write_mp4(path: Path, frames: Iterable[draw.Pixels]) -> None:
-    """H.264 in yuv420p with BT.709 colours, ready to play while it loads."""
-    from imageio_ffmpeg import write_frames
-
-    tags = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
-    options = ["-crf", "18", "-preset", "veryfast", "-movflags", "+faststart", "-threads", "2"]
-    options += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,setparams={tags}"]
-    writer = write_frames(
-        str(path), draw.SIZE, fps=FPS, quality=None, pix_fmt_out="yuv420p", output_params=options
-    )
-    writer.send(None)
-    try:
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
-
-
-def _replace(path: Path, save: Callable[[Path], Any]) -> None:
-    """Saves beside `path` and moves into place, so that nobody sees half a file."""
-    part = path.with_name(f".part-{path.name}")
-    try:
-        save(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text("utf-8"))["made_by"] == "headforcing demo")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _pixels(video: Tensor) -> draw.Pixels:
+def _pixels(video: Tensor) -> Pixels:
     """Frames `[T, 24, 24, 3]` of the first video of `[B, 3, T, 24, 24]` in [-1, 1]."""
     levels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).numpy()

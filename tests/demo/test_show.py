@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,28 +12,30 @@ import torch
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
 
 from headforcing import Anchor, Local, Memory, RoleMap
-from headforcing.demo import draw, show
+from headforcing.demo import draw, files, show
 from headforcing.demo.compare import make_scene
 from headforcing.demo.model import DemoModel
+from headforcing.demo.plots import draw_memory
 from headforcing.demo.report import PolicyRow, Report, RoleRow, spans
+from headforcing.demo.story import FORCING, INK, TRUTH, WINDOW, Held, Story, Track
 
 FRAMES = 30
 
 
 def track(name, colour, seed, psnr=None):
     levels = np.random.default_rng(seed).integers(0, 255, (FRAMES, 3, 3, 3), dtype=np.uint8)
-    return draw.Track(name, colour, levels.repeat(8, 1).repeat(8, 2), psnr)
+    return Track(name, colour, levels.repeat(8, 1).repeat(8, 2), psnr)
 
 
 def a_story():
     curve = np.linspace(35.0, 20.0, FRAMES)
     gap = np.where(np.arange(FRAMES) % 7 == 0, np.nan, curve - 4)
     tracks = (
-        track("True world", draw.TRUTH, 0),
-        track("The model's own sliding window", draw.WINDOW, 1, gap),
-        track("Head Forcing", draw.FORCING, 2, curve),
+        track("True world", TRUTH, 0),
+        track("The model's own sliding window", WINDOW, 1, gap),
+        track("Head Forcing", FORCING, 2, curve),
     )
-    return draw.Story(tracks, "Headline", "byline", fps=16, trained=21, given=3)
+    return Story(tracks, "Headline", "byline", fps=16, trained=21, given=3)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,9 @@ def read(path):
 
 def test_the_files_are_where_the_report_says(made):
     _, report, out = made
-    assert sorted(path.name for path in out.iterdir()) == sorted(show.FILES)
-    assert [str((out / name).resolve()) for name in show.FILES] == list(report.files)
-    document = json.loads((out / show.REPORT).read_text(), parse_constant=pytest.fail)
+    assert sorted(path.name for path in out.iterdir()) == sorted(files.FILES)
+    assert [str((out / name).resolve()) for name in files.FILES] == list(report.files)
+    document = json.loads((out / files.REPORT).read_text(), parse_constant=pytest.fail)
     assert {**document, "files": tuple(document["files"])}["made_by"] == "headforcing demo"
     assert document["policies"][0]["name"] == "sliding window"
 
@@ -80,7 +83,7 @@ def test_the_video_has_every_frame(made):
 
 def test_the_video_shows_what_it_is_given(tmp_path):
     story = a_story()
-    show.write_mp4(tmp_path / "x.mp4", draw.draw_video(story))
+    files.write_mp4(tmp_path / "x.mp4", draw.draw_video(story), draw.SIZE, 16)
     _, frames = read(tmp_path / "x.mp4")
     for index, shown in enumerate(story.tracks):
         left = draw.LEFT + index * (draw.SIDE + draw.GAP)
@@ -92,7 +95,7 @@ def test_the_video_shows_what_it_is_given(tmp_path):
 def test_the_playhead_moves(monkeypatch):
     frames = [frame.copy() for frame in draw.draw_video(a_story())]
     row = draw.CURVES[1] + draw.CURVES[3] // 2
-    ink = np.array([int(draw.INK[i : i + 2], 16) for i in (1, 3, 5)])
+    ink = np.array([int(INK[i : i + 2], 16) for i in (1, 3, 5)])
     places = [
         np.flatnonzero((frame[row] == ink).all(-1)).mean() for frame in (frames[0], frames[15], frames[-1])
     ]
@@ -103,10 +106,28 @@ def test_the_playhead_moves(monkeypatch):
 def test_the_sheet_has_a_cell_per_time():
     story = a_story()
     sheet = np.asarray(draw.draw_sheet(story, columns=4))
-    last = story.tracks[2].video[-1]
-    corner = np.argwhere((sheet == np.asarray(draw.enlarge(last, 132))[66, 66]).all(-1))
-    assert len(corner)
-    assert sheet.shape[1] < np.asarray(draw.draw_sheet(story, columns=12)).shape[1]
+    for shown in story.tracks:
+        for frame in (0, 10, 19, 29):
+            cell = np.asarray(draw.enlarge(shown.video[frame], 132))
+            starts = np.argwhere((sheet[:-131, :-131] == cell[0, 0]).all(-1))
+            assert any((sheet[y : y + 132, x : x + 132] == cell).all() for y, x in starts)
+
+
+def test_a_strip_holds_a_mark_per_frame_remembered():
+    held = Held("local", ((), (0, 1), (3,)))
+    (panel,) = draw_memory([held], 3, "title").axes
+    corners = [path.get_extents().bounds for path in panel.collections[0].get_paths()]
+    assert corners == [(3, 0, 3, 1), (3, 1, 3, 1), (6, 3, 3, 1)]
+
+
+def test_the_view_moves_with_the_camera():
+    offsets = np.linspace(0, 0.5, FRAMES)
+    frames = [frame.copy() for frame in draw.draw_video(dataclasses.replace(a_story(), camera=offsets))]
+    left = draw.LEFT + draw.SIDE + 2 - 120
+    bar = [frame[draw.TOP - 16, left : left + 121].min(1) > 180 for frame in (frames[0], frames[-1])]
+    assert bar[0][:60].all()
+    assert not bar[0][62:].any()
+    assert bar[1][61:].all()
 
 
 def test_memory_is_what_the_roles_keep(made):
@@ -132,18 +153,18 @@ def test_a_failure_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        show._replace(target, fail)
+        files.replace_file(target, fail)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", "no json", '{"made_by": "another"}'])
 def test_only_our_report_opens_a_folder(tmp_path, content):
-    (tmp_path / show.REPORT).write_text(content)
+    (tmp_path / files.REPORT).write_text(content)
     with pytest.raises(FileExistsError, match="did not write"):
-        show.check_folder(tmp_path)
-    (tmp_path / show.REPORT).write_text('{"made_by": "headforcing demo"}')
-    show.check_folder(tmp_path)
+        files.check_folder(tmp_path)
+    (tmp_path / files.REPORT).write_text('{"made_by": "headforcing demo"}')
+    files.check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

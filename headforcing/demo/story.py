@@ -1,0 +1,73 @@
+"""What the pictures of the demo are made from: the videos, the numbers and the colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+# Okabe and Ito's palette, safe for colour-blind readers; the curves differ in dash as well.
+TRUTH, WINDOW, FORCING, THIRD = "#E8E6DF", "#E69F00", "#56B4E9", "#CC79A7"
+ROLE_COLOURS = (FORCING, "#009E73", THIRD, "#F0E442", "#D55E00", "#0072B2")
+PAPER, PANEL, INK, FAINT, RULE = "#11151A", "#171C23", "#ECEEF0", "#98A1AC", "#343C47"
+
+
+@dataclass(frozen=True)
+class Track:
+    """One video of the comparison.
+
+    Attributes:
+        name: its caption.
+        colour: of caption, frame and curve.
+        video: `[T, 24, 24, 3]`.
+        psnr: dB per frame, NaN where nothing is measured; `None` for the truth.
+    """
+
+    name: str
+    colour: str
+    video: Pixels
+    psnr: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the pictures tell: the tracks, and what they have in common.
+
+    Attributes:
+        tracks: the true world, then the policies.
+        headline: the large line.
+        byline: the small line.
+        fps: frames per second.
+        trained: frames of the training videos.
+        given: first frames that every policy is shown.
+        camera: left edge of the view per frame, as a share of the strip; `None`: it stands still.
+    """
+
+    tracks: tuple[Track, ...]
+    headline: str
+    byline: str
+    fps: int
+    trained: int
+    given: int
+    camera: NDArray[np.float64] | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames of the videos."""
+        return len(self.tracks[0].video)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one head of a role holds over time.
+
+    Attributes:
+        name: the panel's title.
+        held: per chunk, the frame numbers held when the chunk is made.
+    """
+
+    name: str
+    held: tuple[tuple[int, ...], ...]
