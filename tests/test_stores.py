@@ -150,6 +150,7 @@ class StoreMachine(RuleBasedStateMachine):
         start = 0
         if self.pending is not None:
             start = max(self.pending.stop - overlap, self.pending.start + 1)
+            length = max(length, self.pending.stop - start)
         self._write(range(start, start + length), passes)
 
     @precondition(lambda self: self.pending is not None)
@@ -323,6 +324,14 @@ def test_chunks_must_come_in_order(starts):
         else:
             with pytest.raises(ChunkOrderError, match=rf"layer 3: a chunk starts at frame {start}, expected"):
                 store.write(chunk_of(start, heads=1))
+
+
+def test_a_chunk_that_would_lose_the_end_of_the_one_before_is_refused(store):
+    store.write(chunk_of(0))
+    store.write(chunk_of(3))
+    with pytest.raises(ChunkOrderError, match="ends before frame 5, expected at least 6"):
+        store.write(chunk_of(4, length=1))
+    store.write(chunk_of(4, length=2))
 
 
 def test_a_change_of_batch_or_dtype_inside_a_video_is_refused_and_harmless(store):

@@ -49,17 +49,15 @@ class KVStore(ABC):
         self._moving = False
         self._finite: _HostFlag | None = None
 
-    # What a caller does ---------------------------------------------------------------------------
-
     def write(self, chunk: Chunk) -> None:
         """Takes one pass over a chunk.
 
-        The pending chunk again: overwrites it. The next chunk, also one that overlaps the end of the
-        pending one: commits the frames before it first. Frame 0 again after growth, or with another
-        shape: begins a new video.
+        The pending chunk again: overwrites it. The next chunk, also one that begins inside the pending
+        one: commits the frames before it first. Frame 0 again after growth, or with another shape:
+        begins a new video.
 
         Raises:
-            ChunkOrderError: a frame would be skipped, or the chunk lies in the past.
+            ChunkOrderError: a frame would be skipped or lost, or the chunk lies in the past.
             StreamShapeError: batch, tokens, heads or dtype differ from the chunks before.
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
             WindowError: a role has no room beside so long a chunk.
@@ -126,8 +124,6 @@ class KVStore(ABC):
     def nbytes(self) -> int:
         """Bytes held, counted from the tensors."""
 
-    # What a subclass does -------------------------------------------------------------------------
-
     @abstractmethod
     def _begin(self, chunk: int) -> None:
         """Asks every role what stays, because a chunk of `chunk` frames begins."""
@@ -148,21 +144,23 @@ class KVStore(ABC):
     def _clear(self) -> None:
         """Forgets history and pending chunk."""
 
-    # Checks ---------------------------------------------------------------------------------------
-
     def _begins_video(self, chunk: Chunk, shape: _Shape) -> bool:
         if chunk.start != 0:
             return False
         return self._pending is None or self._pending != chunk.frames or self._shape != shape
 
     def _check_order(self, chunk: Chunk) -> None:
-        first = self._end if self._pending is None else self._pending.start + 1
-        last = self._end if self._pending is None else self._pending.stop
-        if not first <= chunk.start <= last:
+        pending = range(self._end - 1, self._end) if self._pending is None else self._pending
+        if not pending.start < chunk.start <= pending.stop:
+            again = "" if self._pending is None else f" (or {pending.start} again)"
             raise ChunkOrderError(
-                f"layer {self.layer}: a chunk starts at frame {chunk.start}, expected {last}"
-                f"{'' if self._pending is None else f' (or {self._pending.start} again)'}: chunks come "
-                "in order, a new video starts at frame 0"
+                f"layer {self.layer}: a chunk starts at frame {chunk.start}, expected {pending.stop}{again}: "
+                "chunks come in order, a new video starts at frame 0"
+            )
+        if chunk.frames.stop < pending.stop:
+            raise ChunkOrderError(
+                f"layer {self.layer}: a chunk ends before frame {chunk.frames.stop}, expected at least "
+                f"{pending.stop}: it overlaps the chunk before it and would lose its last frames"
             )
 
     def _check_shape(self, shape: _Shape) -> None:
