@@ -1,1 +1,37 @@
-"""The embedded demo: a synthetic world, a small trained video model, its pipeline and metrics."""
+"""The embedded demo: a synthetic world, a small trained video model, its pipeline and metrics.
+
+    >>> from headforcing.demo import DemoPipeline, parse_prompt
+    >>> parse_prompt("sea clear fast disc red").shape
+    torch.Size([10])
+
+The tools for comparing policies are in `headforcing.demo.compare`, training in
+`headforcing.demo.train`; neither is imported here.
+"""
+
+from importlib import resources
+
+from headforcing.demo.model import DemoModel, demo_model
+from headforcing.demo.pipeline import DemoPipeline
+from headforcing.demo.words import format_prompt, parse_prompt
+from headforcing.role_map import RoleMap
+
+__all__ = [
+    "DemoModel",
+    "DemoPipeline",
+    "demo_model",
+    "demo_pipeline",
+    "demo_roles",
+    "format_prompt",
+    "parse_prompt",
+]
+
+
+def demo_roles() -> RoleMap:
+    """The role map that was measured on the demo model; how is in its `provenance`."""
+    with resources.as_file(resources.files("headforcing.demo") / "roles.json") as path:
+        return RoleMap.load(path)
+
+
+def demo_pipeline(*, window: int | None = None, sink: int = 0) -> DemoPipeline:
+    """The demo model in its pipeline; the model is `pipeline.model`, see `DemoPipeline`."""
+    return DemoPipeline(demo_model(), window=window, sink=sink)
