@@ -18,10 +18,9 @@ from torch import Tensor
 from headforcing.apply import apply_head_forcing
 from headforcing.demo import draw, plots
 from headforcing.demo.camera import CHUNK, STRIP
-from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
+from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, _SeededPipeline, make_scene, roll
 from headforcing.demo.files import FILES, MADE_BY, REPORT, check_folder, replace_file, write_mp4
 from headforcing.demo.model import DemoModel, demo_model
-from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.report import Report, policy_row, spans
 from headforcing.demo.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
 from headforcing.demo.words import MOTIONS, POSES, format_prompt
@@ -215,10 +214,10 @@ def watch_memory(
         progress("who remembers what", index + 1, request.chunks)
 
     given = render(scene, torch.arange(GIVEN_CHUNKS[request.camera] * CHUNK)).video
-    noise = torch.Generator().manual_seed(request.seed)
     with apply_head_forcing(model, roles, store=Watched):
-        pipeline = DemoPipeline(model)
-        pipeline.generate(scene.prompts(chunks), generator=noise, first_chunk=given, callback=note)
+        pipeline = _SeededPipeline(model, Policy("watched"), [request.seed])  # the noise of `roll`
+        unused = torch.Generator()
+        pipeline.generate(scene.prompts(chunks), generator=unused, first_chunk=given, callback=note)
     window = config.window - config.chunk
     rolled = [tuple(range(max(0, start - window), start)) for start in (chunks * CHUNK).tolist()]
     memories = [Held("Sliding window: every head", tuple(rolled))]
