@@ -5,18 +5,23 @@
     >>> handle = hf.apply_head_forcing(demo_model(), demo_roles())
     >>> handle.remove()
 
-An independent implementation of Head Forcing (arXiv:2605.14487).
+An independent implementation of Head Forcing (arXiv:2605.14487). Names are imported when they are first
+used, so that `headforcing --help` does not wait for torch.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from headforcing.adapter import Adapter
-from headforcing.apply import apply_head_forcing, remove_head_forcing
 from headforcing.errors import HeadForcingError
-from headforcing.handle import HeadForcing
-from headforcing.role_map import RoleMap
-from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.stores import KVStore
+
+if TYPE_CHECKING:
+    from headforcing.adapter import Adapter
+    from headforcing.apply import apply_head_forcing, remove_head_forcing
+    from headforcing.handle import HeadForcing
+    from headforcing.role_map import RoleMap
+    from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+    from headforcing.stores import KVStore
 
 __version__ = version("headforcing")
 
@@ -35,3 +40,18 @@ __all__ = [
     "apply_head_forcing",
     "remove_head_forcing",
 ]
+
+_HOME = {
+    "Adapter": "adapter",
+    "HeadForcing": "handle",
+    "KVStore": "stores",
+    "RoleMap": "role_map",
+    "apply_head_forcing": "apply",
+    "remove_head_forcing": "apply",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'roles')}"), name)

@@ -109,6 +109,13 @@ class RoleMap:
                 counts[role] = counts.get(role, 0) + 1
         return counts
 
+    def where(self, role: HeadRole) -> tuple[int, int]:
+        """Layer and head of the first head with this role."""
+        for layer, row in enumerate(self.layers):
+            if role in row:
+                return layer, row.index(role)
+        raise RoleMapError(f"no head has the role {role}: the map has {len(self.counts())} roles")
+
     def to_json(self) -> str:
         """The map as canonical JSON text."""
         names = _names(self.counts())

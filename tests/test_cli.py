@@ -81,7 +81,6 @@ def test_the_command_line_itself_does_not_import_torch():
     assert answer.endswith("0 False\n")
 
 
-@pytest.mark.xfail(reason="importing the package imports torch", strict=False)
 def test_help_does_not_wait_for_torch():
     answer, seconds = fresh(TRY_HELP)
     assert answer.endswith("0 False\n")

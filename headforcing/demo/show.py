@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -15,20 +14,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from headforcing.apply import apply_head_forcing
-from headforcing.demo import draw, plots
+from headforcing.demo import demo_roles, draw, plots
 from headforcing.demo.camera import CHUNK, STRIP
-from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, _SeededPipeline, make_scene, roll
+from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
 from headforcing.demo.files import FILES, MADE_BY, REPORT, check_folder, replace_file, write_mp4
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.report import Report, policy_row, spans
 from headforcing.demo.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
 from headforcing.demo.words import MOTIONS, POSES, format_prompt
 from headforcing.demo.world import Scene, render
+from headforcing.handle import handle_of
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
-from headforcing.stores.ring import RingStore
-from headforcing.types import Heads
 
 FPS = 16
 
@@ -79,10 +76,9 @@ def show(request: Request, progress: Progress = lambda *_: None) -> Report:
         )
     scene = make_scene([request.seed], request.chunks, camera=request.camera, prompt=request.prompt)
     model = load_model(request.weights)
-    roles = load_roles(request.roles)
+    roles = demo_roles() if request.roles is None else RoleMap.load(request.roles)
     check_folder(request.out)
-    rollouts = _roll_both(model, roles, scene, request, progress)
-    held = watch_memory(model, roles, scene, request, progress)
+    rollouts, held = roll_both(model, roles, scene, request, progress)
     report = summarise_all(request, scene, model, rollouts)
     files = write(request.out, report, story(report, scene, rollouts), held, progress)
     return dataclasses.replace(report, files=files)
@@ -100,14 +96,16 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def _roll_both(
+def roll_both(
     model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
-) -> list[Rollout]:
-    """The same scene and noise under both policies."""
+) -> tuple[list[Rollout], tuple[Held, ...]]:
+    """The same scene and noise under both policies, and which frames they remembered on the way."""
     rollouts = []
+    diary = _Diary(model)
     for policy in (Policy("sliding window"), Policy("Head Forcing", roles)):
 
         def tell(index: int, _: Tensor, name: str = policy.name) -> None:
+            diary.note()
             progress(name, index + 1, request.chunks)
 
         rollout = roll(
@@ -120,7 +118,32 @@ def _roll_both(
             callback=tell,
         )
         rollouts.append(rollout)
-    return rollouts
+    return rollouts, diary.read(request.chunks)
+
+
+class _Diary:
+    """Notes after every chunk which frames one head of every role remembers."""
+
+    def __init__(self, model: DemoModel) -> None:
+        self._model = model
+        self._held: dict[HeadRole, list[tuple[int, ...]]] = {}
+
+    def note(self) -> None:
+        handle = handle_of(self._model)
+        if handle is None:
+            return
+        for role in handle.roles.counts():
+            layer, head = handle.roles.where(role)
+            self._held.setdefault(role, []).append(tuple(handle.frames(layer, head)[0][0]))
+
+    def read(self, chunks: int) -> tuple[Held, ...]:
+        """The model's own rolled cache first, then every role."""
+        window = self._model.config.window - self._model.config.chunk
+        rolled = [tuple(range(max(0, start - window), start)) for start in range(0, chunks * CHUNK, CHUNK)]
+        memories = [Held("Sliding window: every head", tuple(rolled))]
+        for role, frames in self._held.items():
+            memories.append(Held(f"Head Forcing: {type(role).__name__.lower()} head", tuple(frames)))
+        return tuple(memories)
 
 
 def load_model(weights: Path | None) -> DemoModel:
@@ -135,18 +158,6 @@ def load_model(weights: Path | None) -> DemoModel:
         return DemoModel().load_weights(weights).eval().requires_grad_(False)
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{weights}: not weights of the demo model ({error})") from error
-
-
-def load_roles(path: Path | None) -> RoleMap:
-    """The role map of a file, or the one in the package.
-
-    Raises:
-        RoleMapError: the file is not a role map.
-    """
-    if path is not None:
-        return RoleMap.load(path)
-    with resources.as_file(resources.files("headforcing.demo") / "roles.json") as packaged:
-        return RoleMap.load(packaged)
 
 
 def summarise_all(request: Request, scene: Scene, model: DemoModel, rollouts: list[Rollout]) -> Report:
@@ -187,43 +198,6 @@ def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
         given=report.given,
         camera=offset.double().numpy() / STRIP if report.camera == "pan" else None,
     )
-
-
-@_one_thread()
-def watch_memory(
-    model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
-) -> tuple[Held, ...]:
-    """Makes the video once more, and notes which frames one head of every role holds at each chunk."""
-    config = model.config
-    stores: list[RingStore] = []
-
-    class Watched(RingStore):
-        """The fast store, within reach."""
-
-        def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
-            super().__init__(heads, window=window, layer=layer)
-            stores.append(self)
-
-    chunks = torch.arange(request.chunks)
-    held: dict[HeadRole, list[tuple[int, ...]]] = {}
-
-    def note(index: int, _: Tensor) -> None:
-        first = {role: store for store in reversed(stores) for role in store.heads}
-        for role in roles.fit(config.layers, config.heads, config.window, config.chunk).counts():
-            held.setdefault(role, []).append(tuple(first[role].frames(role)[0]))
-        progress("who remembers what", index + 1, request.chunks)
-
-    given = render(scene, torch.arange(GIVEN_CHUNKS[request.camera] * CHUNK)).video
-    with apply_head_forcing(model, roles, store=Watched):
-        pipeline = _SeededPipeline(model, Policy("watched"), [request.seed])  # the noise of `roll`
-        unused = torch.Generator()
-        pipeline.generate(scene.prompts(chunks), generator=unused, first_chunk=given, callback=note)
-    window = config.window - config.chunk
-    rolled = [tuple(range(max(0, start - window), start)) for start in (chunks * CHUNK).tolist()]
-    memories = [Held("Sliding window: every head", tuple(rolled))]
-    for role, frames in held.items():
-        memories.append(Held(f"Head Forcing: {type(role).__name__.lower()} head", tuple(frames)))
-    return tuple(memories)
 
 
 def write(

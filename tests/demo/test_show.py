@@ -13,9 +13,8 @@ pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
 
 from headforcing import Anchor, Local, Memory, RoleMap
 from headforcing.demo import draw, files, show
-from headforcing.demo.compare import Policy, make_scene, roll
+from headforcing.demo.compare import make_scene
 from headforcing.demo.model import DemoModel
-from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.plots import draw_memory
 from headforcing.demo.report import PolicyRow, Report, RoleRow, spans
 from headforcing.demo.story import FORCING, INK, TRUTH, WINDOW, Held, Story, Track
@@ -133,9 +132,10 @@ def test_the_view_moves_with_the_camera():
 
 def test_memory_is_what_the_roles_keep(made):
     request, _, _ = made
-    model, roles = show.load_model(request.weights), show.load_roles(request.roles)
+    model, roles = show.load_model(request.weights), RoleMap.load(request.roles)
     scene = make_scene([0], request.chunks, camera="pan")
-    window, local, anchor, memory = show.watch_memory(model, roles, scene, request, lambda *_: None)
+    _, held = show.roll_both(model, roles, scene, request, lambda *_: None)
+    window, local, anchor, memory = held
     assert window.held[-1] == tuple(range(FRAMES - 3 - 18, FRAMES - 3))
     assert local.held[0] == ()
     assert local.held[-1] == (FRAMES - 4,)
@@ -143,24 +143,6 @@ def test_memory_is_what_the_roles_keep(made):
     assert len(memory.held[-1]) == 18
     assert memory.held[-1][0] == 0
     assert memory.held[-1][-9:] == tuple(range(FRAMES - 12, FRAMES - 3))
-
-
-def test_the_watched_video_is_the_one_that_is_shown(made, monkeypatch):
-    """Which frames a memory head chooses depends on the video, so it must be the same one."""
-    request, _, _ = made
-    model, roles = show.load_model(request.weights), show.load_roles(request.roles)
-    scene = make_scene([0], request.chunks, camera="pan")
-    videos = []
-    generate = DemoPipeline.generate
-    monkeypatch.setattr(
-        DemoPipeline,
-        "generate",
-        lambda *args, **options: videos.append(generate(*args, **options)) or videos[-1],
-    )
-    show.watch_memory(model, roles, scene, request, lambda *_: None)
-    shown = roll(model, Policy("x", roles), scene, request.chunks, seeds=[0], given_chunks=6)
-    assert len(videos) == 2
-    assert torch.allclose(videos[0], shown.video, atol=1e-4)
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
