@@ -749,7 +749,8 @@ def _small(roles: Any = None) -> tuple[Rig, list[Tensor]]:
     return Rig(layers=1), _through(expected, expected.model)
 
 
-@pytest.mark.parametrize("first", ["compile", pytest.param("apply", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["compile", "apply"])
 @bug("dynamo cannot trace our forward: InternalTorchDynamoError in rope.rotate")
 def test_a_compiled_model_is_head_forced_whichever_comes_first(compiled: Any, first: str) -> None:
     rig, expected = _small(Local())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import sys
@@ -50,6 +51,7 @@ def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@functools.cache
 def alone(chunks: int, draw: int = 0, batch: int = 1) -> list[Tensor]:
     """A video that has a model for itself."""
     rig, _ = applied()
@@ -62,7 +64,7 @@ def alone(chunks: int, draw: int = 0, batch: int = 1) -> list[Tensor]:
 def test_two_caches_in_every_order_are_two_videos_alone() -> None:
     alone_a, alone_b = alone(3), alone(3, draw=40)
     rig, handle = applied()
-    for chosen in itertools.combinations(range(6), 3):
+    for chosen in itertools.combinations(range(1, 6), 3):  # the other half is the same, names swapped
         streams = {True: (rig.caches(), 0, []), False: (rig.caches(), 40, [])}
         for turn in range(6):
             caches, draw, outputs = streams[turn in chosen]
@@ -96,7 +98,7 @@ def test_caches_of_different_batch_live_side_by_side() -> None:
     assert [s.committed for s in handle.status().streams] == [9, 9]
 
 
-@settings(max_examples=EXAMPLES // 8)
+@settings(max_examples=EXAMPLES // 25)
 @given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=3))
 def test_a_second_video_on_the_same_caches_is_that_video_alone(lengths: list[int]) -> None:
     rig, _ = applied()
@@ -192,7 +194,7 @@ def test_stored_bytes_stay_the_same_from_the_moment_the_window_is_full() -> None
     rig, handle = applied()
     caches = rig.caches()
     sizes = []
-    for chunk in range(40):
+    for chunk in range(20):
         rig.video(caches, 1, first=chunk)
         sizes.append(handle.status().stored_bytes)
     assert len(set(sizes[4:])) == 1
@@ -256,9 +258,9 @@ def test_dropping_a_cache_frees_its_stream_at_once_without_the_garbage_collector
 def test_hundreds_of_caches_one_after_the_other_leave_nothing() -> None:
     rig, handle = applied()
     counts = []
-    for number in range(200):
+    for number in range(60):
         rig.call(rig.caches(), 0, 3)
-        if number in (10, 199):
+        if number in (10, 59):
             gc.collect()
             counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
     assert counts[0] == counts[1]
@@ -270,9 +272,9 @@ def test_a_long_video_leaves_no_tensor_behind_from_chunk_to_chunk() -> None:
     rig, _ = applied()
     caches = rig.caches()
     counts = []
-    for chunk in range(60):
+    for chunk in range(30):
         rig.video(caches, 1, first=chunk)
-        if chunk in (10, 59):
+        if chunk in (10, 29):
             gc.collect()
             counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
     assert counts[0] == counts[1]
@@ -428,7 +430,7 @@ def test_two_threads_with_their_own_caches_get_what_they_would_get_alone() -> No
     def work(number: int) -> None:
         try:
             barrier.wait()
-            for _ in range(3):
+            for _ in range(2):
                 results[number] = rig.video(rig.caches(), 6, draw=10 * number)
         except BaseException as error:
             results[number] = error
@@ -439,8 +441,6 @@ def test_two_threads_with_their_own_caches_get_what_they_would_get_alone() -> No
         threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
-            handle.status()
         for thread in threads:
             thread.join()
     finally:
@@ -448,7 +448,7 @@ def test_two_threads_with_their_own_caches_get_what_they_would_get_alone() -> No
     for got, want in zip(results, expected, strict=True):
         assert isinstance(got, list), got
         assert equal(got, want)
-    assert handle.status().calls == 2 * 3 * 6 * 2 * 2
+    assert handle.status().calls == 2 * 2 * 6 * 2 * 2
 
 
 # A host of another style: fused qkv, other names, heads first, no cache object --------------------

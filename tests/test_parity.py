@@ -185,7 +185,7 @@ def test_every_sample_of_a_batch_is_exact(host: Host, dtype: torch.dtype) -> Non
     assert got.same(expected)
 
 
-@settings(max_examples=EXAMPLES * 4 // 10)
+@settings(max_examples=EXAMPLES // 5)
 @given(data=st.data(), window=st.integers(3, 9), sink=st.integers(0, 4), store=st.sampled_from(STORES))
 def test_chunks_of_any_length_and_any_number_of_passes_are_exact(
     data: st.DataObject, window: int, sink: int, store: str
@@ -198,14 +198,14 @@ def test_chunks_of_any_length_and_any_number_of_passes_are_exact(
     assert got.same(expected)
 
 
-@settings(max_examples=EXAMPLES // 5)
+@settings(max_examples=EXAMPLES // 12)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5), passes=st.integers(1, 3))
 def test_the_dense_cache_is_exact_for_chunks_of_any_length(lengths: list[int], passes: int) -> None:
     expected, got = pair(Host(-1), append(lengths, [passes]))
     assert got.same(expected)
 
 
-@settings(max_examples=EXAMPLES // 5)
+@settings(max_examples=EXAMPLES // 12)
 @given(order=st.lists(st.booleans(), min_size=2, max_size=16), host=st.sampled_from(HOSTS))
 def test_two_caches_in_any_order_are_exact(order: list[bool], host: Host) -> None:
     branches = [iter(append([3] * 8, [2, 1], cache)) for cache in (0, 1)]
@@ -292,7 +292,7 @@ TWINS: tuple[HeadRole, ...] = (
 
 
 @every_dtype
-@settings(max_examples=EXAMPLES // 12)
+@settings(max_examples=EXAMPLES // 25)
 @given(rows=st.lists(st.lists(st.sampled_from(TWINS), min_size=4, max_size=4), min_size=2, max_size=2))
 def test_heads_split_over_distinct_roles_that_mean_the_same_are_exact(
     dtype: torch.dtype, rows: list[list[HeadRole]]
