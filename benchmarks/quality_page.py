@@ -1,0 +1,192 @@
+"""Turns the numbers of `quality.py` into a page; every judgement on it is decided by an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from headforcing.demo.camera import CHUNK
+from headforcing.demo.intervals import Interval, bootstrap_interval, paired_difference
+
+SCENARIOS = {
+    "still": "The camera stands still; the first chunk (3 frames) is real.",
+    "pan": (
+        "The camera pans over a strip twice as wide as the view, stays at its end for 42 frames, returns, "
+        "and so on. The first 6 chunks (18 frames), which show the whole strip once, are real."
+    ),
+}
+RIVALS = (
+    "window",
+    "sink",
+    "sink_small",
+    "no_episodic",
+    "memory_all",
+    "shuffled",
+    "bottom",
+    "hf_default",
+    "dense",
+)
+ORDER = (
+    "window",
+    "sink",
+    "sink_small",
+    "hf",
+    "hf_default",
+    "no_episodic",
+    "memory_all",
+    "shuffled",
+    "bottom",
+    "dense",
+)
+MEASURES = {
+    "psnr_late": "background, dB",
+    "psnr_return": "returning background, dB",
+    "identity_late": "sprites",
+}
+
+INTRO = """# What the demo model shows
+
+<!-- Written by benchmarks/quality.py; do not edit. -->
+
+The demo model is trained on {trained} frames of a synthetic world. Here it makes {frames}, from the same
+scenes and the same noise under every policy: seeds {first} to {last}, used neither to profile nor to choose
+numbers. Numbers behind this page: [{data}](data/{data}). `python benchmarks/quality.py` makes both again.
+
+* **PSNR** of the background to the truth, in dB, on the part of the strip that the given frames showed, over
+  the best 80 % of the pixels (sprites cover some). *Early*: 18 frames after the given ones; *late*: the last
+  {late}. *Return*: only columns that come back after more than {away} frames out of sight.
+* **Sprites**: share with the right colour and about the right size, late. **Motion**: their speed over the
+  true one, late; 1 is right, far above 1 is noise.
+* **Frames**: mean over the heads, own chunk included. **MB** per video, counted from the tensors. Our store
+  holds keys twice (as they are, and rotated), so the same frames cost 1.5 times the model's own cache.
+* **Difference**: Head Forcing minus the policy, late PSNR, mean over videos with the 95 % bootstrap interval
+  of the paired difference. Bold: the interval excludes 0. Intervals are not corrected for the number of
+  comparisons.
+"""
+
+LIMITS = """## What this does not show
+
+* One model of 1.5 M parameters, one training run, a synthetic world of 24×24 pixels. Intervals cover videos,
+  not training runs, and say nothing about large models.
+* The prompt tells the model where the camera looks. Real models are not told.
+* Background PSNR needs a truth that exists only here. It does not judge what people judge in a video.
+* At 16 tokens per frame the length of the cache hardly changes the speed, so no speed is reported here.
+* The numbers of the roles were chosen on other seeds of the same two scenarios.
+* The rule that labels the heads is known from a third party, and the numbers of the roles are our choice:
+  this is not a test of the paper's own configuration.
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The page in Markdown."""
+    settings = results["settings"]
+    first, last = settings["seeds"]
+    intro = INTRO.format(
+        trained=settings["trained"],
+        frames=settings["frames"],
+        late=settings["late"],
+        first=first,
+        last=last,
+        data=settings["data"],
+        away=settings["trained"] - CHUNK,
+    )
+    parts = [intro, "## Head Forcing here", _roles(results)]
+    for camera, text in SCENARIOS.items():
+        parts += [f"## Camera: {camera}", text, _table(results["scenarios"][camera], camera)]
+    parts += ["## What the intervals say", _verdicts(results["scenarios"])]
+    parts += ["## Which heads need their past", _pruning(results["pruning"]), LIMITS]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _values(record: Mapping[str, Any], measure: str) -> torch.Tensor:
+    return torch.tensor(record["measures"][measure], dtype=torch.float64)
+
+
+def _mean(record: Mapping[str, Any], measure: str, digits: int = 1) -> str:
+    values = _values(record, measure)
+    return "–" if bool(values.isnan().all()) else f"{float(values.nanmean()):.{digits}f}"
+
+
+def _difference(found: Interval, digits: int = 1) -> str:
+    if not found.count:
+        return "–"
+    text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"**{text}**" if found.excludes_zero else text
+
+
+def _table(records: Mapping[str, Any], camera: str) -> str:
+    head = ["policy", "frames", "MB", "early", "late", "difference"]
+    head += ["return"] * (camera == "pan") + ["sprites", "motion"]
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for key in ORDER:
+        record = records[key]
+        late = bootstrap_interval(_values(record, "psnr_late"))
+        row = [record["name"], f"{record['attended_frames']:.1f}", f"{record['bytes'] / 1e6:.2f}"]
+        row += [_mean(record, "psnr_early"), f"{late.mean:.1f} [{late.low:.1f}, {late.high:.1f}]"]
+        paired = paired_difference(_values(records["hf"], "psnr_late"), _values(record, "psnr_late"))
+        row += ["" if key == "hf" else _difference(paired)]
+        row += [_mean(record, "psnr_return")] * (camera == "pan")
+        rows.append([*row, _mean(record, "identity_late", 2), _mean(record, "motion_late", 2)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    draws = ", ".join(f"{value:.1f}" for value in records["shuffled"]["psnr_late_of_draws"])
+    return f"{table}\n\nThe shuffled labels are the mean of several draws; late PSNR of each: {draws} dB."
+
+
+def _verdicts(scenarios: Mapping[str, Any]) -> str:
+    """Where Head Forcing is ahead, behind, or cannot be told apart."""
+    lines = []
+    for measure, unit in MEASURES.items():
+        for camera, records in scenarios.items():
+            groups: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+            for key in RIVALS:
+                found = paired_difference(_values(records["hf"], measure), _values(records[key], measure))
+                if not found.count:
+                    continue
+                word = "not told apart from"
+                if found.excludes_zero:
+                    word = "ahead of" if found.mean > 0 else "behind"
+                groups[word].append(
+                    f"{records[key]['name']} ({found.mean:+.{1 if 'psnr' in measure else 2}f})"
+                )
+            said = "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
+            lines += [f"* *{camera}, {unit}*: {said}."] if said else []
+    return "Head Forcing is\n\n" + "\n".join(lines)
+
+
+def _roles(results: Mapping[str, Any]) -> str:
+    """The labels as a table, and what they rest on."""
+    settings, mass = results["settings"], results["mass"]
+    heads = range(len(results["labels"][0]))
+    rows = [["layer", *[f"head {head}" for head in heads]], ["---"] * (len(heads) + 1)]
+    for layer, row in enumerate(results["labels"]):
+        cells = [
+            f"{label} {' / '.join(f'{mass[name][layer][head]:.2f}' for name in ('first', 'middle', 'own'))}"
+            for head, label in enumerate(row)
+        ]
+        rows.append([str(layer), *cells])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"Labels by rank of attention mass ({settings['rule']}), measured on {settings['scenes']}; in each "
+        f"cell the share of the attention on the first frame / the middle / the own chunk.\n\n{table}\n\n"
+        f"Numbers of the roles: {settings['numbers']}: {settings['roles']}."
+    )
+
+
+def _pruning(pruning: Mapping[str, Any]) -> str:
+    """The pruning table and what decides the gate."""
+    labels = list(next(iter(pruning.values())))
+    rows = [["all heads of this label lose", *labels], ["---"] + ["---:"] * len(labels)]
+    for cut, found in pruning.items():
+        rows.append([cut, *[f"{found[label][0]:+.0f} % / {found[label][1]:+.0f} %" for label in labels]])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    middle = pruning["all but the first and the last chunk"]["memory"]
+    word = "count" if middle[1] > 10 else "do not count"
+    return (
+        "Inside the trained range, on drifted context as in training: increase of the squared error on "
+        "columns that were seen before / on those of them that the last chunk did not show.\n\n"
+        f"{table}\n\nWithout the frames between the first and the last chunk, the error of all memory heads "
+        f"together grows by {middle[1]:.0f} % on returning columns ({middle[0]:.0f} % on all seen ones): "
+        f"they {word} as memory by the measure of 10 % that was set beforehand."
+    )
