@@ -77,6 +77,9 @@ class Adapter(ABC):
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored."""
 
+    def forget(self, memo: Memo) -> None:  # noqa: B027 - optional on purpose
+        """Drops what was noted about the host's counters, because the stream is reset by hand."""
+
     def release(self, call: AttentionCall, memo: Memo) -> int:
         """Frees the host's own K/V while we are in; returns the bytes freed. Default: nothing."""
         return 0

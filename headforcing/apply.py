@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from headforcing.adapter import Adapter, find_adapter
 from headforcing.backends import Attend, find_backend
-from headforcing.errors import AlreadyAppliedError, RoleMapError, UnsupportedModelError
-from headforcing.handle import HeadForcing, handle_of, install
+from headforcing.errors import AlreadyAppliedError, OptionError, RoleMapError, UnsupportedModelError
+from headforcing.handle import HeadForcing, handles_of, install
 from headforcing.plan import Options
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
@@ -58,40 +59,79 @@ def apply_head_forcing(
         AlreadyAppliedError: other roles are applied, and `replace` is false.
         PatchedModuleError: something else has replaced `forward` on an attention module.
     """
-    adapter = adapter or find_adapter(model)
+    _check_model(model)
+    adapter = find_adapter(model) if adapter is None else _adapter(adapter)
     layers, heads = _shape(model, adapter)
-    window = adapter.window(model) if window is None else window
-    chunk = adapter.chunk(model) if chunk is None else chunk
+    window = _count(adapter.window(model) if window is None else window, "window")
+    chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
     options = Options(
         _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk),
         window,
         adapter,
-        store_class(store) if isinstance(store, str) else store,
-        find_backend(backend) if isinstance(backend, str) else backend,
+        _store(store),
+        _attend(backend),
     )
-    present = handle_of(model)
-    if present is not None and present.options == options:
-        return present
-    if present is not None and not replace:
+    present = handles_of(model)
+    if len(present) == 1 and present[0].options == options:
+        return present[0]
+    if present and not replace:
         raise AlreadyAppliedError(
             "the model carries head forcing already, with other roles or options: remove it first, or "
             "pass replace=True"
         )
-    if present is not None:
-        present.remove()
+    for handle in present:
+        handle.remove()
     return install(model, options)
 
 
 def remove_head_forcing(model: nn.Module) -> None:
-    """Takes head forcing out of a model, also out of a copy that has no handle; idempotent.
+    """Takes head forcing out of a model and its parts, also of a copy that has no handle; idempotent.
 
     Raises:
+        UnsupportedModelError: `model` is not a module.
         StreamActiveError: a call of the model is running.
         PatchedModuleError: a hook added after apply still wraps one of our modules.
     """
-    handle = handle_of(model)
-    if handle is not None:
+    _check_model(model)
+    for handle in handles_of(model):
         handle.remove()
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+    hint = f"pass one of its modules: {', '.join(inside)}" if inside else "pass the model itself"
+    raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: {hint}")
+
+
+def _adapter(adapter: Any) -> Adapter:
+    if not isinstance(adapter, Adapter):
+        raise OptionError(f"adapter is {adapter!r}: expected an instance of a subclass of Adapter")
+    return adapter
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or value < 1:
+        raise OptionError(f"{what} is {value!r}: expected a number of frames, at least 1")
+    return value
+
+
+def _store(store: Any) -> type[KVStore]:
+    if isinstance(store, str):
+        return store_class(store)
+    if not (isinstance(store, type) and issubclass(store, KVStore)):
+        raise OptionError(f"store is {store!r}: expected a name or a subclass of KVStore")
+    return store
+
+
+def _attend(backend: Any) -> Attend:
+    if isinstance(backend, str):
+        return find_backend(backend)
+    if not callable(backend):
+        raise OptionError(f"backend is {backend!r}: expected a name or a function like sdpa.attend")
+    attend: Attend = backend
+    return attend
 
 
 def _shape(model: nn.Module, adapter: Adapter) -> tuple[int, int]:
@@ -117,12 +157,13 @@ def _role_map(roles: Roles, layers: int, heads: int, window: int, chunk: int) ->
     if isinstance(roles, str | Path):
         if Path(roles).suffix != ".json" and not Path(roles).exists():
             raise RoleMapError(
-                f"{str(roles)!r} is neither a preset ({', '.join(sorted(PRESETS))}) nor a role-map file"
+                f"{str(roles)!r} is neither a preset ({', '.join(sorted(PRESETS))}) nor a role-map file; "
+                "the roles of Head Forcing belong to a checkpoint and come as a measured map"
             )
         return RoleMap.load(roles)
-    if isinstance(roles, Sequence):
+    if isinstance(roles, Sequence) and all(isinstance(row, list | tuple) for row in roles):
         return RoleMap(tuple(tuple(row) for row in roles))  # type: ignore[arg-type]
     raise RoleMapError(
-        f"roles is a {type(roles).__name__}: expected a RoleMap, a HeadRole, a table roles[layer][head], "
-        "a preset name or the path of a role-map file"
+        f"roles is a {type(roles).__name__} ({roles!r:.60}): expected a RoleMap, a HeadRole, a table "
+        "roles[layer][head], a preset name or the path of a role-map file"
     )

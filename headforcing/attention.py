@@ -24,19 +24,24 @@ class HeadForcingMixin(nn.Module):
 
     _headforcing: LayerPlan
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs hooks and forward; meanwhile head forcing cannot be removed."""
+        with self._headforcing.activity.running():
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns exactly what the original forward does."""
         plan = self._headforcing
         call = plan.options.adapter.read(self, args, kwargs)
         if call is None or needs_grad(self, call.x):
             return self._original(call, args, kwargs)
-        with plan.activity.call():
-            return self._head_forced(plan, call)
+        return self._head_forced(plan, call)
 
     def _head_forced(self, plan: LayerPlan, call: AttentionCall) -> Any:
         adapter, stream = plan.options.adapter, plan.stream(call)
         if adapter.begins_video(call, stream.memo):
             stream.store.reset()
+        plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
         stream.store.write(Chunk(call.start, k.detach(), v.detach()))
         stream.released += adapter.release(call, stream.memo)
@@ -83,8 +88,12 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: HeadForcingMixin, *args: Any, **kwargs: Any) -> Any:
         return HeadForcingMixin.forward(self, *args, **kwargs)
 
-    name = f"HeadForced{original.__name__}"
-    return type(name, (HeadForcingMixin, original), {"forward": forward})
+    # A compiled model calls us eagerly: the stores choose frames in Python.
+    members = {
+        "forward": torch.compiler.disable(forward),
+        "__call__": torch.compiler.disable(HeadForcingMixin.__call__),
+    }
+    return type(f"HeadForced{original.__name__}", (HeadForcingMixin, original), members)
 
 
 def with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

@@ -33,13 +33,21 @@ open_stream: ContextVar[Timeline | None] = ContextVar("headforcing_stream", defa
 """The stream opened by `handle.stream()` in this thread or task."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
-    """One layer's memory on one timeline, and what the adapter noted about the host's cache."""
+    """One layer's memory on one timeline, and what the adapter noted about the host's cache.
+
+    Attributes:
+        store: the memory.
+        memo: the adapter's notes.
+        released: bytes of the host's cache that are free meanwhile.
+        behind: the same timeline in the layers after the first, as the last pass met them.
+    """
 
     store: KVStore
     memo: dict[str, Any] = field(default_factory=dict)
     released: int = 0
+    behind: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
 
 
 class Activity:
@@ -48,20 +56,39 @@ class Activity:
     def __init__(self) -> None:
         self.calls = 0
         self.bypassed = 0
-        self.running = 0
+        self.depth = 0
         self._lock = threading.Lock()
+        self._pass = threading.local()
 
     @contextmanager
-    def call(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Marks a call in progress."""
         with self._lock:
-            self.running += 1
-            self.calls += 1
+            self.depth += 1
         try:
             yield
         finally:
             with self._lock:
-                self.running -= 1
+                self.depth -= 1
+
+    def serve(self, layer: int, stream: Stream, start: int) -> None:
+        """Counts a call, and checks a finished chunk in all layers before the first one commits it.
+
+        Raises:
+            NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
+                committed it, so it can be written again.
+        """
+        self.calls += 1
+        if layer:
+            first = getattr(self._pass, "first", lambda: None)()
+            if first is not None:
+                first.behind.add(stream)
+            return
+        pending = stream.store.pending
+        if pending is not None and start > pending.start:
+            for met in (stream, *sorted(stream.behind, key=lambda later: later.store.layer)):
+                met.store.check()
+        self._pass.first = weakref.ref(stream)
 
     def bypass(self) -> None:
         """Counts a call that went to the original forward although it had a cache; warns once."""
@@ -103,6 +130,8 @@ class LayerPlan:
         options: what was applied to the model.
         activity: counters shared by all layers.
         handle: the handle of the model, while somebody holds it.
+        original: the module that was replaced, while somebody holds it.
+        own_forward: the module's own forward, where it lay in its `__dict__`, as accelerate leaves it.
         streams: memories of this layer by the anchor of their timeline.
     """
 
@@ -110,6 +139,8 @@ class LayerPlan:
     options: Options
     activity: Activity
     handle: weakref.ref[Any] | None = None
+    original: weakref.ref[Any] | None = None
+    own_forward: Any = None
     streams: MutableMapping[object, Stream] = field(default_factory=_by_anchor, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +167,7 @@ class LayerPlan:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled plan serves the same roles with an empty memory of its own."""
-        return {**self.__dict__, "streams": None, "handle": None}
+        return {**self.__dict__, "streams": None, "handle": None, "original": None, "own_forward": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, streams=_by_anchor())

@@ -22,7 +22,7 @@ from headforcing.apply import apply_head_forcing
 from headforcing.backends import Part
 from headforcing.backends.sdpa import attend
 from headforcing.errors import AlreadyAppliedError, HeadForcingError
-from headforcing.handle import handle_of
+from headforcing.handle import handles_of
 from headforcing.roles import SlidingWindow
 
 Labels = tuple[tuple[str, ...], ...]
@@ -73,7 +73,7 @@ def attention_mass(
         AlreadyAppliedError: head forcing is applied to the model.
         HeadForcingError: `run` made no attention call with a history.
     """
-    if handle_of(model) is not None:
+    if handles_of(model):
         raise AlreadyAppliedError("profiling applies roles of its own: remove head forcing first")
     chosen = adapter or find_adapter(model)
     frames = chosen.window(model) if window is None else window

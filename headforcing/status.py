@@ -27,6 +27,7 @@ class Status:
     """What is applied, and what it holds; bytes are counted from the tensors.
 
     Attributes:
+        applied: whether it is in place; false after `remove()`.
         adapter: name of the adapter.
         layers: attention layers served.
         heads: heads per layer.
@@ -39,6 +40,7 @@ class Status:
         released_bytes: the host's own K/V that is freed while we are in.
     """
 
+    applied: bool
     adapter: str
     layers: int
     heads: int
@@ -52,12 +54,12 @@ class Status:
 
     @property
     def active(self) -> bool:
-        """Whether head forcing has served a call since it was applied."""
-        return self.calls > 0
+        """Whether head forcing is in place and has served a call."""
+        return self.applied and self.calls > 0
 
     def __str__(self) -> str:
         roles = "\n".join(f"  {count:4d} heads  {role}" for role, count in self.roles.items())
-        state = "active" if self.active else "no call yet"
+        state = "active" if self.active else "no call yet" if self.applied else "removed"
         return (
             f"head forcing on {self.layers} layers x {self.heads} heads ({self.adapter}, window "
             f"{self.window} frames), {state}\n{roles}\n"
@@ -66,11 +68,12 @@ class Status:
         )
 
 
-def collect(plans: Sequence[LayerPlan]) -> Status:
+def collect(plans: Sequence[LayerPlan], applied: bool) -> Status:
     """The status of a model from the plans of its layers."""
-    streams = [stream for plan in plans for stream in plan.streams.values()]
+    streams = [stream for plan in plans for stream in list(plan.streams.values())]
     first = plans[0]
     return Status(
+        applied=applied,
         adapter=first.options.adapter.name,
         layers=len(plans),
         heads=first.num_heads,
@@ -78,7 +81,7 @@ def collect(plans: Sequence[LayerPlan]) -> Status:
         roles=first.options.roles.counts(),
         calls=first.activity.calls,
         bypassed=first.activity.bypassed,
-        streams=tuple(_stream_status(stream) for stream in first.streams.values()),
+        streams=tuple(_stream_status(stream) for stream in list(first.streams.values())),
         stored_bytes=sum(stream.store.nbytes() for stream in streams),
         released_bytes=sum(stream.released for stream in streams),
     )

@@ -146,16 +146,20 @@ class SelfForcing(Adapter):
         memo["marks"] = [(index, _version(index)) for index in indices]
         return module.o(out.flatten(2))  # type: ignore[operator, no-any-return]
 
+    def forget(self, memo: Memo) -> None:
+        memo.pop("ends", None)
+        memo.pop("marks", None)
+
     def release(self, call: AttentionCall, memo: Memo) -> int:
         """Leaves `k` and `v` their shape but no memory: one element, seen everywhere."""
         cache = call.arguments["kv_cache"]
         if "v" in memo:
             return 0
         memo["v"] = cache["v"]  # `k` is the anchor: holding it here would keep the stream alive
-        freed = sum(cache[name].untyped_storage().nbytes() for name in ("k", "v"))
+        freed = sum(_exclusive_bytes(cache[name]) for name in ("k", "v"))
         for name in ("k", "v"):
             _restorage(cache[name], torch.zeros(1, dtype=cache[name].dtype, device=cache[name].device))
-        return int(freed)
+        return freed
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`, zeros for the indices: a cache nothing was written to."""
@@ -164,7 +168,8 @@ class SelfForcing(Adapter):
         for tensor in (anchor, memo["v"]):
             _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
         for index, _ in memo.get("marks", ()):
-            index.zero_()
+            with torch.inference_mode(index.is_inference()):
+                index.zero_()
 
 
 def _restorage(tensor: Tensor, source: Tensor) -> None:
@@ -172,6 +177,12 @@ def _restorage(tensor: Tensor, source: Tensor) -> None:
     stride = source.stride() if source.shape == tensor.shape else (0,) * tensor.dim()
     with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
         tensor.set_(source.untyped_storage(), 0, tensor.shape, stride)
+
+
+def _exclusive_bytes(tensor: Tensor) -> int:
+    """Bytes that are free when the tensor lets go; a slice of a larger allocation frees none."""
+    size: int = tensor.untyped_storage().nbytes()
+    return size if size == tensor.numel() * tensor.element_size() else 0
 
 
 def _version(index: Tensor) -> int | None:

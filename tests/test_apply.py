@@ -29,10 +29,6 @@ from headforcing.roles import Anchor, Local, SlidingWindow
 from headforcing.testing import Rig, Snapshot, snapshot
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -298,7 +294,6 @@ def test_a_dropped_handle_can_be_had_again_and_removed(rig: Rig) -> None:
     assert "_headforcing" not in vars(attention(rig))
 
 
-@bug("with the handle dropped, an equal module comes back, not the one somebody else may hold")
 def test_a_dropped_handle_does_not_lose_the_original_module_objects(rig: Rig) -> None:
     before = snapshot(rig.model)  # holds the originals, as a list of layers elsewhere would
     hf.apply_head_forcing(rig.model, Local())
@@ -536,7 +531,6 @@ def test_a_wrapper_that_holds_the_model_may_be_given(rig: Rig, wrap: Any) -> Non
     assert is_plain(rig)
 
 
-@bug("only the first name of a module that is registered twice is replaced, here one that is never called")
 def test_a_module_registered_under_two_names_is_replaced_under_both(rig: Rig) -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
@@ -553,7 +547,6 @@ def test_a_module_registered_under_two_names_is_replaced_under_both(rig: Rig) ->
     assert before.diff(snapshot(listed)) == []
 
 
-@bug("only the handle of the first part found is removed")
 def test_parts_applied_one_by_one_are_removed_together(rig: Rig) -> None:
     before = snapshot(rig.model)
     handles = [
@@ -642,7 +635,6 @@ def test_a_forward_still_hooked_at_remove_is_refused_and_nothing_changes(
     assert is_clean(rig, before)
 
 
-@bug("accelerate leaves the own forward of the module in its __dict__, which is harmless but refused")
 @patchers
 def test_a_forward_hooked_and_unhooked_before_apply_is_no_obstacle(rig: Rig, hook: Any, unhook: Any) -> None:
     hook(attention(rig))
@@ -751,7 +743,6 @@ def _small(roles: Any = None) -> tuple[Rig, list[Tensor]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["compile", "apply"])
-@bug("dynamo cannot trace our forward: InternalTorchDynamoError in rope.rotate")
 def test_a_compiled_model_is_head_forced_whichever_comes_first(compiled: Any, first: str) -> None:
     rig, expected = _small(Local())
     before = snapshot(rig.model)
@@ -767,7 +758,6 @@ def test_a_compiled_model_is_head_forced_whichever_comes_first(compiled: Any, fi
 
 
 @pytest.mark.parametrize("how", ["in place", pytest.param("wrapped", marks=pytest.mark.slow)])
-@bug("an attention module compiled by itself keeps calling its original: silently inactive")
 def test_an_attention_module_compiled_by_itself_is_served_or_refused(compiled: Any, how: str) -> None:
     rig, expected = _small(Local())
     block: Any = rig.model.blocks[0]
@@ -784,7 +774,6 @@ def test_an_attention_module_compiled_by_itself_is_served_or_refused(compiled: A
         assert equal(_through(rig, rig.model), expected)
 
 
-@bug("the compiled call of the replacement stays in the shared __dict__ and breaks the original")
 def test_an_attention_module_compiled_while_applied_is_given_back_working_or_refused(compiled: Any) -> None:
     rig, expected = _small()
     handle = hf.apply_head_forcing(rig.model, Local())
@@ -836,7 +825,6 @@ def test_an_apply_that_fails_changes_nothing(rig: Rig, case: str) -> None:
 
 
 @pytest.mark.parametrize("layer", range(3))
-@bug("layers before the one that fails stay patched")
 def test_an_apply_that_fails_at_any_layer_changes_nothing(layer: int) -> None:
     class Final(type(Rig().model.blocks[0].self_attn)):  # type: ignore[misc]
         def __init_subclass__(cls) -> None:

@@ -30,10 +30,6 @@ MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, pos
 EXAMPLES = settings.default.max_examples  # of the profile in force
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -161,7 +157,6 @@ def test_caches_made_in_inference_mode_serve_one_video_after_another() -> None:
     assert equal([o.clone() for o in again], alone(4))
 
 
-@bug("the end indices are inference tensors and cannot be zeroed outside: remove() stops half way")
 def test_caches_made_in_inference_mode_are_given_back() -> None:
     rig, handle = applied()
     with torch.inference_mode():
@@ -370,7 +365,6 @@ def test_caches_that_are_slices_of_one_allocation_are_counted_once_and_come_back
     assert _as_new(caches)
 
 
-@bug("every slice counts the whole allocation, and nothing is freed while the host holds the base")
 def test_released_bytes_of_slices_are_not_counted_several_times() -> None:
     rig, handle = applied()
     caches = rig.caches()

@@ -30,7 +30,7 @@ from headforcing.demo.pipeline import ChunkCallback, DemoPipeline
 from headforcing.demo.words import COLOURS, CURTAINS, PALETTES, POSES, SHAPES, SPEEDS, WORDS, parse_prompt
 from headforcing.demo.world import Scene, render, sample_scene
 from headforcing.errors import AlreadyAppliedError
-from headforcing.handle import handle_of
+from headforcing.handle import handles_of
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 from headforcing.status import Status
@@ -227,7 +227,7 @@ class _Recorder:
 @contextmanager
 def _as_found(model: DemoModel) -> Iterator[None]:
     """Evaluation mode inside; window, sink and mode are put back."""
-    if handle_of(model) is not None:
+    if handles_of(model):
         raise AlreadyAppliedError("roll applies the policy itself: remove head forcing from the model first")
     found = model.local_attn_size, model.sink_size, model.training
     model.eval()

@@ -23,7 +23,7 @@ from headforcing.demo.report import Report, policy_row, spans
 from headforcing.demo.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
 from headforcing.demo.words import MOTIONS, POSES, format_prompt
 from headforcing.demo.world import Scene, render
-from headforcing.handle import handle_of
+from headforcing.handle import handles_of
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 
@@ -129,12 +129,10 @@ class _Diary:
         self._held: dict[HeadRole, list[tuple[int, ...]]] = {}
 
     def note(self) -> None:
-        handle = handle_of(self._model)
-        if handle is None:
-            return
-        for role in handle.roles.counts():
-            layer, head = handle.roles.where(role)
-            self._held.setdefault(role, []).append(tuple(handle.frames(layer, head)[0][0]))
+        for handle in handles_of(self._model):
+            for role in handle.roles.counts():
+                layer, head = handle.roles.where(role)
+                self._held.setdefault(role, []).append(tuple(handle.frames(layer, head)[0][0]))
 
     def read(self, chunks: int) -> tuple[Held, ...]:
         """The model's own rolled cache first, then every role."""

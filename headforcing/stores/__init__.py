@@ -47,6 +47,7 @@ class KVStore(ABC):
         self._shape: _Shape | None = None
         self._end = 0
         self._moving = False
+        self._checked = False
         self._finite: _HostFlag | None = None
 
     def write(self, chunk: Chunk) -> None:
@@ -81,7 +82,7 @@ class KVStore(ABC):
             self._commit_before(chunk.start)
             self._make_room(shape.frames)
         self._stage(chunk)
-        self._pending, self._shape = chunk.frames, shape
+        self._pending, self._shape, self._checked = chunk.frames, shape, False
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -93,6 +94,31 @@ class KVStore(ABC):
             chunk = len(self._pending)
             self._commit_before(self._pending.stop)
             self._make_room(chunk)
+
+    def check(self) -> None:
+        """Looks at the pending chunk before it is committed; one reduction per role, once per pass.
+
+        On an accelerator the verdict is read one chunk later, without a sync.
+
+        Raises:
+            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
+        """
+        if self._pending is None or self._checked:
+            return
+        late, self._finite = self._finite, None
+        if late is not None:
+            late.check("were committed before this was known: reset the stream")
+        sums: list[Tensor] = []
+        heads: list[int] = []
+        for role, k, v in self._staged():
+            sums += [x.sum(dim=(0, 1, 2, 4), dtype=torch.float32) for x in (k, v)]  # [Hr]
+            heads += self.heads[role].indices * 2
+        flag = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
+        if flag.ready:
+            flag.check("were not committed: write the chunk again, or reset the stream")
+        else:
+            self._finite = flag
+        self._checked = True
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
@@ -151,6 +177,11 @@ class KVStore(ABC):
 
     def _check_order(self, chunk: Chunk) -> None:
         pending = range(self._end - 1, self._end) if self._pending is None else self._pending
+        if self._pending is not None and chunk.start == pending.start:
+            raise ChunkOrderError(
+                f"layer {self.layer}: the chunk at frame {chunk.start} comes again with "
+                f"{len(chunk.frames)} frames, expected {len(pending)}: a chunk keeps its length"
+            )
         if not pending.start < chunk.start <= pending.stop:
             again = "" if self._pending is None else f" (or {pending.start} again)"
             raise ChunkOrderError(
@@ -177,7 +208,7 @@ class KVStore(ABC):
     def _commit_before(self, start: int) -> None:
         if self._pending is None:
             return
-        self._check_finite()
+        self.check()
         done = range(self._pending.start, start)
         self._moving = True
         self._append(done)
@@ -188,23 +219,6 @@ class KVStore(ABC):
         self._moving = True
         self._begin(chunk)
         self._moving = False
-
-    def _check_finite(self) -> None:
-        """One reduction per role; on an accelerator the verdict is read one chunk later, without a sync."""
-        late, self._finite = self._finite, None
-        if late is not None:
-            late.check("were committed before this was known: reset the stream")
-        sums: list[Tensor] = []
-        heads: list[int] = []
-        for role, k, v in self._staged():
-            sums += [x.sum(dim=(0, 1, 2, 4), dtype=torch.float32) for x in (k, v)]  # [Hr]
-            heads += self.heads[role].indices * 2
-        assert self._pending is not None
-        flag = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
-        if flag.ready:
-            flag.check("were not committed: write the chunk again, or reset the stream")
-        else:
-            self._finite = flag
 
 
 class _HostFlag:
