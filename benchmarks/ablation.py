@@ -59,16 +59,27 @@ def pruning_table(model: DemoModel, labels: Sequence[Sequence[str]]) -> dict[str
     return table
 
 
-def head_table(model: DemoModel, cut: str) -> Tensor:
-    """The same for every head alone, on seen columns, `[layers, heads]` in percent."""
+def function_labels(model: DemoModel, least: float = 1.0) -> tuple[tuple[str, ...], ...]:
+    """Labels by what a head needs, instead of where it looks: each head is cut alone.
+
+    A head is `memory` if the error on columns that the last chunk hid grows by `least` percent when the
+    head keeps only the first and the last chunk; of the others `anchor` if it does when the head keeps
+    only the last chunk; else `local`. This rule is ours.
+    """
     videos = _Videos(model)
-    whole = videos.errors({})[0]
-    shape = model.config.layers, model.config.heads
-    rows = [
-        [videos.errors({(layer, head): CUTS[cut]})[0] for head in range(shape[1])]
-        for layer in range(shape[0])
-    ]
-    return 100 * (torch.tensor(rows) / whole - 1)
+    whole = videos.errors({})[1]
+
+    def label(place: tuple[int, int]) -> str:
+        for name, cut in (
+            ("memory", "all but the first and the last chunk"),
+            ("anchor", "all but the last chunk"),
+        ):
+            if 100 * (videos.errors({place: CUTS[cut]})[1] / whole - 1) > least:
+                return name
+        return "local"
+
+    layers, heads = range(model.config.layers), range(model.config.heads)
+    return tuple(tuple(label((layer, head)) for head in heads) for layer in layers)
 
 
 class _Videos:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from ablation import pruning_table
+from ablation import function_labels, pruning_table
 from quality_page import page
 from rich.console import Console
 from rich.progress import track
@@ -52,14 +52,23 @@ CAMERAS: tuple[Literal["still", "pan"], ...] = ("still", "pan")
 
 Numbers = Mapping[str, HeadRole]
 DEFAULT: Numbers = {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 8, 9)}
-CANDIDATES: dict[str, Numbers] = {
-    "first frame, 8 episodic": DEFAULT,
-    "first chunk, 8 episodic": {"anchor": Anchor(3), "local": Local(1), "memory": Memory(3, 8, 7)},
-    "first frame, 14 episodic": {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 14, 3)},
-    "first chunk, 12 episodic": {"anchor": Anchor(3), "local": Local(1), "memory": Memory(3, 12, 3)},
-    "last chunk for all": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3)},
+CHUNKWISE: Numbers = {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3)}
+RULES = {
+    "mass": "anchors are the top 25 % by mass on the first frame, local the top 20 % of the rest by own mass",
+    "chance": "the same, but anchors have at least twice the mass of an even look",
+    "function": "by what costs error when a head is cut alone",
 }
-CHOSEN = "first chunk, 12 episodic"
+CANDIDATES: dict[str, tuple[str, Numbers]] = {
+    f"{rule}, {name}": (rule, numbers)
+    for rule in RULES
+    for name, numbers in {
+        "defaults": DEFAULT,
+        "14 episodic": {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 14, 3)},
+        "12 episodic": {"anchor": Anchor(3), "local": Local(1), "memory": Memory(3, 12, 3)},
+        "chunkwise": CHUNKWISE,
+    }.items()
+}
+CHOSEN = "chance, chunkwise"
 """The candidate with the best late PSNR over both cameras on the tuning seeds (`--tune`)."""
 
 
@@ -83,9 +92,21 @@ def role_map(labels: Labels, numbers: Numbers, facts: Mapping[str, Any] | None =
     return RoleMap.from_labels(labels, numbers, facts)
 
 
-def policies(mass: HeadMass, window: int) -> dict[str, list[Policy]]:
+def label_rules(model: DemoModel, mass: HeadMass) -> dict[str, Labels]:
+    """Labels by every rule of `RULES`."""
+    above = int((mass.first > 2 / model.config.window).sum())
+    share = min(0.25, above / mass.first.numel())
+    return {
+        "mass": head_forcing_roles(mass),
+        "chance": head_forcing_roles(mass, anchor_share=share),
+        "function": function_labels(model),
+    }
+
+
+def policies(rules: Mapping[str, Labels], mass: HeadMass, window: int) -> dict[str, list[Policy]]:
     """The policies by key; the draws of a random control stand in one list."""
-    labels, numbers = head_forcing_roles(mass), CANDIDATES[CHOSEN]
+    rule, numbers = CANDIDATES[CHOSEN]
+    labels = rules[rule]
     generator = torch.Generator().manual_seed(0)
     memory = numbers["memory"]
     assert isinstance(memory, Memory)
@@ -100,6 +121,8 @@ def policies(mass: HeadMass, window: int) -> dict[str, list[Policy]]:
         "sink_small": Policy(f"sink 3 + window, {same} frames", SlidingWindow(same, sink=CHUNK)),
         "hf": Policy("**Head Forcing**", role_map(labels, numbers)),
         "hf_default": Policy("Head Forcing, library defaults", role_map(labels, DEFAULT)),
+        "hf_mass": Policy("Head Forcing, labels by mass", role_map(rules["mass"], numbers)),
+        "hf_function": Policy("Head Forcing, labels by function", role_map(rules["function"], CHUNKWISE)),
         "no_episodic": Policy("Head Forcing without episodic frames", role_map(labels, plain)),
         "memory_all": Policy("all heads memory heads", memory),
         "bottom": Policy("bottom-ranked labels", role_map(bottom_ranked_roles(mass), numbers)),
@@ -155,12 +178,12 @@ def mean_of_draws(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"name": draws[0]["name"], **mean, "measures": measures, "psnr_late_of_draws": late}
 
 
-def tune(model: DemoModel, labels: Labels, chunks: int, batch: int, console: Console) -> None:
+def tune(model: DemoModel, rules: Mapping[str, Labels], chunks: int, batch: int, console: Console) -> None:
     """A table of the candidates on the tuning seeds."""
     table = Table("numbers", "camera", "frames", "PSNR late", "return", "identity late")
-    for name, numbers in CANDIDATES.items():
+    for name, (rule, numbers) in CANDIDATES.items():
         for camera in CAMERAS:
-            policy = Policy(name, role_map(labels, numbers))
+            policy = Policy(name, role_map(rules[rule], numbers))
             row = evaluate(model, policy, camera, TUNE_SEEDS, chunks, batch)
             means = [
                 f"{torch.tensor(row['measures'][key]).nanmean():.2f}"
@@ -176,7 +199,7 @@ def provenance(weights: Path, numbers: str) -> dict[str, Any]:
         "model": "headforcing demo model",
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "metric": "attention_mass",
-        "rule": "head_forcing_roles, anchor_share 0.25, local_share 0.20",
+        "rule": RULES[CANDIDATES[CHOSEN][0]],
         "scenes": f"pan, {PROFILE_CHUNKS} chunks, seeds {PROFILE_SEEDS.start} to {PROFILE_SEEDS.stop - 1}",
         "numbers": f"{numbers}; chosen on seeds {TUNE_SEEDS.start} to {TUNE_SEEDS.stop - 1}",
     }
@@ -204,21 +227,20 @@ def main() -> None:
         weights = given.weights or packaged
         model = DemoModel().load_weights(weights).eval().requires_grad_(False)
     mass = measure(model)
-    labels = head_forcing_roles(mass)
+    rules = label_rules(model, mass)
+    rule, numbers = CANDIDATES[CHOSEN]
     if given.tune:
-        tune(model, labels, given.chunks, given.batch, console)
+        tune(model, rules, given.chunks, given.batch, console)
         return
     facts = provenance(weights, CHOSEN)
     if given.save_roles:
-        role_map(labels, CANDIDATES[CHOSEN], facts).save(ROOT / "headforcing" / "demo" / "roles.json")
+        role_map(rules[rule], numbers, facts).save(ROOT / "headforcing" / "demo" / "roles.json")
     seeds = list(REPORT_SEEDS[: given.seeds])
     scenarios: dict[str, dict[str, Any]] = {camera: {} for camera in CAMERAS}
-    jobs = [(key, camera) for key in policies(mass, model.config.window) for camera in CAMERAS]
+    contest = policies(rules, mass, model.config.window)
+    jobs = [(key, camera) for key in contest for camera in CAMERAS]
     for key, camera in track(jobs, "policies", console=console):
-        draws = [
-            evaluate(model, policy, camera, seeds, given.chunks, given.batch)
-            for policy in policies(mass, model.config.window)[key]
-        ]
+        draws = [evaluate(model, policy, camera, seeds, given.chunks, given.batch) for policy in contest[key]]
         scenarios[camera][key] = mean_of_draws(draws)
     data = given.out.parent / "data" / f"{given.out.stem}.json"
     settings = {
@@ -227,14 +249,15 @@ def main() -> None:
         "late": LATE,
         "seeds": [seeds[0], seeds[-1]],
         "data": data.name,
-        "roles": ", ".join(str(role) for role in CANDIDATES[CHOSEN].values()),
+        "roles": ", ".join(str(role) for role in numbers.values()),
     }
     results = {
         "settings": settings | facts,
         "torch": torch.__version__,
-        "labels": labels,
+        "labels": rules[rule],
+        "label_rules": rules,
         "mass": {name: getattr(mass, name).tolist() for name in ("first", "middle", "own")},
-        "pruning": pruning_table(model, labels),
+        "pruning": pruning_table(model, rules[rule]),
         "scenarios": scenarios,
     }
     data.parent.mkdir(parents=True, exist_ok=True)

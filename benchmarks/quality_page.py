@@ -14,7 +14,7 @@ SCENARIOS = {
     "still": "The camera stands still; the first chunk (3 frames) is real.",
     "pan": (
         "The camera pans over a strip twice as wide as the view, stays at its end for 42 frames, returns, "
-        "and so on. The first 6 chunks (18 frames), which show the whole strip once, are real."
+        "and so on. The first 6 chunks (18 frames) are real; what they do not show is not judged."
     ),
 }
 RIVALS = (
@@ -26,6 +26,8 @@ RIVALS = (
     "shuffled",
     "bottom",
     "hf_default",
+    "hf_mass",
+    "hf_function",
     "dense",
 )
 ORDER = (
@@ -34,6 +36,8 @@ ORDER = (
     "sink_small",
     "hf",
     "hf_default",
+    "hf_mass",
+    "hf_function",
     "no_episodic",
     "memory_all",
     "shuffled",
@@ -168,7 +172,7 @@ def _roles(results: Mapping[str, Any]) -> str:
         rows.append([str(layer), *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
-        f"Labels by rank of attention mass ({settings['rule']}), measured on {settings['scenes']}; in each "
+        f"Labels ({settings['rule']}), measured on {settings['scenes']}; in each "
         f"cell the share of the attention on the first frame / the middle / the own chunk.\n\n{table}\n\n"
         f"Numbers of the roles: {settings['numbers']}: {settings['roles']}."
     )

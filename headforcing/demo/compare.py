@@ -39,7 +39,7 @@ DEFAULT_CHUNKS = 80
 """240 frames, more than eleven times what the model was trained on."""
 
 GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 6}
-"""Real chunks to start from, so that the whole texture was shown once."""
+"""Real chunks to start from; they show the whole texture but for two columns, which are not judged."""
 
 _FAST = 1.15 / 0.5  # how much faster "fast" sprites are than "slow" ones
 

