@@ -31,20 +31,13 @@ def rotate(x: Tensor, table: Tensor, positions: Sequence[int], height: int, widt
     """
     space = table.shape[1] // 3
     time = table.shape[1] - 2 * space
-    wide = x.to(table.real.dtype)
-    pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))
-    rotated = torch.empty_like(pairs)
-    torch.mul(
-        pairs[..., :time],
-        temporal_rows(table[:, :time], positions)[:, None, None],
-        out=rotated[..., :time],
-    )
-    torch.mul(
-        pairs[..., time:],
-        _spatial_rows(table[:, time:], height, width)[:, None],
-        out=rotated[..., time:],
-    )
-    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
+    turns = table.new_empty(len(positions), height * width, table.shape[1])  # [n, P, D/2]
+    turns[..., :time] = temporal_rows(table[:, :time], positions)[:, None]
+    turns[..., time:] = _spatial_rows(table[:, time:], height, width)
+    wide = x.to(table.real.dtype, memory_format=torch.contiguous_format, copy=True)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, n, P, H, D/2], shares memory
+    pairs *= turns[:, :, None]
+    return wide.to(x.dtype)
 
 
 def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:
