@@ -51,8 +51,8 @@ docs: $(READY_DOCS) ## build the documentation into site/
 	$(BIN)/python -m pip install --quiet --no-deps --target build/docs-package .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(READY) ## measure speed and memory into runs/bench
-	$(BIN)/headforcing bench --out runs/bench
+bench: $(READY) ## measure the attention beside the dense one, into runs/bench
+	$(BIN)/python benchmarks/attention.py --out runs/bench/attention.json
 
 clean: ## remove what was built, keep .venv and runs
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
