@@ -410,7 +410,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measures, shows, and writes the JSON file."""
-    args, console = arguments(), Console(width=100)
+    args, console = arguments(), Console(width=110)
     if args.threads:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"machine": machine(args), "cases": []}
