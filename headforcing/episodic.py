@@ -23,8 +23,10 @@ from headforcing.errors import RoleError
 
 def similarity(keys: Tensor) -> Tensor:
     """Mean co-located cosine of every pair of frames, `[B, m, P, Hr, D] -> [B, m, m]` in float32."""
-    unit = torch.nn.functional.normalize(keys.float(), dim=-1).flatten(2)  # [B, m, P*Hr*D]
-    return unit @ unit.mT / (keys.shape[2] * keys.shape[3])
+    spots = keys.flatten(2, 3).transpose(1, 2).contiguous().float()  # [B, P*Hr, m, D]
+    dots = spots @ spots.mT  # [B, P*Hr, m, m]
+    scale = dots.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).rsqrt()
+    return (dots * scale[..., :, None] * scale[..., None, :]).mean(1)
 
 
 @dataclass(frozen=True)

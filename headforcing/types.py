@@ -141,32 +141,31 @@ class Heads:
     def __init__(self, indices: Sequence[int], num_heads: int) -> None:
         self.indices = tuple(indices)
         self.everything = self.indices == tuple(range(num_heads))
-        first, last = self.indices[0], self.indices[-1]
-        self._run = slice(first, last + 1) if last - first + 1 == len(self.indices) else None
-        self._index: Tensor | None = None
+        self._runs = [slice(first, last) for first, last in runs(self.indices)]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, x: Tensor) -> Tensor:
         """The heads' part of `x`, `[..., H, D] -> [..., Hr, D]`; a view where they are neighbours."""
-        if self.everything:
-            return x
-        if self._run is not None:
-            return x[..., self._run, :]
-        return x.index_select(-2, self._on(x))
+        parts = [x[..., run, :] for run in self._runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+    def take_into(self, out: Tensor, x: Tensor) -> None:
+        """Writes the heads' part of `x [..., H, D]` to `out [..., Hr, D]`."""
+        first = 0
+        for run in self._runs:
+            last = first + run.stop - run.start
+            out[..., first:last, :] = x[..., run, :]
+            first = last
 
     def put(self, out: Tensor, part: Tensor) -> None:
         """Writes `part [..., Hr, D]` to the heads' places in `out [..., H, D]`."""
-        if self._run is not None:
-            out[..., self._run, :] = part
-        else:
-            out.index_copy_(-2, self._on(out), part)
-
-    def _on(self, x: Tensor) -> Tensor:
-        if self._index is None or self._index.device != x.device:
-            self._index = x.new_tensor(self.indices, dtype=torch.long)
-        return self._index
+        first = 0
+        for run in self._runs:
+            last = first + run.stop - run.start
+            out[..., run, :] = part[..., first:last, :]
+            first = last
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

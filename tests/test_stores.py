@@ -233,9 +233,9 @@ class Sticky(RingStore):
 class Greedy(RingStore):
     """Keeps what the role says to evict, once it has enough."""
 
-    def _begin(self, chunk: int) -> None:
+    def _begin(self, own: range) -> None:
         if any(len(bank.frames) < 8 for bank in self._banks.values()):
-            super()._begin(chunk)
+            super()._begin(own)
 
 
 class Mixed(RingStore):
@@ -392,7 +392,7 @@ def test_an_interrupted_commit_makes_the_stream_refuse_instead_of_guess():
     store = RingStore(grouped([Local(2)]), window=WINDOW, layer=1)
     store.write(chunk_of(0, heads=1))
     bank = store._banks[Local(2)]
-    original, bank.begin = bank.begin, lambda chunk: (_ for _ in ()).throw(KeyboardInterrupt)
+    original, bank.begin = bank.begin, lambda own: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         store.write(chunk_of(3, heads=1))
     bank.begin = original

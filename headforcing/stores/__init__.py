@@ -72,7 +72,7 @@ class KVStore(ABC):
         if self._begins_video(chunk, shape):
             self._check_roles(shape.frames)
             self.reset()
-            self._make_room(shape.frames)
+            self._make_room(chunk.frames)
         elif chunk.frames == self._pending:
             self._check_shape(shape)
         else:
@@ -80,7 +80,7 @@ class KVStore(ABC):
             self._check_shape(shape)
             self._check_roles(shape.frames)
             self._commit_before(chunk.start)
-            self._make_room(shape.frames)
+            self._make_room(chunk.frames)
         self._stage(chunk)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
 
@@ -91,9 +91,9 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
         """
         if self._pending is not None:
-            chunk = len(self._pending)
-            self._commit_before(self._pending.stop)
-            self._make_room(chunk)
+            end, chunk = self._pending.stop, len(self._pending)
+            self._commit_before(end)
+            self._make_room(range(end, end + chunk))
 
     def check(self) -> None:
         """Looks at the pending chunk before it is committed; one reduction per role, once per pass.
@@ -111,7 +111,7 @@ class KVStore(ABC):
         sums: list[Tensor] = []
         heads: list[int] = []
         for role, k, v in self._staged():
-            sums += [x.sum(dim=(0, 1, 2, 4), dtype=torch.float32) for x in (k, v)]  # [Hr]
+            sums += [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for x in (k, v)]  # [Hr]
             heads += self.heads[role].indices * 2
         flag = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
         if flag.ready:
@@ -151,8 +151,8 @@ class KVStore(ABC):
         """Bytes held, counted from the tensors."""
 
     @abstractmethod
-    def _begin(self, chunk: int) -> None:
-        """Asks every role what stays, because a chunk of `chunk` frames begins."""
+    def _begin(self, own: range) -> None:
+        """Asks every role what stays, because the chunk of the frames `own` begins."""
 
     @abstractmethod
     def _stage(self, chunk: Chunk) -> None:
@@ -215,9 +215,9 @@ class KVStore(ABC):
         self._end, self._pending = start, None
         self._moving = False
 
-    def _make_room(self, chunk: int) -> None:
+    def _make_room(self, own: range) -> None:
         self._moving = True
-        self._begin(chunk)
+        self._begin(own)
         self._moving = False
 
 

@@ -60,9 +60,9 @@ class ReferenceStore(KVStore):
         tensors = [frame.k for frame in frames] + [frame.v for frame in frames] + own
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _begin(self, chunk: int) -> None:
+    def _begin(self, own: range) -> None:
         for role, samples in self._history.items():
-            table = self._table(role, self._new, chunk)
+            table = self._table(role, self._new, len(own))
             kept = role.retain(table)
             selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
             for index, sample in enumerate(samples):

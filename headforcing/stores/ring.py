@@ -30,7 +30,7 @@ class RingStore(KVStore):
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         super().__init__(heads, window=window, layer=layer)
-        self._banks = {role: _Bank(role) for role in heads}
+        self._banks = {role: _Bank(role, heads[role], window) for role in heads}
 
     def view(self, role: HeadRole, phase: Phase, encode: Encode) -> KVView:
         assert self._pending is not None
@@ -50,14 +50,13 @@ class RingStore(KVStore):
     def nbytes(self) -> int:
         return sum(bank.nbytes() for bank in self._banks.values())
 
-    def _begin(self, chunk: int) -> None:
+    def _begin(self, own: range) -> None:
         for bank in self._banks.values():
-            bank.begin(chunk)
+            bank.begin(own)
 
     def _stage(self, chunk: Chunk) -> None:
-        for role, bank in self._banks.items():
-            heads = self.heads[role]
-            bank.stage(heads.take(chunk.k), heads.take(chunk.v))
+        for bank in self._banks.values():
+            bank.stage(chunk.k, chunk.v)
 
     def _append(self, frames: range) -> None:
         for bank in self._banks.values():
@@ -76,8 +75,8 @@ class RingStore(KVStore):
 class _Bank:
     """The slots of one role: history first, oldest in slot 0, then the pending chunk."""
 
-    def __init__(self, role: HeadRole) -> None:
-        self.role = role
+    def __init__(self, role: HeadRole, heads: Heads, window: int) -> None:
+        self.role, self.heads, self.window = role, heads, window
         self.frames: tuple[int | None, ...] = ()
         self._new = 0
         self._raw = self._rotated = self._v = _NOTHING  # [B, slots, P, Hr, D]
@@ -88,21 +87,21 @@ class _Bank:
     def table(self, new: int, chunk: int) -> FrameTable:
         return FrameTable(self.frames, new, chunk, keys=self._keys)
 
-    def begin(self, chunk: int) -> None:
-        table = self.table(self._new, chunk)
+    def begin(self, own: range) -> None:
+        table = self.table(self._new, len(own))
         kept = self.role.retain(table)
         selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
-        self._move(selection)
         self.frames = selection.frames(table)
+        self._move(selection, self._next_positions(own))
         self._new = 0
         self._some = None
 
     def stage(self, k: Tensor, v: Tensor) -> None:
-        """Writes the pending chunk, `[B, F, P, Hr, D]`, behind the history."""
+        """Writes the heads' part of the pending chunk, `[B, F, P, H, D]`, behind the history."""
         first, last = len(self.frames), len(self.frames) + k.shape[1]
         self._reserve(k, v, last)
-        self._raw[:, first:last] = k
-        self._v[:, first:last] = v
+        self.heads.take_into(self._raw[:, first:last], k)
+        self.heads.take_into(self._v[:, first:last], v)
         self._placed[first:last] = [None] * k.shape[1]
 
     def append(self, frames: range) -> None:
@@ -162,24 +161,39 @@ class _Bank:
         """Keys of neighbouring history rows, `[B, rows, P, Hr, D]`."""
         return self._raw[:, rows[0] : rows[-1] + 1]
 
-    def _move(self, selection: Selection) -> None:
-        """Slides the selected rows to the front; a row never moves to a later slot."""
-        places: list[int | None] = [self._placed[row] for row in selection.before]
-        if selection.chosen is not None:
-            places += [None] * selection.chosen.shape[1]
-        places += [self._placed[row] for row in selection.after]
-        for buffer in self._buffers():
-            _slide(buffer, selection)
-        self._placed[: len(places)] = places
-        self._placed[len(places) :] = [None] * (len(self._placed) - len(places))
+    def _next_positions(self, own: range) -> Sequence[int | None]:
+        """Where the history will sit in the first pass; nowhere, for a role that sees a part of it."""
+        if len(self.role.attend(self.table(0, len(own)), "denoise")) < len(self.frames):
+            return [None] * len(self.frames)
+        return self.role.place((*self.frames, *own), len(own), self.window)
+
+    def _move(self, selection: Selection, positions: Sequence[int | None]) -> None:
+        """Slides the selected rows to the front; rotated keys only where their position stays."""
+        chosen = 0 if selection.chosen is None else selection.chosen.shape[1]
+        after = len(selection.before) + chosen
+        kept = [*enumerate(selection.before), *enumerate(selection.after, after)]  # (slot, row)
+        settled = [(slot, row) for slot, row in kept if self._placed[row] == positions[slot]]
+        for buffer in (self._raw, self._v, self._ids):
+            picked = None if selection.chosen is None else _pick(buffer, selection.chosen)
+            _slide(buffer, kept[: len(selection.before)])
+            if picked is not None:
+                buffer[:, len(selection.before) : after] = picked
+            _slide(buffer, kept[len(selection.before) :])
+        _slide(self._rotated, settled)
+        self._placed = [None] * len(self._placed)
+        for slot, _ in settled:
+            self._placed[slot] = positions[slot]
 
     def _reserve(self, k: Tensor, v: Tensor, slots: int) -> None:
         """Makes room for `slots` frames like those of `k` and `v`, keeping the history."""
-        if _alike(self._raw, k) and _alike(self._v, v) and slots <= self._raw.shape[1]:
+        batch, chunk, tokens, _, dim = k.shape
+        fits = self._raw.shape[:1] + self._raw.shape[2:] == (batch, tokens, len(self.heads), dim)
+        fits = fits and _alike(self._raw, k) and _alike(self._v, v)
+        if fits and slots <= self._raw.shape[1]:
             return
-        capacity = self.role.capacity(k.shape[1])
-        slots = max(slots, 2 * len(self._placed) if capacity is None else capacity + k.shape[1])
-        shape = (k.shape[0], slots, *k.shape[2:])
+        capacity = self.role.capacity(chunk)
+        slots = max(slots, 2 * len(self._placed) if capacity is None else capacity + chunk)
+        shape = (batch, slots, tokens, len(self.heads), dim)
         with torch.inference_mode(False):
             raw = torch.empty(shape, dtype=k.dtype, device=k.device)
             rotated, values = (torch.empty(shape, dtype=v.dtype, device=v.device) for _ in range(2))
@@ -197,31 +211,31 @@ class _Bank:
 
 
 def _alike(buffer: Tensor, x: Tensor) -> bool:
-    """Whether frames of `x` fit into the slots of `buffer`."""
-    same = buffer.dtype == x.dtype and buffer.device == x.device
-    return same and buffer.shape[:1] + buffer.shape[2:] == x.shape[:1] + x.shape[2:]
+    return buffer.dtype == x.dtype and buffer.device == x.device
 
 
-def _slide(buffer: Tensor, selection: Selection) -> None:
-    """Moves the selected rows `[B, slots, ...]` to the front in place, earliest first."""
-    chosen = None
-    if selection.chosen is not None:
-        index = selection.chosen.reshape(*selection.chosen.shape, *[1] * (buffer.dim() - 2))
-        chosen = buffer.gather(1, index.expand(-1, -1, *buffer.shape[2:]))
-    _slide_rows(buffer, selection.before, 0)
-    first = len(selection.before)
-    if chosen is not None:
-        buffer[:, first : first + chosen.shape[1]] = chosen
-        first += chosen.shape[1]
-    _slide_rows(buffer, selection.after, first)
+def _pick(buffer: Tensor, rows: Tensor) -> Tensor:
+    """Rows chosen per sample, `[B, slots, ...]` and `[B, m] -> [B, m, ...]`."""
+    sample = torch.arange(rows.shape[0], device=rows.device)[:, None] * buffer.shape[1]
+    picked = buffer.flatten(0, 1).index_select(0, (rows + sample).flatten())
+    return picked.view(*rows.shape, *buffer.shape[2:])
 
 
-def _slide_rows(buffer: Tensor, rows: Sequence[int], slot: int) -> None:
-    """Copies ascending rows to ascending earlier slots, in blocks that do not overlap themselves."""
-    for first, last in runs(rows):
-        step = first - slot
-        if step:
-            for row in range(first, last, step):
-                stop = min(row + step, last)
-                buffer[:, row - step : stop - step] = buffer[:, row:stop]
-        slot += last - first
+def _slide(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> None:
+    """Copies rows to slots that are never later, `(slot, row)` ascending."""
+    for slot, row, count in _blocks(moves):
+        buffer[:, slot : slot + count] = buffer[:, row : row + count]
+
+
+def _blocks(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Joins neighbours into `(slot, row, count)`, never so long that a block overlaps itself."""
+    blocks: list[tuple[int, int, int]] = []
+    for slot, row in moves:
+        if slot == row:
+            continue
+        to, source, count = blocks[-1] if blocks else (0, 0, 0)
+        if (slot, row) == (to + count, source + count) and 0 < count < row - slot:
+            blocks[-1] = (to, source, count + 1)
+        else:
+            blocks.append((slot, row, 1))
+    return blocks
