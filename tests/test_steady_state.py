@@ -329,10 +329,10 @@ def test_no_object_stays():
 
 @pytest.mark.soak
 def test_nothing_stays_of_ten_thousand_chunks():
-    names = ("anchor", "local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
+    names = ("local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
     layer = Layer([ROLES[name] for name in names], passes=2)
-    check_no_tensor_stays(layer, chunks=8000)
-    check_no_object_stays(layer, chunks=1900, allowed=64 * 1024)
+    check_no_tensor_stays(layer, chunks=9000)
+    check_no_object_stays(layer, chunks=900, allowed=64 * 1024)
     assert layer.start >= 30_000
 
 
