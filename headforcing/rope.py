@@ -31,13 +31,16 @@ def rotate(x: Tensor, table: Tensor, positions: Sequence[int], height: int, widt
     """
     space = table.shape[1] // 3
     time = table.shape[1] - 2 * space
-    turns = table.new_empty(len(positions), height * width, table.shape[1])  # [n, P, D/2]
-    turns[..., :time] = temporal_rows(table[:, :time], positions)[:, None]
-    turns[..., time:] = _spatial_rows(table[:, time:], height, width)
-    wide = x.to(table.real.dtype, memory_format=torch.contiguous_format, copy=True)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, n, P, H, D/2], shares memory
-    pairs *= turns[:, :, None]
-    return wide.to(x.dtype)
+    turns = table.new_empty(height * width, table.shape[1])  # [P, D/2]
+    turns[:, time:] = _spatial_rows(table[:, time:], height, width)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for frame, turn in enumerate(temporal_rows(table[:, :time], positions)):
+        turns[:, :time] = turn
+        wide = x[:, frame].to(table.real.dtype, memory_format=torch.contiguous_format, copy=True)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, P, H, D/2], shares memory
+        pairs *= turns[:, None]
+        out[:, frame] = wide  # frame by frame: the wide copies stay in the CPU's cache
+    return out
 
 
 def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:
