@@ -31,10 +31,10 @@ demo: $(READY) ## run the embedded demo into runs/demo
 	$(BIN)/headforcing demo --out runs/demo
 
 test: $(READY) ## the fast tests
-	$(BIN)/python -m pytest -q -m '$(FAST)'
+	$(BIN)/python -m pytest -q -n auto -m '$(FAST)'
 
 test-all: $(READY) ## every test, the slow ones included
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def demo(
         float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")
     ] = 15.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the scene and the noise.")] = 0,
-    camera: Annotated[Camera, typer.Option(help="Whether the camera moves.")] = Camera.still,
+    camera: Annotated[Camera, typer.Option(help="Whether the camera moves.")] = Camera.pan,
     out: Annotated[Path, typer.Option(help="Folder for the files, made if missing.")] = Path(
         "headforcing-demo"
     ),

@@ -49,7 +49,7 @@ def demo(folder):
 
     def run(*options, out="out"):
         files = ["--weights", folder / "weights.safetensors", "--roles", folder / "roles.json"]
-        arguments = ["demo", "--seconds", "0.7", *files, "--out", folder / out, *options]
+        arguments = ["demo", "--seconds", "0.7", "--camera", "still", *files, "--out", folder / out, *options]
         return RUN.invoke(app, list(map(str, arguments)))
 
     return run

@@ -50,7 +50,7 @@ class Request:
     prompt: str | None = None
     seconds: float = 15.0
     seed: int = 0
-    camera: Literal["still", "pan"] = "still"
+    camera: Literal["still", "pan"] = "pan"
     out: Path = Path("headforcing-demo")
     weights: Path | None = None
     roles: Path | None = None
