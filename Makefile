@@ -9,7 +9,7 @@ EXTRAS ?= dev,demo
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed-$(EXTRAS)
 READY_DOCS := $(VENV)/.installed-docs
-FAST := not slow and not soak
+FAST := not slow
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check format docs bench clean

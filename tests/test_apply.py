@@ -29,14 +29,6 @@ from headforcing.roles import Anchor, Local, SlidingWindow
 from headforcing.testing import Rig, Snapshot, snapshot
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def rig() -> Rig:
     return Rig(window=6)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,15 +34,6 @@ from headforcing.errors import (
 )
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.testing import Caches, Rig, snapshot
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 ROLES = [[Local(), Anchor(), Memory(), SlidingWindow(6)]] * 2
 

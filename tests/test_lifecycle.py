@@ -30,14 +30,6 @@ MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, pos
 EXAMPLES = settings.default.max_examples  # of the profile in force
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def applied(window: int = 9) -> tuple[Rig, hf.HeadForcing]:
     rig = Rig(window)
     return rig, hf.apply_head_forcing(rig.model, [MIXED, MIXED[::-1]])
