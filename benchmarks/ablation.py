@@ -23,7 +23,7 @@ from headforcing.demo.world import render, sample_scene
 from headforcing.roles import Anchor, HeadRole, Local, SlidingWindow
 
 VIDEOS = 24
-LABEL_SEED, TABLE_SEED = 3000, 3500
+SEED = 3000
 LEVELS = (1.0, 0.857, 0.667)
 
 CUTS: dict[str, HeadRole] = {
@@ -42,7 +42,7 @@ def pruning_table(model: DemoModel, labels: Sequence[Sequence[str]]) -> dict[str
     Returns:
         `{cut: {label: [increase on seen columns, increase on columns the last chunk hid]}}`, in percent.
     """
-    videos = _Videos(model, TABLE_SEED)
+    videos = _Videos(model)
     whole = videos.errors({})
     table: dict[str, Any] = {}
     for cut, role in CUTS.items():
@@ -59,42 +59,35 @@ def pruning_table(model: DemoModel, labels: Sequence[Sequence[str]]) -> dict[str
     return table
 
 
-def function_scores(model: DemoModel) -> Tensor:
-    """What each head needs, instead of where it looks: every head is cut alone.
+def function_labels(model: DemoModel, least: float = 1.0) -> tuple[tuple[str, ...], ...]:
+    """Labels by what a head needs, instead of where it looks: each head is cut alone.
 
-    Returns:
-        `[2, layers, heads]`, increase of the error in percent on columns that the last chunk hid, when the
-        head keeps only the first and the last chunk, and when it keeps only the last chunk.
+    A head is `memory` if the error on columns that the last chunk hid grows by `least` percent when the
+    head keeps only the first and the last chunk; of the others `anchor` if it does when the head keeps
+    only the last chunk; else `local`. This rule is ours.
     """
-    videos = _Videos(model, LABEL_SEED)
+    videos = _Videos(model)
     whole = videos.errors({})[1]
+
+    def label(place: tuple[int, int]) -> str:
+        for name, cut in (
+            ("memory", "all but the first and the last chunk"),
+            ("anchor", "all but the last chunk"),
+        ):
+            if 100 * (videos.errors({place: CUTS[cut]})[1] / whole - 1) > least:
+                return name
+        return "local"
+
     layers, heads = range(model.config.layers), range(model.config.heads)
-    cuts = ("all but the first and the last chunk", "all but the last chunk")
-    errors = [[[videos.errors({(x, y): CUTS[cut]})[1] for y in heads] for x in layers] for cut in cuts]
-    return 100 * (torch.tensor(errors) / whole - 1)
-
-
-def function_labels(scores: Tensor, least: float = 1.0) -> tuple[tuple[str, ...], ...]:
-    """Labels from `function_scores`, by a rule of our own.
-
-    A head is `memory` if it needs frames between the first and the last chunk: without them the error
-    grows by more than `least` percent. Of the others it is `anchor` if it needs more than the last
-    chunk, else `local`.
-    """
-    names = [
-        "memory" if middle > least else "anchor" if past > least else "local"
-        for middle, past in zip(*scores.flatten(1).tolist(), strict=True)
-    ]
-    heads = scores.shape[2]
-    return tuple(tuple(names[first : first + heads]) for first in range(0, len(names), heads))
+    return tuple(tuple(label((layer, head)) for head in heads) for layer in layers)
 
 
 class _Videos:
     """Videos with drifted context, and the error of the model on them."""
 
-    def __init__(self, model: DemoModel, seed: int) -> None:
+    def __init__(self, model: DemoModel) -> None:
         self.model, self.config = model, model.config
-        sampler = Sampler(VIDEOS, seed, torch.device("cpu"), model.config)
+        sampler = Sampler(VIDEOS, SEED, torch.device("cpu"), model.config)
         chunks = sampler.chunks
         scene = sample_scene(VIDEOS, sampler.scenes, num_chunks=chunks)
         frames = torch.arange(model.config.window)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from ablation import function_labels, function_scores, pruning_table
+from ablation import function_labels, pruning_table
 from quality_page import page
 from rich.console import Console
 from rich.progress import track
@@ -99,17 +99,15 @@ def role_map(labels: Labels, numbers: Numbers, facts: Mapping[str, Any] | None =
     return RoleMap.from_labels(labels, numbers, facts)
 
 
-def label_rules(mass: HeadMass, scores: Tensor) -> dict[str, Labels]:
-    """Labels by every rule of `RULES`, and with the head that needs its memory most alone or left out."""
+def label_rules(model: DemoModel, mass: HeadMass) -> dict[str, Labels]:
+    """Labels by every rule of `RULES`."""
     looks_first = mass.first > mass.middle
     share = min(0.25, float(looks_first.double().mean()))
     strict = replace(mass, first=mass.first.where(looks_first, 0.0))
     return {
         "mass": head_forcing_roles(mass),
         "strict": head_forcing_roles(strict, anchor_share=share),
-        "function": function_labels(scores),
-        "one": function_labels(torch.where(scores[:1] == scores[0].max(), scores, 0.0)),
-        "without": function_labels(torch.where(scores[:1] == scores[0].max(), 0.0, scores)),
+        "function": function_labels(model),
     }
 
 
@@ -117,12 +115,14 @@ def policies(rules: Mapping[str, Labels], mass: HeadMass, window: int) -> dict[s
     """The policies by key; the draws of a random control stand in one list."""
     rule, numbers = CANDIDATES[CHOSEN]
     labels = rules[rule]
+    generator = torch.Generator().manual_seed(0)
     memory = numbers["memory"]
     assert isinstance(memory, Memory)
     kept = {name: role.fit(window, CHUNK).capacity(CHUNK) or 0 for name, role in numbers.items()}
     flat = [kept[label] for row in labels for label in row]
     same = round(sum(flat) / len(flat)) + CHUNK
     plain: Numbers = {**numbers, "memory": SlidingWindow(window, sink=memory.sink, positions="compact")}
+    draws = [shuffled_within_layers(labels, generator) for _ in range(DRAWS)]
     found = {
         "window": Policy(f"own sliding window, {window} frames"),
         "sink": Policy(f"sink 3 + window, {window} frames", SlidingWindow(window, sink=CHUNK)),
@@ -132,22 +132,14 @@ def policies(rules: Mapping[str, Labels], mass: HeadMass, window: int) -> dict[s
         "hf_strict": Policy("labels by mass, strict anchors", role_map(rules["strict"], numbers)),
         "hf_mass": Policy("labels by mass", role_map(rules["mass"], numbers)),
         "hf_plain": Policy("labels by mass, library defaults", role_map(rules["mass"], DEFAULT)),
-        "one": Policy("only the strongest head a memory head", role_map(rules["one"], numbers)),
-        "without": Policy("the strongest head a local head", role_map(rules["without"], numbers)),
         "no_episodic": Policy("recent instead of episodic frames", role_map(labels, plain)),
         "memory_all": Policy("every head a memory head", memory),
         "local_all": Policy("every head a local head", numbers["local"]),
         "bottom": Policy("labels by mass, bottom up", role_map(bottom_ranked_roles(mass), numbers)),
         "dense": Policy("dense, every frame", window=-1),
     }
-    drawn = [Policy("labels shuffled in each layer", role_map(draw, numbers)) for draw in shuffles(labels)]
-    return {key: [policy] for key, policy in found.items()} | {"shuffled": drawn}
-
-
-def shuffles(labels: Labels) -> list[Labels]:
-    """The draws of the random control."""
-    generator = torch.Generator().manual_seed(0)
-    return [shuffled_within_layers(labels, generator) for _ in range(DRAWS)]
+    shuffles = [Policy("labels shuffled in each layer", role_map(draw, numbers)) for draw in draws]
+    return {key: [policy] for key, policy in found.items()} | {"shuffled": shuffles}
 
 
 def evaluate(
@@ -246,8 +238,7 @@ def main() -> None:
         weights = given.weights or packaged
         model = DemoModel().load_weights(weights).eval().requires_grad_(False)
     mass = measure(model)
-    scores = function_scores(model)
-    rules = label_rules(mass, scores)
+    rules = label_rules(model, mass)
     rule, numbers = CANDIDATES[CHOSEN]
     if given.tune:
         tune(model, rules, given.chunks, given.batch, console)
@@ -262,7 +253,6 @@ def main() -> None:
     for key, camera in track(jobs, "policies", console=console):
         draws = [evaluate(model, policy, camera, seeds, given.chunks, given.batch) for policy in contest[key]]
         scenarios[camera][key] = mean_of_draws(draws)
-    layer, head = divmod(int(scores[0].argmax()), model.config.heads)
     data = given.out.parent / "data" / f"{given.out.stem}.json"
     settings = {
         "frames": given.chunks * CHUNK,
@@ -277,9 +267,6 @@ def main() -> None:
         "torch": torch.__version__,
         "labels": rules[rule],
         "label_rules": rules,
-        "function_scores": scores.tolist(),
-        "strongest": [layer, head],
-        "strongest_in_draws": [draw[layer][head] for draw in shuffles(rules[rule])],
         "mass": {name: getattr(mass, name).tolist() for name in ("first", "middle", "own")},
         "pruning": pruning_table(model, rules[rule]),
         "scenarios": scenarios,
