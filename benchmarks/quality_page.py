@@ -90,11 +90,16 @@ def _mean(record: Mapping[str, Any], measure: str, digits: int = 1) -> str:
     return "–" if bool(values.isnan().all()) else f"{float(values.nanmean()):.{digits}f}"
 
 
+def _decided(found: Interval) -> bool:
+    """Whether a difference is one; a bootstrap of a few videos decides nothing."""
+    return found.excludes_zero and found.count >= 5
+
+
 def _difference(found: Interval, digits: int = 1) -> str:
     if not found.count:
         return "–"
     text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"**{text}**" if found.excludes_zero else text
+    return f"**{text}**" if _decided(found) else text
 
 
 def _table(records: Mapping[str, Any], camera: str) -> str:
@@ -126,7 +131,7 @@ def _verdicts(scenarios: Mapping[str, Any]) -> str:
                 if key == "hf" or not found.count:
                     continue
                 word = "not told apart from"
-                if found.excludes_zero:
+                if _decided(found):
                     word = "ahead of" if found.mean > 0 else "behind"
                 groups[word].append(
                     f"{records[key]['name']} ({found.mean:+.{1 if 'psnr' in measure else 2}f})"
