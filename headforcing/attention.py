@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headforcing.backends import Part
 from headforcing.errors import StreamActiveError
+from headforcing.observation import Observation
 from headforcing.plan import LayerPlan
 from headforcing.types import AttentionCall, Chunk
 
@@ -43,19 +44,23 @@ class HeadForcingMixin(nn.Module):
             stream.store.reset()
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
-        stream.store.write(Chunk(call.start, k.detach(), v.detach()))
+        chunk = Chunk(call.start, k.detach(), v.detach())
+        stream.store.write(chunk)
         stream.released += adapter.release(call, stream.memo)
 
         def encode(x: Tensor, positions: Sequence[int]) -> Tensor:
             return adapter.rotate(x, call, positions)
 
-        parts = []
+        parts, frames = [], []
         for role, heads in plan.heads.items():
             view = stream.store.view(role, call.phase, encode)
             own = view.positions[-q.shape[1] :]
             rotated = encode(heads.take(q), own).to(v.dtype)
             parts.append(Part(heads, *(x.flatten(1, 2) for x in (rotated, view.k, view.v))))
+            frames.append(view.frames)
         out = plan.options.attend(parts, plan.num_heads)  # [B, L, H, D]
+        for observe in plan.activity.observers:
+            observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, out, encode))
         return adapter.output(self, out, call, stream.memo)
 
     def _original(self, call: AttentionCall | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -30,6 +30,10 @@ class RoleMapMismatchError(RoleMapError):
     """A role map is well formed but does not fit the model."""
 
 
+class ProfileError(HeadForcingError, ValueError):
+    """A profile, or the file it comes from, is malformed, or lacks what a classifier needs."""
+
+
 class WindowError(HeadForcingError, ValueError):
     """A role, or a chunk, needs more frames than the model was trained on."""
 
@@ -64,3 +68,7 @@ class ExternalEditError(StreamError):
 
 class NonFiniteKVError(StreamError, ArithmeticError):
     """Keys or values of a finished chunk hold NaN or infinity, so it was not committed."""
+
+
+class ForeignRolesWarning(UserWarning):
+    """A role map was measured on other weights than those it is applied to."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from headforcing.attention import HeadForcingMixin, original_class, patched_class, with_class
 from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError, UnsupportedModelError
+from headforcing.observation import Observer
 from headforcing.plan import Activity, LayerPlan, Options, Timeline, open_stream
 from headforcing.role_map import RoleMap
 from headforcing.status import Status, collect
@@ -114,6 +115,16 @@ class HeadForcing:
                     plan.streams[timeline].store.commit()
         finally:
             open_stream.reset(token)
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Shows every attention call to `observer` while the block runs; nothing it does changes the output."""
+        observers = self._plans[0].activity.observers
+        observers.append(observer)
+        try:
+            yield
+        finally:
+            observers.remove(observer)
 
     def remove(self) -> None:
         """Puts every original module back and gives the host's caches back empty; idempotent.

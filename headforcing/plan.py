@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from headforcing.adapter import Adapter
 from headforcing.backends import Attend
 from headforcing.errors import StreamError
+from headforcing.observation import Observer
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 from headforcing.stores import KVStore
@@ -57,6 +58,7 @@ class Activity:
         self.calls = 0
         self.bypassed = 0
         self.depth = 0
+        self.observers: list[Observer] = []
         self._lock = threading.Lock()
         self._pass = threading.local()
 

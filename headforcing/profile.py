@@ -1,181 +1,200 @@
-"""What every head looks at: a first, simple profiler.
+"""What was measured of every head: numbers per pass, and the files they are kept in.
 
-The statistic is the attention proportion of Head Forcing (arXiv:2605.14487, Fig. 3a): the share of the
-softmax on the first frame, on the own chunk and on everything between. That there are three
-proportions is documented; that "first" is one latent frame, that "own" is the chunk, and the mean over
-queries and calls are inferred, and the rule of `head_forcing_roles` is known from a third party only.
+A profile is a table. Its rows are passes over one chunk of one video, told apart by prompt, start,
+step and branch; its columns are what the metrics measured, one number or series per head. Because rows
+are kept, heads can be classified again, and by halves of the prompts, without the model.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
-from headforcing.adapter import Adapter, find_adapter
-from headforcing.apply import apply_head_forcing
-from headforcing.backends import Part
-from headforcing.backends.sdpa import attend
-from headforcing.errors import AlreadyAppliedError, HeadForcingError
-from headforcing.handle import handles_of
-from headforcing.roles import SlidingWindow
+from headforcing import strict_json
+from headforcing.errors import ProfileError
+from headforcing.origin import Digest, Facts, ModelFacts
 
-Labels = tuple[tuple[str, ...], ...]
-"""Role names `labels[layer][head]`, for `RoleMap.from_labels`."""
+MAX_BYTES = 1 << 20
+"""Largest JSON file of a profile that is read, checked before anything is parsed."""
+INDEX = ("prompt", "start", "step", "clean")
 
-QUERY_ROWS = 256
-"""Queries whose attention is written out at a time."""
+Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class HeadMass:
-    """Share of the attention of every head, `[layers, heads]` float64 each; they add up to one.
+class ProfileFacts(Facts):
+    """What a profile says about itself.
 
     Attributes:
-        first: on the first frame of the video.
-        middle: on the history behind it.
-        own: on the own chunk.
-        calls: attention calls with a history that were averaged, per layer.
+        model: what was measured.
+        metrics: settings by name of the metric.
+        protocol: how passes were chosen and what the heads saw meanwhile.
+        prompts: hash of the prompts, where they were given.
+        library: version of headforcing.
+        torch: version of torch.
     """
 
-    first: Tensor
-    middle: Tensor
-    own: Tensor
-    calls: int
+    format: Literal["headforcing.profile"] = "headforcing.profile"
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    model: ModelFacts
+    metrics: Mapping[str, Settings] = Field(min_length=1)
+    protocol: Settings = Field(default_factory=dict)
+    prompts: Digest | None = None
+    library: str = ""
+    torch: str = ""
 
 
-def attention_mass(
-    model: nn.Module,
-    run: Callable[[], object],
-    *,
-    window: int | None = None,
-    adapter: Adapter | None = None,
-) -> HeadMass:
-    """Measures where the heads of a model look while it generates.
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """What was measured of every head, pass by pass.
 
-    All heads get the first frame and the last frames, at positions inside the window, so that the
-    first frame is always there. Which history a profiled model sees past its window is our choice.
-    Every pass over a chunk counts the same, the clean one too, except over the first chunk, which has
-    no history. The measurement changes nothing that the model computes and draws no random numbers.
-
-    Args:
-        model: the model, head forcing not applied; it is left as it was found.
-        run: generates something with the model; called once.
-        window: frames seen, own chunk included; default: what the model was trained on.
-        adapter: the model's adapter; default: the one that fits.
+    Attributes:
+        facts: what was measured, and how.
+        prompt: `[S]` int64, number of the video's prompt; CFG branches of one prompt share it.
+        start: `[S]` int64, first frame of the chunk.
+        step: `[S]` int64, which pass over the chunk, from 0.
+        clean: `[S]` bool, whether it was the last pass over its chunk, which writes the cache.
+        values: `[S, layers, heads, ...]` float32 by name, for example `attention_mass.first`; NaN where
+            there was nothing to measure.
 
     Raises:
-        AlreadyAppliedError: head forcing is applied to the model.
-        HeadForcingError: `run` made no attention call with a history.
+        ProfileError: the tensors do not belong together.
     """
-    if handles_of(model):
-        raise AlreadyAppliedError("profiling applies roles of its own: remove head forcing first")
-    chosen = adapter or find_adapter(model)
-    frames = chosen.window(model) if window is None else window
-    role = SlidingWindow(frames, sink=1, positions="compact")
-    meter = _Meter(chosen)
-    with apply_head_forcing(model, role, adapter=chosen, window=frames, backend=meter), ExitStack() as hooks:
-        for layer, (_, module) in enumerate(chosen.attentions(model)):
-            hook = module.register_forward_pre_hook(meter.watch(layer), with_kwargs=True)
-            hooks.callback(hook.remove)
-        run()
-    if not meter.calls or min(meter.calls.values()) == 0:
-        raise HeadForcingError("run() made no attention call with a history: generate at least two chunks")
-    mass = torch.stack([meter.total[layer] / meter.calls[layer] for layer in sorted(meter.calls)])
-    return HeadMass(mass[:, 0], mass[:, 1], mass[:, 2], meter.calls[0])
+
+    facts: ProfileFacts
+    prompt: Tensor
+    start: Tensor
+    step: Tensor
+    clean: Tensor
+    values: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        rows = self.prompt.shape
+        if len(rows) != 1 or not rows[0]:
+            raise ProfileError(f"prompt is {list(rows)}: expected one number per pass, and at least one pass")
+        for name in INDEX:
+            column, wanted = getattr(self, name), torch.bool if name == "clean" else torch.int64
+            if column.shape != rows or column.dtype != wanted:
+                raise ProfileError(
+                    f"{name} is {list(column.shape)} {column.dtype}: expected {list(rows)} {wanted}"
+                )
+        shape = (*rows, self.facts.model.layers, self.facts.model.heads)
+        for name, value in self.values.items():
+            if value.shape[:3] != shape or value.dtype != torch.float32:
+                raise ProfileError(
+                    f"{name} is {list(value.shape)} {value.dtype}: expected {[*shape, '...']} torch.float32"
+                )
+            if name.partition(".")[0] not in self.facts.metrics:
+                raise ProfileError(f"{name} belongs to no metric of the profile: {', '.join(self.facts.metrics)}")
+
+    def __len__(self) -> int:
+        """Passes measured."""
+        return len(self.prompt)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What a metric measured, `[S, layers, heads, ...]` float64.
+
+        Raises:
+            ProfileError: it was not measured.
+        """
+        if name not in self.values:
+            raise ProfileError(
+                f"the profile has no {name}: it holds {', '.join(sorted(self.values))}; profile again with "
+                f"metrics=[..., {name.partition('.')[0]!r}]"
+            )
+        return self.values[name].double()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads per layer."""
+        return self.facts.model.layers, self.facts.model.heads
+
+    @property
+    def hash(self) -> str:
+        """Content hash, over facts and tensors."""
+        parts = [strict_json.canonical(self.facts.model_dump(mode="json"))]
+        for name, tensor in sorted(self._tensors().items()):
+            parts += [name.encode(), str(list(tensor.shape)).encode(), tensor.numpy().tobytes()]
+        return strict_json.digest(*parts)
+
+    def mean(self, name: str) -> Tensor:
+        """Mean over the passes where it could be measured, `[layers, heads, ...]` float64."""
+        return self[name].nanmean(0)
+
+    def where(self, keep: Tensor) -> HeadProfile:
+        """The passes chosen by a mask `[S]` bool, or by their row numbers, which may repeat.
+
+        Raises:
+            ProfileError: no pass is left.
+        """
+        if not (keep.any() if keep.dtype == torch.bool else len(keep)):
+            raise ProfileError(f"none of the {len(self)} passes is left: measure more chunks or prompts")
+        columns = {name: getattr(self, name)[keep] for name in INDEX}
+        return replace(self, **columns, values={name: value[keep] for name, value in self.values.items()})
+
+    @property
+    def noisy(self) -> HeadProfile:
+        """The denoising passes only; everything, where each chunk had one pass.
+
+        Head Forcing measures "all 4 denoise steps" (third party); that the clean pass, which writes the
+        cache, does not count is our choice.
+        """
+        return self if bool(self.clean.all()) else self.where(~self.clean)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `NAME.safetensors` and `NAME.json` beside it.
+
+        Raises:
+            ProfileError: the name does not end in `.safetensors`.
+        """
+        tensors, facts = _paths(path)
+        tensors.write_bytes(save(self._tensors()))
+        document = {**self.facts.model_dump(mode="json"), "hash": self.hash}
+        facts.write_text(strict_json.pretty(document), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadProfile:
+        """Reads what `save` wrote.
+
+        Raises:
+            ProfileError: a file is missing or malformed, or the two do not belong together.
+        """
+        tensors, facts = _paths(path)
+        try:
+            with facts.open("rb") as file:
+                document = strict_json.parse(file.read(MAX_BYTES + 1), MAX_BYTES)
+            content = load(tensors.read_bytes())
+        except OSError as error:
+            raise ProfileError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        except (ValueError, SafetensorError) as error:
+            raise ProfileError(f"{path}: not a profile: {error}") from error
+        if not isinstance(document, dict) or not set(INDEX) <= set(content):
+            raise ProfileError(f"{path}: not a profile: expected an object, and tensors {', '.join(INDEX)}")
+        expected = document.pop("hash", None)
+        prompt, start, step, clean = (content.pop(name) for name in INDEX)
+        try:
+            found = cls(ProfileFacts.model_validate(document), prompt, start, step, clean, content)
+        except (ValidationError, ProfileError) as error:
+            raise ProfileError(f"{path}: not a profile: {error}") from error
+        if found.hash != expected:
+            raise ProfileError(f"{path}: content hash {found.hash}, but {facts.name} says {expected}")
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        columns = {name: getattr(self, name) for name in INDEX}
+        return {name: tensor.contiguous() for name, tensor in {**columns, **self.values}.items()}
 
 
-def head_forcing_roles(mass: HeadMass, anchor_share: float = 0.25, local_share: float = 0.20) -> Labels:
-    """Names `anchor`, `local` or `memory` by rank over all heads together.
-
-    The top `anchor_share` of the heads by mass on the first frame are anchors; of the rest, the top
-    `local_share` by mass on the own chunk are local; the others are memory heads. Shares are rounded
-    up; of equal heads the one with the lower index (layer by layer) comes first.
-    """
-    return _ranked(mass.first, mass.own, anchor_share, local_share)
-
-
-def bottom_ranked_roles(mass: HeadMass, anchor_share: float = 0.25, local_share: float = 0.20) -> Labels:
-    """A control: as many heads of each role, but those at the bottom of each ranking."""
-    return _ranked(-mass.first, -mass.own, anchor_share, local_share)
-
-
-def shuffled_within_layers(labels: Sequence[Sequence[str]], generator: torch.Generator) -> Labels:
-    """A control: the same labels in every layer, on other heads of that layer."""
-    rows = (torch.randperm(len(row), generator=generator).tolist() for row in labels)
-    return tuple(tuple(row[head] for head in order) for row, order in zip(labels, rows, strict=True))
-
-
-def shuffled(labels: Sequence[Sequence[str]], generator: torch.Generator) -> Labels:
-    """A control: as many labels of each kind, anywhere in the model."""
-    heads = len(labels[0])
-    flat = [label for row in labels for label in row]
-    order = torch.randperm(len(flat), generator=generator).tolist()
-    return _table([flat[head] for head in order], heads)
-
-
-def _ranked(first: Tensor, own: Tensor, anchor_share: float, local_share: float) -> Labels:
-    names = ["memory"] * first.numel()
-    anchors = _top(first.flatten(), list(range(len(names))), anchor_share)
-    rest = [head for head in range(len(names)) if head not in anchors]
-    for head in anchors:
-        names[head] = "anchor"
-    for head in _top(own.flatten(), rest, local_share):
-        names[head] = "local"
-    return _table(names, first.shape[1])
-
-
-def _top(score: Tensor, among: Sequence[int], share: float) -> list[int]:
-    """The heads `among` with the highest scores; how many is a share of them, rounded up."""
-    count = math.ceil(share * len(among) - 1e-9)  # 0.07 * 100 is a little more than 7
-    return sorted(among, key=lambda head: (-float(score[head]), head))[:count]
-
-
-def _table(flat: Sequence[str], heads: int) -> Labels:
-    return tuple(tuple(flat[first : first + heads]) for first in range(0, len(flat), heads))
-
-
-class _Meter:
-    """A backend that also adds up where the heads of every layer look."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.layer = self.tokens_per_frame = -1
-        self.total: dict[int, Tensor] = {}  # by layer: [3, H]
-        self.calls: dict[int, int] = {}
-
-    def watch(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """A hook that says which layer the next attention belongs to: call order is never counted."""
-        self.calls[layer] = 0
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = self.adapter.read(module, args, kwargs)
-            if call is not None:
-                self.layer, self.tokens_per_frame = layer, call.tokens_per_frame
-
-        return note
-
-    def __call__(self, parts: Sequence[Part], num_heads: int) -> Tensor:
-        if parts[0].k.shape[1] > parts[0].q.shape[1]:  # all heads have one role, and a history
-            mass = _masses(parts[0], self.tokens_per_frame)
-            self.total[self.layer] = self.total.get(self.layer, 0) + mass
-            self.calls[self.layer] += 1
-        return attend(parts, num_heads)
-
-
-def _masses(part: Part, tokens_per_frame: int) -> Tensor:
-    """Mean mass on the first frame, the middle and the own chunk, `[3, Hr]` float64 on the CPU."""
-    q, k = part.q.transpose(1, 2).float(), part.k.transpose(1, 2).float()  # [B, Hr, L or M, D]
-    queries, history = q.shape[2], k.shape[2] - q.shape[2]
-    regions = [tokens_per_frame, history - tokens_per_frame, queries]
-    total = torch.zeros(3, q.shape[1], dtype=torch.float64)
-    for rows in q.split(QUERY_ROWS, dim=2):
-        weights = (rows @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        for region, part_of in enumerate(weights.split(regions, dim=-1)):
-            total[region] += part_of.sum(-1).mean(0).sum(-1).double().cpu()
-    return total / queries
+def _paths(path: str | Path) -> tuple[Path, Path]:
+    """The tensors' file and the facts' file."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ProfileError(f"{path}: a profile is NAME.safetensors with NAME.json beside it")
+    return path, path.with_suffix(".json")

@@ -6,26 +6,23 @@ with it, the error is a `RoleMapError` that says where.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headforcing.episodic import EpisodicUpdate
-from headforcing.errors import HeadForcingError, RoleMapError, RoleMapMismatchError
+from headforcing import strict_json
+from headforcing.errors import RoleMapError, RoleMapMismatchError
+from headforcing.origin import Scalar
+from headforcing.role_json import decode_role, encode_role
 from headforcing.roles import Anchor, HeadRole, Local, Memory
 
 FORMAT = "headforcing.role-map"
 MAX_BYTES = 1 << 20
 """Largest role-map file that is read, checked before anything is parsed."""
-
-Scalar = str | int | float | bool | None
-
 
 @dataclass(frozen=True)
 class RoleMap:
@@ -123,7 +120,7 @@ class RoleMap:
         document = {
             "format": FORMAT,
             "version": 1,
-            "roles": {name: _encode(role) for role, name in names.items()},
+            "roles": {name: encode_role(role) for role, name in names.items()},
             "layers": [],
             "provenance": dict(self.provenance),
         }
@@ -144,7 +141,7 @@ class RoleMap:
         document = _parse(text, source)
         roles = {}
         for name, data in document.roles.items():
-            roles[name] = _decode(HeadRole, data, f"{source}: /roles/{name}")
+            roles[name] = decode_role(data, f"{source}: /roles/{name}")
         unused = set(roles) - {name for layer in document.layers for name in layer}
         if unused:
             raise RoleMapError(f"{source}: /roles names {sorted(unused)}, which no head has")
@@ -186,63 +183,14 @@ class _Document(BaseModel):
 
 
 def _parse(text: str | bytes, source: str) -> _Document:
-    if len(text) > MAX_BYTES:
-        raise RoleMapError(f"{source}: larger than {MAX_BYTES} bytes, which no role map needs")
     try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        data = json.loads(
-            decoded,
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-        return _Document.model_validate(data)
+        return _Document.model_validate(strict_json.parse(text, MAX_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
         where = "/".join(str(part) for part in first["loc"])
         raise RoleMapError(f"{source}: /{where}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise RoleMapError(f"{source}: not strict JSON: {error}") from error
-
-
-_T = TypeVar("_T")
-
-
-def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
-    """Builds the subclass of `base` that `data["type"]` names from the other entries."""
-    fields = dict(data)
-    name = fields.pop("type", None)
-    kinds = {cls.__name__: cls for cls in _concrete(base)}
-    if not isinstance(name, str) or name not in kinds:
-        raise RoleMapError(f"{where}/type is {name!r}: expected one of {', '.join(sorted(kinds))}")
-    known = {f.name for f in dataclasses.fields(kinds[name])}
-    if unknown := sorted(set(fields) - known):
-        raise RoleMapError(f"{where} has unknown entries {unknown}: {name} has {sorted(known)}")
-    if isinstance(fields.get("update"), dict):
-        fields["update"] = _decode(EpisodicUpdate, fields["update"], f"{where}/update")
-    try:
-        built: _T = kinds[name](**fields)
-        return built
-    except (HeadForcingError, TypeError) as error:
-        raise RoleMapError(f"{where}: {error}") from error
-
-
-def _encode(value: HeadRole | EpisodicUpdate) -> dict[str, Any]:
-    entries: dict[str, Any] = {"type": type(value).__name__}
-    for f in dataclasses.fields(value):
-        entry = getattr(value, f.name)
-        entries[f.name] = _encode(entry) if isinstance(entry, EpisodicUpdate) else entry
-    return entries
-
-
-def _concrete(base: Any) -> list[Any]:
-    """Every class below `base` that has no abstract method."""
-    found = []
-    for cls in base.__subclasses__():
-        if not getattr(cls, "__abstractmethods__", None):
-            found.append(cls)
-        found += _concrete(cls)
-    return found
+    except ValueError as error:
+        raise RoleMapError(f"{source}: {error}") from error
 
 
 def _names(roles: Mapping[HeadRole, int]) -> dict[HeadRole, str]:
@@ -254,20 +202,3 @@ def _names(roles: Mapping[HeadRole, int]) -> dict[HeadRole, str]:
         seen[kind] = seen.get(kind, 0) + 1
         names[role] = kind if kinds.count(kind) == 1 else f"{kind}{seen[kind]}"
     return names
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"an object has one of its keys twice: {sorted(found)[:8]}")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{digits} is not finite")
-    return value

@@ -14,21 +14,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
-    {"types", "errors", "lookup"},
-    {"positions", "roles", "episodic", "role_map", "rope", "adapter"},
-    {"stores", "backends", "metrics"},
-    {"plan", "presets"},
-    {"attention", "status"},
+    {"types", "errors", "lookup", "strict_json"},
+    {"positions", "roles", "role_json", "episodic", "origin", "role_map", "rope", "adapter", "fingerprint"},
+    {"stores", "backends"},
+    {"profile", "classifiers", "importers", "compare", "stability", "hub"},
+    {"observation", "plan", "presets"},
+    {"attention", "status", "metrics"},
     {"handle"},
     {"apply"},
-    {"profile"},
+    {"profiler"},
     {""},
+    {"plots"},
     {"integrations", "demo", "testing", "cli"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # One file each, so that a file can be added or removed alone: no imports between neighbours.
-ALONE = {"stores", "backends", "metrics", "integrations"}
+ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrations"}
 ONLY = {
     "integrations": {"types", "adapter", "rope", "errors"},
     "stores": {"types", "errors", "lookup", "positions", "roles", "episodic", "role_map", "stores"},

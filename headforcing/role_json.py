@@ -1,0 +1,66 @@
+"""Roles as JSON: the name of the class and all its numbers, decoded without guessing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from headforcing.episodic import EpisodicUpdate
+from headforcing.errors import HeadForcingError, RoleMapError
+from headforcing.roles import HeadRole
+
+
+def decode_role(data: dict[str, Any], where: str) -> HeadRole:
+    """The role that `encode_role` wrote.
+
+    Args:
+        data: the entries.
+        where: what to call the place in messages.
+
+    Raises:
+        RoleMapError: anything is wrong with it.
+    """
+    role: HeadRole = _decode(HeadRole, data, where)
+    return role
+
+
+_T = TypeVar("_T")
+
+
+def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
+    """Builds the subclass of `base` that `data["type"]` names from the other entries."""
+    fields = dict(data)
+    name = fields.pop("type", None)
+    kinds = {cls.__name__: cls for cls in _concrete(base)}
+    if not isinstance(name, str) or name not in kinds:
+        raise RoleMapError(f"{where}/type is {name!r}: expected one of {', '.join(sorted(kinds))}")
+    known = {f.name for f in dataclasses.fields(kinds[name])}
+    if unknown := sorted(set(fields) - known):
+        raise RoleMapError(f"{where} has unknown entries {unknown}: {name} has {sorted(known)}")
+    if isinstance(fields.get("update"), dict):
+        fields["update"] = _decode(EpisodicUpdate, fields["update"], f"{where}/update")
+    try:
+        built: _T = kinds[name](**fields)
+        return built
+    except (HeadForcingError, TypeError) as error:
+        raise RoleMapError(f"{where}: {error}") from error
+
+
+def encode_role(value: HeadRole | EpisodicUpdate) -> dict[str, Any]:
+    """Its class name as `type`, and every field."""
+    entries: dict[str, Any] = {"type": type(value).__name__}
+    for f in dataclasses.fields(value):
+        entry = getattr(value, f.name)
+        entries[f.name] = encode_role(entry) if isinstance(entry, EpisodicUpdate) else entry
+    return entries
+
+
+def _concrete(base: Any) -> list[Any]:
+    """Every class below `base` that has no abstract method."""
+    found = []
+    for cls in base.__subclasses__():
+        if not getattr(cls, "__abstractmethods__", None):
+            found.append(cls)
+        found += _concrete(cls)
+    return found
