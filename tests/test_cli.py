@@ -200,7 +200,7 @@ def test_foreign_files_are_not_overwritten(demo, folder):
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr("headforcing.cli.DRAWING", ("PIL", "no_such_library"))
+    monkeypatch.setattr("headforcing.cli.demo.DRAWING", ("PIL", "no_such_library"))
     answer = RUN.invoke(app, ["demo"])
     assert answer.exit_code == 2
     assert "no_such_library: pip install 'headforcing[demo]'" in answer.stderr

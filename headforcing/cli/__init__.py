@@ -1,0 +1,33 @@
+"""The command line: `headforcing demo`, `headforcing profile`, `headforcing roles ...`.
+
+Torch and the drawing libraries are imported inside the commands. Exit codes: 0 fine, 1 a file is not
+valid, 2 the command could not be carried out.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from headforcing.cli import demo, roles
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("demo")(demo.demo)
+app.add_typer(roles.app, name="roles")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("headforcing"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Give every attention head of an autoregressive video model its own KV memory."""
