@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Scalar = str | int | float | bool | None
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -19,7 +19,9 @@ Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 class Facts(BaseModel):
     """A strict, frozen record that can be written as JSON."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelFacts(Facts):
@@ -62,11 +64,11 @@ class Measurement(Facts):
 
     method: str
     settings: Mapping[str, Scalar] = Field(default_factory=dict)
-    metric: Sequence[str] = ()
+    metric: Annotated[Sequence[str], AfterValidator(tuple)] = ()
     profile: Digest | None = None
     prompts: Digest | None = None
     videos: Annotated[int, Field(ge=0)] = 0
-    seeds: Sequence[int] = ()
+    seeds: Annotated[Sequence[int], AfterValidator(tuple)] = ()
     library: str = ""
 
 
@@ -84,5 +86,3 @@ class Origin(Facts):
     measurement: Measurement | None = None
     stability: Mapping[str, Scalar] = Field(default_factory=dict)
     notes: Mapping[str, Scalar] = Field(default_factory=dict)
-
-

@@ -26,10 +26,14 @@ def decode_role(data: dict[str, Any], where: str) -> HeadRole:
 
 
 _T = TypeVar("_T")
+_JSON = {list: "array", dict: "object"}
 
 
 def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
     """Builds the subclass of `base` that `data["type"]` names from the other entries."""
+    for entry, value in data.items():
+        if isinstance(value, list) or (isinstance(value, dict) and entry != "update"):
+            raise RoleMapError(f"{where}/{entry} is a JSON {_JSON[type(value)]}: expected a single value")
     fields = dict(data)
     name = fields.pop("type", None)
     kinds = {cls.__name__: cls for cls in _concrete(base)}

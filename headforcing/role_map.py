@@ -1,28 +1,16 @@
-"""Which head has which role, and the file it is kept in.
-
-A file is strict JSON: data only, one schema, nothing ignored and nothing guessed. Whatever is wrong
-with it, the error is a `RoleMapError` that says where.
-"""
+"""Which head has which role, and where that was measured; saved as one JSON file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from headforcing import strict_json
+from headforcing import role_file
 from headforcing.errors import RoleMapError, RoleMapMismatchError
-from headforcing.origin import Scalar
-from headforcing.role_json import decode_role, encode_role
+from headforcing.origin import Origin
 from headforcing.roles import Anchor, HeadRole, Local, Memory
 
-FORMAT = "headforcing.role-map"
-MAX_BYTES = 1 << 20
-"""Largest role-map file that is read, checked before anything is parsed."""
 
 @dataclass(frozen=True)
 class RoleMap:
@@ -30,14 +18,15 @@ class RoleMap:
 
     Attributes:
         layers: one tuple of roles per layer, all of the same length.
-        provenance: where the map comes from, as flat facts (model, metric, seed, date, ...).
+        origin: where the map comes from; maps with the same roles are equal, whatever it says.
 
     Raises:
-        RoleMapError: a layer is empty, layers differ in length, or something is not a role.
+        RoleMapError: a layer is empty, layers differ in length, something is not a role, or the origin
+            speaks of another number of layers or heads.
     """
 
     layers: tuple[tuple[HeadRole, ...], ...]
-    provenance: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
+    origin: Origin = field(default=Origin(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(tuple(layer) for layer in self.layers))
@@ -48,6 +37,14 @@ class RoleMap:
             for head, role in enumerate(layer):
                 if not isinstance(role, HeadRole):
                     raise RoleMapError(f"layer {index}, head {head}: {role!r} is not a HeadRole")
+        if not isinstance(self.origin, Origin):
+            raise RoleMapError(f"origin is a {type(self.origin).__name__}: expected an Origin")
+        model = self.origin.model
+        if model is not None and (model.layers, model.heads) != self.shape:
+            raise RoleMapError(
+                f"the table has {self.shape[0]} layers x {self.shape[1]} heads, but the model it was "
+                f"measured on {model.layers} x {model.heads}: one of them is wrong"
+            )
 
     @classmethod
     def uniform(cls, role: HeadRole, layers: int, heads: int) -> RoleMap:
@@ -59,14 +56,17 @@ class RoleMap:
         cls,
         labels: Sequence[Sequence[str]],
         roles: Mapping[str, HeadRole] | None = None,
-        provenance: Mapping[str, Scalar] | None = None,
+        origin: Origin | None = None,
     ) -> RoleMap:
         """A map from a table of names `labels[layer][head]`.
 
         Args:
             labels: role names.
             roles: what the names mean; default `local`, `anchor` and `memory` of Head Forcing.
-            provenance: see the class.
+            origin: where they come from; default: unknown.
+
+        Raises:
+            RoleMapError: a name has no meaning, or see the class.
         """
         known = roles or {"local": Local(), "anchor": Anchor(), "memory": Memory()}
         for layer, row in enumerate(labels):
@@ -76,7 +76,7 @@ class RoleMap:
                         f"layer {layer}, head {head}: unknown role name {label!r}, expected one of "
                         f"{', '.join(known)}"
                     )
-        return cls(tuple(tuple(known[label] for label in row) for row in labels), provenance or {})
+        return cls(tuple(tuple(known[label] for label in row) for row in labels), origin or Origin())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,7 +96,7 @@ class RoleMap:
                 f"{layers} x {heads}: use a map measured on this model"
             )
         fitted = {role: role.fit(window, chunk) for layer in self.layers for role in layer}
-        return RoleMap(tuple(tuple(fitted[role] for role in layer) for layer in self.layers), self.provenance)
+        return RoleMap(tuple(tuple(fitted[role] for role in layer) for layer in self.layers), self.origin)
 
     def counts(self) -> dict[HeadRole, int]:
         """Heads per role, over all layers, in order of appearance."""
@@ -113,40 +113,32 @@ class RoleMap:
                 return layer, row.index(role)
         raise RoleMapError(f"no head has the role {role}: the map has {len(self.counts())} roles")
 
+    @property
+    def hash(self) -> str:
+        """Content hash, over roles and origin: the one that `to_json` writes."""
+        return str(role_file.document(self._content())["hash"])
+
     def to_json(self) -> str:
-        """The map as canonical JSON text."""
-        names = _names(self.counts())
-        rows = [json.dumps([names[role] for role in layer]) for layer in self.layers]
-        document = {
-            "format": FORMAT,
-            "version": 1,
-            "roles": {name: encode_role(role) for role, name in names.items()},
-            "layers": [],
-            "provenance": dict(self.provenance),
-        }
-        table = '"layers": [\n    ' + ",\n    ".join(rows) + "\n  ]"  # a row of heads per line
-        return json.dumps(document, indent=2, allow_nan=False).replace('"layers": []', table, 1) + "\n"
+        """The map as canonical JSON text, with its content hash."""
+        return role_file.encode(self._content())
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "role map") -> RoleMap:
-        """The map that `to_json` wrote.
+        """The map that `to_json` wrote, or a person.
+
+        A content hash must be right; a file without one is taken as it is, so maps can be written by
+        hand, and changed on purpose by deleting the entry `hash`.
 
         Args:
-            text: the document, UTF-8 without a byte order mark.
+            text: the document, UTF-8 without a byte order mark; see `headforcing.role_file`.
             source: what to call it in messages.
 
         Raises:
             RoleMapError: anything at all is wrong with the document.
         """
-        document = _parse(text, source)
-        roles = {}
-        for name, data in document.roles.items():
-            roles[name] = decode_role(data, f"{source}: /roles/{name}")
-        unused = set(roles) - {name for layer in document.layers for name in layer}
-        if unused:
-            raise RoleMapError(f"{source}: /roles names {sorted(unused)}, which no head has")
+        content = role_file.decode(text, source)
         try:
-            return cls.from_labels(document.layers, roles, document.provenance)
+            return cls.from_labels(*content)
         except RoleMapError as error:
             raise RoleMapError(f"{source}: {error}") from error
 
@@ -161,36 +153,12 @@ class RoleMap:
         Raises:
             RoleMapError: the file is missing, too large, or not a role map.
         """
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise RoleMapError(f"{path}: cannot be read ({error.strerror})") from error
-        return cls.from_json(content, str(path))
+        return cls.from_json(role_file.read_bytes(Path(path)), str(path))
 
-
-class _Document(BaseModel):
-    """The outer shape of a role-map file."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    format: Literal["headforcing.role-map"]
-    version: Annotated[int, Field(ge=1, le=1)]
-    roles: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=256)]
-    layers: Annotated[list[list[str]], Field(min_length=1)]
-    provenance: dict[str, Scalar]
-
-
-def _parse(text: str | bytes, source: str) -> _Document:
-    try:
-        return _Document.model_validate(strict_json.parse(text, MAX_BYTES))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "/".join(str(part) for part in first["loc"])
-        raise RoleMapError(f"{source}: /{where}: {first['msg']}") from error
-    except ValueError as error:
-        raise RoleMapError(f"{source}: {error}") from error
+    def _content(self) -> role_file.Content:
+        names = _names(self.counts())
+        labels = [[names[role] for role in layer] for layer in self.layers]
+        return role_file.Content(labels, {name: role for role, name in names.items()}, self.origin)
 
 
 def _names(roles: Mapping[HeadRole, int]) -> dict[HeadRole, str]:

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
     {"types", "errors", "lookup", "strict_json"},
-    {"positions", "roles", "role_json", "episodic", "origin", "role_map", "rope", "adapter", "fingerprint"},
+    {"positions", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
+    | {"rope", "adapter", "fingerprint"},
     {"stores", "backends"},
-    {"profile", "classifiers", "importers", "compare", "stability", "hub"},
+    {"profile"},
+    {"classifiers", "importers", "compare", "stability", "hub"},
     {"observation", "plan", "presets"},
     {"attention", "status", "metrics"},
     {"handle"},
@@ -38,7 +40,7 @@ ONLY = {
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder
 AT_IMPORT = {*sys.stdlib_module_names, "torch", "einops", "numpy", "headforcing"}  # integrations
-LAZY = {"diffusers", "transformers", "matplotlib", "typer", "imageio"}
+LAZY = {"diffusers", "transformers", "matplotlib", "typer", "imageio", "huggingface_hub"}
 
 MAY_PRINT = {"headforcing.cli", "headforcing.demo.train"}
 IMPORT_CALLS = {"importlib.import_module", "import_module", "__import__"}

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def demo_roles() -> RoleMap:
-    """The role map that was measured on the demo model; how is in its `provenance`."""
+    """The role map that was measured on the demo model; how is in its `origin`."""
     with resources.as_file(resources.files("headforcing.demo") / "roles.json") as path:
         return RoleMap.load(path)
 

@@ -27,7 +27,7 @@ def late_psnr(model, policy: Policy, camera: str) -> float:
 
 def test_the_role_map_names_the_weights_it_was_measured_on():
     weights = resources.files("headforcing.demo") / "weights.safetensors"
-    assert demo_roles().provenance["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert demo_roles().origin.notes["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert demo_roles().shape == (6, 4)
 
 

@@ -1,0 +1,121 @@
+"""The document that a role map is kept in.
+
+Strict JSON: data only, one schema, nothing ignored and nothing guessed. Its entries are `format`, `version`,
+`model`, `measurement`, `stability`, `notes`, `roles` (what the names mean), `layers` (a row of names per
+layer) and `hash`. Whoever writes one by hand may leave out all but `format`, `version`, `roles` and `layers`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from headforcing import strict_json
+from headforcing.errors import RoleMapError
+from headforcing.origin import Digest, Origin
+from headforcing.role_json import decode_role, encode_role
+from headforcing.roles import HeadRole
+
+FORMAT = "headforcing.role-map"
+MAX_BYTES = 1 << 20
+"""Largest role-map file that is read, checked before anything is parsed."""
+
+
+class Content(NamedTuple):
+    """What a document says.
+
+    Attributes:
+        labels: names `labels[layer][head]`.
+        roles: what the names mean.
+        origin: where the map comes from.
+    """
+
+    labels: Sequence[Sequence[str]]
+    roles: Mapping[str, HeadRole]
+    origin: Origin
+
+
+class _Document(Origin):
+    """The outer shape."""
+
+    format: Literal["headforcing.role-map"]
+    version: Annotated[int, Field(ge=1, le=1)]
+    roles: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=256)]
+    layers: Annotated[list[list[str]], Field(min_length=1)]
+    hash: Digest = ""
+
+
+def document(content: Content) -> dict[str, Any]:
+    """All entries as JSON values, `hash` last."""
+    entries = {
+        "format": FORMAT,
+        "version": 1,
+        **content.origin.model_dump(mode="json"),
+        "roles": {name: encode_role(role) for name, role in content.roles.items()},
+        "layers": [list(row) for row in content.labels],
+    }
+    return {**entries, "hash": content_hash(entries)}
+
+
+def content_hash(entries: Mapping[str, Any]) -> str:
+    """Hash of a document, whatever its layout; its own entry `hash` does not count."""
+    return strict_json.digest(strict_json.canonical({k: v for k, v in entries.items() if k != "hash"}))
+
+
+def encode(content: Content) -> str:
+    """The document as text, a row of heads per line."""
+    entries = document(content)
+    rows = [json.dumps(row) for row in entries["layers"]]
+    table = '"layers": [\n    ' + ",\n    ".join(rows) + "\n  ]"
+    # No other entry can read like this: quotes inside of texts are escaped, and notes hold no lists.
+    return strict_json.pretty({**entries, "layers": []}).replace('\n  "layers": []', f"\n  {table}", 1)
+
+
+def decode(text: str | bytes, source: str) -> Content:
+    """What the document says.
+
+    Args:
+        text: UTF-8 without a byte order mark.
+        source: what to call it in messages.
+
+    Raises:
+        RoleMapError: anything at all is wrong with it.
+    """
+    try:
+        entries = strict_json.parse(text, MAX_BYTES)
+        found = _Document.model_validate(entries)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = "/".join(str(part) for part in first["loc"])
+        raise RoleMapError(f"{source}: /{where}: {first['msg']}") from error
+    except ValueError as error:
+        raise RoleMapError(f"{source}: {error}") from error
+    roles = {name: decode_role(data, f"{source}: /roles/{name}") for name, data in found.roles.items()}
+    if unused := set(roles) - {name for layer in found.layers for name in layer}:
+        raise RoleMapError(f"{source}: /roles names {sorted(unused)}, which no head has")
+    if found.hash and found.hash != (actual := content_hash(entries)):
+        raise RoleMapError(
+            f"{source}: content hash is {actual}, but /hash says {found.hash}: the file was changed after it "
+            "was written; if that was on purpose, delete the entry `hash`"
+        )
+    origin = Origin(
+        model=found.model, measurement=found.measurement, stability=found.stability, notes=found.notes
+    )
+    return Content(found.layers, roles, origin)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file of roles, at most one byte more than any such file needs.
+
+    Raises:
+        RoleMapError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RoleMapError(f"{path}: cannot be read ({error.strerror})") from error
