@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import headforcing
 from headforcing import Anchor, Local, Memory, RoleMap
 from headforcing.cli import app
+from headforcing.origin import Origin
 
 RUN = CliRunner()
 HELP = "import sys; sys.argv = ['headforcing', '--help']; from headforcing.cli import app\n"
@@ -28,7 +29,7 @@ BARE_PACKAGE = (
 
 def map_of(layers=6, heads=4):
     rows = [[Local(), Anchor(), *[Memory()] * (heads - 2)]] * layers
-    return RoleMap(tuple(map(tuple, rows)), {"metric": "none [really]", "seed": 3})
+    return RoleMap(tuple(map(tuple, rows)), Origin(notes={"metric": "none [really]", "seed": 3}))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_a_role_map_is_shown(tmp_path, heads):
 def test_a_role_map_as_json(tmp_path):
     map_of().save(tmp_path / "map.json")
     answer = json.loads(RUN.invoke(app, ["roles", "show", "--json", str(tmp_path / "map.json")]).stdout)
-    assert (answer["layers"], answer["heads"], answer["provenance"]["seed"]) == (6, 4, 3)
+    assert (answer["layers"], answer["heads"], answer["origin"]["notes"]["seed"]) == (6, 4, 3)
     assert {name: role["heads"] for name, role in answer["roles"].items()} == {
         "local": 6,
         "anchor": 6,

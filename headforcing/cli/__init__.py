@@ -13,7 +13,12 @@ import typer
 
 from headforcing.cli import demo, roles
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help is plain text: brackets and line breaks stay as they are
+)
 app.command("demo")(demo.demo)
 app.add_typer(roles.app, name="roles")
 

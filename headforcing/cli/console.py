@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 
@@ -17,6 +19,36 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 Tell = Callable[[str, int, int | None], None]
 """Called with the name of a stage, what is done of it and how much there is, where that is known."""
+
+
+Options = TypeVar("Options")
+QUIET_SECONDS = 2.0
+"""In a pipe, how long to stay silent where nobody knows how much is left."""
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text: one command per line, kept as they are."""
+    return "\b\n" + "\n".join(["Examples:", *(f"  headforcing {line}" for line in lines)])
+
+
+def command_of(work: Callable[[Options], None], options: type[Options]) -> Callable[..., None]:
+    """A command with one option per field of a dataclass, for those that have many.
+
+    Args:
+        work: carries the command out; its docstring is the help text.
+        options: fields are annotated as parameters of a typer command are.
+    """
+
+    def command(**given: Any) -> None:
+        work(options(**given))
+
+    hints = get_type_hints(options, include_extras=True)
+    fields = inspect.signature(options).parameters.values()
+    parameters = [field.replace(annotation=hints[field.name]) for field in fields]
+    command.__doc__ = work.__doc__
+    command.__annotations__ = {name: hints[name] for name in (field.name for field in parameters)}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -64,18 +96,26 @@ def progress(*, quiet: bool) -> Iterator[Tell]:
     if quiet:
         yield lambda *_: None
     elif not sys.stderr.isatty():
-        yield _plain_lines
+        yield _plain_lines()
     else:
         with _bars() as tell:
             yield tell
 
 
-def _plain_lines(stage: str, done: int, total: int | None) -> None:
-    """Progress as four lines per stage; every step where the end is not known."""
-    if total is None:
-        typer.echo(f"{stage}: {done}", err=True)
-    elif done * 4 // max(total, 1) > (done - 1) * 4 // max(total, 1):
-        typer.echo(f"{stage}: {done}/{total}", err=True)
+def _plain_lines() -> Tell:
+    """Progress as four lines per stage; now and then where the end is not known."""
+    told = time.monotonic()
+
+    def tell(stage: str, done: int, total: int | None) -> None:
+        nonlocal told
+        if total is not None:
+            if done * 4 // max(total, 1) > (done - 1) * 4 // max(total, 1):
+                typer.echo(f"{stage}: {done}/{total}", err=True)
+        elif time.monotonic() - told > QUIET_SECONDS:
+            told = time.monotonic()
+            typer.echo(f"{stage}: {done}", err=True)
+
+    return tell
 
 
 @contextmanager

@@ -8,16 +8,24 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, fail, print_json, print_parts
+from headforcing.cli.console import AsJson, clean_errors, examples, fail, print_json, print_parts
 
-app = typer.Typer(no_args_is_help=True, help="Look at role maps.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Role maps: which head of which layer keeps what. Find, read, check, compare and draw them.",
+)
 
 RoleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A role-map file (JSON).", show_default=False)]
 
 
-@app.command()
+@app.command(epilog=examples("roles show roles.json", "roles show roles.json --json"))
 def show(file: RoleFile, as_json: AsJson = False) -> None:
-    """Show which head has which role, how many heads each role has, and where the map comes from."""
+    """Show which head has which role, and where that comes from.
+
+    The origin names the model by its class and the fingerprint of its attention weights, the measurement,
+    and what is known of its stability.
+    """
     with clean_errors():
         from headforcing.cli.tables import role_tables, summary
         from headforcing.role_map import RoleMap
@@ -29,9 +37,12 @@ def show(file: RoleFile, as_json: AsJson = False) -> None:
         print_parts(*role_tables(role_map))
 
 
-@app.command()
+@app.command(epilog=examples("roles validate roles.json"))
 def validate(file: RoleFile, as_json: AsJson = False) -> None:
-    """Check a role-map file; the exit code is 1 where it is not valid."""
+    """Check a role-map file and print its hash.
+
+    The exit code is 1 where the file is not valid.
+    """
     from headforcing.cli.tables import summary
     from headforcing.errors import RoleMapError
     from headforcing.role_map import RoleMap
@@ -48,3 +59,4 @@ def validate(file: RoleFile, as_json: AsJson = False) -> None:
     else:
         layers, heads = role_map.shape
         typer.echo(f"{file}: valid, {layers} layers x {heads} heads, {len(role_map.counts())} roles")
+        typer.echo(role_map.hash)

@@ -1,7 +1,8 @@
-"""Role maps as rich tables."""
+"""Role maps and facts as rich tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def role_names(role_map: RoleMap) -> dict[HeadRole, str]:
 
 
 def summary(role_map: RoleMap) -> dict[str, Any]:
-    """Shape, roles and origin as plain data."""
+    """Shape, roles, hash and origin as plain data."""
     names = role_names(role_map)
     layers, heads = role_map.shape
     return {
@@ -33,38 +34,79 @@ def summary(role_map: RoleMap) -> dict[str, Any]:
         "roles": {
             names[role]: {"heads": count, "role": str(role)} for role, count in role_map.counts().items()
         },
-        "provenance": dict(role_map.provenance),
+        "hash": role_map.hash,
+        "origin": role_map.origin.model_dump(mode="json"),
     }
 
 
 def role_tables(role_map: RoleMap) -> list[Any]:
-    """The map, the counts and the provenance as rich tables."""
+    """The map, the counts, and where it comes from."""
+    names = role_names(role_map)
+    labels = [[names[role] for role in row] for row in role_map.layers]
+    meaning = {names[role]: str(role) for role in role_map.counts()}
+    origin = {"hash": role_map.hash, **role_map.origin.model_dump(mode="json")}
+    return [*label_tables(labels, meaning), facts_table("origin", origin)]
+
+
+def label_tables(labels: Sequence[Sequence[str]], meaning: Mapping[str, str]) -> list[Any]:
+    """A table of names `labels[layer][head]`, and how many heads have each.
+
+    Args:
+        labels: the names.
+        meaning: what the names stand for, in the order in which they are listed.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    names = role_names(role_map)
-    styles = {role: COLOURS[index % len(COLOURS)] for index, role in enumerate(names)}
-    heads = role_map.shape[1]
+    styles = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(meaning)}
+    heads = len(labels[0])
+    short = _initials(meaning) if heads > WIDE else {name: name for name in meaning}
     grid = Table(title="roles, layer by head", padding=(0, 1 if heads <= WIDE else 0), show_lines=False)
     grid.add_column("layer", justify="right")
     for head in range(heads):
         grid.add_column(str(head), justify="center")
-    for layer, row in enumerate(role_map.layers):
-        cells = [names[role] if heads <= WIDE else _initial(names[role]) for role in row]
-        painted = [Text(cell, styles[role]) for cell, role in zip(cells, row, strict=True)]
-        grid.add_row(str(layer), *painted)
+    for layer, row in enumerate(labels):
+        grid.add_row(str(layer), *(Text(short[name], styles[name]) for name in row))
     counts = Table(title="heads per role")
     for column in ("role", "heads", "what it keeps"):
         counts.add_column(column)
-    for role, count in role_map.counts().items():
-        shown = names[role] if heads <= WIDE else f"{_initial(names[role])} {names[role]}"
-        counts.add_row(Text(shown, styles[role]), str(count), Text(str(role)))
-    origin = Table(title="provenance", show_header=False)
-    for key, value in role_map.provenance.items():
-        origin.add_row(Text(key), Text(str(value)))
-    return [grid, counts, *([origin] if role_map.provenance else [])]
+    for name, role in meaning.items():
+        shown = name if heads <= WIDE else f"{short[name]} {name}"
+        count = sum(list(row).count(name) for row in labels)
+        counts.add_row(Text(shown, styles[name]), str(count), Text(role))
+    return [grid, counts]
 
 
-def _initial(name: str) -> str:
-    """`local2` -> `L2`."""
-    return name[0].upper() + name[len(name.rstrip("0123456789")) :]
+def facts_table(title: str, facts: Mapping[str, Any]) -> Any:
+    """Nested facts as a table of two columns; what is empty is left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, show_header=False)
+    for key, value in _flat(facts):
+        table.add_row(Text(key), Text(value, overflow="fold"))
+    return table
+
+
+def _flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = f"{above}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}: ")
+        elif isinstance(value, (list, tuple)):
+            if value:
+                yield name, ", ".join(map(str, value))
+        elif value is not None and value != "":
+            yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _initials(names: Mapping[str, str]) -> dict[str, str]:
+    """The shortest beginnings that tell names apart, numbers kept: `local2` -> `L2`."""
+    short: dict[str, str] = {}
+    for name in names:
+        stem = name.rstrip("0123456789")
+        size = 1
+        while (found := stem[:size].capitalize() + name[len(stem) :]) in short.values() and size < len(stem):
+            size += 1
+        short[name] = found
+    return short
