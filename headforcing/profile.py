@@ -92,7 +92,8 @@ class HeadProfile:
                     f"{name} is {list(value.shape)} {value.dtype}: expected {[*shape, '...']} torch.float32"
                 )
             if name.partition(".")[0] not in self.facts.metrics:
-                raise ProfileError(f"{name} belongs to no metric of the profile: {', '.join(self.facts.metrics)}")
+                known = ", ".join(self.facts.metrics)
+                raise ProfileError(f"{name} belongs to no metric of the profile: {known}")
 
     def __len__(self) -> int:
         """Passes measured."""

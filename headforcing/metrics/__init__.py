@@ -1,0 +1,127 @@
+"""Metrics: what is measured of every head in one attention call. One file each; the folder is the list.
+
+A metric is shown a `Look`: where the heads of one layer look in one call, resolved by frame. The look
+streams over keys: per frame it keeps the log-sum-exp of the logits and their mean, never the attention
+matrix. It is computed once, whatever number of metrics reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from headforcing.lookup import named_module
+from headforcing.observation import Observation
+
+MAX_LOGITS = 1 << 24
+"""Most logits that are held at a time."""
+
+
+class Look:
+    """Where the heads of one layer look in one call. All heads have one role while they are measured.
+
+    Args:
+        seen: the call.
+        window: frames the model was trained on.
+        rows: which queries to follow, `[Q]` token numbers inside the chunk; `None`: all.
+
+    Attributes:
+        frames: absolute frame indices in view, own chunk last; `n` of them.
+        start: first frame of the own chunk.
+        chunk: frames of the own chunk, `F`.
+    """
+
+    def __init__(self, seen: Observation, window: int, rows: Tensor | None = None) -> None:
+        self.seen, self.window, self.rows = seen, window, rows
+        self.frames = tuple(-1 if frame is None else frame for frame in seen.frames[0])
+        self.start, self.chunk = seen.call.start, seen.call.grid[0]
+        self.tokens_per_frame = seen.call.tokens_per_frame
+
+    @property
+    def history(self) -> int:
+        """Frames in view before the own chunk."""
+        return len(self.frames) - self.chunk
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The followed queries of `x [B, L, ...]`, `[B, Q, ...]`."""
+        return x if self.rows is None else x[:, self.rows]
+
+    @functools.cached_property
+    def query_frames(self) -> Tensor:
+        """Frame of the chunk, from 0, that each followed query belongs to, `[Q]`."""
+        q = self.seen.parts[0].q
+        rows = torch.arange(q.shape[1], device=q.device) if self.rows is None else self.rows
+        return rows // self.tokens_per_frame
+
+    @property
+    def share(self) -> Tensor:
+        """Share of the attention on each frame, mean over the followed queries, `[B, H, n]`."""
+        return self._by_frame[0].softmax(-1).mean(2)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logit before the softmax, mean over the tokens of each frame, `[B, H, Q, n]`."""
+        return self._by_frame[1]
+
+    def by_age(self, values: Tensor) -> Tensor:
+        """`[..., n]` by frame in view -> `[..., window - F]` by age, NaN for frames not in view.
+
+        The age of a frame is its distance to the start of the chunk; entry `a - 1` has age `a`.
+        """
+        out = values.new_full((*values.shape[:-1], self.window - self.chunk), torch.nan)
+        for column, frame in enumerate(self.frames[: self.history]):
+            age = self.start - frame
+            if age <= out.shape[-1] and frame >= 0:
+                out[..., age - 1] = values[..., column]
+        return out
+
+    @functools.cached_property
+    def _by_frame(self) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and mean of the logits over the tokens of each frame, `[B, H, Q, n]` each."""
+        part = self.seen.parts[0]
+        exact = torch.float64 if part.q.dtype == torch.float64 else torch.float32
+        q = self.pick(part.q).transpose(1, 2).to(exact) * part.q.shape[-1] ** -0.5  # [B, H, Q, D]
+        frames = part.k.unflatten(1, (-1, self.tokens_per_frame))  # [B, n, P, H, D]
+        together = max(1, MAX_LOGITS // (q[..., 0].numel() * self.tokens_per_frame))
+        sums, means = [], []
+        for some in frames.split(together, dim=1):
+            keys = some.permute(0, 3, 1, 2, 4).flatten(2, 3).to(exact)  # [B, H, n P, D]
+            logits = q @ keys.transpose(-1, -2)  # [B, H, Q, n P]
+            means.append(self._per_frame(logits).mean(-1))
+            top = logits.amax(-1, keepdim=True)
+            sums.append(self._per_frame(logits.sub_(top).exp_()).sum(-1).log() + top)
+        return torch.cat(sums, -1), torch.cat(means, -1)
+
+    def _per_frame(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.tokens_per_frame))
+
+
+class Metric(ABC):
+    """Something to measure of every head. An instance serves one profile and may remember its videos."""
+
+    name: ClassVar[str]
+
+    def settings(self) -> dict[str, Any]:
+        """Its numbers, as JSON, kept with the profile."""
+        return {}
+
+    def watch(self, seen: Observation, window: int) -> None:  # noqa: B027 - optional on purpose
+        """Called for every attention call, measured or not, before `measure`."""
+
+    @abstractmethod
+    def measure(self, look: Look) -> Mapping[str, Tensor]:
+        """What one call says about every head: `[B, H, ...]` by name, NaN where there is nothing to say."""
+
+
+def find_metric(name: str) -> Metric:
+    """A new instance of the `METRIC` of the module `headforcing.metrics.<name>`.
+
+    Raises:
+        OptionError: there is no such module; the message lists the folder.
+    """
+    return cast(type[Metric], named_module(__name__, name).METRIC)()

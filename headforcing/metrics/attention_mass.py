@@ -1,0 +1,33 @@
+"""Share of the attention on the first frame, the middle and the own chunk, and by frame age.
+
+That Head Forcing (arXiv:2605.14487, Fig. 3a) sorts heads by three attention proportions is documented;
+that "first" is one latent frame, that "own" is the chunk, and the mean over queries are inferred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nan
+
+from headforcing.metrics import Look, Metric
+
+
+class AttentionMass(Metric):
+    """`first`, `middle`, `own` `[B, H]`, which add up to one, and `by_age` `[B, H, window - F]`.
+
+    While the first frame of the video is not in view, `first` and `middle` are unknown.
+    """
+
+    name = "attention_mass"
+
+    def measure(self, look: Look) -> Mapping[str, Tensor]:
+        """See `Metric.measure`."""
+        share = look.share
+        own = share[..., look.history :].sum(-1)
+        known = look.frames[0] == 0
+        first = share[..., 0] if known else own.new_full(own.shape, nan)
+        return {"first": first, "middle": 1 - own - first, "own": own, "by_age": look.by_age(share)}
+
+
+METRIC = AttentionMass

@@ -1,0 +1,121 @@
+"""How much the output of a head changes when it sees only what a role would keep.
+
+Ours. Every candidate role runs beside the model on a store of its own, fed with the same keys and
+values, so that it keeps, places and rotates exactly the frames it would after `apply_head_forcing`.
+The measure is local: what the change of one head does to later layers is not followed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headforcing.backends import Part
+from headforcing.backends.sdpa import attend
+from headforcing.metrics import Look, Metric
+from headforcing.observation import Observation
+from headforcing.role_json import encode_role
+from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
+from headforcing.stores import KVStore, store_class
+from headforcing.types import Chunk, Heads
+
+
+def candidates(window: int, chunk: int) -> tuple[HeadRole, ...]:
+    """Roles to choose from, cheapest first; the last keeps as much as the window allows. Our choice."""
+    room = window - chunk
+    wanted: list[HeadRole] = [Local(0), Anchor(1), Local(1), Local(chunk), Anchor(chunk, chunk)]
+    wanted += [Memory(chunk, kept - 2 * chunk, chunk) for kept in (room // 2, room) if kept > 2 * chunk]
+    if room <= 2 * chunk:
+        wanted.append(SlidingWindow(window, positions="compact"))
+    return tuple(role for role in dict.fromkeys(wanted) if (role.capacity(chunk) or 0) <= room)
+
+
+class OutputRegret(Metric):
+    """`mean` and `p95` over the queries, `[B, H, R]`, of `|out of the role - out| / rms |out|`.
+
+    The reference is what the head puts out with the history it is measured with: inside the trained
+    range, the model as it was trained. Past it, the reference has forgotten frames that a role with
+    episodic memory still has, so that a difference is not always a loss.
+
+    Args:
+        roles: candidates, `R` of them; default: `candidates(window, chunk)`.
+    """
+
+    name = "output_regret"
+
+    def __init__(self, roles: Sequence[HeadRole] = ()) -> None:
+        self.roles = tuple(roles)
+        self._shadows: MutableMapping[object, _Shadow] = weakref.WeakKeyDictionary()
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {"roles": [encode_role(role) for role in self.roles]}
+
+    def watch(self, seen: Observation, window: int) -> None:
+        """See `Metric.watch`."""
+        if not self._shadows:
+            chunk = seen.call.grid[0]
+            roles = self.roles or candidates(window, chunk)
+            self.roles = tuple(role.fit(window, chunk) for role in roles)
+        if seen.timeline not in self._shadows:
+            self._shadows[seen.timeline] = _Shadow(self.roles, seen, window)
+        self._shadows[seen.timeline].follow(seen.chunk)
+
+    def measure(self, look: Look) -> Mapping[str, Tensor]:
+        """See `Metric.measure`."""
+        out = look.pick(look.seen.out).float()  # [B, Q, H, D]
+        scale = out.square().sum(-1).mean(1).sqrt().clamp_min(torch.finfo(out.dtype).tiny)  # [B, H]
+        means, tails = [], []
+        for restricted in self._shadows[look.seen.timeline].outputs(look):
+            error = (restricted.float() - out).norm(dim=-1) / scale[:, None]  # [B, Q, H]
+            means.append(error.mean(1))
+            tails.append(_p95(error))
+        return {"mean": torch.stack(means, -1), "p95": torch.stack(tails, -1)}
+
+
+class _Shadow:
+    """One layer's keys and values on one timeline, as every candidate role would keep them."""
+
+    def __init__(self, roles: Sequence[HeadRole], seen: Observation, window: int) -> None:
+        count = seen.q.shape[3]
+        self._every = Heads(range(count), count)
+        kind = store_class("ring")
+        self._stores: dict[HeadRole, KVStore] = {
+            role: kind({role: self._every}, window=window, layer=seen.layer) for role in roles
+        }
+        self._last: Chunk | None = None
+
+    def follow(self, chunk: Chunk) -> None:
+        """Notes a pass; what the last pass over a chunk wrote is what the roles are shown."""
+        if self._last is not None and self._last.start != chunk.start:
+            self._write(self._last)
+        self._last = chunk
+
+    def outputs(self, look: Look) -> list[Tensor]:
+        """What the heads put out under every role, `[B, Q, H, D]` each."""
+        assert self._last is not None
+        self._write(self._last)
+        seen, found = look.seen, []
+        for role, store in self._stores.items():
+            view = store.view(role, seen.call.phase, seen.encode)
+            q = seen.encode(seen.q, view.positions[-look.chunk :]).to(view.v.dtype).flatten(1, 2)
+            part = Part(self._every, look.pick(q), view.k.flatten(1, 2), view.v.flatten(1, 2))
+            found.append(attend([part], len(self._every)))
+        return found
+
+    def _write(self, chunk: Chunk) -> None:
+        for store in self._stores.values():
+            store.write(chunk)
+
+
+def _p95(values: Tensor) -> Tensor:
+    """The value below which 95 % of `[B, Q, H]` lie, over the queries; the higher neighbour of the two."""
+    rank = -(-95 * values.shape[1] // 100)
+    return values.kthvalue(rank, dim=1).values
+
+
+METRIC = OutputRegret
