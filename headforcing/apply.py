@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ from torch import nn
 
 from headforcing.adapter import Adapter, find_adapter
 from headforcing.backends import Attend, find_backend
-from headforcing.errors import AlreadyAppliedError, OptionError, RoleMapError, UnsupportedModelError
+from headforcing.errors import (
+    AlreadyAppliedError,
+    ForeignRolesWarning,
+    OptionError,
+    RoleMapError,
+    RoleMapMismatchError,
+    UnsupportedModelError,
+)
+from headforcing.fingerprint import fingerprint
 from headforcing.handle import HeadForcing, handles_of, install
+from headforcing.origin import ModelFacts
 from headforcing.plan import Options
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
@@ -32,11 +42,17 @@ def apply_head_forcing(
     store: str | type[KVStore] = "ring",
     backend: str | Attend = "sdpa",
     replace: bool = False,
+    strict: bool = False,
 ) -> HeadForcing:
     """Gives every attention head of a model the memory its role needs.
 
     Everything is checked before anything is changed: a call that fails leaves the model untouched.
     No cache is allocated until the model runs.
+
+    Roles belong to weights. A role map or file that says on which it was measured is compared with the
+    model: by the fingerprint of the attention weights, and by the window. What differs, or cannot be
+    read, is a `ForeignRolesWarning`, or an error with `strict`. A map that says nothing is applied
+    silently; presets, single roles and tables are measured on no weights and are never foreign.
 
     Args:
         model: an AR video diffusion model, or a module that holds one (wrapper, PEFT, compiled).
@@ -48,29 +64,32 @@ def apply_head_forcing(
         store: where keys and values live, by name or class.
         backend: how attention is computed, by name or function.
         replace: swap the roles of a model that is applied already, dropping what it remembers.
+        strict: refuse a role map or file unless it was measured on exactly these weights.
 
     Returns:
         The handle. Applying the same roles again returns the same handle.
 
     Raises:
         UnsupportedModelError: no adapter fits, or the model does not say a number that is needed.
-        RoleMapError: the roles are malformed or do not fit the model.
+        RoleMapError: the roles are malformed, do not fit the model, or, with `strict`, are not known to
+            be measured on it.
         WindowError: a role needs more frames than the model was trained on.
         AlreadyAppliedError: other roles are applied, and `replace` is false.
         PatchedModuleError: something else has replaced `forward` on an attention module.
     """
     _check_model(model)
     adapter = find_adapter(model) if adapter is None else _adapter(adapter)
-    layers, heads = _shape(model, adapter)
+    layers, heads, head_dim = _shape(model, adapter)
     window = _count(adapter.window(model) if window is None else window, "window")
     chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
-    options = Options(
-        _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk),
-        window,
-        adapter,
-        _store(store),
-        _attend(backend),
-    )
+    role_map = _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk)
+    options = Options(role_map, window, adapter, _store(store), _attend(backend))
+    if not _is_unmeasured(roles) and (
+        foreign := _foreign(role_map, model, adapter, window, head_dim, strict)
+    ):
+        if strict:
+            raise RoleMapMismatchError(foreign)
+        warnings.warn(foreign, ForeignRolesWarning, stacklevel=2)
     present = handles_of(model)
     if len(present) == 1 and present[0].options == options:
         return present[0]
@@ -134,8 +153,60 @@ def _attend(backend: Any) -> Attend:
     return attend
 
 
-def _shape(model: nn.Module, adapter: Adapter) -> tuple[int, int]:
-    """Attention layers and heads per layer."""
+def _is_unmeasured(roles: Roles) -> bool:
+    """Whether the roles were chosen, not measured: a preset, one role for all heads, a table."""
+    return not isinstance(roles, RoleMap | str | Path) or (isinstance(roles, str) and roles in PRESETS)
+
+
+def _foreign(
+    role_map: RoleMap, model: nn.Module, adapter: Adapter, window: int, head_dim: int, strict: bool
+) -> str | None:
+    """What tells against the roles having been measured on this model; without `strict`, only if known.
+
+    Raises:
+        RoleMapMismatchError: they were measured on heads of another size.
+    """
+    facts = role_map.origin.model
+    if strict and (facts is None or facts.fingerprint is None):
+        return (
+            "strict: the role map does not say on which weights it was measured (no "
+            "origin.model.fingerprint): profile this model, or apply without strict"
+        )
+    if facts is None:
+        return None
+    measured = f"the roles were measured on {_described(facts)}"
+    if facts.head_dim != head_dim:
+        raise RoleMapMismatchError(
+            f"{measured} with {facts.head_dim} channels per head, the model has {head_dim}: use a map "
+            "measured on this model"
+        )
+    differs = []
+    if facts.window != window:
+        differs.append(f"its window was {facts.window} frames, here it is {window}")
+    if facts.fingerprint is not None:
+        actual = fingerprint(model, adapter)
+        if actual is None:
+            differs.append("whether these are its weights cannot be checked, some of them are meta tensors")
+        elif actual != facts.fingerprint:
+            differs.append(
+                f"its attention weights have the fingerprint {_short(facts.fingerprint)}, those of this "
+                f"{type(model).__name__} {_short(actual)}"
+            )
+    if not differs:
+        return None
+    return f"{measured}: {'; '.join(differs)}. Profile this model again, or know that its heads may differ"
+
+
+def _described(facts: ModelFacts) -> str:
+    return facts.model_class if facts.base_model is None else f"{facts.base_model} ({facts.model_class})"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _shape(model: nn.Module, adapter: Adapter) -> tuple[int, int, int]:
+    """Attention layers, heads per layer and head dim."""
     shapes = [adapter.heads(module) for _, module in adapter.attentions(model)]
     if not shapes:
         raise UnsupportedModelError(f"{adapter.name}: {adapter.why_not(model)}")
@@ -143,7 +214,7 @@ def _shape(model: nn.Module, adapter: Adapter) -> tuple[int, int]:
         raise UnsupportedModelError(
             f"attention layers differ in (heads, head dim): {sorted(set(shapes))}; expected one shape"
         )
-    return len(shapes), shapes[0][0]
+    return len(shapes), *shapes[0]
 
 
 def _role_map(roles: Roles, layers: int, heads: int, window: int, chunk: int) -> RoleMap:

@@ -19,7 +19,7 @@ FLOORS = [
     | {"rope", "adapter", "fingerprint"},
     {"stores", "backends"},
     {"profile"},
-    {"classifiers", "importers", "compare", "stability", "hub"},
+    {"classifiers", "controls", "measured", "importers", "compare", "stability", "hub"},
     {"observation", "plan", "presets"},
     {"attention", "status", "metrics"},
     {"handle"},
@@ -48,6 +48,7 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "she
 FORBIDDEN_CALLS = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_NUMBERS = {1560, 32760}
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 300, 50, 8
+MORE_PARAMETERS = {("headforcing.apply", "apply_head_forcing"): 9}  # the front door
 
 
 def module_name(path: Path) -> str:
@@ -162,7 +163,8 @@ def is_small(module: str, tree: ast.AST, known: set[str]) -> list[str]:
                 problems.append(f"{module}.{node.name} has {lines} lines of code")
             a = node.args
             count = len([*a.posonlyargs, *a.args, *a.kwonlyargs]) + bool(a.vararg) + bool(a.kwarg)
-            if count - (id(node) in methods) > MAX_PARAMETERS:
+            most = MORE_PARAMETERS.get((module, node.name), MAX_PARAMETERS)
+            if count - (id(node) in methods) > most:
                 problems.append(f"{module}.{node.name} has {count} parameters")
     return problems
 
@@ -257,6 +259,8 @@ BAD = [
     (is_small, "headforcing.apply", "def f():\n" + "    x = 1\n" * (MAX_FUNCTION + 1)),
     (is_small, "headforcing.apply", "def f(a, b, c, d, e, f, g, *, h, i): ..."),
     (is_small, "headforcing.apply", "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."),
+    (is_small, "headforcing.apply", "def apply_head_forcing(a, b, c, d, e, f, g, h, i, j): ..."),
+    (is_small, "headforcing.plan", "def apply_head_forcing(a, b, c, d, e, f, g, h, i): ..."),
 ]
 
 GOOD = [
