@@ -19,7 +19,7 @@ FLOORS = [
     | {"rope", "adapter", "fingerprint"},
     {"stores", "backends"},
     {"profile"},
-    {"classifiers", "controls", "measured", "importers", "compare", "stability", "hub"},
+    {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"},
     {"observation", "plan", "presets"},
     {"attention", "status", "metrics"},
     {"handle"},

@@ -6,12 +6,15 @@ list. The order of heads never decides, except between heads whose scores are eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor
 
+from headforcing.episodic import MaxMin
+from headforcing.errors import OptionError, ProfileError
 from headforcing.lookup import named_module
 from headforcing.origin import Scalar
 from headforcing.profile import HeadProfile
@@ -28,9 +31,9 @@ class Classification:
     Attributes:
         method: name of the classifier.
         labels: name of the role of every head, `labels[layer][head]`.
-        margin: `[layers, heads]` float64 in [0, 1]: how far the score of a head is from the nearest value at which its
-            label would change, as a share of the range of that score over all heads; 0 is on the
-            boundary, NaN where the method has none.
+        margin: `[layers, heads]` float64 in [0, 1]: how far the score of a head is from the nearest value
+            at which another rule would decide its label, as a share of the range of that score over all
+            heads; 0 is on the boundary, 1 is a range away or more, NaN where the method has none.
         roles: what the labels mean.
         settings: the thresholds.
         metrics: metrics that were read.
@@ -64,3 +67,83 @@ def find_classifier(name: str) -> Classify:
 def table(flat: list[str], heads: int) -> Labels:
     """A flat list of labels as `labels[layer][head]`."""
     return tuple(tuple(flat[first : first + heads]) for first in range(0, len(flat), heads))
+
+
+def measured(profile: HeadProfile, name: str) -> Tensor:
+    """Mean of a column over its passes, `[layers, heads, ...]` float64, all of it measured.
+
+    Raises:
+        ProfileError: there is no such column, or a head without a number.
+    """
+    mean = profile.mean(name)
+    missing = (~mean.isfinite()).nonzero()
+    if len(missing):
+        layer, head = missing[0, :2].tolist()
+        raise ProfileError(
+            f"{name} was never measured for layer {layer}, head {head} ({len(missing)} values are missing): "
+            "profile chunks whose history holds the first frame"
+        )
+    return mean
+
+
+def share(name: str, value: float) -> float:
+    """A threshold that is a share.
+
+    Raises:
+        OptionError: it is outside [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise OptionError(f"{name} is {value!r}: expected a share in [0, 1]")
+    return float(value)
+
+
+def as_margin(distance: Tensor, score: Tensor) -> Tensor:
+    """Distances to a boundary as shares of the range of a score, at most 1.
+
+    Where all heads have one score, a head off the boundary is a range away.
+    """
+    score = score[score.isfinite()]
+    span = float(score.max() - score.min()) if len(score) else 0.0
+    if span == 0:
+        return (distance > 0).double()
+    return (distance / span).clamp(max=1.0)
+
+
+def short_names(roles: Iterable[HeadRole]) -> dict[HeadRole, str]:
+    """A short, unique name per role: its kind and frames, oldest first, such as `memory3+12+3`.
+
+    A number of 0 that is the default is left out. Positions, update rules and anything else off the
+    default follow the numbers; roles that still read alike are numbered.
+    """
+    names: dict[HeadRole, str] = {}
+    for role in roles:
+        if role in names:
+            continue
+        name, alike = _short_name(role), list(names.values())
+        number = 2
+        unique = name
+        while unique in alike:
+            unique, number = f"{name}#{number}", number + 1
+        names[role] = unique
+    return names
+
+
+_TIMES = ("sink", "episodic", "recent", "window")
+
+
+def _short_name(role: HeadRole) -> str:
+    fields = {f.name: f for f in dataclasses.fields(role)}
+    order = [name for name in _TIMES if name in fields]
+    numbers = [
+        "?" if getattr(role, name) is None else str(getattr(role, name))
+        for name in order
+        if getattr(role, name) != 0 or fields[name].default != 0
+    ]
+    extras = []
+    for name, entry in fields.items():
+        value = getattr(role, name)
+        if name in order or value in (entry.default, MaxMin()):
+            continue
+        plain = isinstance(value, str | int | float)
+        extras.append(f"@{value if plain else type(value).__name__.lower()}")
+    return type(role).__name__.lower() + "+".join(numbers) + "".join(extras)

@@ -1,0 +1,95 @@
+"""Controls: classifications that must do worse if the labels of heads mean anything.
+
+From a classification to another with as many heads of every role (except `all_one`), so that the memory
+spent is the same. Head Forcing compares with random allocation under one budget (arXiv:2605.14487, p. 13,
+documented); Forcing-KV's random labels cost 0.2 points of VBench (arXiv:2605.09681, third party). How ours
+are drawn is our choice. A control has no margins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from headforcing.classifiers import Classification, table
+from headforcing.errors import OptionError
+from headforcing.origin import Scalar
+from headforcing.roles import HeadRole
+
+
+def random(found: Classification, seed: int) -> Classification:
+    """The same labels, as often, on any heads of the model."""
+    flat = _flat(found)
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
+    return _control(found, "random", [flat[head] for head in order], seed=seed)
+
+
+def shuffled_within_layer(found: Classification, seed: int) -> Classification:
+    """The same labels in every layer, on other heads of that layer: keeps what is depth alone."""
+    generator = torch.Generator().manual_seed(seed)
+    flat: list[str] = []
+    for row in found.labels:
+        flat += [row[head] for head in torch.randperm(len(row), generator=generator).tolist()]
+    return _control(found, "shuffled_within_layer", flat, seed=seed)
+
+
+def inverted(found: Classification) -> Classification:
+    """The same labels, as often, given to the heads in the opposite order of their need for memory.
+
+    Heads are put in order by the frames that their role keeps; a role with an open number takes what the
+    window leaves and comes after all others, with those that keep everything. Roles that keep as many
+    stand in the order of `found.roles`. Heads of one role stand by margin: where it keeps the most, the
+    surest last; where it keeps fewer, the surest first, but between the fewest and the most a margin does
+    not say which way the boundary lies and is left out. Then by index. The head at place i gets the label
+    of the head at place n - 1 - i.
+    """
+    names = list(found.roles)
+    frames = {name: _frames(role) for name, role in found.roles.items()}
+    used = [frames[label] for label in _flat(found)]
+    margin = found.margin.nan_to_num(0.0).flatten().tolist()
+
+    def need(head: int) -> tuple[float, int, float, int]:
+        label = _flat_labels[head]
+        side = (frames[label] == max(used)) - (frames[label] == min(used))
+        return frames[label], names.index(label), side * margin[head], head
+
+    _flat_labels = _flat(found)
+    order = sorted(range(len(used)), key=need)
+    flat = [""] * len(order)
+    for head, other in zip(order, reversed(order), strict=True):
+        flat[head] = _flat_labels[other]
+    return _control(found, "inverted", flat)
+
+
+def all_one(found: Classification, label: str) -> Classification:
+    """One label for every head.
+
+    Raises:
+        OptionError: the classification knows no such label.
+    """
+    if label not in found.roles:
+        raise OptionError(f"unknown label {label!r}: {found.method} has {', '.join(found.roles)}")
+    return _control(found, f"all {label}", [label] * found.margin.numel())
+
+
+def _control(found: Classification, name: str, flat: list[str], **settings: Scalar) -> Classification:
+    return dataclasses.replace(
+        found,
+        method=f"{name} of {found.method}",
+        labels=table(flat, len(found.labels[0])),
+        margin=torch.full_like(found.margin, torch.nan),
+        settings={**found.settings, **settings},
+    )
+
+
+def _flat(found: Classification) -> list[str]:
+    return [label for row in found.labels for label in row]
+
+
+def _frames(role: HeadRole) -> float:
+    """Frames kept; infinite for a role without bound, or that takes what the window leaves."""
+    open_ended = any(getattr(role, f.name) is None for f in dataclasses.fields(role))
+    kept = None if open_ended else role.capacity(0)
+    return math.inf if kept is None else float(kept)
