@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli import demo, roles
+from headforcing.cli import demo, profile, roles
+from headforcing.cli.console import command_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help is plain text: brackets and line breaks stay as they are
 )
 app.command("demo")(demo.demo)
+app.command("profile", epilog=profile.EXAMPLES)(command_of(profile.profile, profile.Options))
 app.add_typer(roles.app, name="roles")
 
 

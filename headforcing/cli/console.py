@@ -22,7 +22,7 @@ Tell = Callable[[str, int, int | None], None]
 
 
 Options = TypeVar("Options")
-QUIET_SECONDS = 2.0
+QUIET_SECONDS = 5.0
 """In a pipe, how long to stay silent where nobody knows how much is left."""
 
 

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, fail, print_json, print_parts
+from headforcing.cli import classify, compare, plot
+from headforcing.cli.console import (
+    AsJson,
+    clean_errors,
+    command_of,
+    examples,
+    fail,
+    print_json,
+    print_parts,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,3 +69,64 @@ def validate(file: RoleFile, as_json: AsJson = False) -> None:
         layers, heads = role_map.shape
         typer.echo(f"{file}: valid, {layers} layers x {heads} heads, {len(role_map.counts())} roles")
         typer.echo(role_map.hash)
+
+
+@app.command(
+    "import",
+    epilog=examples(
+        "roles import head_class.csv --format pyramid_forcing --out roles.json",
+        "roles import heads.json --format forcing_kv --base-model ORG/NAME --out roles.json",
+    ),
+)
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of the other project.", show_default=False)],
+    form: Annotated[
+        str, typer.Option("--format", help="pyramid_forcing (CSV) or forcing_kv (JSON).", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write the role map.")] = Path("roles.json"),
+    base_model: Annotated[
+        str | None, typer.Option(help="Public name of the checkpoint it is for, kept as a note.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a role map from the head labels of another project.
+
+    Labels are taken exactly or not at all. What they mean here are the nearest roles of this package;
+    the notes of the map say which.
+    """
+    with clean_errors():
+        from headforcing.cli.tables import role_tables, summary
+        from headforcing.importers import import_roles
+        from headforcing.origin import Origin
+        from headforcing.role_map import RoleMap
+
+        role_map = import_roles(file, form)
+        if base_model is not None:
+            notes = {**role_map.origin.notes, "base_model": base_model}
+            role_map = RoleMap(role_map.layers, Origin(notes=notes))
+        role_map.save(out)
+    if as_json:
+        print_json({**summary(role_map), "files": [str(out)]})
+    else:
+        print_parts(*role_tables(role_map))
+        typer.echo(out)
+
+
+app.command(
+    "classify",
+    epilog=examples(
+        "roles classify profile.safetensors --out roles.json --report stability.json",
+        "roles classify profile.safetensors --set anchor=0.3 --set rule=absolute",
+        "roles classify profile.safetensors --control random --seed 1 --out random.json",
+    ),
+)(command_of(classify.classify, classify.Options))
+app.command("compare", epilog=examples("roles compare a.json b.json", "roles compare a.json b.json --json"))(
+    compare.compare
+)
+app.command(
+    "plot",
+    epilog=examples(
+        "roles plot roles.json --out plots",
+        "roles plot roles.json --profile profile.safetensors --report stability.json --format png",
+    ),
+)(plot.plot)

@@ -1,0 +1,142 @@
+"""`headforcing roles classify`: from a profile to a role map, without the model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
+from headforcing.errors import OptionError
+
+if TYPE_CHECKING:
+    from headforcing.classifiers import Classification
+    from headforcing.profile import HeadProfile
+    from headforcing.role_map import RoleMap
+    from headforcing.stability_report import StabilityReport
+
+CONTROLS = ("random", "shuffled_within_layer", "inverted", "all_one:LABEL")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to label heads."""
+
+    profile: Annotated[
+        Path, typer.Argument(metavar="PROFILE", help="A profile (.safetensors).", show_default=False)
+    ]
+    method: Annotated[
+        str, typer.Option(help="head_forcing, pyramid_forcing, mass_ratio or output_regret.")
+    ] = "head_forcing"
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A threshold of the method; may be repeated."),
+    ] = None
+    out: Annotated[Path | None, typer.Option(help="Where to write the role map. [default: show it only]")] = (
+        None
+    )
+    report: Annotated[Path | None, typer.Option(help="Where to write the stability report (JSON).")] = None
+    stability: Annotated[
+        bool, typer.Option(help="Classify again by resampled prompts, to see how far labels can be trusted.")
+    ] = True
+    draws: Annotated[int, typer.Option(min=1, help="How often to classify again.")] = 200
+    control: Annotated[
+        str | None,
+        typer.Option(help=f"Write a map that must do worse instead: {', '.join(CONTROLS)}."),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of the control, and of the resampling.")] = 0
+    as_json: AsJson = False
+
+
+def classify(options: Options) -> None:
+    """Label the heads of a profile and write a role map.
+
+    The map keeps what it was measured on, how, and how stable that is. Repeats are drawn from the prompts
+    of the profile, so a profile of one prompt says nothing about stability.
+    """
+    with clean_errors():
+        from headforcing.measured import measured_map
+        from headforcing.profile import HeadProfile
+
+        profile = HeadProfile.load(options.profile)
+        found, report = _classify(options, profile)
+        summary = None if report is None else report.summary()
+        role_map = measured_map(found, profile, stability=summary)
+        if options.out is not None:
+            role_map.save(options.out)
+        if report is not None and options.report is not None:
+            report.save(options.report)
+    if options.as_json:
+        print_json(_json(options, found, role_map, report))
+    else:
+        _print(options, found, report)
+
+
+def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, StabilityReport | None]:
+    """What the method or the control says, and the report; a control has none."""
+    from headforcing.classifiers import find_classifier
+    from headforcing.cli.settings import parse_settings
+    from headforcing.stability import stability
+
+    repeated = options.stability and options.control is None
+    if options.report is not None and not repeated:
+        raise OptionError("--report goes neither with --no-stability nor with --control: leave one out")
+    method = find_classifier(options.method)
+    method = functools.partial(method, **parse_settings(options.settings or (), method))
+    found = method(profile)
+    if options.control is not None:
+        return _control(found, options.control, options.seed), None
+    if not repeated:
+        return found, None
+    return found, stability(profile, method, draws=options.draws, seed=options.seed)
+
+
+def _control(found: Classification, name: str, seed: int) -> Classification:
+    from headforcing import controls
+
+    kind, colon, label = name.partition(":")
+    if kind == "all_one" and label:
+        return controls.all_one(found, label)
+    if not colon and kind in ("random", "shuffled_within_layer"):
+        draw = controls.random if kind == "random" else controls.shuffled_within_layer
+        return draw(found, seed)
+    if not colon and kind == "inverted":
+        return controls.inverted(found)
+    raise OptionError(f"unknown control {name!r}: expected one of {', '.join(CONTROLS)}")
+
+
+def _json(
+    options: Options, found: Classification, role_map: RoleMap, report: StabilityReport | None
+) -> dict[str, Any]:
+    margins = [[None if m != m else m for m in row] for row in found.margin.tolist()]  # JSON has no NaN
+    return {
+        "method": found.method,
+        "settings": dict(found.settings),
+        "counts": found.counts(),
+        "labels": [list(row) for row in found.labels],
+        "margin": margins,
+        "stability": None if report is None else report.to_dict(),
+        "hash": role_map.hash,
+        "files": _files(options),
+    }
+
+
+def _print(options: Options, found: Classification, report: StabilityReport | None) -> None:
+    from headforcing.cli.tables import facts_table, label_tables
+
+    meaning = {name: str(role) for name, role in found.roles.items()}
+    facts = {"method": found.method, "metrics": found.metrics, "settings": dict(found.settings)}
+    print_parts(*label_tables(found.labels, meaning), facts_table("classification", facts))
+    if report is not None:
+        print_parts(str(report))
+    for file in _files(options):
+        typer.echo(file)
+    if options.out is not None:
+        typer.echo(f"next: headforcing roles plot {options.out} --profile {options.profile}")
+
+
+def _files(options: Options) -> list[str]:
+    return [str(file) for file in (options.out, options.report) if file is not None]

@@ -1,0 +1,227 @@
+"""`headforcing profile`: measure what every head of a model looks at."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress
+from headforcing.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from headforcing.profile import HeadProfile
+    from headforcing.profiler import Progress
+
+METRICS = "attention_mass,mass_ratio,qk_logits,output_regret"
+EXAMPLES = examples(
+    "profile --out demo.safetensors",
+    "profile --metrics attention_mass --videos 4",
+    "profile my_model:make --prompts prompts.txt --starts 9,12,18 --queries 64 --base-model ORG/NAME",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODULE:FUNCTION]",
+            show_default=False,
+            help="A function without arguments that returns (model, run); run generates with the model, "
+            "from a prompt where --prompts is given. Without it: the demo model.",
+        ),
+    ] = None
+    out: Annotated[
+        Path, typer.Option(help="Where to write the profile; a JSON file is written beside it.")
+    ] = Path("profile.safetensors")
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help=f"What to measure; repeat, or separate by commas. [default: {METRICS}]"),
+    ] = None
+    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None
+    starts: Annotated[
+        str | None,
+        typer.Option(help="Measure the chunks that begin at these frames, as in 9,12,18. [default: all]"),
+    ] = None
+    queries: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to follow per query frame. [default: all, exactly]")
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the choice of queries, or of the demo's scenes. [default: 0, 4000]"),
+    ] = None
+    videos: Annotated[int | None, typer.Option(min=1, help="Scenes of the demo. [default: 32]")] = None
+    long: Annotated[
+        bool, typer.Option("--long", help="Of the demo: measure far beyond the trained length.")
+    ] = False
+    base_model: Annotated[
+        str | None, typer.Option(help="Public name of the checkpoint, kept in the files.")
+    ] = None
+    as_json: AsJson = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False
+
+
+def profile(options: Options) -> None:
+    """Measure every head of a model while it generates, and write a profile.
+
+    Labels follow from the profile with `headforcing roles classify`, without the model.
+    """
+    with clean_errors():
+        started = time.perf_counter()
+        found = _measure(options)
+        seconds = time.perf_counter() - started
+        found.save(options.out)
+    told = _summary(found, options.out, seconds)
+    if options.as_json:
+        print_json(told)
+    else:
+        from headforcing.cli.tables import facts_table
+
+        told.pop("files")
+        follow = told.pop("next")
+        print_parts(facts_table("profile", told))
+        typer.echo(f"{options.out}\n{options.out.with_suffix('.json')}")
+        typer.echo(f"next: {follow}")
+
+
+def _measure(options: Options) -> HeadProfile:
+    """Everything that a user can get wrong is checked before the model runs."""
+    if options.out.suffix != ".safetensors":
+        raise OptionError(f"--out is {options.out}: expected a name that ends in .safetensors")
+    _check_target(options)
+    names = [name.strip() for part in options.metrics or [METRICS] for name in part.split(",")]
+    prompts = None if options.prompts is None else _read_prompts(options.prompts)
+    starts = None if options.starts is None else _numbers(options.starts)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    from headforcing.metrics import find_metric
+    from headforcing.profiler import Protocol, profile_heads
+
+    for name in names:
+        find_metric(name)
+    with progress(quiet=options.quiet or options.as_json) as tell, _importable_here():
+
+        def told(done: int, total: int | None, text: str) -> None:
+            tell(text, done, total)
+
+        if options.target is None:
+            return _profile_demo(options, names, told)
+        model, run = load_target(options.target)
+        return profile_heads(
+            model,
+            run,
+            names,
+            prompts=prompts,
+            protocol=Protocol(starts=starts, queries=options.queries, seed=options.seed or 0),
+            base_model=options.base_model,
+            progress=told,
+        )
+
+
+def _profile_demo(options: Options, metrics: list[str], told: Progress) -> HeadProfile:
+    from headforcing.demo.profiled import SEED, VIDEOS, profile_demo
+
+    return profile_demo(
+        videos=VIDEOS if options.videos is None else options.videos,
+        seed=SEED if options.seed is None else options.seed,
+        long=options.long,
+        metrics=metrics,
+        progress=told,
+    )
+
+
+def load_target(target: str) -> tuple[nn.Module, Callable[..., object]]:
+    """The model and the function that generates with it, from `MODULE:FUNCTION`.
+
+    Raises:
+        OptionError: there is no such module or function, or it returns something else.
+    """
+    from torch import nn
+
+    where, _, name = target.partition(":")
+    if not where or not name.isidentifier():
+        raise OptionError(f"{target!r} is not MODULE:FUNCTION, as in my_model:make")
+    try:
+        module = importlib.import_module(where)
+    except (ImportError, SyntaxError) as error:
+        raise OptionError(
+            f"{where} cannot be imported ({error}): install it, or run in the folder that holds it"
+        ) from error
+    make = getattr(module, name, None)
+    if not callable(make):
+        raise OptionError(f"{where} has no function {name}: expected one that returns (model, run)")
+    made = make()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise OptionError(f"{target} returned {_kind(made)}: expected (model, run), a torch module first")
+    if not callable(made[1]):
+        raise OptionError(f"{target} returned {_kind(made)}: expected a function as run")
+    return made[0], made[1]
+
+
+@contextmanager
+def _importable_here() -> Iterator[None]:
+    """Modules in the current folder can be imported, as with `python -m`."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _kind(made: object) -> str:
+    if isinstance(made, tuple):
+        return f"({', '.join(type(part).__name__ for part in made)})"
+    return type(made).__name__
+
+
+def _check_target(options: Options) -> None:
+    """Options of the demo do not go with a model of one's own, nor the other way round."""
+    own = options.target is not None
+    names = ["videos", "long"] if own else ["prompts", "starts", "queries", "base_model"]
+    other = "the demo model" if own else "MODULE:FUNCTION"
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise OptionError(f"--{name.replace('_', '-')} goes with {other} only: leave it out")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise OptionError(f"{path} holds no prompt: expected one per line")
+    return prompts
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"--starts is {text!r}: expected frames, as in 9,12,18") from error
+
+
+def _summary(found: HeadProfile, out: Path, seconds: float) -> dict[str, Any]:
+    facts = found.facts
+    return {
+        "model": facts.model.model_dump(),
+        "metrics": list(facts.metrics),
+        "passes": len(found),
+        "videos": len(found.prompt.unique()),
+        "starts": sorted(set(found.start.tolist())),
+        "hash": found.hash,
+        "seconds": round(seconds, 2),
+        "files": [str(out), str(out.with_suffix(".json"))],
+        "next": f"headforcing roles classify {out} --out roles.json",
+    }
