@@ -9,11 +9,13 @@ import time
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import headforcing
 from headforcing import Anchor, Local, Memory, RoleMap
 from headforcing.cli import app
+from headforcing.cli.console import progress
 from headforcing.origin import Origin
 
 RUN = CliRunner()
@@ -82,10 +84,59 @@ def test_the_command_line_itself_does_not_import_torch():
     assert answer.endswith("0 False\n")
 
 
-def test_help_does_not_wait_for_torch():
-    answer, seconds = fresh(TRY_HELP)
+def commands(command=None, above=()):
+    """Every command there is, as its words."""
+    command = command or typer.main.get_command(app)
+    yield above
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, (*above, name))
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_help_does_not_wait_for_torch(words):
+    answer, seconds = fresh(TRY_HELP.replace("'--help'", repr([*words, "--help"])[1:-1]))
     assert answer.endswith("0 False\n")
-    assert seconds < 1.5  # alone it takes a third of that
+    assert seconds < 1.5  # alone it takes a fifth of that
+    if words and words != ("roles",):
+        assert "Examples:\n    headforcing " + " ".join(words) in answer
+
+
+def test_validate_imports_no_more_than_it_needs(tmp_path):
+    map_of().save(tmp_path / "map.json")
+    code = f"import sys; sys.argv = ['headforcing', 'roles', 'validate', {str(tmp_path / 'map.json')!r}]\n"
+    code += (
+        "from headforcing.cli import app\ntry:\n    app()\nexcept SystemExit as end:\n    print(end.code)\n"
+    )
+    code += (
+        "unwanted = ['rich', 'matplotlib', 'headforcing.profile', 'headforcing.handle', 'headforcing.demo']\n"
+    )
+    code += "print([name for name in unwanted if name in sys.modules])"
+    assert fresh(code)[0].endswith("0\n[]\n")
+
+
+def test_the_module_runs_as_well(tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-m", "headforcing.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == headforcing.__version__
+
+
+@pytest.mark.parametrize("total", [8, None])
+def test_progress_on_a_terminal_and_in_a_pipe(capsys, monkeypatch, total):
+    monkeypatch.setattr("headforcing.cli.console.QUIET_SECONDS", -1.0)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with progress(quiet=False) as tell:
+            for done in range(1, 9):
+                tell("frames", done, total)
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "8/8" in said.err if total else "8" in said.err
+        if not terminal:
+            assert said.err.count("\n") == (4 if total else 8)
+    with progress(quiet=True) as tell:
+        tell("frames", 8, total)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_version_is_printed():

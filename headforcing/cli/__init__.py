@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help is plain text: brackets and line breaks stay as they are
 )
-app.command("demo")(demo.demo)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("profile", epilog=profile.EXAMPLES)(command_of(profile.profile, profile.Options))
 app.add_typer(roles.app, name="roles")
 

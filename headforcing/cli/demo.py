@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts, progress, require
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
 
+EXAMPLES = examples("demo --seconds 60", 'demo --prompt "sea clear fast disc red" --camera still --out still')
 DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
 
 

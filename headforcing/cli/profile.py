@@ -151,13 +151,13 @@ def load_target(target: str) -> tuple[nn.Module, Callable[..., object]]:
     from torch import nn
 
     where, _, name = target.partition(":")
-    if not where or not name.isidentifier():
+    if not all(part.isidentifier() for part in (*where.split("."), name)):
         raise OptionError(f"{target!r} is not MODULE:FUNCTION, as in my_model:make")
     try:
         module = importlib.import_module(where)
     except (ImportError, SyntaxError) as error:
         raise OptionError(
-            f"{where} cannot be imported ({error}): install it, or run in the folder that holds it"
+            f"{where} cannot be imported ({error}): install what is missing, or run in the folder that has it"
         ) from error
     make = getattr(module, name, None)
     if not callable(make):
