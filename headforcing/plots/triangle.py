@@ -1,0 +1,107 @@
+"""Three shares of attention per head in a triangle (Head Forcing, arXiv:2605.14487, Fig. 3a)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headforcing.errors import ProfileError
+from headforcing.plots import style
+from headforcing.profile import HeadProfile
+
+PARTS = ("own", "first", "middle")
+TITLES = ("own chunk", "first frame", "frames between")
+CORNERS = np.array([(0.0, 0.0), (1.0, 0.0), (0.5, 3**0.5 / 2)])
+GRID = (0.2, 0.4, 0.6, 0.8)
+
+
+def mass_scatter(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any:
+    """One dot per head: its shares on the own chunk, the first frame and the frames between.
+
+    A head counts with its mean over the noisy passes where all three are known; a head without such a
+    pass has no dot, and the picture says how many those are.
+
+    Args:
+        profile: with the metric `attention_mass`.
+        roles: a name for every head.
+        ax: axes to draw on; default: those of a new figure.
+
+    Raises:
+        ProfileError: the metric was not measured, its shares do not add up to one, or the labels do not
+            fit.
+    """
+    labels = np.array(style.fitting(profile, roles), dtype=object)
+    shares = _shares(profile.noisy)
+    known = np.isfinite(shares).all(-1)
+    ax = style.axes_or_new(ax, 3.7, 3.15)
+    _triangle(ax)
+    names = style.ordered(labels.flat)
+    handles = []
+    for name, colour in style.role_colours(names).items():
+        mine = labels == name
+        dots = shares[mine & known] @ CORNERS
+        marker = style.MARKERS[style.nth(name) % len(style.MARKERS)]
+        drawn = ax.scatter(
+            *dots.T, s=17, marker=marker, color=colour, edgecolor="white", lw=0.4, alpha=0.9, zorder=3
+        )
+        drawn.set_label(f"{name} ({mine.sum()})")
+        handles.append(drawn)
+    if len(names) > 5:
+        style.legend_above(ax, handles)
+    else:
+        place = {"loc": "upper left", "bbox_to_anchor": (-0.02, 1.02), "handletextpad": 0.1}
+        ax.legend(handles=handles, frameon=False, fontsize=style.TICK, **place)
+    if not known.all():
+        note = f"{(~known).sum()} of {known.size} heads\nnot measured"
+        ax.text(1, 0.98, note, transform=ax.transAxes, ha="right", va="top", fontsize=7, color=style.FAINT)
+    return ax
+
+
+def _shares(profile: HeadProfile) -> NDArray[np.float64]:
+    """Mean shares of every head, `[layers, heads, 3]` in the order of `PARTS`."""
+    parts = torch.stack([profile[f"attention_mass.{name}"] for name in PARTS], -1)
+    if parts.ndim != 4:
+        raise ProfileError(f"attention_mass is {list(parts.shape[:-1])}: expected [S, layers, heads]")
+    parts = parts.masked_fill(parts.isnan().any(-1, keepdim=True), torch.nan)
+    total = parts.sum(-1)
+    total = total[~total.isnan()]
+    if len(total) and float((total - 1).abs().max()) > 1e-3:
+        worst = float(total[(total - 1).abs().argmax()])
+        raise ProfileError(f"own, first and middle add up to {worst:.4f}: expected shares that add up to 1")
+    return parts.nanmean(0).numpy()
+
+
+def _triangle(ax: Any) -> None:
+    """The frame: three edges, each with the scale of one share and its name."""
+    from matplotlib.patches import Polygon
+
+    ax.add_patch(Polygon(CORNERS, closed=True, fc="none", ec=style.FAINT, lw=0.8, zorder=2))
+    for part, title in enumerate(TITLES):
+        # The share of `part` is read on the edge where it grows from `low` to its own corner.
+        here, low, other = CORNERS[part], CORNERS[part - 1], CORNERS[part - 2]
+        outward = (here + low) / 2 - CORNERS.mean(0)
+        outward /= np.hypot(*outward)
+        for share in GRID:
+            start = share * here + (1 - share) * low
+            end = share * here + (1 - share) * other
+            ax.plot(*np.array([start, end]).T, color=style.RULE, lw=0.6, zorder=1)
+            tip = start + (start - end) / np.hypot(*(start - end)) * 0.02
+            ax.plot(*np.array([start, tip]).T, color=style.FAINT, lw=0.6, zorder=1)
+            ax.text(
+                *(start + (tip - start) * 3.2),
+                f"{share:.0%}",
+                fontsize=7,
+                color=style.FAINT,
+                ha="center",
+                va="center",
+            )
+        along = here - low
+        turn = (np.degrees(np.arctan2(along[1], along[0])) + 90) % 180 - 90
+        text = f"{title} \N{RIGHTWARDS ARROW}" if along[0] > 0 else f"\N{LEFTWARDS ARROW} {title}"
+        middle = (here + low) / 2 + outward * 0.13
+        ax.text(*middle, text, fontsize=style.TEXT, color=style.INK, rotation=turn, ha="center", va="center")
+    ax.set(xlim=(-0.1, 1.1), ylim=(-0.17, 0.94), aspect="equal")
+    ax.set_axis_off()
