@@ -13,6 +13,7 @@ from headforcing import Anchor, Local, Memory, RoleMap
 from headforcing.classifiers import find_classifier
 from headforcing.cli import app
 from headforcing.cli.settings import known_settings, parse_settings, parse_value
+from headforcing.cli.tables import _initials
 from headforcing.errors import OptionError
 from headforcing.lookup import module_names
 from headforcing.origin import Measurement, ModelFacts, Origin
@@ -105,6 +106,23 @@ def test_the_map_says_where_it_comes_from(folder):
     assert role_map.origin.stability["stable"] is True
     kinds = [[type(role).__name__.lower() for role in row] for row in role_map.layers]
     assert kinds == [[("anchor", "local", "memory")[kind] for kind in row] for row in KINDS.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["local", "anchor", "memory"], ["L", "A", "M"]),
+        (["local1", "local2", "anchor"], ["L1", "L2", "A"]),
+        (["local", "last", "memory"], ["La", "Lb", "M"]),
+        (["local0", "local1", "anchor3+3", "memory3+3+3", "memory3+12+3"], ["La", "Lb", "A", "Ma", "Mb"]),
+        (["m+1"] + [f"m{number}" for number in range(30)], None),
+    ],
+)
+def test_short_names_stay_apart(names, short):
+    found = _initials(names)
+    assert list(found) == names
+    assert len(set(found.values())) == len(names)
+    assert short is None or list(found.values()) == short
 
 
 def test_show_tells_the_origin(folder):

@@ -72,7 +72,7 @@ def classify(options: Options) -> None:
     if options.as_json:
         print_json(_json(options, found, role_map, report))
     else:
-        _print(options, found, report)
+        _print(options, found, role_map, report)
 
 
 def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, StabilityReport | None]:
@@ -91,6 +91,8 @@ def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, S
         return _control(found, options.control, options.seed), None
     if not repeated:
         return found, None
+    if not options.as_json:
+        typer.echo(f"classifying {options.draws} resamples as well; fewer with --draws", err=True)
     return found, stability(profile, method, draws=options.draws, seed=options.seed)
 
 
@@ -124,10 +126,17 @@ def _json(
     }
 
 
-def _print(options: Options, found: Classification, report: StabilityReport | None) -> None:
+def _print(
+    options: Options, found: Classification, role_map: RoleMap, report: StabilityReport | None
+) -> None:
     from headforcing.cli.tables import facts_table, label_tables
 
-    meaning = {name: str(role) for name, role in found.roles.items()}
+    fitted = {
+        label: role
+        for row, roles in zip(found.labels, role_map.layers, strict=True)
+        for label, role in zip(row, roles, strict=True)
+    }
+    meaning = {name: str(fitted.get(name, role)) for name, role in found.roles.items()}
     facts = {"method": found.method, "metrics": found.metrics, "settings": dict(found.settings)}
     print_parts(*label_tables(found.labels, meaning), facts_table("classification", facts))
     if report is not None:

@@ -38,8 +38,8 @@ def _tables(found: Comparison, a: Path, b: Path) -> list[Any]:
     from rich.table import Table
     from rich.text import Text
 
-    cross = Table(title="heads by their role in both")
-    cross.add_column(Text(f"{a.name} \\ {b.name}" if a.name != b.name else "A \\ B"))
+    cross = Table(title=Text(f"heads by role: rows {a}, columns {b}"))
+    cross.add_column("")
     for label in found.labels_b:
         cross.add_column(Text(label), justify="right")
     for label, row in zip(found.labels_a, found.table, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,13 +102,20 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
             yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _initials(names: Mapping[str, str]) -> dict[str, str]:
-    """The shortest beginnings that tell names apart, numbers kept: `local2` -> `L2`."""
-    short: dict[str, str] = {}
-    for name in names:
-        stem = name.rstrip("0123456789")
-        size = 1
-        while (found := stem[:size].capitalize() + name[len(stem) :]) in short.values() and size < len(stem):
-            size += 1
-        short[name] = found
-    return short
+def _initials(names: Iterable[str]) -> dict[str, str]:
+    """One letter per name, with its number (`local2` -> `L2`), or else a second letter to tell them apart."""
+    parts = {name: re.fullmatch(r"([^\W\d_]+)(\d*)", name) for name in names}
+    short = {name: f"{part[1][0].upper()}{part[2]}" for name, part in parts.items() if part}
+    if len(set(short.values())) == len(parts):
+        return short
+    letters = [name[0].upper() for name in parts]
+    return {
+        name: f"{letters[i]}{_letter(letters[:i].count(letters[i]))}"
+        if letters.count(letters[i]) > 1
+        else letters[i]
+        for i, name in enumerate(parts)
+    }
+
+
+def _letter(number: int) -> str:
+    return ascii_lowercase[number] if number < len(ascii_lowercase) else str(number)
