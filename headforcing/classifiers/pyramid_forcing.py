@@ -131,7 +131,8 @@ def _windowed(series: Tensor) -> Tensor:
     length = there.sum(2)
     steps = steps.nan_to_num(0.0)
     mean = steps.sum(2) / length.clamp_min(1)
-    ends, at = torch.arange(steps.shape[2] + 1)[:, None], torch.arange(steps.shape[2])
+    at = torch.arange(steps.shape[2], dtype=torch.float64)
+    ends = torch.arange(steps.shape[2] + 1)[:, None]
     hann = (math.pi * (at + 1) / (ends + 1)).sin().square() * (at < ends)  # one row per length
     return steps.sub_(mean[..., None]).mul_(hann[length])
 
