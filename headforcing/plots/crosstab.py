@@ -32,7 +32,7 @@ def compare_table(
     widest = max(map(len, columns))
     cell = max(0.62, 0.07 * widest + 0.2)
     width = 1.0 + 0.07 * max(map(len, rows)) + cell * len(columns)
-    ax = style.axes_or_new(ax, max(2.6, width), 1.05 + 0.42 * len(rows))
+    ax = style.axes_or_new(ax, max(2.6, width), 1.2 + 0.42 * len(rows))
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     ax.imshow(1 - share[..., None] * (1 - DEEP), aspect="auto", interpolation="nearest")
     for (row, column), count in np.ndenumerate(counts):
@@ -75,8 +75,11 @@ def _chips(ax: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
 
 
 def _scores(comparison: Comparison) -> str:
-    """The numbers of the comparison that exist, in two lines."""
-    scores = {"agreement": comparison.agreement, "kappa": comparison.kappa}
-    known = {**scores, "NMI": comparison.nmi, "ARI": comparison.ari}
-    parts = [f"{name} {value:.2f}" for name, value in known.items() if value is not None]
-    return "   ".join(parts[:-2]) + "\n" * (len(parts) > 2) + "   ".join(parts[-2:])
+    """What the shades mean, and the numbers of the comparison that exist."""
+    same = {"agreement": comparison.agreement, "kappa": comparison.kappa}
+    alike = {"NMI": comparison.nmi, "ARI": comparison.ari}
+    lines = [
+        "   ".join(f"{name} {value:.2f}" for name, value in scores.items() if value is not None)
+        for scores in (same, alike)
+    ]
+    return "\n".join([*filter(None, lines), "shade: share of the row"])

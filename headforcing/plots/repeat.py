@@ -100,7 +100,7 @@ def _splits(ax: Any, report: StabilityReport) -> None:
         ax.plot([place], [line.kappa], color=LINE, marker="o", ms=5)
         ax.annotate(
             f"{line.kappa:.2f}", (place, line.kappa), (6, 0), textcoords="offset points",
-            fontsize=7.5, va="center", color=style.INK,
+            fontsize=7.5, va="center", color=style.INK, bbox={"fc": "white", "ec": "none", "pad": 0.5},
         )  # fmt: skip
     ax.set_xticks(range(len(SPLITS)), list(SPLITS.values()))
     ax.set(xlim=(-0.5, len(SPLITS) - 0.3), ylim=(least * 1.05, 1.02), ylabel="kappa (mean, lowest)")

@@ -78,13 +78,13 @@ def dress(ax: Any, *, grid: str = "") -> None:
         ax.set_axisbelow(True)
 
 
-def legend_above(ax: Any, handles: Sequence[Any], height: float = 1.0) -> None:
-    """A legend above the axes, its lower edge at `height` of the axes' height, as wide as there is room."""
+def legend_above(ax: Any, handles: Sequence[Any], height: float = 1.0, width: float = 0.0) -> None:
+    """A legend above the axes, its lower edge at `height` of their height, as wide as there is room."""
     ax.legend(
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(0.0, height),
-        ncols=columns(handles, ax.get_figure().get_figwidth() - 0.5),
+        ncols=columns(handles, width or ax.get_figure().get_figwidth() - 0.5),
         frameon=False,
         fontsize=TICK,
         handlelength=1.6,
@@ -95,9 +95,13 @@ def legend_above(ax: Any, handles: Sequence[Any], height: float = 1.0) -> None:
 
 
 def columns(handles: Sequence[Any], width: float) -> int:
-    """How many entries of a legend fit beside each other in so many inches, by the longest."""
-    longest = max(len(handle.get_label()) for handle in handles)
-    return max(1, min(len(handles), int(width / (0.4 + 0.055 * longest))))
+    """How many entries of a legend fit beside each other in so many inches."""
+    from matplotlib.textpath import TextPath
+
+    texts = (TextPath((0, 0), handle.get_label(), size=TICK) for handle in handles)
+    widest = max(float(text.get_extents().width) for text in texts) / 72
+    swatch, space = 2.1 * TICK / 72, 1.2 * TICK / 72
+    return max(1, min(len(handles), int((width + space) / (widest + swatch + space))))
 
 
 def swatches(names: Sequence[str], counts: dict[str, int] | None = None) -> list[Any]:
@@ -231,7 +235,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def _shade(colour: str, number: int, count: int) -> str:
     """One of `count` shades of a colour, dark to light; the colour itself where it is the only one."""
-    change = 0.0 if count == 1 else -0.4 + number / (count - 1)
+    change = 0.0 if count == 1 else -0.4 + 0.85 * number / (count - 1)
     if change >= 0:
         return pale(colour, change)
     return "#" + bytes(round(part * (1 + change)) for part in bytes.fromhex(colour[1:])).hex().upper()

@@ -36,27 +36,28 @@ def mass_scatter(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> An
     labels = np.array(style.fitting(profile, roles), dtype=object)
     shares = _shares(profile.noisy)
     known = np.isfinite(shares).all(-1)
-    ax = style.axes_or_new(ax, 3.7, 3.15)
-    _triangle(ax)
     names = style.ordered(labels.flat)
+    own = ax is None
+    inside = own and len(names) <= 4  # a figure of our own has room beside the tip
+    ax = style.axes_or_new(ax, 3.7, 3.15 + (0 if inside else 0.07 * len(names)))
+    _triangle(ax)
     handles = []
     for name, colour in style.role_colours(names).items():
         mine = labels == name
         dots = shares[mine & known] @ CORNERS
-        marker = style.MARKERS[style.nth(name) % len(style.MARKERS)]
-        drawn = ax.scatter(
-            *dots.T, s=17, marker=marker, color=colour, edgecolor="white", lw=0.4, alpha=0.9, zorder=3
-        )
+        look = {"marker": style.MARKERS[style.nth(name) % len(style.MARKERS)], "color": colour}
+        drawn = ax.scatter(*dots.T, s=17, edgecolor="white", lw=0.4, alpha=0.9, zorder=3, **look)
         drawn.set_label(f"{name} ({mine.sum()})")
         handles.append(drawn)
-    if len(names) > 5:
-        style.legend_above(ax, handles)
-    else:
-        place = {"loc": "upper left", "bbox_to_anchor": (-0.02, 1.02), "handletextpad": 0.1}
+    if inside:
+        place = {"loc": "upper left", "bbox_to_anchor": (-0.16, 1.04), "handletextpad": 0.1}
         ax.legend(handles=handles, frameon=False, fontsize=style.TICK, **place)
+    else:
+        width = 0.0 if own else ax.get_window_extent().width / ax.get_figure().dpi
+        style.legend_above(ax, handles, 1.02, width)
     if not known.all():
         note = f"{(~known).sum()} of {known.size} heads\nnot measured"
-        ax.text(1, 0.98, note, transform=ax.transAxes, ha="right", va="top", fontsize=7, color=style.FAINT)
+        ax.text(1.08, 1, note, transform=ax.transAxes, ha="right", va="top", fontsize=7, color=style.FAINT)
     return ax
 
 
@@ -88,20 +89,17 @@ def _triangle(ax: Any) -> None:
             start = share * here + (1 - share) * low
             end = share * here + (1 - share) * other
             ax.plot(*np.array([start, end]).T, color=style.RULE, lw=0.6, zorder=1)
-            tip = start + (start - end) / np.hypot(*(start - end)) * 0.02
-            ax.plot(*np.array([start, tip]).T, color=style.FAINT, lw=0.6, zorder=1)
-            ax.text(
-                *(start + (tip - start) * 3.2),
-                f"{share:.0%}",
-                fontsize=7,
-                color=style.FAINT,
-                ha="center",
-                va="center",
-            )
+            away = 11 * (start - end) / np.hypot(*(start - end))
+            _beside(ax, start, away, f"{share:.0%}", fontsize=7, color=style.FAINT)
         along = here - low
         turn = (np.degrees(np.arctan2(along[1], along[0])) + 90) % 180 - 90
         text = f"{title} \N{RIGHTWARDS ARROW}" if along[0] > 0 else f"\N{LEFTWARDS ARROW} {title}"
-        middle = (here + low) / 2 + outward * 0.13
-        ax.text(*middle, text, fontsize=style.TEXT, color=style.INK, rotation=turn, ha="center", va="center")
-    ax.set(xlim=(-0.1, 1.1), ylim=(-0.17, 0.94), aspect="equal")
+        look = {"fontsize": style.TEXT, "color": style.INK, "rotation": turn}
+        _beside(ax, (here + low) / 2, 27 * outward, text, **look)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 0.89), aspect="equal")
     ax.set_axis_off()
+
+
+def _beside(ax: Any, where: NDArray[np.float64], away: NDArray[np.float64], text: str, **look: Any) -> None:
+    """Text at a distance in points, whatever the size of the axes."""
+    ax.annotate(text, where, away, textcoords="offset points", ha="center", va="center", **look)
