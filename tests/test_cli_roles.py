@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from headforcing import Anchor, Local, Memory, RoleMap
+from headforcing import Anchor, Local, Memory, RoleMap, hub
 from headforcing.classifiers import find_classifier
 from headforcing.cli import app
 from headforcing.cli.settings import known_settings, parse_settings, parse_value
@@ -374,6 +375,58 @@ def test_what_cannot_be_imported(tmp_path):
     assert not out.exists()
     said = run("import", "--help").stdout
     assert all(name in said for name in module_names("headforcing.importers"))
+
+
+def test_a_map_is_pulled_from_the_hub(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def from_hub(repository, *, revision):
+        asked.append((repository, revision))
+        if revision == "main":
+            warnings.warn("what main names can change", stacklevel=2)
+        return RoleMap.load(folder / "roles.json")
+
+    monkeypatch.setattr("headforcing.hub.from_hub", from_hub)
+    out = tmp_path / "pulled.json"
+    told = parsed(run("pull", "org/name", "--revision", "0" * 40, "--out", out, "--json"))
+    assert told == {"hash": RoleMap.load(out).hash, "files": [str(out)]}
+    assert asked == [("org/name", "0" * 40)]
+    said = run("pull", "org/name", "--revision", "main", "--out", out)
+    assert said.exit_code == 0
+    assert said.stderr == "warning: what main names can change\n"
+    assert f"next: headforcing roles show {out}" in said.stdout
+
+
+def test_a_map_is_pushed_to_the_hub_with_its_report(folder, monkeypatch):
+    pushed = []
+
+    def push_to_hub(*given, **options):
+        pushed.append((given, options))
+        return hub.Pushed("https://hub.test/org/name/commit/1", "1" * 40)
+
+    monkeypatch.setattr("headforcing.hub.push_to_hub", push_to_hub)
+    options = ["--report", folder / "stability.json", "--private", "--base-model", "org/base"]
+    told = parsed(run("push", folder / "roles.json", "org/name", *options, "--json"))
+    assert told == {"url": "https://hub.test/org/name/commit/1", "commit": "1" * 40}
+    [((role_map, repository), given)] = pushed
+    assert role_map == RoleMap.load(folder / "roles.json")
+    assert (repository, given["private"], given["base_model"]) == ("org/name", True, "org/base")
+    assert json.loads(given["report"])["stable"] is True
+    said = run("push", folder / "roles.json", "org/name").stdout
+    assert f"next: headforcing roles pull org/name --revision {'1' * 40}" in said
+
+
+def test_what_the_hub_refuses(folder, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise hub.HubError("org/name: not there")
+
+    monkeypatch.setattr("headforcing.hub.from_hub", refuse)
+    monkeypatch.setattr("headforcing.hub.push_to_hub", refuse)
+    out = tmp_path / "never.json"
+    assert refused(run("pull", "org/name", "--revision", "0" * 40, "--out", out), "not there")
+    assert not out.exists()
+    assert refused(run("push", folder / "roles.json", "org/name"), "not there")
+    assert refused(run("push", folder / "roles.json", "org/name", "--report", folder / "roles.json"), "/")
 
 
 def test_an_origin_is_shown_as_it_is(tmp_path):

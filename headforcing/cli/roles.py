@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli import classify, compare, plot
+from headforcing.cli import classify, compare, hub, plot
 from headforcing.cli.console import (
     AsJson,
     clean_errors,
@@ -130,3 +130,7 @@ app.command(
         "roles plot roles.json --profile profile.safetensors --report stability.json --format png",
     ),
 )(plot.plot)
+app.command(
+    "pull", epilog=examples("roles pull ORG/NAME --revision <full hash of a commit> --out roles.json")
+)(hub.pull)
+app.command("push", epilog=examples("roles push roles.json ORG/NAME --report stability.json"))(hub.push)

@@ -1,0 +1,69 @@
+"""`headforcing roles pull` and `push`: role maps on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headforcing.cli.console import AsJson, clean_errors, print_json
+
+Repository = Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the Hub.", show_default=False)]
+
+
+def pull(
+    repository: Repository,
+    revision: Annotated[str, typer.Option(help="Full hash of a commit.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write the role map.")] = Path("roles.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Download a role map from the Hub.
+
+    One file is read, strictly, and nothing that the repository holds is run.
+    """
+    with clean_errors(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        from headforcing import hub
+
+        role_map = hub.from_hub(repository, revision=revision)
+        role_map.save(out)
+    for warning in said:
+        typer.echo(f"warning: {warning.message}", err=True)
+    if as_json:
+        print_json({"hash": role_map.hash, "files": [str(out)]})
+    else:
+        typer.echo(f"{out}\n{role_map.hash}\nnext: headforcing roles show {out}")
+
+
+def push(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A role-map file.", show_default=False)],
+    repository: Repository,
+    report: Annotated[Path | None, typer.Option(help="Its stability report.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The checkpoint on the Hub. [default: what the map says]")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option(help="For a repository that is made. [default: as your account says]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a role map to the Hub, with a card, and with its stability report.
+
+    You must be logged in there. The repository is made where there is none.
+    """
+    with clean_errors():
+        from headforcing import hub
+        from headforcing.role_map import RoleMap
+        from headforcing.stability_report import StabilityReport
+
+        text = None if report is None else StabilityReport.load(report).to_json()
+        done = hub.push_to_hub(
+            RoleMap.load(file), repository, report=text, base_model=base_model, private=private
+        )
+    if as_json:
+        print_json({"url": done.url, "commit": done.commit})
+    else:
+        typer.echo(done.url)
+        typer.echo(f"next: headforcing roles pull {repository} --revision {done.commit}")
