@@ -54,7 +54,7 @@ def stability_panels(report: StabilityReport) -> Any:
     tall = heads * min(0.3, 5.9 / layers) if report.votes is not None else 0.4
     figure = style.new_figure(6.9, 2.35 + tall + 0.75)
     grid = figure.add_gridspec(
-        2, 3, height_ratios=(2.1, tall + 0.55), width_ratios=(1.25, 1, 0.5 + 0.25 * max(3, len(names)))
+        2, 3, height_ratios=(2.1, tall + 0.55), width_ratios=(1.2, 1.15, 0.5 + 0.25 * max(3, len(names)))
     )
     panels = [figure.add_subplot(grid[0, column]) for column in range(3)] + [figure.add_subplot(grid[1, :])]
     if report.curve:
