@@ -182,11 +182,13 @@ def test_a_target_that_does_not_work(own, tmp_path, target, words):
         (["OWN:make", "--starts", "9,a"], ["--starts", "9,12,18"]),
         (["OWN:make", "--prompts", "absent.txt"], ["absent.txt"]),
         (["OWN:make", "--prompts", "empty.txt"], ["empty.txt", "one per line"]),
+        (["OWN:make", "--prompts", "latin.txt"], ["latin.txt", "UTF-8"]),
         (["OWN:make", "--starts", "100", "--quiet"], ["[100]"]),
     ],
 )
 def test_a_mistake_gives_one_message(own, tmp_path, options, words):
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     assert refused(run(*(option.replace("OWN", own) for option in options)), *words)
     assert not list(tmp_path.glob("*.safetensors"))
 

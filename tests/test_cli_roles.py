@@ -14,7 +14,7 @@ from headforcing import Anchor, Local, Memory, RoleMap, hub
 from headforcing.classifiers import find_classifier
 from headforcing.cli import app
 from headforcing.cli.settings import known_settings, parse_settings, parse_value
-from headforcing.cli.tables import _initials
+from headforcing.cli.tables import _letters
 from headforcing.errors import OptionError
 from headforcing.lookup import module_names
 from headforcing.origin import Measurement, ModelFacts, Origin
@@ -113,17 +113,26 @@ def test_the_map_says_where_it_comes_from(folder):
     ("names", "short"),
     [
         (["local", "anchor", "memory"], ["L", "A", "M"]),
-        (["local1", "local2", "anchor"], ["L1", "L2", "A"]),
-        (["local", "last", "memory"], ["La", "Lb", "M"]),
-        (["local0", "local1", "anchor3+3", "memory3+3+3", "memory3+12+3"], ["La", "Lb", "A", "Ma", "Mb"]),
-        (["m+1"] + [f"m{number}" for number in range(30)], None),
+        (["local1", "local2", "anchor"], ["1", "2", "A"]),
+        (["memory3+3+3", "local0", "memory3+12+3"], ["1", "L", "2"]),
+        ([f"m{number}" for number in range(50)], None),
     ],
 )
-def test_short_names_stay_apart(names, short):
-    found = _initials(names)
+def test_letters_tell_roles_apart(names, short):
+    found = _letters(names)
     assert list(found) == names
     assert len(set(found.values())) == len(names)
     assert short is None or list(found.values()) == short
+
+
+@pytest.mark.parametrize("heads", [9, 12, 40])
+def test_a_wide_map_fits_a_terminal(tmp_path, heads):
+    row = [Local(), *[Memory()] * (heads - 2), Anchor()]
+    said = run("show", hand_made(tmp_path, "map.json", [row] * 2)).stdout.splitlines()
+    assert max(map(len, said)) <= 80
+    letters = "".join(next(line for line in said if "│     0 │" in line).split("│")[2].split())
+    assert letters == "L" + "M" * (heads - 2) + "A"
+    assert any("5" in line and "layer" in line for line in said)
 
 
 def test_show_tells_the_origin(folder):
@@ -213,6 +222,14 @@ def test_a_mistake_gives_one_message(folder, options, words):
 def test_files_that_are_no_profiles(folder, tmp_path):
     assert refused(run("classify", tmp_path / "absent.safetensors"), "absent")
     assert refused(run("classify", folder / "roles.json"), "NAME.safetensors")
+
+
+def test_a_broken_profile_gives_one_line(folder, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes((folder / "profile.safetensors").read_bytes())
+    facts = json.loads((folder / "profile.json").read_text())
+    facts["model"] |= {"layers": "three", "surprise": 1}
+    (tmp_path / "broken.json").write_text(json.dumps(facts))
+    assert refused(run("classify", tmp_path / "broken.safetensors"), "broken", "not a profile")
 
 
 def test_methods_are_listed_in_the_help():

@@ -53,7 +53,8 @@ def command_of(work: Callable[[Options], None], options: type[Options]) -> Calla
 
 def fail(message: object, code: int = 2) -> NoReturn:
     """One line on stderr and the exit code."""
-    typer.echo(f"error: {message}", err=True)
+    line = "; ".join(part.strip() for part in str(message).splitlines() if part.strip())
+    typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 
 

@@ -198,7 +198,12 @@ def _check_target(options: Options) -> None:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{path} is not UTF-8 text ({error.reason}): expected one prompt per line"
+        ) from error
     prompts = [line for line in lines if line]
     if not prompts:
         raise OptionError(f"{path} holds no prompt: expected one per line")

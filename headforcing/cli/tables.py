@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from string import ascii_lowercase
+from string import ascii_lowercase, digits
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +12,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 WIDE = 8
-"""With more heads than this, the role table shows initials."""
+"""With more heads than this, the role table shows letters."""
+SPACED = 30
+"""With more heads than this, it shows them without a space."""
 
 
 def role_names(role_map: RoleMap) -> dict[HeadRole, str]:
@@ -62,13 +63,19 @@ def label_tables(labels: Sequence[Sequence[str]], meaning: Mapping[str, str]) ->
 
     styles = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(meaning)}
     heads = len(labels[0])
-    short = _initials(meaning) if heads > WIDE else {name: name for name in meaning}
-    grid = Table(title="roles, layer by head", padding=(0, 1 if heads <= WIDE else 0), show_lines=False)
+    short = _letters(meaning) if heads > WIDE else {name: name for name in meaning}
+    grid = Table(title="roles, layer by head")
     grid.add_column("layer", justify="right")
-    for head in range(heads):
-        grid.add_column(str(head), justify="center")
-    for layer, row in enumerate(labels):
-        grid.add_row(str(layer), *(Text(short[name], styles[name]) for name in row))
+    if heads <= WIDE:
+        for head in range(heads):
+            grid.add_column(str(head), justify="center")
+        for layer, row in enumerate(labels):
+            grid.add_row(str(layer), *(Text(name, styles[name]) for name in row))
+    else:
+        gap = " " if heads <= SPACED else ""
+        grid.add_column(_ruler(heads, 1 + len(gap)), no_wrap=True)
+        for layer, row in enumerate(labels):
+            grid.add_row(str(layer), Text(gap).join(Text(short[name], styles[name]) for name in row))
     counts = Table(title="heads per role")
     for column in ("role", "heads", "what it keeps"):
         counts.add_column(column)
@@ -102,20 +109,17 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
             yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _initials(names: Iterable[str]) -> dict[str, str]:
-    """One letter per name, with its number (`local2` -> `L2`), or else a second letter to tell them apart."""
-    parts = {name: re.fullmatch(r"([^\W\d_]+)(\d*)", name) for name in names}
-    short = {name: f"{part[1][0].upper()}{part[2]}" for name, part in parts.items() if part}
-    if len(set(short.values())) == len(parts):
-        return short
-    letters = [name[0].upper() for name in parts]
+def _letters(names: Iterable[str]) -> dict[str, str]:
+    """One letter per name: its initial, or where names share that, `1`, `2`, ... in order."""
+    known = list(names)
+    initials = [name[0].upper() for name in known]
+    others = iter([*digits[1:], *ascii_lowercase, *(f"({number})" for number in range(len(known)))])
     return {
-        name: f"{letters[i]}{_letter(letters[:i].count(letters[i]))}"
-        if letters.count(letters[i]) > 1
-        else letters[i]
-        for i, name in enumerate(parts)
+        name: initial if initial.isalpha() and initials.count(initial) == 1 else next(others)
+        for name, initial in zip(known, initials, strict=True)
     }
 
 
-def _letter(number: int) -> str:
-    return ascii_lowercase[number] if number < len(ascii_lowercase) else str(number)
+def _ruler(heads: int, width: int) -> str:
+    """The number of every fifth head above it."""
+    return "".join(str(head).ljust(5 * width) for head in range(0, heads, 5)).rstrip()
