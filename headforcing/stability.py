@@ -47,7 +47,7 @@ def stability(
         target: kappa that makes a map stable.
 
     Raises:
-        OptionError: `draws` is below 1, or `target` outside [0, 1].
+        OptionError: `draws` is below 1, `target` outside [0, 1], or `classify` changes what its labels are.
         ProfileError: the whole profile cannot be classified.
     """
     if type(draws) is not int or draws < 1 or not 0 <= target <= 1:
@@ -110,6 +110,8 @@ class _Parts:
 
     def _codes(self, found: Classification) -> Tensor:
         number = {name: code for code, name in enumerate(self.names)}
+        if unknown := {label for row in found.labels for label in row} - set(number):
+            raise OptionError(f"classify names {sorted(unknown)} in a part, in the whole {self.names}")
         return torch.tensor([number[label] for row in found.labels for label in row])
 
     def of_prompts(self, prompts: Tensor) -> Tensor:

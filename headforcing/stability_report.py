@@ -164,7 +164,7 @@ class StabilityReport(Facts):
         for name, column in self.columns.items():
             raw, within = ("?" if v is None else f"{v:.2f}" for v in (column.raw, column.within_layer))
             text.append(f"  {name}: split-half r {raw}, within layers {within}")
-        needed = "not reached" if self.prompts_needed is None else f"{self.prompts_needed} or more"
+        needed = "not reached" if self.prompts_needed is None else f"at least {self.prompts_needed}"
         text.append(f"  prompts needed: {needed}")
         return "\n".join([*text, *(f"  {said}" for said in (*self.reasons, *self.unjudged))])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from functools import partial
@@ -227,6 +228,20 @@ def test_a_report_is_the_same_every_time_and_draws_no_global_random_numbers():
 def test_impossible_options(options):
     with pytest.raises(OptionError, match="expected"):
         stability(random_profile(0), head_forcing.classify, **options)
+
+
+def test_a_classifier_that_changes_its_labels():
+    def named_by_size(profile):
+        found = head_forcing.classify(profile)
+        names = {name: f"{name}{len(profile)}" for name in found.roles}
+        return dataclasses.replace(
+            found,
+            labels=tuple(tuple(names[label] for label in row) for row in found.labels),
+            roles={names[name]: role for name, role in found.roles.items()},
+        )
+
+    with pytest.raises(OptionError, match="in the whole"):
+        stability(random_profile(0), named_by_size)
 
 
 @pytest.mark.parametrize("name", ["head_forcing", "mass_ratio", "output_regret", "pyramid_forcing"])
