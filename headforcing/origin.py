@@ -11,7 +11,15 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Scalar = str | int | float | bool | None
+
+def _unicode(text: str) -> str:
+    text.encode()  # a lone surrogate raises what pydantic reports like its own errors
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""Text that can be written to a file; pydantic alone lets lone surrogates pass."""
+Scalar = Text | int | float | bool | None
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -43,8 +51,8 @@ class ModelFacts(Facts):
     head_dim: Count
     window: Count
     chunk: Count
-    model_class: str
-    base_model: str | None = None
+    model_class: Text
+    base_model: Text | None = None
     fingerprint: Digest | None = None
 
 
@@ -62,14 +70,14 @@ class Measurement(Facts):
         library: version of headforcing.
     """
 
-    method: str
-    settings: Mapping[str, Scalar] = Field(default_factory=dict)
-    metric: Annotated[Sequence[str], AfterValidator(tuple)] = ()
+    method: Text
+    settings: Mapping[Text, Scalar] = Field(default_factory=dict)
+    metric: Annotated[Sequence[Text], AfterValidator(tuple)] = ()
     profile: Digest | None = None
     prompts: Digest | None = None
     videos: Annotated[int, Field(ge=0)] = 0
     seeds: Annotated[Sequence[int], AfterValidator(tuple)] = ()
-    library: str = ""
+    library: Text = ""
 
 
 class Origin(Facts):
@@ -84,5 +92,5 @@ class Origin(Facts):
 
     model: ModelFacts | None = None
     measurement: Measurement | None = None
-    stability: Mapping[str, Scalar] = Field(default_factory=dict)
-    notes: Mapping[str, Scalar] = Field(default_factory=dict)
+    stability: Mapping[Text, Scalar] = Field(default_factory=dict)
+    notes: Mapping[Text, Scalar] = Field(default_factory=dict)

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from headforcing import strict_json
 from headforcing.errors import RoleMapError
-from headforcing.origin import Digest, Origin
+from headforcing.origin import Digest, Origin, Text
 from headforcing.role_json import decode_role, encode_role
 from headforcing.roles import HeadRole
 
@@ -44,7 +44,7 @@ class _Document(Origin):
 
     format: Literal["headforcing.role-map"]
     version: Annotated[int, Field(ge=1, le=1)]
-    roles: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=256)]
+    roles: Annotated[dict[Text, dict[str, Any]], Field(min_length=1, max_length=256)]
     layers: Annotated[list[list[str]], Field(min_length=1)]
     hash: Digest = ""
 
@@ -67,12 +67,22 @@ def content_hash(entries: Mapping[str, Any]) -> str:
 
 
 def encode(content: Content) -> str:
-    """The document as text, a row of heads per line."""
+    """The document as text, a row of heads per line.
+
+    Raises:
+        RoleMapError: it is larger than what is read.
+    """
     entries = document(content)
     rows = [json.dumps(row) for row in entries["layers"]]
     table = '"layers": [\n    ' + ",\n    ".join(rows) + "\n  ]"
     # No other entry can read like this: quotes inside of texts are escaped, and notes hold no lists.
-    return strict_json.pretty({**entries, "layers": []}).replace('\n  "layers": []', f"\n  {table}", 1)
+    text = strict_json.pretty({**entries, "layers": []}).replace('\n  "layers": []', f"\n  {table}", 1)
+    if len(text) > MAX_BYTES:
+        raise RoleMapError(
+            f"the role map takes {len(text)} bytes, but no file of more than {MAX_BYTES} is read: shorten "
+            "its notes"
+        )
+    return text
 
 
 def decode(text: str | bytes, source: str) -> Content:
