@@ -204,6 +204,9 @@ def test_head_forcing_by_absolute_mass():
     found = head_forcing.classify(SMALL, rule="absolute", anchor=0.85, local=0.55)
     assert found.labels == (("memory", "anchor", "local", "memory"), ("local", "memory", "memory", "memory"))
     torch.testing.assert_close(float(found.margin[0, 3]), 0.05 / 0.8, atol=1e-6, rtol=1e-5)
+    exact = masses([0.5, 0.25, 0.25], [0.0, 0.5, 0.25], heads=3)
+    found = head_forcing.classify(exact, rule="absolute", anchor=0.5, local=0.5)
+    assert found.labels == (("anchor", "local", "memory"),)  # at least
 
 
 @pytest.mark.parametrize(("layers", "heads", "expected"), [(6, 4, (6, 4, 14)), (30, 12, (90, 54, 216))])
@@ -211,6 +214,12 @@ def test_shares_are_rounded_up_over_all_heads(layers, heads, expected):
     first, own = torch.rand(2, layers * heads, generator=seeded(3)) / 2
     found = head_forcing.classify(masses(first.tolist(), own.tolist(), heads))
     assert tuple(found.counts().values()) == expected
+
+
+def test_a_share_is_not_rounded_up_by_its_last_bit():
+    first = torch.rand(100, generator=seeded(3)) / 2
+    profile = masses(first.tolist(), first.tolist(), 10)
+    assert head_forcing.classify(profile, anchor=0.07).counts()["anchor"] == 7  # 0.07 * 100 > 7
 
 
 coarse = st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda pair: (pair[0] / 8, pair[1] / 8))
@@ -341,6 +350,8 @@ def test_output_regret_on_a_small_example():
     assert list(found.roles) == ["local1", "local3", "anchor3+3", "memory3+12+3", "full"]
     assert found.roles["memory3+12+3"] == Memory(3, 12, 3)
     assert output_regret.classify(regret([[errors]]), error=0.06, by="mean").labels[0][0] == "local1"
+    exact = regret([[[[0.125, 0.0, 0.125, 0.25, 0.25]]]])
+    assert output_regret.classify(exact, error=0.125).labels == (("local3",),)  # at most
 
 
 def check_cheapest(classify, profile, error):

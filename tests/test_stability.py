@@ -80,6 +80,15 @@ def test_noise_is_no_stable_map():
     assert abs(report.columns["mass_ratio.ratio"].raw) < 0.3
 
 
+def test_agreement_by_chance_is_not_enough():
+    rare = partial(mass_ratio.classify, static=1.0)
+    signal = heads().clamp(max=0.8)
+    report = stability(planted(signal, noise=0.6), rare, draws=20)
+    between = (report.halves.kappa + report.halves.agreement) / 2
+    assert report.halves.agreement - report.halves.kappa > 0.2
+    assert not stability(planted(signal, noise=0.6), rare, draws=20, target=between).stable
+
+
 def test_labels_of_the_layer_alone():
     layer = torch.tensor([-2.0, 1, -1, 2, -3, 3]).double()[:, None].expand(LAYERS, HEADS)
     report = stability(planted(layer, noise=0.2), by_half, draws=40)
@@ -121,18 +130,20 @@ def test_steps_are_noisy_steps():
     assert report.unjudged == ("steps: not judged, because only one was measured",)
 
 
-def test_the_lines_are_those_of_their_definition():
+@pytest.mark.parametrize("module", [head_forcing, output_regret], ids=["head_forcing", "output_regret"])
+def test_the_lines_are_those_of_their_definition(module):
     profile = random_profile(4, layers=4, heads=6, prompts=5, noise=0.6)
-    report = stability(profile, head_forcing.classify, draws=10)
+    report = stability(profile, module.classify, draws=10)
     for line, column, values in (("chunks", profile.start, (21, 30)), ("steps", profile.step, (0, 1))):
-        maps = [head_forcing.classify(profile.where(column == value)).labels for value in values]
+        maps = [module.classify(profile.where(column == value)).labels for value in values]
         expected = compare_labels(*maps)
         got = getattr(report, line)
         assert (got.pairs, got.kappa) == (1, pytest.approx(expected.kappa))
         assert got.agreement == pytest.approx(expected.agreement)
         assert {name: got.jaccard[name] for name in expected.jaccard} == pytest.approx(expected.jaccard)
     assert report.halves.pairs == 10
-    assert set(report.columns) == {"attention_mass.first", "attention_mass.own"}  # middle is not read
+    scalars = {"attention_mass.first", "attention_mass.own"}  # middle is not read
+    assert set(report.columns) == (scalars if module is head_forcing else set())
 
 
 def test_votes_and_the_boundary():
