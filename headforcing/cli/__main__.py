@@ -2,4 +2,5 @@
 
 from headforcing.cli import app
 
-app(prog_name="headforcing")
+if __name__ == "__main__":
+    app(prog_name="headforcing")
