@@ -118,7 +118,7 @@ class HeadForcing:
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
-        """Shows every attention call to `observer` while the block runs; nothing it does changes the output."""
+        """Shows every attention call to `observer` while the block runs, for measuring."""
         observers = self._plans[0].activity.observers
         observers.append(observer)
         try:

@@ -106,16 +106,17 @@ def profile_heads(
                 meter.end_run()
                 if progress and prompts is not None:
                     progress(number + 1, len(prompts), "prompts")
-        model_facts = _model_facts(model, handle, chunk, base_model)
+        history = handle.roles.layers[0][0]
+    facts = model_facts(model, adapter, window=window, chunk=chunk, base_model=base_model)
     settings = {
         "starts": None if protocol.starts is None else sorted(protocol.starts),
         "queries": protocol.queries,
         "seed": protocol.seed,
-        "history": encode_role(handle.roles.layers[0][0]),
+        "history": encode_role(history),
     }
     return meter.profile(
         ProfileFacts(
-            model=model_facts,
+            model=facts,
             metrics={metric.name: metric.settings() for metric in chosen},
             protocol=settings,
             prompts=None if prompts is None else digest(canonical(list(prompts))),
@@ -125,28 +126,29 @@ def profile_heads(
     )
 
 
+def model_facts(
+    model: nn.Module, adapter: Adapter, *, window: int, chunk: int, base_model: str | None = None
+) -> ModelFacts:
+    """What a profile and a role map say about the model they were measured on."""
+    shapes = [adapter.heads(module) for _, module in adapter.attentions(model)]
+    return ModelFacts(
+        layers=len(shapes),
+        heads=shapes[0][0],
+        head_dim=shapes[0][1],
+        window=window,
+        chunk=chunk,
+        model_class=type(model).__name__,
+        base_model=base_model,
+        fingerprint=fingerprint(model, adapter),
+    )
+
+
 def _metrics(metrics: Sequence[str | Metric]) -> list[Metric]:
     chosen = [find_metric(metric) if isinstance(metric, str) else metric for metric in metrics]
     names = [metric.name for metric in chosen]
     if not names or len(set(names)) < len(names):
         raise OptionError(f"metrics are {names}: expected at least one, each once")
     return chosen
-
-
-def _model_facts(model: nn.Module, handle: HeadForcing, chunk: int, base_model: str | None) -> ModelFacts:
-    options = handle.options
-    layers, heads = options.roles.shape
-    _, module = next(iter(options.adapter.attentions(model)))
-    return ModelFacts(
-        layers=layers,
-        heads=heads,
-        head_dim=options.adapter.heads(module)[1],
-        window=options.window,
-        chunk=chunk,
-        model_class=type(model).__name__,
-        base_model=base_model,
-        fingerprint=fingerprint(model, options.adapter),
-    )
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ FLOORS = [
     {"attention", "status", "metrics"},
     {"handle"},
     {"apply"},
-    {"profiler"},
+    {"profiler", "ablation"},
     {""},
     {"plots"},
     {"integrations", "demo", "testing", "cli"},

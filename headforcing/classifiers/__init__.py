@@ -7,17 +7,20 @@ list. The order of heads never decides, except between heads whose scores are eq
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from headforcing.episodic import MaxMin
-from headforcing.errors import OptionError, ProfileError
+from headforcing.errors import OptionError, ProfileError, RoleMapError
 from headforcing.lookup import named_module
 from headforcing.origin import Scalar
 from headforcing.profile import HeadProfile
+from headforcing.role_json import decode_role
 from headforcing.roles import HeadRole
 
 Labels = tuple[tuple[str, ...], ...]
@@ -147,3 +150,70 @@ def _short_name(role: HeadRole) -> str:
         plain = isinstance(value, str | int | float)
         extras.append(f"@{value if plain else type(value).__name__.lower()}")
     return type(role).__name__.lower() + "+".join(numbers) + "".join(extras)
+
+
+def candidates(profile: HeadProfile, metric: str) -> list[HeadRole]:
+    """The roles that a metric tried, in the order of its columns.
+
+    Raises:
+        ProfileError: the profile does not name them.
+    """
+    written = profile.facts.metrics.get(metric, {}).get("roles")
+    if not isinstance(written, Sequence) or isinstance(written, str) or not written:
+        raise ProfileError(
+            f"the profile does not name the roles of {metric}: profile again with metrics=[..., {metric!r}]"
+        )
+    try:
+        roles = [decode_role(dict(role), f"{metric}/roles/{i}") for i, role in enumerate(written)]
+    except (RoleMapError, TypeError, ValueError) as error:
+        raise ProfileError(f"the profile's candidate roles are malformed: {error}") from error
+    if len(set(roles)) < len(roles):
+        raise ProfileError(f"{metric} tried a role twice: {', '.join(map(str, roles))}")
+    return roles
+
+
+def cheapest(
+    errors: Tensor, roles: Sequence[HeadRole], chunk: int, error: float
+) -> tuple[list[HeadRole], Tensor]:
+    """The role with the fewest frames whose error is allowed, or the one with the smallest error.
+
+    Args:
+        errors: `[heads in all, R]`.
+        roles: `R` candidates; of equally cheap ones the first is tried first.
+        chunk: frames of a chunk.
+        error: what is allowed.
+
+    Returns:
+        A role per head, and how far some error of the head is from where it would be another, `[heads]`.
+    """
+    order = sorted(range(len(roles)), key=lambda r: frames_kept(roles[r], chunk))
+    errors, ordered = errors[:, order], [roles[r] for r in order]
+    fits = errors <= error
+    none = ~fits.any(1)
+    chosen = torch.where(none, _first(errors == errors.amin(1, keepdim=True)), _first(fits))
+    return [ordered[r] for r in chosen.tolist()], _distance(errors, chosen, none, error)
+
+
+def frames_kept(role: HeadRole, chunk: int) -> float:
+    """Frames kept beside a chunk; infinite without bound."""
+    kept = role.capacity(chunk)
+    return math.inf if kept is None else float(kept)
+
+
+def _first(mask: Tensor) -> Tensor:
+    """Index of the first true column, `[n, R] -> [n]`."""
+    column = torch.arange(mask.shape[1])
+    return torch.where(mask, column, mask.shape[1]).amin(1)
+
+
+def _distance(errors: Tensor, chosen: Tensor, none: Tensor, error: float) -> Tensor:
+    """How far some error of each head is from where another role would be chosen, `[n]`.
+
+    A head that is satisfied: until its role's error exceeds `error`, or a cheaper one's comes down to it.
+    Another: until some role's error comes down to `error`, or another role's is the smallest.
+    """
+    column = torch.arange(errors.shape[1])
+    own = errors.gather(1, chosen[:, None])[:, 0]
+    cheaper = torch.where(column < chosen[:, None], errors - error, torch.inf).amin(1)
+    others = torch.where(column != chosen[:, None], errors - own[:, None], torch.inf).amin(1)
+    return torch.where(none, torch.minimum(own - error, others), torch.minimum(error - own, cheaper))

@@ -1,59 +1,79 @@
-"""A profile of the demo model, on scenes with a moving camera."""
+"""Profiles of the demo model: inside the range it was trained on, and far beyond it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from headforcing.demo.camera import CHUNK
 from headforcing.demo.compare import GIVEN_CHUNKS, make_scene
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.pipeline import DemoPipeline
-from headforcing.demo.world import render
+from headforcing.demo.words import format_prompt
+from headforcing.demo.world import Scene, render, sample_scene
 from headforcing.metrics import Metric
 from headforcing.profile import HeadProfile
 from headforcing.profiler import METRICS, Progress, Protocol, profile_heads
 
-SEEDS = range(4000, 4020)
-CHUNKS = 14
-STARTS = range(9, 3 * CHUNKS, 6)
+VIDEOS = 32
+SEED = 4000
+GIVEN = 2
+LONG_CHUNKS = 30
 
 
 def profile_demo(
     model: DemoModel | None = None,
     *,
-    seeds: Sequence[int] = SEEDS,
-    chunks: int = CHUNKS,
-    starts: Collection[int] | None = STARTS,
+    videos: int = VIDEOS,
+    seed: int = SEED,
+    long: bool = False,
     metrics: Sequence[str | Metric] = METRICS,
     progress: Progress | None = None,
 ) -> HeadProfile:
-    """Profiles the demo model while it continues panning scenes; each scene is a prompt.
-
-    The camera must move: while it stands still, the first frame shows what every other frame shows, and
-    a head that looks for content looks like an anchor.
+    """Profiles the demo model while it generates; every video has a scene and a prompt of its own.
 
     Args:
         model: the demo model; default: with the weights of the package.
-        seeds: one scene each, and its noise.
-        chunks: length of the videos; the first of them are given.
-        starts: first frames of the chunks that are measured.
+        videos: how many.
+        seed: of scenes and noise.
+        long: inside the trained range, scenes are drawn as in training, two chunks are given, and every
+            chunk from the fourth on is measured. Beyond it (`long`), the camera pans away and back, 30
+            chunks are made, and every third chunk after the given ones is measured, as Head Forcing does
+            with 30 s videos (third party). The camera must move there: while it stands still, the first
+            frame shows what every other frame shows, and a head that looks for content looks like an
+            anchor.
         metrics: see `profile_heads`.
         progress: see `profile_heads`.
     """
     model = model or demo_model()
-    scene = make_scene(seeds, chunks, camera="pan")
-    given = render(scene, torch.arange(GIVEN_CHUNKS["pan"] * CHUNK)).video
+    chunks = LONG_CHUNKS if long else model.config.window // CHUNK
+    given = GIVEN_CHUNKS["pan"] if long else GIVEN
+    scene = _scenes(videos, seed, chunks, long)
+    starts = range((given + 1 if long else chunks - 3) * CHUNK, chunks * CHUNK, (3 if long else 2) * CHUNK)
+    first = render(scene, torch.arange(given * CHUNK)).video
     words = scene.prompts(torch.arange(chunks))
+    texts = [f"scene {seed + number}: {format_prompt(row[0])}" for number, row in enumerate(words)]
+    numbers = {text: number for number, text in enumerate(texts)}
 
-    def run(number: str) -> None:
-        one = slice(int(number), int(number) + 1)
-        noise = torch.Generator().manual_seed(seeds[int(number)])
-        DemoPipeline(model).generate(words[one], generator=noise, first_chunk=given[one])
+    def run(text: str) -> Tensor:
+        one = slice(numbers[text], numbers[text] + 1)
+        noise = torch.Generator().manual_seed(seed + numbers[text])
+        return DemoPipeline(model).generate(words[one], generator=noise, first_chunk=first[one])
 
-    names = [str(number) for number in range(len(seeds))]
-    protocol = Protocol(starts=starts, seed=seeds[0])
     return profile_heads(
-        model, run, metrics, prompts=names, protocol=protocol, base_model="headforcing demo", progress=progress
+        model,
+        run,
+        metrics,
+        prompts=texts,
+        protocol=Protocol(starts=starts, seed=seed),
+        base_model="headforcing demo",
+        progress=progress,
     )
+
+
+def _scenes(videos: int, seed: int, chunks: int, long: bool) -> Scene:
+    if long:
+        return make_scene(range(seed, seed + videos), chunks, camera="pan")
+    return sample_scene(videos, torch.Generator().manual_seed(seed), num_chunks=chunks)

@@ -98,7 +98,8 @@ class Look:
         return torch.cat(sums, -1), torch.cat(means, -1)
 
     def _per_frame(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.tokens_per_frame))
+        by_frame: Tensor = x.unflatten(-1, (-1, self.tokens_per_frame))
+        return by_frame
 
 
 class Metric(ABC):
