@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
+from headforcing.cli.console import AsJson, choices, clean_errors, print_json, print_parts
 from headforcing.errors import OptionError
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ class Options:
     profile: Annotated[
         Path, typer.Argument(metavar="PROFILE", help="A profile (.safetensors).", show_default=False)
     ]
-    method: Annotated[
-        str, typer.Option(help="head_forcing, pyramid_forcing, mass_ratio or output_regret.")
-    ] = "head_forcing"
+    method: Annotated[str, typer.Option(help=f"One of {choices('headforcing.classifiers')}.")] = (
+        "head_forcing"
+    )
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A threshold of the method; may be repeated."),

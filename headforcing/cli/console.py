@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,13 @@ Tell = Callable[[str, int, int | None], None]
 Options = TypeVar("Options")
 QUIET_SECONDS = 5.0
 """In a pipe, how long to stay silent where nobody knows how much is left."""
+
+
+def choices(package: str) -> str:
+    """Names of the modules in a package, for help texts: nothing is imported."""
+    spec = importlib.util.find_spec(package)
+    places = [] if spec is None else spec.submodule_search_locations
+    return ", ".join(sorted(module.name for module in pkgutil.iter_modules(places)))
 
 
 def examples(*lines: str) -> str:

@@ -11,6 +11,7 @@ import typer
 from headforcing.cli import classify, compare, hub, plot
 from headforcing.cli.console import (
     AsJson,
+    choices,
     clean_errors,
     command_of,
     examples,
@@ -81,7 +82,10 @@ def validate(file: RoleFile, as_json: AsJson = False) -> None:
 def import_file(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Of the other project.", show_default=False)],
     form: Annotated[
-        str, typer.Option("--format", help="pyramid_forcing (CSV) or forcing_kv (JSON).", show_default=False)
+        str,
+        typer.Option(
+            "--format", help=f"Of the file: one of {choices('headforcing.importers')}.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Where to write the role map.")] = Path("roles.json"),
     base_model: Annotated[
