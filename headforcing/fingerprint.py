@@ -2,8 +2,8 @@
 
 Every parameter, and every buffer that a checkpoint holds, of the causal self-attentions counts. Values are
 rounded to bfloat16 first, so that the float32 and the bfloat16 copy of one checkpoint have the same
-fingerprint. One number per tensor is computed where the weights are, and only those numbers are hashed: it
-is a guard against mistakes, not against forgery.
+fingerprint; LoRA layers inside of an attention are weights, too. One number per tensor is computed where the
+weights are, and only those numbers are hashed: it is a guard against mistakes, not against forgery.
 """
 
 from __future__ import annotations

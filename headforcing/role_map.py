@@ -26,7 +26,7 @@ class RoleMap:
     """
 
     layers: tuple[tuple[HeadRole, ...], ...]
-    origin: Origin = field(default=Origin(), compare=False)
+    origin: Origin = field(default_factory=Origin, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(tuple(layer) for layer in self.layers))
