@@ -347,6 +347,8 @@ def test_output_regret_on_a_small_example():
     ]
     found = output_regret.classify(regret([[errors]]), error=0.1 + 1e-6)
     assert found.labels == (("local3", "memory3+12+3", "memory3+12+3", "full"),)
+    margin = torch.tensor([0.01, 0.0, 0.0, 0.1]) / 0.9
+    torch.testing.assert_close(found.margin[0].float(), margin, atol=1e-5, rtol=0)
     assert list(found.roles) == ["local1", "local3", "anchor3+3", "memory3+12+3", "full"]
     assert found.roles["memory3+12+3"] == Memory(3, 12, 3)
     assert output_regret.classify(regret([[errors]]), error=0.06, by="mean").labels[0][0] == "local1"
@@ -456,6 +458,9 @@ def test_pyramid_forcing_on_planted_heads():
     found = pyramid_forcing.classify(profile_of({"qk_logits.by_age": heads}))
     assert found.labels == (("anchor", "veil", "wave", "wave", "anchor", "veil", "anchor", "anchor"),)
     assert found.roles["wave"] == Memory(sink=1, episodic=4, recent=1, update=Uniform())
+    step = torch.cat([torch.ones(12), torch.full((3,), -100.0), torch.full((3,), torch.nan)])
+    exact = pyramid_forcing.classify(profile_of({"qk_logits.by_age": logits(wave(6.4) + 0.1, step, -step)}))
+    assert exact.labels == (("wave", "anchor", "veil"),)  # 6.4 frames, and 12 of 15 logits
     slow = pyramid_forcing.classify(profile_of({"qk_logits.by_age": heads}), period=5.5)
     assert slow.labels[0][2:4] == ("wave", "anchor")
 
@@ -469,6 +474,21 @@ def test_pyramid_thresholds_are_monotone(seed, a, b, short, long):
     short, long = sorted((short, long))
     few, many = (flat(pyramid_forcing.classify(profile, period=x)) for x in (short, long))
     assert all(y == "wave" for x, y in zip(few, many, strict=True) if x == "wave")
+
+
+def test_the_margin_is_to_the_nearest_question_that_was_asked():
+    profile = random_profile(5, layers=6)
+    found = pyramid_forcing.classify(profile)
+    series = profile.noisy["qk_logits.by_age"][..., :17].flatten(1, 2)
+    positive, mean = (series > 0).double().mean((0, 2)), series.mean((0, 2))
+    scores = [positive - 0.8, 1 - positive - 0.8, dominant_period(series) - 6.4, mean]
+    asked = {"anchor": (1, 4), "veil": (2, 4), "wave": (3, 3)}
+    for head, label in enumerate(flat(found)):
+        near = [float(score[head].abs() / (score.max() - score.min())) for score in scores]
+        by_sign, otherwise = asked[label]
+        count = by_sign if label != "wave" and scores[by_sign - 1][head] >= 0 else otherwise
+        assert float(found.margin.flatten()[head]) == pytest.approx(min(1, *near[:count]))
+    assert {"anchor", "veil", "wave"} == set(flat(found))
 
 
 def test_only_passes_without_a_gap_count():
@@ -544,6 +564,21 @@ def test_the_series_are_those_of_the_description():
         expected = (steps - steps.mean()) * hann
         torch.testing.assert_close(got[row, 0, : n - 1], expected)
         assert not got[row, 0, n - 1 :].any()
+
+
+@given(st.integers(13, 40), st.integers(1, 3), st.integers(0, 1000))
+def test_the_period_is_that_of_the_description(n, passes, seed):
+    """Every step written out, on noise, where the strongest frequency may be anywhere."""
+    series = torch.randn(passes, 1, n, generator=seeded(seed), dtype=torch.float64)
+    steps = series[:, 0].diff()
+    hann = torch.hann_window(n, periodic=True, dtype=torch.float64)[1:]
+    power = torch.fft.rfft((steps - steps.mean(1, keepdim=True)) * hann, 256).abs().square().mean(0).tolist()
+    scores = {
+        256 / f: sum(power[h * f] / h for h in (1, 2, 3) if h * f <= 128)
+        for f in range(1, 129)
+        if f / 256 >= 1 / (n - 1)
+    }
+    assert float(dominant_period(series)) == max(scores, key=scores.__getitem__)
 
 
 def test_the_period_of_special_series():
