@@ -40,26 +40,26 @@ def inverted(found: Classification) -> Classification:
 
     Heads are put in order by the frames that their role keeps; a role with an open number takes what the
     window leaves and comes after all others, with those that keep everything. Roles that keep as many
-    stand in the order of `found.roles`. Heads of one role stand by margin: where it keeps the most, the
-    surest last; where it keeps fewer, the surest first, but between the fewest and the most a margin does
-    not say which way the boundary lies and is left out. Then by index. The head at place i gets the label
-    of the head at place n - 1 - i.
+    stand in the order of `found.roles`. Heads of one role stand by margin: where no head keeps more, the
+    surest last; where none keeps fewer, the surest first; between the two a margin does not say which way
+    the boundary lies and is left out. Then by index. The head at place i gets the label of the head at
+    place n - 1 - i.
     """
     names = list(found.roles)
     frames = {name: _frames(role) for name, role in found.roles.items()}
-    used = [frames[label] for label in _flat(found)]
+    labels = _flat(found)
+    fewest, most = min(frames[label] for label in labels), max(frames[label] for label in labels)
     margin = found.margin.nan_to_num(0.0).flatten().tolist()
 
     def need(head: int) -> tuple[float, int, float, int]:
-        label = _flat_labels[head]
-        side = (frames[label] == max(used)) - (frames[label] == min(used))
+        label = labels[head]
+        side = (frames[label] == most) - (frames[label] == fewest)
         return frames[label], names.index(label), side * margin[head], head
 
-    _flat_labels = _flat(found)
-    order = sorted(range(len(used)), key=need)
+    order = sorted(range(len(labels)), key=need)
     flat = [""] * len(order)
     for head, other in zip(order, reversed(order), strict=True):
-        flat[head] = _flat_labels[other]
+        flat[head] = labels[other]
     return _control(found, "inverted", flat)
 
 

@@ -124,6 +124,8 @@ def test_inverted_deals_out_in_the_opposite_order():
     got = inverted(found_of(["open", "all", "most", "some", "few"], 5, roles=sizes))
     assert flat(got) == ["few", "some", "most", "all", "open"]
     few = inverted(found_of(["few", "few", "few", "all"], 4, [0.1, 0.9, 0.5, 1.0], roles=sizes))
+    in_use = inverted(found_of(["some", "some", "few"], 3, [0.9, 0.1, 0.5], roles=sizes))
+    assert flat(in_use) == ["few", "some", "some"]  # no head keeps more than `some`
     assert flat(few) == ["few", "all", "few", "few"]  # the surest to need little gets the most
 
 
