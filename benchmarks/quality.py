@@ -1,145 +1,89 @@
 """What head-wise memory is worth on the demo model, against every plainer policy, video by video.
 
-Profiles the model, labels its heads, lets every policy continue the same scenes from the same noise,
-and writes a page and the numbers behind it. Profiling, tuning and reporting use disjoint seeds.
+Lets every policy continue the same scenes from the same noise, with the role map of the demo, and writes
+a page and the numbers behind it. Where the map comes from is the work of `role_maps.py`. Measuring the
+map, tuning its numbers and reporting use disjoint seeds.
 
     python benchmarks/quality.py --tune                 # candidates for the numbers of the roles
-    python benchmarks/quality.py --save-roles           # also writes the role map of the demo
     python benchmarks/quality.py --seeds 2 --chunks 30 --out runs/quality.md    # a quick look
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib import resources
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from ablation import function_labels, pruning_table
+from pruning import kind_of, pruning_table
 from quality_page import page
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from headforcing.demo import demo_model, demo_roles
 from headforcing.demo.camera import CHUNK
 from headforcing.demo.compare import GIVEN_CHUNKS, Policy, make_scene, returning_columns, roll, summarise
 from headforcing.demo.metrics import background_psnr
 from headforcing.demo.model import DemoModel
-from headforcing.demo.pipeline import DemoPipeline
-from headforcing.demo.world import render
-from headforcing.profile import (
-    HeadMass,
-    Labels,
-    attention_mass,
-    bottom_ranked_roles,
-    head_forcing_roles,
-    shuffled_within_layers,
-)
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILE_SEEDS, TUNE_SEEDS, REPORT_SEEDS = range(4000, 4008), range(5000, 5008), range(6000, 7000)
-PROFILE_CHUNKS = 30
+TUNE_SEEDS, REPORT_SEEDS = range(5000, 5008), range(6000, 7000)
 DRAWS = 4
 LATE = 30
 CAMERAS: tuple[Literal["still", "pan"], ...] = ("still", "pan")
 
 Numbers = Mapping[str, HeadRole]
 DEFAULT: Numbers = {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 8, 9)}
-CHUNKWISE: Numbers = {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3)}
-RULES = {
-    "mass": (
-        "by attention mass: anchors are the top 25 % by mass on the first frame, local the top 20 % of the "
-        "rest by own mass"
-    ),
-    "strict": (
-        "by attention mass: anchors only heads that look more at the first frame than at everything between, "
-        "at most 25 %; local the top 20 % of the rest by own mass"
-    ),
-    "function": "by the error that grows when a head is cut alone, see benchmarks/ablation.py",
+NUMBERS: dict[str, Numbers] = {
+    "defaults": DEFAULT,
+    "14 episodic": {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 14, 3)},
+    "12 episodic": {"anchor": Anchor(3), "local": Local(1), "memory": Memory(3, 12, 3)},
+    "chunkwise": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3)},
 }
-CANDIDATES: dict[str, tuple[str, Numbers]] = {
-    f"{rule}, {name}": (rule, numbers)
-    for rule in RULES
-    for name, numbers in {
-        "defaults": DEFAULT,
-        "14 episodic": {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 14, 3)},
-        "12 episodic": {"anchor": Anchor(3), "local": Local(1), "memory": Memory(3, 12, 3)},
-        "chunkwise": CHUNKWISE,
-    }.items()
-}
-CHOSEN = "function, chunkwise"
-"""The candidate with the best late PSNR over both cameras on the tuning seeds (`--tune`)."""
+"""Numbers for the roles of the shipped map; the map has those that do best on the tuning seeds (`--tune`)."""
 
 
-def measure(model: DemoModel) -> HeadMass:
-    """Where the heads look on panning scenes.
-
-    The camera must move: while it stands still, the first frame shows what every other frame shows,
-    and a head that looks for content looks like an anchor.
-    """
-    scene = make_scene(PROFILE_SEEDS, PROFILE_CHUNKS, camera="pan")
-    given = render(scene, torch.arange(GIVEN_CHUNKS["pan"] * CHUNK)).video
-    prompts = scene.prompts(torch.arange(PROFILE_CHUNKS))
-    noise = torch.Generator().manual_seed(PROFILE_SEEDS.start)
-    return attention_mass(
-        model, lambda: DemoPipeline(model).generate(prompts, generator=noise, first_chunk=given)
-    )
+def with_numbers(roles: RoleMap, numbers: Numbers) -> RoleMap:
+    """The same kinds of roles with other numbers."""
+    return RoleMap(tuple(tuple(numbers[kind_of(role)] for role in row) for row in roles.layers))
 
 
-def role_map(labels: Labels, numbers: Numbers, facts: Mapping[str, Any] | None = None) -> RoleMap:
-    """Roles for labels; numbers that no head needs are left out by `RoleMap`."""
-    return RoleMap.from_labels(labels, numbers, facts)
-
-
-def label_rules(model: DemoModel, mass: HeadMass) -> dict[str, Labels]:
-    """Labels by every rule of `RULES`."""
-    looks_first = mass.first > mass.middle
-    share = min(0.25, float(looks_first.double().mean()))
-    strict = replace(mass, first=mass.first.where(looks_first, 0.0))
-    return {
-        "mass": head_forcing_roles(mass),
-        "strict": head_forcing_roles(strict, anchor_share=share),
-        "function": function_labels(model),
-    }
-
-
-def policies(rules: Mapping[str, Labels], mass: HeadMass, window: int) -> dict[str, list[Policy]]:
+def policies(roles: RoleMap, window: int) -> dict[str, list[Policy]]:
     """The policies by key; the draws of a random control stand in one list."""
-    rule, numbers = CANDIDATES[CHOSEN]
-    labels = rules[rule]
-    generator = torch.Generator().manual_seed(0)
-    memory = numbers["memory"]
-    assert isinstance(memory, Memory)
-    kept = {name: role.fit(window, CHUNK).capacity(CHUNK) or 0 for name, role in numbers.items()}
-    flat = [kept[label] for row in labels for label in row]
+    flat = [role.capacity(CHUNK) or 0 for row in roles.layers for role in row]
     same = round(sum(flat) / len(flat)) + CHUNK
-    plain: Numbers = {**numbers, "memory": SlidingWindow(window, sink=memory.sink, positions="compact")}
-    draws = [shuffled_within_layers(labels, generator) for _ in range(DRAWS)]
+    chunkwise = NUMBERS["chunkwise"]
+    plain: Numbers = {**chunkwise, "memory": SlidingWindow(window, sink=CHUNK, positions="compact")}
     found = {
         "window": Policy(f"own sliding window, {window} frames"),
         "sink": Policy(f"sink 3 + window, {window} frames", SlidingWindow(window, sink=CHUNK)),
         "sink_small": Policy(f"sink 3 + window, {same} frames", SlidingWindow(same, sink=CHUNK)),
-        "hf": Policy("**Head Forcing**", role_map(labels, numbers)),
-        "hf_default": Policy("same labels, library defaults", role_map(labels, DEFAULT)),
-        "hf_strict": Policy("labels by mass, strict anchors", role_map(rules["strict"], numbers)),
-        "hf_mass": Policy("labels by mass", role_map(rules["mass"], numbers)),
-        "hf_plain": Policy("labels by mass, library defaults", role_map(rules["mass"], DEFAULT)),
-        "no_episodic": Policy("recent instead of episodic frames", role_map(labels, plain)),
-        "memory_all": Policy("every head a memory head", memory),
-        "local_all": Policy("every head a local head", numbers["local"]),
-        "bottom": Policy("labels by mass, bottom up", role_map(bottom_ranked_roles(mass), numbers)),
+        "hf": Policy("**Head Forcing**", roles),
+        "hf_default": Policy("same labels, library defaults", with_numbers(roles, DEFAULT)),
+        "no_episodic": Policy("recent instead of episodic frames", with_numbers(roles, plain)),
+        "memory_all": Policy("every head a memory head", chunkwise["memory"]),
+        "local_all": Policy("every head a local head", chunkwise["local"]),
         "dense": Policy("dense, every frame", window=-1),
     }
-    shuffles = [Policy("labels shuffled in each layer", role_map(draw, numbers)) for draw in draws]
+    shuffles = [Policy("labels shuffled in each layer", shuffled(roles, draw)) for draw in range(DRAWS)]
     return {key: [policy] for key, policy in found.items()} | {"shuffled": shuffles}
+
+
+def shuffled(roles: RoleMap, seed: int) -> RoleMap:
+    """The same roles in every layer, on other heads of that layer."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(row), generator=generator).tolist() for row in roles.layers]
+    rows = zip(roles.layers, orders, strict=True)
+    return RoleMap(tuple(tuple(row[head] for head in order) for row, order in rows))
 
 
 def evaluate(
@@ -188,12 +132,35 @@ def mean_of_draws(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"name": draws[0]["name"], **mean, "measures": measures, "psnr_late_of_draws": late}
 
 
-def tune(model: DemoModel, rules: Mapping[str, Labels], chunks: int, batch: int, console: Console) -> None:
-    """A table of the candidates on the tuning seeds."""
+@dataclass(frozen=True)
+class Job:
+    """One policy on one camera, for a process of its own."""
+
+    key: str
+    policy: Policy
+    camera: Literal["still", "pan"]
+    seeds: Sequence[int]
+    chunks: int
+    batch: int
+
+    def run(self) -> dict[str, Any]:
+        """All measures; the process uses one thread."""
+        torch.set_num_threads(1)
+        return evaluate(demo_model(), self.policy, self.camera, self.seeds, self.chunks, self.batch)
+
+
+def evaluate_all(jobs: Sequence[Job], workers: int, console: Console) -> list[dict[str, Any]]:
+    """The records of all jobs, in their order."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(track(pool.map(Job.run, jobs), "policies", total=len(jobs), console=console))
+
+
+def tune(model: DemoModel, roles: RoleMap, chunks: int, batch: int, console: Console) -> None:
+    """A table of the numbers on the tuning seeds."""
     table = Table("numbers", "camera", "frames", "PSNR late", "return", "identity late")
-    for name, (rule, numbers) in CANDIDATES.items():
+    for name, numbers in NUMBERS.items():
         for camera in CAMERAS:
-            policy = Policy(name, role_map(rules[rule], numbers))
+            policy = Policy(name, with_numbers(roles, numbers))
             row = evaluate(model, policy, camera, TUNE_SEEDS, chunks, batch)
             means = [
                 f"{torch.tensor(row['measures'][key]).nanmean():.2f}"
@@ -204,28 +171,14 @@ def tune(model: DemoModel, rules: Mapping[str, Labels], chunks: int, batch: int,
     console.print(table)
 
 
-def provenance(weights: Path, numbers: str) -> dict[str, Any]:
-    """Where the role map of the demo comes from."""
-    profile, tuning = (f"seeds {seeds.start} to {seeds.stop - 1}" for seeds in (PROFILE_SEEDS, TUNE_SEEDS))
-    return {
-        "model": "headforcing demo model",
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "labels": RULES[CANDIDATES[CHOSEN][0]],
-        "mass_measured_on": f"pan, {PROFILE_CHUNKS} chunks, {profile}",
-        "numbers": f"{numbers}: chosen on {tuning}",
-    }
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Quality of memory policies on the demo model.")
     parser.add_argument("--seeds", type=int, default=16, help="videos per camera and policy")
     parser.add_argument("--chunks", type=int, default=80, help="of 3 frames each")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--weights", type=Path, help="default: those in the package")
-    parser.add_argument("--tune", action="store_true", help="compare candidates and stop")
-    parser.add_argument("--save-roles", action="store_true", help="write headforcing/demo/roles.json")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--tune", action="store_true", help="compare numbers for the roles and stop")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "demo-results.md")
     return parser.parse_args()
 
@@ -233,42 +186,43 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """See the module."""
     given, console = arguments(), Console()
-    torch.set_num_threads(given.threads)
-    with resources.as_file(resources.files("headforcing.demo") / "weights.safetensors") as packaged:
-        weights = given.weights or packaged
-        model = DemoModel().load_weights(weights).eval().requires_grad_(False)
-    mass = measure(model)
-    rules = label_rules(model, mass)
-    rule, numbers = CANDIDATES[CHOSEN]
+    torch.set_num_threads(1)
+    model, roles = demo_model(), demo_roles()
     if given.tune:
-        tune(model, rules, given.chunks, given.batch, console)
+        tune(model, roles, given.chunks, given.batch, console)
         return
-    facts = provenance(weights, CHOSEN)
-    if given.save_roles:
-        role_map(rules[rule], numbers, facts).save(ROOT / "headforcing" / "demo" / "roles.json")
     seeds = list(REPORT_SEEDS[: given.seeds])
+    contest = policies(roles, model.config.window)
+    jobs = [
+        Job(key, policy, camera, seeds, given.chunks, given.batch)
+        for key, draws in contest.items()
+        for camera in CAMERAS
+        for policy in draws
+    ]
     scenarios: dict[str, dict[str, Any]] = {camera: {} for camera in CAMERAS}
-    contest = policies(rules, mass, model.config.window)
-    jobs = [(key, camera) for key in contest for camera in CAMERAS]
-    for key, camera in track(jobs, "policies", console=console):
-        draws = [evaluate(model, policy, camera, seeds, given.chunks, given.batch) for policy in contest[key]]
-        scenarios[camera][key] = mean_of_draws(draws)
+    records = evaluate_all(jobs, given.workers, console)
+    for camera in CAMERAS:
+        for key in contest:
+            found = [
+                r for job, r in zip(jobs, records, strict=True) if (job.key, job.camera) == (key, camera)
+            ]
+            scenarios[camera][key] = mean_of_draws(found)
     data = given.out.parent / "data" / f"{given.out.stem}.json"
-    settings = {
-        "frames": given.chunks * CHUNK,
-        "trained": model.config.window,
-        "late": LATE,
-        "seeds": [seeds[0], seeds[-1]],
-        "data": data.name,
-        "roles": ", ".join(str(role) for role in numbers.values()),
-    }
+    measurement = roles.origin.measurement
+    assert measurement is not None
     results = {
-        "settings": settings | facts,
+        "settings": {
+            "frames": given.chunks * CHUNK,
+            "trained": model.config.window,
+            "late": LATE,
+            "seeds": [seeds[0], seeds[-1]],
+            "data": data.name,
+            "roles": {str(role): count for role, count in roles.counts().items()},
+            "map": roles.hash,
+            "method": measurement.method,
+        },
         "torch": torch.__version__,
-        "labels": rules[rule],
-        "label_rules": rules,
-        "mass": {name: getattr(mass, name).tolist() for name in ("first", "middle", "own")},
-        "pruning": pruning_table(model, rules[rule]),
+        "pruning": pruning_table(model, roles),
         "scenarios": scenarios,
     }
     data.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from headforcing.profile import HeadProfile
 from headforcing.profiler import Progress
 from headforcing.roles import Anchor, Local, SlidingWindow
 
-VIDEOS = 48
+VIDEOS = 64
 SEED = 3000
 LEVELS = (1.0, 0.857, 0.667)
 CUTS = (Local(CHUNK), Anchor(CHUNK, CHUNK))
@@ -52,7 +52,7 @@ def ablate_demo(
 
 
 class HeldOut:
-    """Videos as in training: the truth with drift is the context, every chunk is predicted from noise.
+    """Videos as in training, with a moving camera: the truth with drift is the context, chunks come from noise.
 
     Args:
         model: the demo model; may be head-forced while errors are taken.
@@ -64,7 +64,7 @@ class HeldOut:
         self.model = model
         sampler = Sampler(videos, seed, torch.device("cpu"), model.config)
         chunks = sampler.chunks
-        scene = sample_scene(videos, sampler.scenes, num_chunks=chunks)
+        scene = sample_scene(videos, sampler.scenes, num_chunks=chunks, pan_share=1.0)
         frames = torch.arange(model.config.window)
         self.prompts = scene.prompts(frames[:chunks])
         self.video = render(scene, frames).video

@@ -1,0 +1,236 @@
+"""Which way to find the roles of heads is worth something: every classifier and its controls at equal bytes.
+
+Profiles the demo model, classifies its heads in every way there is, asks how stable every map is, and lets
+maps and controls continue the same scenes from the same noise, each with the same number of frames in all.
+
+    python benchmarks/role_maps.py                  # the page, its numbers and pictures
+    python benchmarks/role_maps.py --save           # also writes the map that the demo uses, and its report
+    python benchmarks/role_maps.py --seeds 2 --chunks 30 --videos 8 --out runs/role-maps.md    # a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from equal_bytes import at_budget, within_budget
+from quality import CAMERAS, REPORT_SEEDS, ROOT, Job, evaluate_all, mean_of_draws
+from rich.console import Console
+from role_maps_page import draw_pictures, page
+
+from headforcing import controls
+from headforcing.classifiers import Classification, find_classifier
+from headforcing.compare import compare_labels
+from headforcing.demo import demo_model
+from headforcing.demo.ablated import ablate_demo
+from headforcing.demo.camera import CHUNK
+from headforcing.demo.compare import Policy
+from headforcing.demo.profiled import profile_demo
+from headforcing.measured import measured_map
+from headforcing.profile import HeadProfile
+from headforcing.role_map import RoleMap
+from headforcing.roles import Memory, SlidingWindow
+from headforcing.stability import stability
+from headforcing.stability_report import StabilityReport
+
+BUDGETS = (4, 9)
+"""Frames kept per head, mean over the heads; the own chunk comes on top."""
+DRAWS = 3
+STABILITY_DRAWS = 50
+SHIPPED = "ablation"
+CONTROLLED = ("ablation", "head_forcing")
+DEMO = ROOT / "headforcing" / "demo"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to find roles.
+
+    Attributes:
+        name: as the page calls it.
+        profile: which profile it reads.
+        method: name of the classifier.
+        settings: its thresholds, where not the defaults.
+    """
+
+    name: str
+    profile: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def classify(self) -> Callable[[HeadProfile], Classification]:
+        """The classifier with its thresholds."""
+        return partial(find_classifier(self.method), **self.settings)
+
+
+WAYS = {
+    "ablation": Way("ablation", "ablation", "ablation"),
+    "head_forcing": Way("head_forcing", "trained", "head_forcing"),
+    "head_forcing_long": Way("head_forcing, long videos", "long", "head_forcing"),
+    "pyramid_forcing": Way("pyramid_forcing", "trained", "pyramid_forcing"),
+    "mass_ratio": Way("mass_ratio", "trained", "mass_ratio"),
+    "output_regret": Way("output_regret", "trained", "output_regret"),
+    "output_regret_long": Way("output_regret, long videos", "long", "output_regret"),
+}
+
+
+def measure(videos: int, folder: Path, console: Console) -> dict[str, HeadProfile]:
+    """The three profiles, kept in a folder; one that lies there with as many videos is read again."""
+    model = demo_model()
+    makers = {
+        "trained": lambda: profile_demo(model, videos=videos),
+        "long": lambda: profile_demo(model, videos=max(videos // 2, 2), long=True),
+        "ablation": lambda: ablate_demo(model, videos=videos * 2),
+    }
+    found = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in makers.items():
+        path = folder / f"{name}-{videos}.safetensors"
+        if not path.exists():
+            console.log(f"measuring: {name}")
+            make().save(path)
+        found[name] = HeadProfile.load(path)
+    return found
+
+
+def reports(profiles: Mapping[str, HeadProfile], console: Console) -> dict[str, StabilityReport]:
+    """A stability report for every way."""
+    found = {}
+    for key, way in WAYS.items():
+        found[key] = stability(profiles[way.profile], way.classify, draws=STABILITY_DRAWS)
+        console.log(f"{way.name}: {found[key]}")
+    return found
+
+
+def contest(
+    found: Mapping[str, Classification], profiles: Mapping[str, HeadProfile], kept: int
+) -> dict[str, list[Policy]]:
+    """The policies of one budget by key; the draws of a random control stand in one list."""
+    facts = profiles["trained"].facts.model
+    total = kept * facts.layers * facts.heads
+
+    def policy(name: str, labels: Classification) -> Policy:
+        return Policy(name, at_budget(labels, facts, total))
+
+    policies: dict[str, list[Policy]] = {}
+    for key, way in WAYS.items():
+        labels = found[key]
+        if way.method == "output_regret":
+            labels = within_budget(way.classify, profiles[way.profile], total)
+        policies[key] = [policy(way.name, labels)]
+    for key in CONTROLLED if kept == BUDGETS[0] else ():
+        labels, name = found[key], WAYS[key].name
+        for control in (controls.random, controls.shuffled_within_layer):
+            drawn = [control(labels, seed) for seed in range(DRAWS)]
+            told = control.__name__.replace("_", " ")
+            policies[f"{control.__name__} {key}"] = [policy(f"{name}, {told}", one) for one in drawn]
+        policies[f"inverted {key}"] = [policy(f"{name}, inverted", controls.inverted(labels))]
+    sink = min(CHUNK, kept - 1)
+    recent = min(kept - sink, CHUNK)
+    alike = Memory(sink, kept - sink - recent, recent)
+    policies["all_one"] = [Policy("all one: every head a memory", RoleMap.uniform(alike, *_shape(facts)))]
+    plain = SlidingWindow(kept + CHUNK, sink=sink, positions="compact")
+    policies["streaming"] = [Policy("all one: sink + recent", RoleMap.uniform(plain, *_shape(facts)))]
+    return policies
+
+
+def compete(
+    found: Mapping[str, Classification],
+    profiles: Mapping[str, HeadProfile],
+    given: argparse.Namespace,
+    console: Console,
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """Records by budget, camera and key."""
+    seeds = list(REPORT_SEEDS[: given.seeds])
+    jobs = [
+        (kept, Job(key, policy, camera, seeds, given.chunks, given.batch))
+        for kept in BUDGETS
+        for key, draws in contest(found, profiles, kept).items()
+        for camera in CAMERAS
+        for policy in draws
+    ]
+    records = evaluate_all([job for _, job in jobs], given.workers, console)
+    grouped: dict[int, dict[str, dict[str, Any]]] = {}
+    for (kept, job), record in zip(jobs, records, strict=True):
+        by_key = grouped.setdefault(kept, {}).setdefault(job.camera, {})
+        by_key.setdefault(job.key, []).append(record)
+    for cameras in grouped.values():
+        for by_key in cameras.values():
+            for key, draws in by_key.items():
+                by_key[key] = mean_of_draws(draws)
+    return grouped
+
+
+def save(found: Classification, profile: HeadProfile, report: StabilityReport) -> RoleMap:
+    """The map that the demo uses, and its stability report."""
+    notes = {"measured_on": "scenes as in training with drifted context; error on returning columns"}
+    roles = measured_map(found, profile, stability=report.summary(), notes=notes, seeds=[3000])
+    roles.save(DEMO / "roles.json")
+    report.save(DEMO / "stability.json")
+    return roles
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Ways to find head roles, at equal bytes.")
+    parser.add_argument("--videos", type=int, default=32, help="measured inside the trained range")
+    parser.add_argument("--seeds", type=int, default=16, help="videos per camera and policy")
+    parser.add_argument("--chunks", type=int, default=80, help="of 3 frames each")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--save", action="store_true", help="write headforcing/demo/{roles,stability}.json")
+    parser.add_argument("--save-only", action="store_true", help="and stop")
+    parser.add_argument("--profiles", type=Path, default=ROOT / "runs" / "profiles")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "role-maps.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """See the module."""
+    given, console = arguments(), Console()
+    torch.set_num_threads(1)
+    profiles = measure(given.videos, given.profiles, console)
+    found = {key: way.classify(profiles[way.profile]) for key, way in WAYS.items()}
+    if given.save or given.save_only:
+        way = WAYS[SHIPPED]
+        report = stability(profiles[way.profile], way.classify, draws=STABILITY_DRAWS)
+        console.print(save(found[SHIPPED], profiles[way.profile], report).to_json())
+        if given.save_only:
+            return
+    judged = reports(profiles, console)
+    results = {
+        "frames": given.chunks * CHUNK,
+        "seeds": [REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1]],
+        "videos": {name: len(profile.prompt.unique()) for name, profile in profiles.items()},
+        "hashes": {name: profile.hash for name, profile in profiles.items()},
+        "torch": torch.__version__,
+        "ways": {key: {"name": way.name, "profile": way.profile} for key, way in WAYS.items()},
+        "labels": {key: labels.labels for key, labels in found.items()},
+        "counts": {key: labels.counts() for key, labels in found.items()},
+        "stability": {key: report.to_dict() for key, report in judged.items()},
+        "nmi": {
+            a: {b: compare_labels(found[a].labels, found[b].labels).nmi for b in WAYS} for a in WAYS
+        },
+        "scenarios": compete(found, profiles, given, console),
+    }
+    data = given.out.parent / "data" / f"{given.out.stem}.json"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    pictures = draw_pictures(given.out.parent / "assets", found, profiles, judged)
+    given.out.write_text(page(json.loads(data.read_text("utf-8")), data.name, pictures), encoding="utf-8")
+    console.print(f"wrote {given.out} and {data}")
+
+
+def _shape(facts: Any) -> tuple[int, int]:
+    return facts.layers, facts.heads
+
+
+if __name__ == "__main__":
+    main()
