@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,43 +82,52 @@ def page(results: Mapping[str, Any]) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _values(record: Mapping[str, Any], measure: str) -> torch.Tensor:
+def markdown_table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """A table whose first row is the head; `right`: all but the first column are aligned right."""
+    rule = ["---", *["---:" if right else "---"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def values_of(record: Mapping[str, Any], measure: str) -> torch.Tensor:
+    """A measure, one number per video."""
     return torch.tensor(record["measures"][measure], dtype=torch.float64)
 
 
-def _mean(record: Mapping[str, Any], measure: str, digits: int = 1) -> str:
-    values = _values(record, measure)
+def mean_of(record: Mapping[str, Any], measure: str, digits: int = 1) -> str:
+    """Mean over the videos where it can be measured."""
+    values = values_of(record, measure)
     return "–" if bool(values.isnan().all()) else f"{float(values.nanmean()):.{digits}f}"
 
 
-def _decided(found: Interval) -> bool:
+def decided(found: Interval) -> bool:
     """Whether a difference is one; a bootstrap of a few videos decides nothing."""
     return found.excludes_zero and found.count >= 5
 
 
-def _difference(found: Interval, digits: int = 1) -> str:
+def difference(found: Interval, digits: int = 1) -> str:
+    """A difference with its interval, bold where it is one."""
     if not found.count:
         return "–"
     text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"**{text}**" if _decided(found) else text
+    return f"**{text}**" if decided(found) else text
 
 
 def _table(records: Mapping[str, Any], camera: str) -> str:
     head = ["policy", "frames", "MB", "early", "late", "difference"]
     head += ["return"] * (camera == "pan") + ["sprites", "motion"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for key in ORDER:
         record = records[key]
-        late = bootstrap_interval(_values(record, "psnr_late"))
+        late = bootstrap_interval(values_of(record, "psnr_late"))
         row = [record["name"], f"{record['attended_frames']:.1f}", f"{record['bytes'] / 1e6:.2f}"]
-        row += [_mean(record, "psnr_early"), f"{late.mean:.1f} [{late.low:.1f}, {late.high:.1f}]"]
-        paired = paired_difference(_values(records["hf"], "psnr_late"), _values(record, "psnr_late"))
-        row += ["" if key == "hf" else _difference(paired)]
-        row += [_mean(record, "psnr_return")] * (camera == "pan")
-        rows.append([*row, _mean(record, "identity_late", 2), _mean(record, "motion_late", 2)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        row += [mean_of(record, "psnr_early"), f"{late.mean:.1f} [{late.low:.1f}, {late.high:.1f}]"]
+        paired = paired_difference(values_of(records["hf"], "psnr_late"), values_of(record, "psnr_late"))
+        row += ["" if key == "hf" else difference(paired)]
+        row += [mean_of(record, "psnr_return")] * (camera == "pan")
+        rows.append([*row, mean_of(record, "identity_late", 2), mean_of(record, "motion_late", 2)])
     draws = ", ".join(f"{value:.1f}" for value in records["shuffled"]["psnr_late_of_draws"])
-    return f"{table}\n\nThe shuffled labels are the mean of several draws; late PSNR of each: {draws} dB."
+    told = f"The shuffled labels are the mean of several draws; late PSNR of each: {draws} dB."
+    return f"{markdown_table(rows, right=True)}\n\n{told}"
 
 
 def _verdicts(scenarios: Mapping[str, Any]) -> str:
@@ -128,11 +137,11 @@ def _verdicts(scenarios: Mapping[str, Any]) -> str:
         for camera, records in scenarios.items():
             groups: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
             for key in ORDER:
-                found = paired_difference(_values(records["hf"], measure), _values(records[key], measure))
+                found = paired_difference(values_of(records["hf"], measure), values_of(records[key], measure))
                 if key == "hf" or not found.count:
                     continue
                 word = "not told apart from"
-                if _decided(found):
+                if decided(found):
                     word = "ahead of" if found.mean > 0 else "behind"
                 groups[word].append(
                     f"{records[key]['name']} ({found.mean:+.{1 if 'psnr' in measure else 2}f})"
@@ -156,10 +165,10 @@ def _roles(results: Mapping[str, Any]) -> str:
 def _pruning(pruning: Mapping[str, Any]) -> str:
     """The pruning table and what decides the gate."""
     labels = list(next(iter(pruning.values())))
-    rows = [["all heads of this label lose", *labels], ["---"] + ["---:"] * len(labels)]
+    rows = [["all heads of this role lose", *labels]]
     for cut, found in pruning.items():
         rows.append([cut, *[f"{found[label][0]:+.0f} % / {found[label][1]:+.0f} %" for label in labels]])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = markdown_table(rows, right=True)
     middle = pruning["all but the first and the last chunk"]["memory"]
     word = "count" if middle[1] > 10 else "do not count"
     return (

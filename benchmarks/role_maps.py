@@ -31,7 +31,7 @@ from headforcing.demo import demo_model
 from headforcing.demo.ablated import ablate_demo
 from headforcing.demo.camera import CHUNK
 from headforcing.demo.compare import Policy
-from headforcing.demo.profiled import profile_demo
+from headforcing.demo.profiled import LONG_CHUNKS, profile_demo
 from headforcing.measured import measured_map
 from headforcing.profile import HeadProfile
 from headforcing.role_map import RoleMap
@@ -208,6 +208,9 @@ def main() -> None:
     results = {
         "frames": given.chunks * CHUNK,
         "seeds": [REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1]],
+        "trained_frames": profiles["trained"].facts.model.window,
+        "long_frames": LONG_CHUNKS * CHUNK,
+        "draws": DRAWS,
         "videos": {name: len(profile.prompt.unique()) for name, profile in profiles.items()},
         "hashes": {name: profile.hash for name, profile in profiles.items()},
         "torch": torch.__version__,
@@ -215,15 +218,14 @@ def main() -> None:
         "labels": {key: labels.labels for key, labels in found.items()},
         "counts": {key: labels.counts() for key, labels in found.items()},
         "stability": {key: report.to_dict() for key, report in judged.items()},
-        "nmi": {
-            a: {b: compare_labels(found[a].labels, found[b].labels).nmi for b in WAYS} for a in WAYS
-        },
+        "nmi": {a: {b: compare_labels(found[a].labels, found[b].labels).nmi for b in WAYS} for a in WAYS},
         "scenarios": compete(found, profiles, given, console),
     }
     data = given.out.parent / "data" / f"{given.out.stem}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    pictures = draw_pictures(given.out.parent / "assets", found, profiles, judged)
+    names = {key: way.name for key, way in WAYS.items()}
+    pictures = draw_pictures(given.out.parent / "assets", found, profiles, judged, names)
     given.out.write_text(page(json.loads(data.read_text("utf-8")), data.name, pictures), encoding="utf-8")
     console.print(f"wrote {given.out} and {data}")
 
