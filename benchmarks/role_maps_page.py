@@ -121,7 +121,8 @@ def _stability(results: Mapping[str, Any]) -> str:
     return (
         "Cohen's kappa between maps from other halves of the prompts, other chunks, other denoise steps; the "
         "smallest number of prompts from which disjoint sets agree with a kappa of 0.8; and the share of "
-        f"each role that the layer alone explains (eta squared; chance is {chance:.2f}).\n\n{markdown_table(rows)}"
+        f"each role that the layer alone explains (eta squared; chance is {chance:.2f}).\n\n"
+        f"{markdown_table(rows)}"
     )
 
 

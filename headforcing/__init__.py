@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from headforcing.adapter import Adapter
     from headforcing.apply import apply_head_forcing, remove_head_forcing
     from headforcing.handle import HeadForcing
+    from headforcing.profile import HeadProfile
+    from headforcing.profiler import Protocol, profile_heads
     from headforcing.role_map import RoleMap
     from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
     from headforcing.stores import KVStore
@@ -31,22 +33,28 @@ __all__ = [
     "Full",
     "HeadForcing",
     "HeadForcingError",
+    "HeadProfile",
     "HeadRole",
     "KVStore",
     "Local",
     "Memory",
+    "Protocol",
     "RoleMap",
     "SlidingWindow",
     "apply_head_forcing",
+    "profile_heads",
     "remove_head_forcing",
 ]
 
 _HOME = {
     "Adapter": "adapter",
     "HeadForcing": "handle",
+    "HeadProfile": "profile",
     "KVStore": "stores",
+    "Protocol": "profiler",
     "RoleMap": "role_map",
     "apply_head_forcing": "apply",
+    "profile_heads": "profiler",
     "remove_head_forcing": "apply",
 }
 

@@ -51,16 +51,17 @@ class HeadForcingMixin(nn.Module):
         def encode(x: Tensor, positions: Sequence[int]) -> Tensor:
             return adapter.rotate(x, call, positions)
 
-        parts, frames = [], []
+        parts, views = [], []
         for role, heads in plan.heads.items():
             view = stream.store.view(role, call.phase, encode)
             own = view.positions[-q.shape[1] :]
             rotated = encode(heads.take(q), own).to(v.dtype)
             parts.append(Part(heads, *(x.flatten(1, 2) for x in (rotated, view.k, view.v))))
-            frames.append(view.frames)
+            views.append(view)
         out = plan.options.attend(parts, plan.num_heads)  # [B, L, H, D]
         for observe in plan.activity.observers:
-            observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, out, encode))
+            frames, positions = [view.frames for view in views], [view.positions for view in views]
+            observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, positions, out, encode))
         return adapter.output(self, out, call, stream.memo)
 
     def _original(self, call: AttentionCall | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

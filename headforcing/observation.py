@@ -25,6 +25,7 @@ class Observation:
         q: queries of the own chunk, before RoPE, `[B, F, P, H, D]`.
         parts: what the heads of every role attended with.
         frames: per part, the frames in view, own chunk last (`None`: chosen by content).
+        positions: per part, the temporal RoPE positions of those frames.
         out: what came out, `[B, L, H, D]`.
         encode: rotates keys or queries to positions.
     """
@@ -36,6 +37,7 @@ class Observation:
     q: Tensor
     parts: Sequence[Part]
     frames: Sequence[tuple[int | None, ...]]
+    positions: Sequence[tuple[int, ...]]
     out: Tensor
     encode: Encode
 

@@ -39,8 +39,9 @@ def observation(q, k, v, frames, start, *, layer=0, timeline=None) -> Observatio
     weights = torch.einsum("blhd,bmhd->bhlm", part.q, part.k) / math.sqrt(dim)
     out = torch.einsum("bhlm,bmhd->blhd", weights.softmax(-1), part.v)
     own = Chunk(start, k[:, -chunk:], v[:, -chunk:])
+    places = tuple(range(len(frames)))
     return Observation(
-        layer, call, timeline or Timeline(), own, q, [part], [tuple(frames)], out, lambda x, positions: x
+        layer, call, timeline or Timeline(), own, q, [part], [tuple(frames)], [places], out, lambda x, at: x
     )
 
 

@@ -14,6 +14,7 @@ from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.words import format_prompt, parse_prompt
 from headforcing.role_map import RoleMap
+from headforcing.stability_report import StabilityReport
 
 __all__ = [
     "DemoModel",
@@ -21,6 +22,7 @@ __all__ = [
     "demo_model",
     "demo_pipeline",
     "demo_roles",
+    "demo_stability",
     "format_prompt",
     "parse_prompt",
 ]
@@ -30,6 +32,12 @@ def demo_roles() -> RoleMap:
     """The role map that was measured on the demo model; how is in its `origin`."""
     with resources.as_file(resources.files("headforcing.demo") / "roles.json") as path:
         return RoleMap.load(path)
+
+
+def demo_stability() -> StabilityReport:
+    """How stable the labels of `demo_roles` are."""
+    with resources.as_file(resources.files("headforcing.demo") / "stability.json") as path:
+        return StabilityReport.load(path)
 
 
 def demo_pipeline(*, window: int | None = None, sink: int = 0) -> DemoPipeline:

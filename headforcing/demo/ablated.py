@@ -52,7 +52,7 @@ def ablate_demo(
 
 
 class HeldOut:
-    """Videos as in training, with a moving camera: the truth with drift is the context, chunks come from noise.
+    """Videos as in training, camera moving: the drifted truth is the context, chunks are made from noise.
 
     Args:
         model: the demo model; may be head-forced while errors are taken.

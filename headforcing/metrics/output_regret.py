@@ -69,12 +69,10 @@ class OutputRegret(Metric):
         """See `Metric.measure`."""
         out = look.pick(look.seen.out).float()  # [B, Q, H, D]
         scale = out.square().sum(-1).mean(1).sqrt().clamp_min(torch.finfo(out.dtype).tiny)  # [B, H]
-        means, tails = [], []
-        for restricted in self._shadows[look.seen.timeline].outputs(look):
-            error = (restricted.float() - out).norm(dim=-1) / scale[:, None]  # [B, Q, H]
-            means.append(error.mean(1))
-            tails.append(_p95(error))
-        return {"mean": torch.stack(means, -1), "p95": torch.stack(tails, -1)}
+        restricted = torch.stack(self._shadows[look.seen.timeline].outputs(look)).float()
+        error = (restricted - out).norm(dim=-1) / scale[:, None]  # [R, B, Q, H]
+        found = {"mean": error.mean(2), "p95": _p95(error)}
+        return {name: value.movedim(0, -1) for name, value in found.items()}
 
 
 class _Shadow:
@@ -100,11 +98,18 @@ class _Shadow:
         assert self._last is not None
         self._write(self._last)
         seen, found = look.seen, []
+        part, same = seen.parts[0], (seen.frames[0], seen.positions[0])
+        queries = {seen.positions[0][-look.chunk :]: part.q}  # by position: roles share them
         for role, store in self._stores.items():
             view = store.view(role, seen.call.phase, seen.encode)
-            q = seen.encode(seen.q, view.positions[-look.chunk :]).to(view.v.dtype).flatten(1, 2)
-            part = Part(self._every, look.pick(q), view.k.flatten(1, 2), view.v.flatten(1, 2))
-            found.append(attend([part], len(self._every)))
+            if (view.frames, view.positions) == same and None not in view.frames:
+                found.append(look.pick(seen.out))
+                continue
+            own = view.positions[-look.chunk :]
+            if own not in queries:
+                queries[own] = seen.encode(seen.q, own).to(view.v.dtype).flatten(1, 2)
+            sides = look.pick(queries[own]), view.k.flatten(1, 2), view.v.flatten(1, 2)
+            found.append(attend([Part(self._every, *sides)], len(self._every)))
         return found
 
     def _write(self, chunk: Chunk) -> None:
@@ -112,10 +117,10 @@ class _Shadow:
             store.write(chunk)
 
 
-def _p95(values: Tensor) -> Tensor:
-    """The value below which 95 % of `[B, Q, H]` lie, over the queries; the higher neighbour of the two."""
-    rank = -(-95 * values.shape[1] // 100)
-    return values.kthvalue(rank, dim=1).values
+def _p95(error: Tensor) -> Tensor:
+    """The smallest error that at least 95 % of the queries do not exceed, `[R, B, Q, H] -> [R, B, H]`."""
+    rank = -(-95 * error.shape[2] // 100)
+    return error.kthvalue(rank, dim=2).values
 
 
 METRIC = OutputRegret

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from importlib import resources
+import warnings
 
 import pytest
 
-from headforcing.demo import demo_model, demo_roles
+from headforcing.adapter import find_adapter
+from headforcing.apply import apply_head_forcing
+from headforcing.demo import demo_model, demo_roles, demo_stability
 from headforcing.demo.compare import GIVEN_CHUNKS, Policy, make_scene, roll, summarise
-from headforcing.roles import Local
+from headforcing.fingerprint import fingerprint
+from headforcing.roles import HeadRole, Local
 
 SEEDS, CHUNKS = (0, 1), 80
 
@@ -25,10 +27,25 @@ def late_psnr(model, policy: Policy, camera: str) -> float:
     return float(summarise(made.psnr, 210, 240).mean())
 
 
-def test_the_role_map_names_the_weights_it_was_measured_on():
-    weights = resources.files("headforcing.demo") / "weights.safetensors"
-    assert demo_roles().origin.notes["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert demo_roles().shape == (6, 4)
+def test_the_role_map_names_the_weights_it_was_measured_on(model):
+    roles = demo_roles()
+    assert roles.shape == (6, 4)
+    assert roles.origin.model.fingerprint == fingerprint(model, find_adapter(model))
+    with warnings.catch_warnings(), apply_head_forcing(model, roles, strict=True):
+        warnings.simplefilter("error")
+    assert roles.origin.measurement.profile is not None
+
+
+def test_the_stability_report_is_of_this_map():
+    roles, report = demo_roles(), demo_stability()
+    assert dict(roles.origin.stability) == report.summary()
+    assert report.method == roles.origin.measurement.method
+    of_label: dict[str, set[HeadRole]] = {}
+    for labels, row in zip(report.labels, roles.layers, strict=True):
+        for label, role in zip(labels, row, strict=True):
+            of_label.setdefault(label, set()).add(role)
+    assert all(len(found) == 1 for found in of_label.values())
+    assert len(of_label) == len(roles.counts())
 
 
 @pytest.mark.parametrize("camera", ["still", "pan"])
