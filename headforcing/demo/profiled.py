@@ -38,10 +38,10 @@ def profile_demo(
         model: the demo model; default: with the weights of the package.
         videos: how many.
         seed: of scenes and noise.
-        long: inside the trained range, scenes are drawn as in training, two chunks are given, and every
-            chunk from the fourth on is measured. Beyond it (`long`), the camera pans away and back, 30
-            chunks are made, and every third chunk after the given ones is measured, as Head Forcing does
-            with 30 s videos (third party). The camera must move there: while it stands still, the first
+        long: inside the trained range, scenes are drawn as in training, two chunks are given, and the last
+            two, which see most of the window, are measured. Beyond it (`long`), the camera pans away and
+            back, 30 chunks are made, and every third one after the given ones is measured; Head Forcing
+            measures 30 s videos (third party). The camera must move there: while it stands still, the first
             frame shows what every other frame shows, and a head that looks for content looks like an
             anchor.
         metrics: see `profile_heads`.
@@ -51,7 +51,7 @@ def profile_demo(
     chunks = LONG_CHUNKS if long else model.config.window // CHUNK
     given = GIVEN_CHUNKS["pan"] if long else GIVEN
     scene = _scenes(videos, seed, chunks, long)
-    starts = range((given + 1 if long else chunks - 3) * CHUNK, chunks * CHUNK, (3 if long else 2) * CHUNK)
+    starts = range((given + 1 if long else chunks - 2) * CHUNK, chunks * CHUNK, (3 if long else 1) * CHUNK)
     first = render(scene, torch.arange(given * CHUNK)).video
     words = scene.prompts(torch.arange(chunks))
     texts = [f"scene {seed + number}: {format_prompt(row[0])}" for number, row in enumerate(words)]
