@@ -113,7 +113,7 @@ def test_heads_get_the_cheapest_role_that_hurts_little_or_a_memory(model):
         [[0.02, 0.02], [0.021, 0.0], [0.03, 0.03], [0.0, 0.0]],
     ]
     profile = table_of(model, increase)
-    found = find_classifier("ablation")(profile)
+    found = find_classifier("ablation")(profile, error=0.02)
     assert found.labels == (
         ("local3", "anchor3+3", "memory3+12+3", "local3"),
         ("local3", "anchor3+3", "memory3+12+3", "local3"),
@@ -125,6 +125,7 @@ def test_heads_get_the_cheapest_role_that_hurts_little_or_a_memory(model):
     }
     assert found.margin.shape == (2, 4)
     assert float(found.margin[1, 0]) == pytest.approx(0, abs=1e-6)
+    assert find_classifier("ablation")(profile).settings == {"error": 0.05}
     assert find_classifier("ablation")(profile, error=1.0).counts()["local3"] == 8
     report = stability(profile, find_classifier("ablation"), draws=20)
     assert report.summary()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headforcing.backends import Part
+from headforcing.classifiers.pyramid_forcing import dominant_period
 from headforcing.errors import OptionError
 from headforcing.lookup import module_names
 from headforcing.metrics import Look, Metric, find_metric
@@ -178,15 +179,19 @@ def test_planted_heads_are_found_by_their_mass():
     assert (logits > 0).nonzero().tolist() == [[0, 8], [2, 3], [2, 6], [3, 0]]
 
 
-def test_a_planted_period_is_in_the_logits():
-    start, series = 9, [math.cos(2 * math.pi * age / 4) for age in range(1, 10)]
-    k = torch.zeros(1, 12, 2, 1, DIM, dtype=torch.float64)
+@pytest.mark.parametrize("period", [4, 6])
+def test_a_planted_period_is_found_in_the_logits(period):
+    start = 18
+    series = [math.cos(2 * math.pi * age / period) for age in range(1, start + 1)]
+    k = torch.zeros(1, start + 3, 2, 1, DIM, dtype=torch.float64)
     for age, value in enumerate(series, 1):
         k[:, start - age, :, 0, 0] = value * math.sqrt(DIM)
     q = torch.zeros(1, 3, 2, 1, DIM, dtype=torch.float64)
     q[..., 0] = 1.0
-    found = find_metric("qk_logits").measure(Look(observation(q, k, k, range(12), start), WINDOW))["by_age"]
+    look = Look(observation(q, k, k, range(start + 3), start), 21)
+    found = find_metric("qk_logits").measure(look)["by_age"]
     torch.testing.assert_close(found[0, 0], torch.tensor(series, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert float(dominant_period(found[0, 0])) == pytest.approx(period, rel=0.1)
 
 
 def follow(metric: Metric, make, starts) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from headforcing.profile import HeadProfile
 from headforcing.roles import Memory
 
 
-def classify(profile: HeadProfile, *, error: float = 0.02) -> Classification:
+def classify(profile: HeadProfile, *, error: float = 0.05) -> Classification:
     """Labels by role, such as `local3` or `memory3+12+3`, from `ablation.increase`.
 
     Args:
