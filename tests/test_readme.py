@@ -28,7 +28,7 @@ def fences(text: str, language: str) -> list[Fence]:
     found = []
     for match in FENCE.finditer(text):
         info, indent = match["info"].strip(), match["indent"]
-        if re.split(r"[\s{]", info)[0] == language:
+        if re.split(r"[\s{]", info.removeprefix("{."))[0] == language:
             body = re.sub(f"^{indent}", "", match["body"], flags=re.MULTILINE)
             found.append(Fence(text.count("\n", 0, match.start("body")) + 1, info, body))
     return found
@@ -110,8 +110,17 @@ def test_fences_of_a_page_share_their_names_and_failures_show():
         run_python(page.replace("{}", "2"), "page")
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent != ROOT], ids=page_id)
+def test_the_site_can_read_the_fences_of_a_page(page):
+    """Beside a bare language it knows attributes in braces only; anything else breaks all that follows."""
+    infos = [match["info"].strip() for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    assert [info for info in infos if not re.fullmatch(r"\w*|\{\.\w+( \w+=\"[^\"]+\")*\}", info)] == []
+
+
 def test_only_a_reason_spares_a_fence():
     assert run_python('```python notest="needs a GPU"\n1 / 0\n```\n', "page") == 0
+    assert run_python('```{.python notest="needs a GPU"}\n1 / 0\n```\n', "page") == 0
+    assert run_python('```{.python title="a"}\n1\n```\n', "page") == 1
     with pytest.raises(ZeroDivisionError):
         run_python('```python notest=""\n1 / 0\n```\n', "page")
 
