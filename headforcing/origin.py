@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 
 def _unicode(text: str) -> str:
@@ -94,3 +94,9 @@ class Origin(Facts):
     measurement: Measurement | None = None
     stability: Mapping[Text, Scalar] = Field(default_factory=dict)
     notes: Mapping[Text, Scalar] = Field(default_factory=dict)
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong with a document, with its place: `/model/layers: Field required`."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"/{'/'.join(map(str, first['loc']))}: {first['msg']}"

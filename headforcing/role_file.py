@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from headforcing import strict_json
 from headforcing.errors import RoleMapError
-from headforcing.origin import Digest, Origin, Text
+from headforcing.origin import Digest, Origin, Text, first_error
 from headforcing.role_json import decode_role, encode_role
 from headforcing.roles import HeadRole
 
@@ -99,9 +99,7 @@ def decode(text: str | bytes, source: str) -> Content:
         entries = strict_json.parse(text, MAX_BYTES)
         found = _Document.model_validate(entries)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = "/".join(str(part) for part in first["loc"])
-        raise RoleMapError(f"{source}: /{where}: {first['msg']}") from error
+        raise RoleMapError(f"{source}: {first_error(error)}") from error
     except ValueError as error:
         raise RoleMapError(f"{source}: {error}") from error
     roles = {name: decode_role(data, f"{source}: /roles/{name}") for name, data in found.roles.items()}

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from headforcing import strict_json
 from headforcing.errors import ProfileError
-from headforcing.origin import Facts, Scalar
+from headforcing.origin import Facts, Scalar, first_error
 
 MAX_BYTES = 1 << 22
 """Largest report that is read, checked before anything is parsed."""
@@ -187,9 +187,7 @@ class StabilityReport(Facts):
             strict_json.parse(text, MAX_BYTES)  # refuses what pydantic lets pass, such as double keys
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = "/".join(str(part) for part in first["loc"])
-            raise ProfileError(f"{source}: /{where}: {first['msg']}") from error
+            raise ProfileError(f"{source}: {first_error(error)}") from error
         except ValueError as error:
             raise ProfileError(f"{source}: {error}") from error
 
