@@ -16,8 +16,9 @@ from headforcing.adapter import Adapter, find_adapter
 from headforcing.apply import apply_head_forcing
 from headforcing.errors import AlreadyAppliedError, OptionError, ProfileError
 from headforcing.handle import handles_of
+from headforcing.meter import Progress
 from headforcing.profile import HeadProfile, ProfileFacts
-from headforcing.profiler import Progress, model_facts
+from headforcing.profiler import Protocol, model_facts, sizes
 from headforcing.role_json import encode_role
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole, SlidingWindow
@@ -28,7 +29,7 @@ def ablate_heads(
     score: Callable[[], Tensor],
     roles: Sequence[HeadRole],
     *,
-    history: HeadRole | None = None,
+    protocol: Protocol | None = None,
     adapter: Adapter | None = None,
     base_model: str | None = None,
     progress: Progress | None = None,
@@ -40,7 +41,8 @@ def ablate_heads(
         score: runs the model and returns one error per video, `[S]`; the same videos and noise on every
             call. NaN: this video says nothing.
         roles: what the one head is restricted to, `R` candidates.
-        history: the role of all other heads; default: the model's own window, at true positions.
+        protocol: `history` is the role of all other heads, default: the model's own window, at true
+            positions; `seed` is that of the videos, kept with the profile; `window` and `chunk` as there.
         adapter: the model's adapter; default: the one that fits.
         base_model: public name of the checkpoint, to be kept with the profile.
         progress: called after every head.
@@ -59,18 +61,16 @@ def ablate_heads(
     if not roles:
         raise OptionError("roles is empty: expected at least one role to restrict a head to")
     adapter = find_adapter(model) if adapter is None else adapter
-    window, chunk = adapter.window(model), adapter.chunk(model)
+    protocol = protocol or Protocol()
+    window, chunk = sizes(model, adapter, protocol)
     facts = model_facts(model, adapter, window=window, chunk=chunk, base_model=base_model)
-    every = history or SlidingWindow(window, positions="absolute")
+    every = protocol.history or SlidingWindow(window, positions="absolute")
     whole = RoleMap.uniform(every, facts.layers, facts.heads)
     fitted = tuple(role.fit(window, chunk) for role in roles)
 
     def errors(role_map: RoleMap) -> Tensor:
-        with apply_head_forcing(model, role_map, adapter=adapter):
-            found = score()
-        if found.dim() != 1 or not len(found):
-            raise ProfileError(f"score() returned {list(found.shape)}: expected one error per video, [S]")
-        return found.detach().double().cpu()
+        with apply_head_forcing(model, role_map, adapter=adapter, window=window, chunk=chunk):
+            return _checked(score())
 
     plain = errors(whole)
     scale = float(plain.nanmean())
@@ -80,23 +80,37 @@ def ablate_heads(
     for place in range(facts.layers * facts.heads):
         layer, head = divmod(place, facts.heads)
         for number, role in enumerate(fitted):
-            increase[:, layer, head, number] = (errors(with_role(whole, layer, head, role)) - plain) / scale
+            cut = errors(with_role(whole, layer, head, role))
+            increase[:, layer, head, number] = (_checked(cut, len(plain)) - plain) / scale
         if progress:
             progress(place + 1, facts.layers * facts.heads, "heads")
     settings = {"roles": [encode_role(role) for role in fitted], "history": encode_role(every)}
+    rows = torch.arange(len(plain))
     return HeadProfile(
         ProfileFacts(
             model=facts,
             metrics={"ablation": settings},
+            protocol={"seed": protocol.seed},
             library=version("headforcing"),
             torch=torch.__version__,
         ),
-        prompt=torch.arange(len(plain)),
-        start=torch.zeros(len(plain), dtype=torch.int64),
-        step=torch.zeros(len(plain), dtype=torch.int64),
-        clean=torch.ones(len(plain), dtype=torch.bool),
+        video=rows,
+        prompt=rows,
+        start=torch.zeros_like(rows),
+        step=torch.zeros_like(rows),
+        clean=torch.ones_like(rows, dtype=torch.bool),
         values={"ablation.increase": increase.float()},
     )
+
+
+def _checked(found: Tensor, expected: int | None = None) -> Tensor:
+    """Errors `[S]` float64 on the CPU."""
+    if found.dim() != 1 or not len(found) or len(found) != (expected or len(found)):
+        raise ProfileError(
+            f"score() returned {list(found.shape)}: expected one error per video, [{expected or 'S'}], the "
+            "same videos on every call"
+        )
+    return found.detach().double().cpu()
 
 
 def with_role(role_map: RoleMap, layer: int, head: int, role: HeadRole) -> RoleMap:

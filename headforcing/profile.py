@@ -1,7 +1,7 @@
 """What was measured of every head: numbers per pass, and the files they are kept in.
 
-A profile is a table. Its rows are passes over one chunk of one video, told apart by prompt, start,
-step and branch; its columns are what the metrics measured, one number or series per head. Because rows
+A profile is a table. Its rows are passes over one chunk of one video, told apart by video, start and
+step; its columns are what the metrics measured, one number or series per head. Because rows
 are kept, heads can be classified again, and by halves of the prompts, without the model.
 """
 
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from headforcing import strict_json
 from headforcing.errors import ProfileError
-from headforcing.origin import Digest, Facts, ModelFacts
+from headforcing.lookup import module_names
+from headforcing.origin import Digest, Facts, ModelFacts, first_error
 
 MAX_BYTES = 1 << 20
 """Largest JSON file of a profile that is read, checked before anything is parsed."""
-INDEX = ("prompt", "start", "step", "clean")
+INDEX = ("video", "prompt", "start", "step", "clean")
 
 Settings = Mapping[str, Any]
 
@@ -57,7 +58,8 @@ class HeadProfile:
 
     Attributes:
         facts: what was measured, and how.
-        prompt: `[S]` int64, number of the video's prompt; CFG branches of one prompt share it.
+        video: `[S]` int64, number of the video; its CFG branches share it.
+        prompt: `[S]` int64, number of its prompt; without known prompts every video has its own.
         start: `[S]` int64, first frame of the chunk.
         step: `[S]` int64, which pass over the chunk, from 0.
         clean: `[S]` bool, whether it was the last pass over its chunk, which writes the cache.
@@ -69,6 +71,7 @@ class HeadProfile:
     """
 
     facts: ProfileFacts
+    video: Tensor
     prompt: Tensor
     start: Tensor
     step: Tensor
@@ -76,9 +79,9 @@ class HeadProfile:
     values: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        rows = self.prompt.shape
+        rows = self.video.shape
         if len(rows) != 1 or not rows[0]:
-            raise ProfileError(f"prompt is {list(rows)}: expected one number per pass, and at least one pass")
+            raise ProfileError(f"video is {list(rows)}: expected one number per pass, and at least one pass")
         for name in INDEX:
             column, wanted = getattr(self, name), torch.bool if name == "clean" else torch.int64
             if column.shape != rows or column.dtype != wanted:
@@ -107,8 +110,8 @@ class HeadProfile:
         """
         if name not in self.values:
             raise ProfileError(
-                f"the profile has no {name}: it holds {', '.join(sorted(self.values))}; profile again with "
-                f"metrics=[..., {name.partition('.')[0]!r}]"
+                f"the profile has no {name}: it holds {', '.join(sorted(self.values))}; "
+                f"{_how_to_measure(name.partition('.')[0])}"
             )
         return self.values[name].double()
 
@@ -150,7 +153,7 @@ class HeadProfile:
         return self if bool(self.clean.all()) else self.where(~self.clean)
 
     def save(self, path: str | Path) -> None:
-        """Writes `NAME.safetensors` and `NAME.json` beside it.
+        """Writes `NAME.safetensors` and `NAME.profile.json` beside it.
 
         Raises:
             ProfileError: the name does not end in `.safetensors`.
@@ -179,10 +182,20 @@ class HeadProfile:
         if not isinstance(document, dict) or not set(INDEX) <= set(content):
             raise ProfileError(f"{path}: not a profile: expected an object, and tensors {', '.join(INDEX)}")
         expected = document.pop("hash", None)
-        prompt, start, step, clean = (content.pop(name) for name in INDEX)
+        video, prompt, start, step, clean = (content.pop(name) for name in INDEX)
         try:
-            found = cls(ProfileFacts.model_validate(document), prompt, start, step, clean, content)
-        except (ValidationError, ProfileError) as error:
+            found = cls(
+                ProfileFacts.model_validate(document),
+                video,
+                prompt,
+                start,
+                step,
+                clean,
+                dict(sorted(content.items())),
+            )
+        except ValidationError as error:
+            raise ProfileError(f"{facts}: not a profile: {first_error(error)}") from error
+        except ProfileError as error:
             raise ProfileError(f"{path}: not a profile: {error}") from error
         if found.hash != expected:
             raise ProfileError(f"{path}: content hash {found.hash}, but {facts.name} says {expected}")
@@ -190,12 +203,19 @@ class HeadProfile:
 
     def _tensors(self) -> dict[str, Tensor]:
         columns = {name: getattr(self, name) for name in INDEX}
-        return {name: tensor.contiguous() for name, tensor in {**columns, **self.values}.items()}
+        every = {**columns, **self.values}
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in every.items()}
 
 
 def _paths(path: str | Path) -> tuple[Path, Path]:
     """The tensors' file and the facts' file."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ProfileError(f"{path}: a profile is NAME.safetensors with NAME.json beside it")
-    return path, path.with_suffix(".json")
+        raise ProfileError(f"{path}: a profile is NAME.safetensors with NAME.profile.json beside it")
+    return path, path.with_suffix(".profile.json")
+
+
+def _how_to_measure(metric: str) -> str:
+    if metric in module_names("headforcing.metrics"):
+        return f"profile again with metrics=[..., {metric!r}]"
+    return "measure it with headforcing.ablation.ablate_heads" if metric == "ablation" else "no metric has it"

@@ -19,14 +19,17 @@ class RoleMap:
     Attributes:
         layers: one tuple of roles per layer, all of the same length.
         origin: where the map comes from; maps with the same roles are equal, whatever it says.
+        labels: what the roles are called, `labels[layer][head]`; default: their types, numbered where a
+            type appears with several numbers. Maps with the same roles are equal, whatever they are called.
 
     Raises:
-        RoleMapError: a layer is empty, layers differ in length, something is not a role, or the origin
-            speaks of another number of layers or heads.
+        RoleMapError: a layer is empty, layers differ in length, something is not a role, the origin
+            speaks of another number of layers or heads, or one label stands for two roles.
     """
 
     layers: tuple[tuple[HeadRole, ...], ...]
     origin: Origin = field(default_factory=Origin, compare=False)
+    labels: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(tuple(layer) for layer in self.layers))
@@ -45,6 +48,10 @@ class RoleMap:
                 f"the table has {self.shape[0]} layers x {self.shape[1]} heads, but the model it was "
                 f"measured on {model.layers} x {model.heads}: one of them is wrong"
             )
+        names = _names(self.counts())
+        labels = self.labels or [[names[role] for role in layer] for layer in self.layers]
+        object.__setattr__(self, "labels", tuple(tuple(row) for row in labels))
+        self._check_labels()
 
     @classmethod
     def uniform(cls, role: HeadRole, layers: int, heads: int) -> RoleMap:
@@ -76,7 +83,8 @@ class RoleMap:
                         f"layer {layer}, head {head}: unknown role name {label!r}, expected one of "
                         f"{', '.join(known)}"
                     )
-        return cls(tuple(tuple(known[label] for label in row) for row in labels), origin or Origin())
+        layers = tuple(tuple(known[label] for label in row) for row in labels)
+        return cls(layers, origin or Origin(), tuple(tuple(row) for row in labels))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,7 +104,8 @@ class RoleMap:
                 f"{layers} x {heads}: use a map measured on this model"
             )
         fitted = {role: role.fit(window, chunk) for layer in self.layers for role in layer}
-        return RoleMap(tuple(tuple(fitted[role] for role in layer) for layer in self.layers), self.origin)
+        roles = tuple(tuple(fitted[role] for role in layer) for layer in self.layers)
+        return RoleMap(roles, self.origin, self.labels)
 
     def counts(self) -> dict[HeadRole, int]:
         """Heads per role, over all layers, in order of appearance."""
@@ -156,9 +165,23 @@ class RoleMap:
         return cls.from_json(role_file.read_bytes(Path(path)), str(path))
 
     def _content(self) -> role_file.Content:
-        names = _names(self.counts())
-        labels = [[names[role] for role in layer] for layer in self.layers]
-        return role_file.Content(labels, {name: role for role, name in names.items()}, self.origin)
+        return role_file.Content([list(row) for row in self.labels], self._named(), self.origin)
+
+    def _named(self) -> dict[str, HeadRole]:
+        """What every label means, in order of appearance."""
+        pairs = (zip(*rows, strict=True) for rows in zip(self.labels, self.layers, strict=True))
+        return {label: role for row in pairs for label, role in row}
+
+    def _check_labels(self) -> None:
+        if [len(row) for row in self.labels] != [len(row) for row in self.layers]:
+            raise RoleMapError(f"labels are {self.labels}: expected {self.shape[0]} rows of {self.shape[1]}")
+        named = self._named()
+        for layer, (labels, roles) in enumerate(zip(self.labels, self.layers, strict=True)):
+            for head, (label, role) in enumerate(zip(labels, roles, strict=True)):
+                if named[label] != role:
+                    raise RoleMapError(
+                        f"layer {layer}, head {head}: {label!r} is {role}, elsewhere {named[label]}"
+                    )
 
 
 def _names(roles: Mapping[HeadRole, int]) -> dict[HeadRole, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -82,6 +84,9 @@ def test_what_cannot_be_ablated_is_refused(model):
         ablate_heads(model, score, [])
     with pytest.raises(ProfileError, match=r"\[3, 1\]: expected one error per video"):
         ablate_heads(model, lambda: score()[:, None], [Local(0)])
+    calls = iter([3] + [2] * 99)
+    with pytest.raises(ProfileError, match=r"\[2\]: expected one error per video, \[3\]"):
+        ablate_heads(model, lambda: torch.ones(next(calls)), [Local(0)])
     with pytest.raises(ProfileError, match="above zero"):
         ablate_heads(model, lambda: torch.zeros(3), [Local(0)])
     with hf.apply_head_forcing(model, OWN), pytest.raises(AlreadyAppliedError):
@@ -97,14 +102,7 @@ def table_of(model: DemoModel, increase) -> HeadProfile:
     """A profile whose increases are given, `[layers, heads, R]`, the same for every video."""
     profile = ablate_heads(model, score_of(model), (Local(3), Anchor(3, 3)))
     values = torch.tensor(increase).expand(3, 2, 4, 2).contiguous()
-    return HeadProfile(
-        profile.facts,
-        profile.prompt,
-        profile.start,
-        profile.step,
-        profile.clean,
-        {"ablation.increase": values},
-    )
+    return dataclasses.replace(profile, values={"ablation.increase": values})
 
 
 def test_heads_get_the_cheapest_role_that_hurts_little_or_a_memory(model):

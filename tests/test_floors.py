@@ -24,6 +24,7 @@ FLOORS = [
     {"attention", "status", "metrics"},
     {"handle"},
     {"apply"},
+    {"meter"},
     {"profiler", "ablation"},
     {""},
     {"plots"},

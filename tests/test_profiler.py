@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -18,7 +19,7 @@ from headforcing.errors import AlreadyAppliedError, OptionError, ProfileError
 from headforcing.metrics import Look, Metric
 from headforcing.profile import HeadProfile
 from headforcing.profiler import METRICS, Protocol, profile_heads
-from headforcing.roles import Full, SlidingWindow
+from headforcing.roles import Full, Local, SlidingWindow
 
 CONFIG = DemoConfig(dim=64, layers=3)
 CHUNKS = 9
@@ -74,14 +75,14 @@ def test_the_masses_are_those_of_the_definition(model, window):
 def test_every_pass_is_a_row(model):
     profile = profile_heads(model, lambda: make(model))
     assert len(profile) == 2 * (CHUNKS - 1) * PASSES
-    rows = set(zip(profile.prompt.tolist(), profile.start.tolist(), profile.step.tolist(), strict=True))
+    rows = set(zip(profile.video.tolist(), profile.start.tolist(), profile.step.tolist(), strict=True))
     starts, steps = range(3, 3 * CHUNKS, 3), range(PASSES)
     assert rows == {(prompt, start, step) for prompt in (0, 1) for start in starts for step in steps}
     assert torch.equal(profile.clean, profile.step == PASSES - 1)
     assert len(profile.noisy) == len(profile) * 4 // 5
     for name, shape in {
         "attention_mass.first": (),
-        "qk_logits.by_age": (18,),
+        "qk_logits.by_age": (20,),
         "output_regret.p95": (7,),
     }.items():
         assert profile[name].shape == (len(profile), 3, 4, *shape)
@@ -158,10 +159,9 @@ def test_layers_are_told_by_module_not_by_call_order(model):
     assert disturbed.hash == straight.hash
 
 
-def prompts_of(profile: HeadProfile) -> list[int]:
-    """The prompt of every pass over the chunk at frame 3, in order."""
-    at = (profile.start == 3) & profile.clean
-    return profile.prompt[at].tolist()
+def videos_of(profile: HeadProfile) -> list[int]:
+    """The video of every clean pass over the chunk at frame 3, in order."""
+    return profile.video[(profile.start == 3) & profile.clean].tolist()
 
 
 def test_videos_are_told_apart(model):
@@ -173,10 +173,11 @@ def test_videos_are_told_apart(model):
 
     for fresh in (True, False):
         profile = profile_heads(model, lambda f=fresh: one_after_the_other(f), ["mass_ratio"])
-        assert prompts_of(profile) == [0, 1, 2, 3, 4, 5]
+        assert videos_of(profile) == [0, 1, 2, 3, 4, 5]
+        assert torch.equal(profile.prompt, profile.video)
 
 
-def test_branches_of_one_prompt_share_its_number(model):
+def test_branches_of_one_video_share_its_number(model):
     """Classifier-free guidance: two caches, called in turn for the same chunk."""
 
     def guided() -> None:
@@ -195,7 +196,7 @@ def test_branches_of_one_prompt_share_its_number(model):
                         )
 
     profile = profile_heads(model, torch.no_grad()(guided), ["mass_ratio"])
-    assert prompts_of(profile) == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert videos_of(profile) == [0, 1, 0, 1, 2, 3, 2, 3]
     assert profile.step.unique().tolist() == [0, 1]
     assert int(profile.clean.sum()) == len(profile) // 2
 
@@ -211,7 +212,8 @@ def test_run_is_called_with_every_prompt(model):
         model, run, ["mass_ratio"], prompts=["a", "b"], progress=lambda *what: told.append(what)
     )
     assert asked == ["a", "b"]
-    assert prompts_of(profile) == [0, 1, 2, 3]
+    assert videos_of(profile) == [0, 1, 2, 3]
+    assert torch.equal(profile.prompt, profile.video // 2)  # a batch of two videos per prompt
     assert profile.facts.prompts is not None
     again = profile_heads(model, run, ["mass_ratio"], prompts=["b", "a"])
     assert again.facts.prompts != profile.facts.prompts
@@ -277,23 +279,132 @@ def test_nothing_of_a_video_outlives_it(model):
 
 
 def test_what_cannot_be_measured_is_refused(model):
-    for run in (lambda: None, lambda: make(model, 1)):
-        with pytest.raises(ProfileError, match="at least two chunks"):
-            profile_heads(model, run)
-    with pytest.raises(ProfileError, match=r"one of the frames \[4\]"):
+    with pytest.raises(ProfileError, match="at least two chunks"):
+        profile_heads(model, lambda: make(model, 1))
+    with pytest.raises(ProfileError, match=r"one of the frames \[4\]; those with a history start at \[3, 6"):
         profile_heads(model, lambda: make(model), protocol=Protocol(starts=[4]))
     for metrics in ([], ["mass_ratio", "mass_ratio"]):
         with pytest.raises(OptionError, match="each once"):
             profile_heads(model, lambda: make(model), metrics)
-    with pytest.raises(OptionError, match="unknown metric"):
-        profile_heads(model, lambda: make(model), ["masses"])
-    with pytest.raises(OptionError, match="prompts is empty"):
-        profile_heads(model, lambda p: make(model), prompts=[])
+    for metrics, told in (
+        (["masses"], "unknown metric"),
+        ("mass_ratio", "expected a list"),
+        ([3], "no metric"),
+    ):
+        with pytest.raises(OptionError, match=told):
+            profile_heads(model, lambda: make(model), metrics)
+    for prompts in ([], "a prompt"):
+        with pytest.raises(OptionError, match="expected a list of at least one prompt"):
+            profile_heads(model, lambda p: make(model), prompts=prompts)
     with hf.apply_head_forcing(model, SlidingWindow(21, sink=1)) as handle:
         with pytest.raises(AlreadyAppliedError):
             profile_heads(model, lambda: make(model))
         make(model)
         assert handle.status().active
+
+
+@pytest.mark.parametrize("wrong", [{"queries": 0}, {"queries": 2.5}, {"starts": []}, {"starts": [-3]}])
+def test_a_protocol_is_checked_before_anything_runs(wrong):
+    with pytest.raises(OptionError, match="expected"):
+        Protocol(**wrong)
+
+
+def test_the_reason_why_nothing_was_measured_is_told(model):
+    def with_gradients() -> None:
+        model.requires_grad_(True)
+        pipeline = DemoPipeline(model)
+        pipeline._prepare(1, 2)
+        context = sample_scene(1, seeded(1)).prompts(torch.arange(1))[:, 0]
+        pipeline._predict(torch.randn(1, 3, 3, 24, 24, generator=seeded(3)), 1.0, context, 0)
+
+    with pytest.raises(ProfileError, match="does it generate with this model"):
+        profile_heads(model, lambda: None)
+    with pytest.raises(ProfileError, match="keeps a frame"):
+        profile_heads(model, lambda: make(model), ["mass_ratio"], protocol=Protocol(history=Local(0)))
+    with pytest.warns(UserWarning, match="inactive"), pytest.raises(ProfileError, match="no_grad"):
+        profile_heads(model, with_gradients)
+
+
+class Says(Metric):
+    """A metric that returns what it is told to, call by call."""
+
+    name = "says"
+
+    def __init__(self, *answers) -> None:
+        self.answers = iter(answers)
+
+    def measure(self, look: Look):
+        return next(self.answers)(look)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [lambda look: look.share[..., 0]],
+        [lambda look: {}],
+        [lambda look: {"x": 1.0}],
+        [lambda look: {"x": look.share[:, 0, 0]}],
+        [lambda look: {"x": look.share[..., 0]}] * 4 + [lambda look: {"y": look.share[..., 0]}],
+        [lambda look: {"x": look.share}] * 99,
+    ],
+    ids=["tensor", "nothing", "float", "no heads", "another name", "another shape"],
+)
+def test_a_metric_that_says_something_else_is_stopped_at_once(model, answers):
+    own = make(model, 3)
+    with pytest.raises(ProfileError, match="returned"):
+        profile_heads(model, lambda: make(model, 3), [Says(*answers)])
+    assert torch.equal(make(model, 3), own)
+
+
+def test_a_model_that_changes_while_it_runs_is_refused(model):
+    def run() -> None:
+        make(model, 3, DemoPipeline(model, window=9))
+
+    with pytest.raises(ProfileError, match=r"\(21, 3\) and became \(9, 3\)"):
+        profile_heads(model, run, ["mass_ratio"])
+
+
+def test_two_threads_are_kept_apart(model):
+    alone = profile_heads(model, lambda: make(model, 4), ["attention_mass"])
+
+    def together() -> None:
+        threads = [threading.Thread(target=make, args=(model, 4)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    both = profile_heads(model, together, ["attention_mass"])
+    assert len(both) == 2 * len(alone)
+    once = sorted(alone["attention_mass.own"].sum((1, 2)).tolist())
+    assert sorted(both["attention_mass.own"].sum((1, 2)).tolist()) == sorted(once * 2)
+
+
+def test_chunks_of_different_lengths_are_measured(model):
+    """An image first, then chunks, then a short one."""
+
+    @torch.no_grad()
+    def run() -> None:
+        pipeline = DemoPipeline(model)
+        pipeline._prepare(1, 4)
+        context = sample_scene(1, seeded(1)).prompts(torch.arange(1))[:, 0]
+        start = 0
+        for frames in (1, 3, 3, 2):
+            sample = torch.randn(1, 3, frames, 24, 24, generator=seeded(3))
+            model(
+                sample,
+                t=sample.new_full((1, frames), 1.0),
+                context=context,
+                kv_cache=pipeline.kv_cache,
+                crossattn_cache=pipeline.crossattn_cache,
+                current_start=start * CONFIG.tokens_per_frame,
+            )
+            start += frames
+
+    profile = profile_heads(model, run)
+    assert profile.start.tolist() == [1, 4, 7]
+    assert profile["attention_mass.by_age"].isfinite().sum(-1)[:, 0, 0].tolist() == [1, 4, 7]
+    assert len(profile.facts.metrics["output_regret"]["roles"]) == 7
 
 
 def test_a_profile_survives_its_files(model, tmp_path):
@@ -306,6 +417,8 @@ def test_a_profile_survives_its_files(model, tmp_path):
     assert again.facts.model.base_model == "none"
     with pytest.raises(ProfileError, match=r"has no output_regret\.best: it holds .*profile again"):
         again["output_regret.best"]
+    with pytest.raises(ProfileError, match="ablate_heads"):
+        again["ablation.increase"]
     with pytest.raises(ProfileError, match=r"\.safetensors"):
         profile.save(tmp_path / "p.pt")
     with pytest.raises(ProfileError, match="cannot be read"):
@@ -319,7 +432,7 @@ def test_a_changed_file_is_refused(tmp_path_factory, data):
     model = DemoModel(CONFIG).randomize(seeded()).eval().requires_grad_(False)
     path = folder / "p.safetensors"
     saved = _saved(model, path)
-    victim = data.draw(st.sampled_from([path, path.with_suffix(".json")]))
+    victim = data.draw(st.sampled_from([path, path.with_suffix(".profile.json")]))
     content = bytearray(victim.read_bytes())
     where = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):

@@ -11,10 +11,12 @@ from headforcing.demo.compare import returning_columns
 from headforcing.demo.examples import Sampler
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.pipeline import DemoPipeline
+from headforcing.demo.threads import one_thread
 from headforcing.demo.world import render, sample_scene
+from headforcing.meter import Progress
 from headforcing.profile import HeadProfile
-from headforcing.profiler import Progress
-from headforcing.roles import Anchor, Local, SlidingWindow
+from headforcing.profiler import Protocol
+from headforcing.roles import Anchor, Local
 
 VIDEOS = 64
 SEED = 3000
@@ -22,6 +24,7 @@ LEVELS = (1.0, 0.857, 0.667)
 CUTS = (Local(CHUNK), Anchor(CHUNK, CHUNK))
 
 
+@one_thread()
 def ablate_demo(
     model: DemoModel | None = None,
     *,
@@ -45,7 +48,7 @@ def ablate_demo(
         model,
         lambda: held_out.errors()["returning"],
         CUTS,
-        history=SlidingWindow(model.config.window, positions="absolute"),
+        protocol=Protocol(seed=seed),
         base_model="headforcing demo",
         progress=progress,
     )

@@ -11,11 +11,13 @@ from headforcing.demo.camera import CHUNK
 from headforcing.demo.compare import GIVEN_CHUNKS, make_scene
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.pipeline import DemoPipeline
+from headforcing.demo.threads import one_thread
 from headforcing.demo.words import format_prompt
 from headforcing.demo.world import Scene, render, sample_scene
+from headforcing.meter import Progress
 from headforcing.metrics import Metric
 from headforcing.profile import HeadProfile
-from headforcing.profiler import METRICS, Progress, Protocol, profile_heads
+from headforcing.profiler import METRICS, Protocol, profile_heads
 
 VIDEOS = 32
 SEED = 4000
@@ -23,6 +25,7 @@ GIVEN = 2
 LONG_CHUNKS = 30
 
 
+@one_thread()
 def profile_demo(
     model: DemoModel | None = None,
     *,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,7 @@ from headforcing.demo.files import FILES, MADE_BY, REPORT, check_folder, replace
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.report import Report, policy_row, spans
 from headforcing.demo.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
+from headforcing.demo.threads import one_thread
 from headforcing.demo.words import MOTIONS, POSES, format_prompt
 from headforcing.demo.world import Scene, render
 from headforcing.handle import handles_of
@@ -84,18 +84,7 @@ def show(request: Request, progress: Progress = lambda *_: None) -> Report:
     return dataclasses.replace(report, files=files)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One video of a small model leaves threads nothing to share: they would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def roll_both(
     model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
 ) -> tuple[list[Rollout], tuple[Held, ...]]:

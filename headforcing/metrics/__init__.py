@@ -69,11 +69,11 @@ class Look:
         return self._by_frame[1]
 
     def by_age(self, values: Tensor) -> Tensor:
-        """`[..., n]` by frame in view -> `[..., window - F]` by age, NaN for frames not in view.
+        """`[..., n]` by frame in view -> `[..., window - 1]` by age, NaN for frames not in view.
 
         The age of a frame is its distance to the start of the chunk; entry `a - 1` has age `a`.
         """
-        out = values.new_full((*values.shape[:-1], self.window - self.chunk), torch.nan)
+        out = values.new_full((*values.shape[:-1], self.window - 1), torch.nan)
         for column, frame in enumerate(self.frames[: self.history]):
             age = self.start - frame
             if age <= out.shape[-1] and frame >= 0:
@@ -83,19 +83,26 @@ class Look:
     @functools.cached_property
     def _by_frame(self) -> tuple[Tensor, Tensor]:
         """Log-sum-exp and mean of the logits over the tokens of each frame, `[B, H, Q, n]` each."""
-        part = self.seen.parts[0]
+        part, tokens = self.seen.parts[0], self.tokens_per_frame
         exact = torch.float64 if part.q.dtype == torch.float64 else torch.float32
-        q = self.pick(part.q).transpose(1, 2).to(exact) * part.q.shape[-1] ** -0.5  # [B, H, Q, D]
-        frames = part.k.unflatten(1, (-1, self.tokens_per_frame))  # [B, n, P, H, D]
-        together = max(1, MAX_LOGITS // (q[..., 0].numel() * self.tokens_per_frame))
-        sums, means = [], []
-        for some in frames.split(together, dim=1):
-            keys = some.permute(0, 3, 1, 2, 4).flatten(2, 3).to(exact)  # [B, H, n P, D]
-            logits = q @ keys.transpose(-1, -2)  # [B, H, Q, n P]
-            means.append(self._per_frame(logits).mean(-1))
-            top = logits.amax(-1, keepdim=True)
-            sums.append(self._per_frame(logits.sub_(top).exp_()).sum(-1).log() + top)
-        return torch.cat(sums, -1), torch.cat(means, -1)
+        with torch.autocast(part.q.device.type, enabled=False):
+            q = self.pick(part.q).transpose(1, 2).to(exact) * part.q.shape[-1] ** -0.5  # [B, H, Q, D]
+            keys = part.k.transpose(1, 2)  # [B, H, n P, D]
+            rows = max(1, MAX_LOGITS // (q[:, :, 0, 0].numel() * tokens))
+            frames = max(1, MAX_LOGITS // (q[:, :, :rows, 0].numel() * tokens))
+            found = []
+            for queries in q.split(rows, dim=2):
+                pieces = [self._summed(queries, k.to(exact)) for k in keys.split(frames * tokens, dim=2)]
+                found.append([torch.cat(parts, -1) for parts in zip(*pieces, strict=True)])
+            sums, means = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        return sums, means
+
+    def _summed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and mean of the logits per frame of `k`."""
+        logits = q @ k.transpose(-1, -2)  # [B, H, Q, n P]
+        mean = self._per_frame(logits).mean(-1)
+        top = logits.amax(-1, keepdim=True)
+        return self._per_frame(logits.sub_(top).exp_()).sum(-1).log() + top, mean
 
     def _per_frame(self, x: Tensor) -> Tensor:
         by_frame: Tensor = x.unflatten(-1, (-1, self.tokens_per_frame))
@@ -108,10 +115,13 @@ class Metric(ABC):
     name: ClassVar[str]
 
     def settings(self) -> dict[str, Any]:
-        """Its numbers, as JSON, kept with the profile."""
+        """Its numbers, as JSON, kept with the profile; asked after `begin`."""
         return {}
 
-    def watch(self, seen: Observation, window: int) -> None:  # noqa: B027 - optional on purpose
+    def begin(self, window: int, chunk: int) -> None:  # noqa: B027 - optional on purpose
+        """Called once, before anything runs, with the model's window and its longest chunk, in frames."""
+
+    def watch(self, seen: Observation) -> None:  # noqa: B027 - optional on purpose
         """Called for every attention call, measured or not, before `measure`."""
 
     @abstractmethod

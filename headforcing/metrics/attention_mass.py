@@ -14,7 +14,7 @@ from headforcing.metrics import Look, Metric
 
 
 class AttentionMass(Metric):
-    """`first`, `middle`, `own` `[B, H]`, which add up to one, and `by_age` `[B, H, window - F]`.
+    """`first`, `middle`, `own` `[B, H]`, which add up to one, and `by_age` `[B, H, window - 1]`.
 
     While the first frame of the video is not in view, `first` and `middle` are unknown.
     """
@@ -25,9 +25,10 @@ class AttentionMass(Metric):
         """See `Metric.measure`."""
         share = look.share
         own = share[..., look.history :].sum(-1)
-        known = look.frames[0] == 0
-        first = share[..., 0] if known else own.new_full(own.shape, nan)
-        return {"first": first, "middle": 1 - own - first, "own": own, "by_age": look.by_age(share)}
+        first, middle = share[..., 0], share[..., 1 : look.history].sum(-1)
+        if look.frames[0] != 0:
+            first = middle = own.new_full(own.shape, nan)
+        return {"first": first, "middle": middle, "own": own, "by_age": look.by_age(share)}
 
 
 METRIC = AttentionMass

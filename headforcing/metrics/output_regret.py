@@ -2,7 +2,8 @@
 
 Ours. Every candidate role runs beside the model on a store of its own, fed with the same keys and
 values, so that it keeps, places and rotates exactly the frames it would after `apply_head_forcing`.
-The measure is local: what the change of one head does to later layers is not followed.
+The measure is local: what the change of one head does to later layers is not followed. It is also the
+dearest in memory: while it is measured, every candidate has a store, as large as if it were applied.
 """
 
 from __future__ import annotations
@@ -48,21 +49,22 @@ class OutputRegret(Metric):
     name = "output_regret"
 
     def __init__(self, roles: Sequence[HeadRole] = ()) -> None:
-        self.roles = tuple(roles)
+        self.roles, self._window = tuple(roles), 0
         self._shadows: MutableMapping[object, _Shadow] = weakref.WeakKeyDictionary()
 
     def settings(self) -> dict[str, Any]:
         """See `Metric.settings`."""
         return {"roles": [encode_role(role) for role in self.roles]}
 
-    def watch(self, seen: Observation, window: int) -> None:
+    def begin(self, window: int, chunk: int) -> None:
+        """See `Metric.begin`."""
+        self.roles = tuple(role.fit(window, chunk) for role in self.roles or candidates(window, chunk))
+        self._window = window
+
+    def watch(self, seen: Observation) -> None:
         """See `Metric.watch`."""
-        if not self._shadows:
-            chunk = seen.call.grid[0]
-            roles = self.roles or candidates(window, chunk)
-            self.roles = tuple(role.fit(window, chunk) for role in roles)
         if seen.timeline not in self._shadows:
-            self._shadows[seen.timeline] = _Shadow(self.roles, seen, window)
+            self._shadows[seen.timeline] = _Shadow(self.roles, seen, self._window)
         self._shadows[seen.timeline].follow(seen.chunk)
 
     def measure(self, look: Look) -> Mapping[str, Tensor]:

@@ -15,7 +15,7 @@ from headforcing.metrics import Look, Metric
 
 
 class QKLogits(Metric):
-    """`by_age` `[B, H, window - F]`; entry `a - 1` is the frame `a` frames before the chunk."""
+    """`by_age` `[B, H, window - 1]`; entry `a - 1` is the frame `a` frames before the chunk."""
 
     name = "qk_logits"
 
