@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ WAYS = {
 
 
 def measure(videos: int, folder: Path, console: Console) -> dict[str, HeadProfile]:
-    """The three profiles, kept in a folder; one that lies there with as many videos is read again."""
+    """The three profiles, kept in a folder; one that lies there is read, whatever it was measured with."""
     model = demo_model()
     makers = {
         "trained": lambda: profile_demo(model, videos=videos),
@@ -92,7 +93,7 @@ def measure(videos: int, folder: Path, console: Console) -> dict[str, HeadProfil
     found = {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in makers.items():
-        path = folder / f"{name}-{videos}.safetensors"
+        path = folder / f"{name}.safetensors"
         if not path.exists():
             console.log(f"measuring: {name}")
             make().save(path)
@@ -168,6 +169,16 @@ def compete(
     return grouped
 
 
+def earlier(path: Path, found: Mapping[str, Classification]) -> dict[str, Any]:
+    """The records of an earlier run, if its maps were the same."""
+    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    labels = {key: [list(row) for row in one.labels] for key, one in found.items()}
+    changed = [key for key in labels if labels[key] != data["labels"].get(key)]
+    if changed:
+        raise SystemExit(f"{path} is of other maps: {', '.join(changed)} changed, let them compete again")
+    return dict(data["scenarios"])
+
+
 def save(found: Classification, profile: HeadProfile, report: StabilityReport) -> RoleMap:
     """The map that the demo uses, and its stability report."""
     notes = {"measured_on": "scenes as in training with drifted context; error on returning columns"}
@@ -187,7 +198,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--save", action="store_true", help="write headforcing/demo/{roles,stability}.json")
     parser.add_argument("--save-only", action="store_true", help="and stop")
-    parser.add_argument("--profiles", type=Path, default=ROOT / "runs" / "profiles")
+    parser.add_argument("--profiles", type=Path, help="keep profiles here, and read those that are here")
+    parser.add_argument("--contest", type=Path, help="data of an earlier run, to use its videos again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "role-maps.md")
     return parser.parse_args()
 
@@ -196,7 +208,8 @@ def main() -> None:
     """See the module."""
     given, console = arguments(), Console()
     torch.set_num_threads(1)
-    profiles = measure(given.videos, given.profiles, console)
+    with TemporaryDirectory() as nowhere:
+        profiles = measure(given.videos, given.profiles or Path(nowhere), console)
     found = {key: way.classify(profiles[way.profile]) for key, way in WAYS.items()}
     if given.save or given.save_only:
         way = WAYS[SHIPPED]
@@ -204,6 +217,10 @@ def main() -> None:
         console.print(save(found[SHIPPED], profiles[way.profile], report).to_json())
         if given.save_only:
             return
+    if given.contest is None:
+        scenarios = compete(found, profiles, given, console)
+    else:
+        scenarios = earlier(given.contest, found)
     judged = reports(profiles, console)
     results = {
         "frames": given.chunks * CHUNK,
@@ -219,7 +236,7 @@ def main() -> None:
         "counts": {key: labels.counts() for key, labels in found.items()},
         "stability": {key: report.to_dict() for key, report in judged.items()},
         "nmi": {a: {b: compare_labels(found[a].labels, found[b].labels).nmi for b in WAYS} for a in WAYS},
-        "scenarios": compete(found, profiles, given, console),
+        "scenarios": scenarios,
     }
     data = given.out.parent / "data" / f"{given.out.stem}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
