@@ -86,9 +86,17 @@ def compare_labels(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Co
 def compare_maps(a: RoleMap, b: RoleMap) -> Comparison:
     """Compares role maps; a label is a role with all its numbers, named in short.
 
+    Open numbers are filled in for the window and chunk of the model that the maps come from; where
+    neither names one, or they name different ones, roles are compared as they are written.
+
     Raises:
         RoleMapMismatchError: they have other layers or heads.
+        WindowError: a role of one does not fit the window that the other names.
     """
+    models = [each.origin.model for each in (a, b)]
+    sizes = {(model.window, model.chunk) for model in models if model is not None}
+    if len(sizes) == 1:
+        a, b = (each.fit(*a.shape, *next(iter(sizes))) for each in (a, b))
     names = short_names([*a.counts(), *b.counts()])
     tables = ([[names[role] for role in layer] for layer in each.layers] for each in (a, b))
     return compare_labels(*tables)

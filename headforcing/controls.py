@@ -1,4 +1,4 @@
-"""Controls: classifications that must do worse if the labels of heads mean anything.
+"""Controls: classifications to compare with; whether they do worse is the question.
 
 From a classification to another with as many heads of every role (except `all_one`), so that the memory
 spent is the same. Head Forcing compares with random allocation under one budget (arXiv:2605.14487, p. 13,
@@ -20,14 +20,17 @@ from headforcing.roles import HeadRole
 
 
 def random(found: Classification, seed: int) -> Classification:
-    """The same labels, as often, on any heads of the model."""
+    """The same labels, as often, on any heads of the model; a head can draw its own label again."""
     flat = _flat(found)
     order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
     return _control(found, "random", [flat[head] for head in order], seed=seed)
 
 
 def shuffled_within_layer(found: Classification, seed: int) -> Classification:
-    """The same labels in every layer, on other heads of that layer: keeps what is depth alone."""
+    """The same labels in every layer, on any heads of that layer: keeps what is depth alone.
+
+    A head can draw its own label again.
+    """
     generator = torch.Generator().manual_seed(seed)
     flat: list[str] = []
     for row in found.labels:
@@ -43,7 +46,7 @@ def inverted(found: Classification) -> Classification:
     stand in the order of `found.roles`. Heads of one role stand by margin: where no head keeps more, the
     surest last; where none keeps fewer, the surest first; between the two a margin does not say which way
     the boundary lies and is left out. Then by index. The head at place i gets the label of the head at
-    place n - 1 - i.
+    place n - 1 - i; where both have one label, they keep it.
     """
     names = list(found.roles)
     frames = {name: _frames(role) for name, role in found.roles.items()}

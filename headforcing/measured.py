@@ -20,7 +20,7 @@ def measured_map(
     *,
     stability: Mapping[str, Scalar] | None = None,
     notes: Mapping[str, Scalar] | None = None,
-    seeds: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
 ) -> RoleMap:
     """The roles of a classification, or of a control, with every number filled in and their origin.
 
@@ -30,7 +30,7 @@ def measured_map(
         roles: what the labels mean; default: what the classification says.
         stability: `StabilityReport.summary()`.
         notes: anything else that should stay with the map.
-        seeds: of noise and sampling, where known.
+        seeds: of noise and sampling; default: the seed of the profile's protocol, where it has one.
 
     Raises:
         RoleMapError: a label has no role.
@@ -49,8 +49,8 @@ def measured_map(
         metric=found.metrics,
         profile=profile.hash,
         prompts=profile.facts.prompts,
-        videos=len(profile.prompt.unique()),
-        seeds=tuple(seeds),
+        videos=len(profile.video.unique()),
+        seeds=_seeds(profile) if seeds is None else tuple(seeds),
         library=version("headforcing"),
     )
     origin = Origin(
@@ -59,3 +59,8 @@ def measured_map(
     known = dict(found.roles if roles is None else roles)
     named = RoleMap.from_labels(found.labels, known, origin)
     return named.fit(facts.layers, facts.heads, facts.window, facts.chunk)
+
+
+def _seeds(profile: HeadProfile) -> tuple[int, ...]:
+    seed = profile.facts.protocol.get("seed")
+    return (seed,) if type(seed) is int else ()

@@ -8,7 +8,7 @@ Only the profile is read, never the model. That no stable map was found is a res
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -35,7 +35,8 @@ def stability(
     """Classifies parts of a profile over and over and says whether the labels stay.
 
     There is no stable map where kappa between halves of the prompts, between chunks or between steps is
-    below `target`, or where there are fewer than four prompts. A classifier is asked about
+    below `target`, where a part that was measured cannot be classified, where all heads have one label, or
+    where there are fewer than four prompts. Only the noisy passes count. A classifier is asked about
     `4 * draws` times, so one that reads series is slow: take fewer draws.
 
     Args:
@@ -52,6 +53,7 @@ def stability(
     """
     if type(draws) is not int or draws < 1 or not 0 <= target <= 1:
         raise OptionError(f"draws is {draws!r}, target {target!r}: expected at least 1, and one in [0, 1]")
+    profile = profile.noisy  # of the whole: a part that has only clean passes is no part
     found = classify(profile)
     parts = _Parts(profile, classify, found)
     generator = torch.Generator().manual_seed(seed)
@@ -63,15 +65,7 @@ def stability(
     }
     curve = parts.curve(halves[: max(1, draws // 8)], lines["halves"])
     votes, boundary = parts.votes(draws, generator)
-    reasons = [
-        f"{name} disagree: kappa {line.kappa:.2f} is below {target:g}"
-        for name, line in lines.items()
-        if line is not None and line.kappa < target
-    ]
-    if parts.prompts < LEAST_PROMPTS:
-        reasons.append(f"{parts.prompts} prompts are too few to say: measure at least {LEAST_PROMPTS}")
-    elif lines["halves"] is None:
-        reasons.append("halves of the prompts cannot be classified")
+    reasons = [*parts.against(lines, target), *parts.failed]
     return StabilityReport(
         method=found.method,
         settings=dict(found.settings),
@@ -107,6 +101,7 @@ class _Parts:
         self.names = list(found.roles)
         self.labels = self._codes(found)
         self.unjudged: list[str] = []
+        self.failed: list[str] = []
 
     def _codes(self, found: Classification) -> Tensor:
         number = {name: code for code, name in enumerate(self.names)}
@@ -130,20 +125,21 @@ class _Parts:
             yield from combinations([self._codes(self.classify(part)) for part in parts], 2)
 
     def line(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement | None:
-        """Agreement of pairs of labels; where it cannot be judged, `unjudged` says why."""
+        """Agreement of pairs of labels; where there is none, `failed` or `unjudged` says why."""
         try:
             codes = [torch.stack(pair) for pair in pairs]
         except ProfileError as error:
-            self.unjudged.append(f"{name}: not judged, because a part cannot be classified: {error}")
+            self.failed.append(f"{name}: a part cannot be classified: {error}")
             return None
         if not codes:
             self.unjudged.append(f"{name}: not judged, because only one was measured")
             return None
-        a, b = torch.stack(codes, 1)
-        return self.agreement(cross_table(a, b, len(self.names)))
+        return self.agreement(codes)
 
-    def agreement(self, squares: Tensor) -> Agreement:
-        """Means over cross tables `[pairs, k, k]`."""
+    def agreement(self, codes: Sequence[Tensor]) -> Agreement:
+        """Means over pairs of labels, `[2, layers * heads]` each."""
+        a, b = torch.stack(list(codes), 1)
+        squares = cross_table(a, b, len(self.names))
         kappas = kappa(squares)
         overlap = jaccard(squares).nanmean(0).tolist()
         return Agreement(
@@ -154,6 +150,16 @@ class _Parts:
             jaccard={name: _known(value) for name, value in zip(self.names, overlap, strict=True)},
         )
 
+    def against(self, lines: Mapping[str, Agreement | None], target: float) -> Iterator[str]:
+        """What was judged and speaks against a stable map."""
+        for name, line in lines.items():
+            if line is not None and line.kappa < target:
+                yield f"{name} disagree: kappa {line.kappa:.2f} is below {target:g}"
+        if self.prompts < LEAST_PROMPTS:
+            yield f"{self.prompts} prompts are too few to say: measure at least {LEAST_PROMPTS}"
+        if len(self.labels.unique()) == 1:
+            yield "all heads have one label: there is nothing to compare"
+
     def curve(self, orders: Sequence[Tensor], halves: Agreement | None) -> tuple[CurvePoint, ...]:
         """Agreement by number of prompts: 1, 2, 4, ... and half of them."""
         if halves is None:
@@ -161,9 +167,11 @@ class _Parts:
         points = []
         size = 1
         while size < self.prompts // 2:
-            line = self.line(f"{size} prompts", self.halves(orders, size))
-            if line is not None:
+            try:
+                line = self.agreement([torch.stack(pair) for pair in self.halves(orders, size)])
                 points.append(CurvePoint(prompts=size, kappa=line.kappa))
+            except ProfileError as error:  # fewer prompts than the map has: nothing against it
+                self.unjudged.append(f"{size} prompts: not judged, too few to classify: {error}")
             size *= 2
         return (*points, CurvePoint(prompts=self.prompts // 2, kappa=halves.kappa))
 
@@ -180,7 +188,7 @@ class _Parts:
             try:
                 count += one_hot(self.of_prompts(sample), len(self.names))
             except ProfileError as error:
-                self.unjudged.append(f"votes: not judged, because a resample cannot be classified: {error}")
+                self.failed.append(f"votes: a resample cannot be classified: {error}")
                 return None, ()
         won = (count.gather(1, self.labels[:, None])[:, 0].double() / draws).tolist()
         others = count.scatter(1, self.labels[:, None], -1).argmax(1).tolist()
@@ -209,13 +217,13 @@ class _Parts:
     def columns(self, orders: Sequence[Tensor]) -> dict[str, Column]:
         """Correlation between halves of the prompts, of every scalar column that is read."""
         half = self.prompts // 2
-        scalars = {name: value for name, value in self.profile.noisy.values.items() if value.dim() == 3}
+        scalars = {name: value for name, value in self.profile.values.items() if value.dim() == 3}
         if not half:
             return {name: Column(raw=None, within_layer=None) for name in scalars}
         chosen = torch.stack(list(orders))
         sides = [one_hot(chosen[:, side], self.prompts).sum(1).double() for side in _sides(half)]
         prompts = self.profile.prompt.unique()[:, None]
-        member = (prompts == self.profile.noisy.prompt).double()  # [prompts, S]
+        member = (prompts == self.profile.prompt).double()  # [prompts, S]
         found = {}
         for name, value in scalars.items():
             seen = value.isfinite().flatten(1).double()
@@ -256,9 +264,8 @@ def _chunks(profile: HeadProfile) -> list[HeadProfile]:
 
 
 def _steps(profile: HeadProfile) -> list[HeadProfile]:
-    """The noisy passes by step."""
-    noisy = profile.noisy
-    return [noisy.where(noisy.step == step) for step in noisy.step.unique()]
+    """The passes by step."""
+    return [profile.where(profile.step == step) for step in profile.step.unique()]
 
 
 def _sides(half: int) -> tuple[slice, slice]:

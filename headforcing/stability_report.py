@@ -83,7 +83,7 @@ class StabilityReport(Facts):
     Attributes:
         method: the classifier.
         settings: its thresholds.
-        labels: the map that is judged, from all passes.
+        labels: the map that is judged, from all noisy passes.
         prompts: prompts measured; they, not passes, are what is drawn.
         draws: random splits, and resamples.
         seed: of both.
@@ -103,7 +103,7 @@ class StabilityReport(Facts):
         prompts_needed: fewest prompts on the curve with a mean kappa of at least `target`.
         stable: no reason against it was found.
         reasons: why there is no stable map.
-        unjudged: what could not be checked, and why.
+        unjudged: what was not measured often enough to check.
     """
 
     format: Literal["headforcing.stability"] = "headforcing.stability"
@@ -141,6 +141,7 @@ class StabilityReport(Facts):
             "boundary_heads": None if self.votes is None else len(self.boundary),
             **{f"depth_{role}": value for role, value in self.depth.items()},
             "depth_by_chance": self.depth_by_chance,
+            **({"unjudged": "; ".join(self.unjudged)} if self.unjudged else {}),
         }
 
     def __str__(self) -> str:

@@ -147,17 +147,17 @@ def test_the_checks_find_planted_bugs():
 
 
 @pytest.mark.parametrize(
-    ("name", "column"),
+    ("name", "column", "what_to_do"),
     [
-        ("head_forcing", "attention_mass.own"),
-        ("mass_ratio", "mass_ratio.ratio"),
-        ("output_regret", "output_regret.p95"),
+        ("head_forcing", "attention_mass.first", "history holds the first frame"),
+        ("mass_ratio", "mass_ratio.ratio", "between the sink and the recent ones"),
+        ("output_regret", "output_regret.p95", "measure it again, for every head"),
     ],
 )
-def test_a_head_that_was_never_measured_is_refused(name, column):
+def test_a_head_that_was_never_measured_is_refused(name, column, what_to_do):
     profile = random_profile(3)
     profile.values[column][:, 1, 2] = torch.nan
-    with pytest.raises(ProfileError, match="never measured for layer 1, head 2"):
+    with pytest.raises(ProfileError, match=f"never measured for layer 1, head 2 .*{what_to_do}$"):
         find_classifier(name)(profile)
 
 
@@ -579,6 +579,13 @@ def test_the_period_is_that_of_the_description(n, passes, seed):
         if f / 256 >= 1 / (n - 1)
     }
     assert float(dominant_period(series)) == max(scores, key=scores.__getitem__)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ages_that_nobody_saw_change_no_period(seed):
+    series = torch.randn(18, generator=seeded(seed), dtype=torch.float64).cumsum(0)
+    padded = torch.nn.functional.pad(series, (0, 30), value=torch.nan)
+    assert dominant_period(padded) == dominant_period(series)
 
 
 def test_the_period_of_special_series():

@@ -47,6 +47,23 @@ def short():
 def trouble():
     raise ValueError("the checkpoint is not there")
 
+def out_of_disk():
+    raise OSError("no space left")
+
+def needs_more(checkpoint):
+    return make()
+
+def needs_a_prompt():
+    return make()[0], lambda prompt: None
+
+def takes_none():
+    return make()[0], lambda: None
+
+def fails_while_it_runs():
+    def run():
+        raise ValueError("shapes do not match")
+    return make()[0], run
+
 number = 3
 """
 
@@ -92,8 +109,8 @@ def test_the_demo_is_profiled(demo):
     profile = HeadProfile.load(out)
     assert profile.shape == (6, 4)
     assert list(profile.facts.metrics) == ["attention_mass"]
-    assert len(profile.prompt.unique()) == 2
-    for word in ("DemoModel", "attention_mass", "seconds", str(out), str(out.with_suffix(".json"))):
+    assert len(profile.video.unique()) == 2
+    for word in ("DemoModel", "attention_mass", "seconds", str(out), str(out.with_suffix(".profile.json"))):
         assert word in answer.stdout.replace("│\n│                    │ ", "")
     assert f"next: headforcing roles classify {out}" in answer.stdout
     assert "prompts: 2/2" in answer.stderr
@@ -117,7 +134,7 @@ def test_a_model_of_ones_own(own, tmp_path):
     assert told["hash"] == profile.hash
     assert told["metrics"] == list(profile.facts.metrics) == ["attention_mass", "mass_ratio"]
     assert told["starts"] == [6]
-    assert told["files"] == [str(out), str(out.with_suffix(".json"))]
+    assert told["files"] == [str(out), str(out.with_suffix(".profile.json"))]
     assert told["model"]["base_model"] == profile.facts.model.base_model == "nobody/tiny"
     assert told["seconds"] > 0
     assert (profile.facts.protocol["queries"], profile.facts.protocol["seed"]) == (4, 7)
@@ -157,8 +174,9 @@ def test_quiet_is_quiet(own):
         ("OWN:no_pair", ["returned DemoModel", "(model, run)"]),
         ("OWN:no_model", ["returned (str, builtin_function_or_method)"]),
         ("OWN:no_run", ["returned (DemoModel, int)"]),
-        ("OWN:short", ["at least two chunks"]),
-        ("OWN:trouble", ["the checkpoint is not there"]),
+        ("OWN:short", ["made no attention call"]),
+        ("OWN:needs_more", ["needs_more(checkpoint)", "without arguments"]),
+        ("OWN:needs_a_prompt", ["run(prompt)", "without arguments", "'prompt'"]),
     ],
 )
 def test_a_target_that_does_not_work(own, tmp_path, target, words):
@@ -191,6 +209,28 @@ def test_a_mistake_gives_one_message(own, tmp_path, options, words):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     assert refused(run(*(option.replace("OWN", own) for option in options)), *words)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "said"),
+    [
+        ("trouble", ValueError, "the checkpoint is not there"),
+        ("out_of_disk", OSError, "no space left"),
+        ("fails_while_it_runs", ValueError, "shapes do not match"),
+    ],
+)
+def test_ones_own_errors_keep_their_traceback(own, tmp_path, function, kind, said):
+    answer = run(f"{own}:{function}", "--metrics", "attention_mass", "--quiet")
+    assert type(answer.exception) is kind
+    assert str(answer.exception) == said
+    assert answer.exit_code == 1
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_that_takes_no_prompt(own, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    answer = run(f"{own}:takes_none", "--prompts", "prompts.txt", "--quiet")
+    assert refused(answer, "run()", "with a prompt, because --prompts is given")
 
 
 def test_the_default_metrics_are_those_of_the_library():

@@ -44,14 +44,17 @@ def tiny_profile(prompts=6, noise=0.01):
     mass = MASS[KINDS].expand(len(index), -1, -1, -1)
     mass = (mass + noise * torch.rand(mass.shape, generator=generator)).softmax(-1)
     first, middle, own = mass.unbind(-1)
-    ages = WINDOW - CHUNK
-    by_age = (middle / ages)[..., None].expand(*middle.shape, ages)
+    by_age = (middle / (WINDOW - CHUNK))[..., None].repeat(1, 1, 1, WINDOW - 1)
+    by_age[..., WINDOW - CHUNK :] = torch.nan
     values = {"first": first, "middle": middle, "own": own, "by_age": by_age.contiguous()}
     return HeadProfile(
-        ProfileFacts(model=MODEL, metrics={"attention_mass": {}}, protocol={}),
-        *(column.contiguous() for column in (prompt, start, step)),
-        step == 2,
-        {f"attention_mass.{name}": value.contiguous() for name, value in values.items()},
+        facts=ProfileFacts(model=MODEL, metrics={"attention_mass": {}}, protocol={"seed": 11}),
+        video=2 * prompt.contiguous(),
+        prompt=prompt.contiguous(),
+        start=start.contiguous(),
+        step=step.contiguous(),
+        clean=step == 2,
+        values={f"attention_mass.{name}": value.contiguous() for name, value in values.items()},
     )
 
 
@@ -104,6 +107,7 @@ def test_the_map_says_where_it_comes_from(folder):
     assert role_map.origin.measurement.method == "head_forcing"
     assert role_map.origin.measurement.profile == HeadProfile.load(folder / "profile.safetensors").hash
     assert role_map.origin.measurement.videos == 6
+    assert role_map.origin.measurement.seeds == (11,)
     assert role_map.origin.stability["stable"] is True
     kinds = [[type(role).__name__.lower() for role in row] for row in role_map.layers]
     assert kinds == [[("anchor", "local", "memory")[kind] for kind in row] for row in KINDS.tolist()]
@@ -219,6 +223,63 @@ def test_a_mistake_gives_one_message(folder, options, words):
     assert refused(run("classify", folder / "profile.safetensors", *options), *words)
 
 
+def test_missing_folders_are_made_before_the_work(folder, tmp_path):
+    out, report = tmp_path / "a" / "b" / "roles.json", tmp_path / "c" / "stability.json"
+    told = parsed(
+        run(
+            "classify",
+            folder / "profile.safetensors",
+            "--out",
+            out,
+            "--report",
+            report,
+            "--draws",
+            2,
+            "--json",
+        )
+    )
+    assert told["files"] == [str(out), str(report)]
+    assert out.exists()
+    assert report.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "x.json", "--report", "x.json"], ["--report", "--out"]),
+        (["--out", "x.json", "--report", "sub/../x.json"], ["--report", "--out"]),
+        (["--out", "profile.safetensors"], ["--out", "a file of the profile"]),
+        (["--out", "profile.profile.json"], ["--out", "a file of the profile"]),
+        (["--report", "profile.safetensors"], ["--report", "a file of the profile"]),
+        (["--out", "sub"], ["--out", "a folder"]),
+        (["--out", "a-file/roles.json"], ["a-file"]),
+    ],
+)
+def test_no_file_is_written_over_another(tmp_path, monkeypatch, options, words):
+    tiny_profile().save(tmp_path / "profile.safetensors")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a-file").write_text("")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("headforcing.stability.stability", lambda *_, **__: pytest.fail("work was done"))
+    assert refused(run("classify", "profile.safetensors", *options), *words)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_a_map_may_be_named_like_its_profile(tmp_path):
+    tiny_profile().save(tmp_path / "profile.safetensors")
+    out = tmp_path / "profile.json"
+    parsed(run("classify", tmp_path / "profile.safetensors", "--no-stability", "--out", out, "--json"))
+    assert (
+        HeadProfile.load(tmp_path / "profile.safetensors").hash
+        == RoleMap.load(out).origin.measurement.profile
+    )
+
+
+def test_a_control_promises_nothing():
+    assert "must do worse" not in run("classify", "--help").stdout
+
+
 def test_files_that_are_no_profiles(folder, tmp_path):
     assert refused(run("classify", tmp_path / "absent.safetensors"), "absent")
     assert refused(run("classify", folder / "roles.json"), "NAME.safetensors")
@@ -226,9 +287,9 @@ def test_files_that_are_no_profiles(folder, tmp_path):
 
 def test_a_broken_profile_gives_one_line(folder, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes((folder / "profile.safetensors").read_bytes())
-    facts = json.loads((folder / "profile.json").read_text())
+    facts = json.loads((folder / "profile.profile.json").read_text())
     facts["model"] |= {"layers": "three", "surprise": 1}
-    (tmp_path / "broken.json").write_text(json.dumps(facts))
+    (tmp_path / "broken.profile.json").write_text(json.dumps(facts))
     assert refused(run("classify", tmp_path / "broken.safetensors"), "broken", "not a profile")
 
 

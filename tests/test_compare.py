@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import random
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from headforcing.classifiers import table
 from headforcing.compare import Comparison, compare_labels, compare_maps, cross_table, jaccard, kappa
-from headforcing.errors import RoleMapMismatchError
+from headforcing.errors import RoleMapMismatchError, WindowError
+from headforcing.origin import ModelFacts, Origin
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Local, Memory
 
@@ -170,6 +173,33 @@ def test_maps_are_compared_by_their_roles_with_all_numbers():
 def test_maps_of_other_models_are_refused(a, b):
     with pytest.raises(RoleMapMismatchError, match="two maps of one model"):
         compare_labels(a, b)
+
+
+def test_a_map_is_like_its_own_fitted_form():
+    written = RoleMap(((Local(1), Memory(), Anchor()), (Memory(), Memory(), Local(2))))
+    fitted = written.fit(2, 3, 21, 3)
+    assert compare_maps(written, fitted).agreement < 1  # nothing says for which window
+    known = dataclasses.replace(fitted, origin=origin(21))
+    for a, b in itertools.permutations((written, known)):
+        assert compare_maps(a, b).agreement == 1
+    open_ended = dataclasses.replace(written, origin=origin(21))
+    assert compare_maps(open_ended, fitted).agreement == 1
+    other = dataclasses.replace(written.fit(2, 3, 12, 3), origin=origin(12))
+    assert compare_maps(open_ended, dataclasses.replace(written, origin=origin(12))).agreement == 1
+    assert compare_maps(open_ended, other).agreement < 1  # contradicting: as they are written
+
+
+def test_a_role_that_does_not_fit_the_window_of_the_other():
+    small = RoleMap(((Local(1), Memory()),), origin=origin(12, 1, 2))
+    with pytest.raises(WindowError):
+        compare_maps(small, RoleMap(((Local(1), Memory(3, 12, 3)),)))
+    with pytest.raises(RoleMapMismatchError):
+        compare_maps(small, RoleMap.uniform(Local(), 2, 1))
+
+
+def origin(window, layers=2, heads=3):
+    facts = {"layers": layers, "heads": heads, "head_dim": 4, "window": window, "chunk": 3}
+    return Origin(model=ModelFacts(**facts, model_class="Model"))
 
 
 def test_role_maps_of_other_models_are_refused():

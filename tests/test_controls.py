@@ -165,6 +165,25 @@ def test_a_measured_map_knows_where_it_comes_from(tmp_path):
     assert (again, again.origin) == (got, origin)
 
 
+def test_the_seed_of_the_protocol_is_kept():
+    profile = random_profile(0)
+    found = head_forcing.classify(profile)
+    assert measured_map(found, profile).origin.measurement.seeds == ()
+    for seed, kept in ((7, (7,)), (None, ()), ("7", ()), (True, ())):
+        facts = profile.facts.model_copy(update={"protocol": {"seed": seed}})
+        seeded = dataclasses.replace(profile, facts=facts)
+        assert measured_map(found, seeded).origin.measurement.seeds == kept
+        assert measured_map(found, seeded, seeds=[]).origin.measurement.seeds == ()
+        assert measured_map(found, seeded, seeds=[1, 2]).origin.measurement.seeds == (1, 2)
+
+
+def test_videos_are_counted_not_prompts():
+    profile = random_profile(0)
+    several = dataclasses.replace(profile, prompt=torch.zeros_like(profile.prompt))
+    found = head_forcing.classify(several)
+    assert measured_map(found, several).origin.measurement.videos == 3
+
+
 def test_a_control_makes_a_map_too():
     profile = random_profile(0)
     got = measured_map(random(head_forcing.classify(profile), 7), profile)

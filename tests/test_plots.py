@@ -7,6 +7,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 
@@ -65,7 +66,9 @@ def profile(labels=LABELS, **changes: torch.Tensor) -> HeadProfile:
         metrics={"attention_mass": {}},
     )
     prompt, start, step = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return HeadProfile(facts, prompt, start, step, step == 1, values)
+    return HeadProfile(
+        facts=facts, video=prompt, prompt=prompt, start=start, step=step, clean=step == 1, values=values
+    )
 
 
 def report(**changes) -> StabilityReport:
@@ -224,6 +227,36 @@ def test_margins_that_say_nothing_are_drawn(fill):
     pixels(plots.head_map(LABELS, torch.full((3, 4), fill)).figure)
 
 
+SHORT = ["local0", "local3", "anchor3+3", "memory3+3+3", "memory3+12+3", "anchor1"]
+
+
+@pytest.mark.parametrize("name", ["head_map", "bars", "margin", "roles_per_layer"])
+def test_pictures_fit_into_somebodys_grid(name):
+    from matplotlib.figure import Figure
+
+    labels = [[SHORT[(4 * layer + head) % 6] for head in range(4)] for layer in range(6)]
+    draw = {
+        "head_map": lambda ax: plots.head_map(labels, ax=ax, per_layer=False),
+        "bars": lambda ax: plots.head_map(labels, ax=ax),
+        "margin": lambda ax: plots.head_map(labels, torch.rand(6, 4), ax, per_layer=False),
+        "roles_per_layer": lambda ax: plots.roles_per_layer(labels, ax),
+    }
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    panels = figure.subplots(2, 4)
+    for ax in panels.flat:
+        draw[name](ax)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels(figure)
+    for ax in panels.flat:
+        box, legend = ax.get_window_extent(), ax.get_legend().get_window_extent()
+        assert box.width > 1.9 * figure.dpi
+        assert box.height > (0.8 if name in ("bars", "roles_per_layer") else 1.2) * figure.dpi
+        assert legend.width < 1.1 * box.width
+        assert not box.overlaps(legend)
+    assert {len(ax.get_legend().get_texts()) for ax in panels.flat} == {6}
+
+
 def test_bars_are_the_counts_of_the_layers():
     drawn = heights(plots.roles_per_layer(LABELS))
     assert drawn == {name: [row.count(name) for row in LABELS] for name in COUNTS}
@@ -304,8 +337,7 @@ def test_the_line_is_the_median_by_age_without_frame_0():
     ax = plots.mass_by_age(profile(), LABELS)
     expected = [0.5**age for age in range(1, 6)]  # frame 0 is 3 or 6 frames old
     for name in COUNTS:
-        assert lines(ax)[name][:5] == pytest.approx(expected)
-        assert math.isnan(lines(ax)[name][5])
+        assert lines(ax)[name] == pytest.approx(expected)
     markers = {
         (round(float(bars.lines[0].get_ydata()[0]), 4), float(bars.lines[0].get_xdata()[0]) > 3)
         for bars in ax.containers
@@ -318,6 +350,15 @@ def test_the_clean_pass_does_not_count():
     by_age[1::2] = 0.77
     ax = plots.mass_by_age(profile(by_age=by_age), LABELS)
     assert lines(ax)["local"][:5] == pytest.approx([0.5**age for age in range(1, 6)])
+
+
+def test_ages_that_nobody_saw_are_no_part_of_the_axis():
+    by_age = torch.nn.functional.pad(profile()["attention_mass.by_age"].float(), (0, 9), value=math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        padded, plain = (plots.mass_by_age(p, LABELS) for p in (profile(by_age=by_age), profile()))
+        assert pixels(padded.figure) == pixels(plain.figure)
+    assert padded.get_xlim() == (-2, 8)  # own chunk, five ages, frame 0
 
 
 def test_ages_without_a_number_are_gaps():

@@ -130,6 +130,59 @@ def test_steps_are_noisy_steps():
     assert report.unjudged == ("steps: not judged, because only one was measured",)
 
 
+def test_a_chunk_with_clean_passes_only_is_no_chunk():
+    profile = planted(heads())
+    profile.values["mass_ratio.ratio"][START == 30] *= -1
+    clean = (START == 30) | (STEP == 1)
+    report = stability(
+        profile_of(dict(profile.values), prompt=PROMPT, start=START, step=STEP, clean=clean), by_half, draws=5
+    )
+    assert (report.chunks, report.steps) == (None, None)
+    assert report.stable
+
+
+def test_passes_that_are_all_clean_count():
+    profile = planted(heads())
+    clean = profile_of(dict(profile.values), prompt=PROMPT, start=START, step=STEP, clean=STEP >= 0)
+    assert stability(clean, by_half, draws=5) == stability(profile, by_half, draws=5)
+
+
+def test_too_few_prompts_for_a_point_of_the_curve_speak_against_nothing():
+    """Single prompts say too little of every head; two or more do not."""
+    profile = planted(heads())
+
+    def classify(part):
+        if len(part.prompt.unique()) < 2:
+            raise ProfileError("too few")
+        return by_half(part)
+
+    one_chunk = profile.where(START == 21)
+    report = stability(one_chunk.where(one_chunk.step == 0), classify, draws=8)
+    assert report.stable
+    assert report.curve[0].prompts == 2
+    assert any(line.startswith("1 prompts: not judged") for line in report.unjudged)
+
+
+def test_a_resample_that_cannot_be_classified_is_a_reason():
+    profile = planted(heads())
+
+    def classify(part):
+        if len(part) == len(profile) and len(part.prompt.unique()) < PROMPTS:
+            raise ProfileError("drawn twice")
+        return by_half(part)
+
+    report = stability(profile, classify, draws=4)
+    assert (report.votes, report.stable) == (None, False)
+    assert report.reasons == ("votes: a resample cannot be classified: drawn twice",)
+
+
+def test_the_summary_says_what_was_not_judged():
+    assert "unjudged" not in stability(planted(heads()), by_half, draws=4).summary()
+    report = stability(planted(heads()).where(START == 21), by_half, draws=4)
+    assert report.summary()["unjudged"] == "; ".join(report.unjudged)
+    assert "chunks: not judged, because only one was measured" in report.unjudged
+
+
 @pytest.mark.parametrize("module", [head_forcing, output_regret], ids=["head_forcing", "output_regret"])
 def test_the_lines_are_those_of_their_definition(module):
     profile = random_profile(4, layers=4, heads=6, prompts=5, noise=0.6)
@@ -206,16 +259,22 @@ def test_a_part_that_cannot_be_classified_is_said():
     )
     report = stability(profile, pyramid_forcing.classify, draws=5)
     assert report.chunks is None
-    assert "a part cannot be classified: no pass shows" in report.unjudged[0]
+    assert not report.stable
+    assert [
+        line for line in report.reasons if line.startswith("chunks: a part cannot be classified: no pass")
+    ]
+    assert report.summary()["stable"] is False
     with pytest.raises(ProfileError):
         stability(profile.where(early), pyramid_forcing.classify, draws=5)
 
 
-def test_one_label_everywhere_agrees_with_itself():
+def test_one_label_everywhere_agrees_with_itself_and_says_nothing():
     flat = stability(planted(0 * heads() - 3), by_half, draws=5)
     assert (flat.halves.kappa, flat.steps.kappa) == (1, 1)
     assert flat.halves.jaccard == {"static": None, "dynamic": 1.0}
     assert flat.depth == {"static": None, "dynamic": None}
+    assert not flat.stable
+    assert flat.reasons == ("all heads have one label: there is nothing to compare",)
 
 
 def test_many_chunks_are_compared_by_halves():

@@ -72,6 +72,13 @@ def table(flat: list[str], heads: int) -> Labels:
     return tuple(tuple(flat[first : first + heads]) for first in range(0, len(flat), heads))
 
 
+_TO_HAVE = {
+    "attention_mass": "profile chunks whose history holds the first frame",
+    "mass_ratio": "profile chunks that see frames between the sink and the recent ones",
+}
+"""Where a metric has a number, for those that have none everywhere."""
+
+
 def measured(profile: HeadProfile, name: str) -> Tensor:
     """Mean of a column over its passes, `[layers, heads, ...]` float64, all of it measured.
 
@@ -84,7 +91,7 @@ def measured(profile: HeadProfile, name: str) -> Tensor:
         layer, head = missing[0, :2].tolist()
         raise ProfileError(
             f"{name} was never measured for layer {layer}, head {head} ({len(missing)} values are missing): "
-            "profile chunks whose history holds the first frame"
+            f"{_TO_HAVE.get(name.partition('.')[0], 'measure it again, for every head')}"
         )
     return mean
 

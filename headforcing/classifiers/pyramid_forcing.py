@@ -85,8 +85,9 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
 def dominant_period(series: Tensor) -> Tensor:
     """The period, in frames, that a series repeats with.
 
-    Among periods from two samples to the length of the longest series. A spectrum does not know the
-    direction of time, so oldest and newest first give the same.
+    Among periods from two samples to as many as the longest series has differences; those above half of
+    that are poorly resolved. A spectrum does not know the direction of time, so oldest and newest first
+    give the same.
 
     Args:
         series: `[n]`, or `[passes, heads, n]`, whose power is averaged over passes; NaN after the end
@@ -97,7 +98,8 @@ def dominant_period(series: Tensor) -> Tensor:
     """
     if series.dim() == 1:
         return dominant_period(series[None, None])[0]
-    waves = _windowed(series.double())
+    longest = int((~series.isnan()).sum(2).max())
+    waves = _windowed(series[..., : max(longest, 2)].double())
     power = mean_power(waves)  # [heads, GRID / 2 + 1]
     highest = power.shape[1] - 1
     folded = torch.zeros_like(power)

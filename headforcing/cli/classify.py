@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headforcing.cli.console import AsJson, choices, clean_errors, print_json, print_parts
+from headforcing.cli.profile import facts_file
 from headforcing.errors import OptionError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Options:
     draws: Annotated[int, typer.Option(min=1, help="How often to classify again.")] = 200
     control: Annotated[
         str | None,
-        typer.Option(help=f"Write a map that must do worse instead: {', '.join(CONTROLS)}."),
+        typer.Option(help=f"Write a map to compare with instead: {', '.join(CONTROLS)}."),
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Of the control, and of the resampling.")] = 0
     as_json: AsJson = False
@@ -61,7 +62,10 @@ def classify(options: Options) -> None:
         from headforcing.measured import measured_map
         from headforcing.profile import HeadProfile
 
+        _check_files(options)
         profile = HeadProfile.load(options.profile)
+        for file in _outputs(options):
+            file.parent.mkdir(parents=True, exist_ok=True)
         found, report = _classify(options, profile)
         summary = None if report is None else report.summary()
         role_map = measured_map(found, profile, stability=summary)
@@ -73,6 +77,23 @@ def classify(options: Options) -> None:
         print_json(_json(options, found, role_map, report))
     else:
         _print(options, found, role_map, report)
+
+
+def _outputs(options: Options) -> list[Path]:
+    return [file for file in (options.out, options.report) if file is not None]
+
+
+def _check_files(options: Options) -> None:
+    """Nothing that is written may stand in the way of anything else."""
+    read = (options.profile, facts_file(options.profile))
+    taken = {file.resolve(): "a file of the profile" for file in read}
+    for name, file in (("--out", options.out), ("--report", options.report)):
+        if file is None:
+            continue
+        if (owner := taken.setdefault(file.resolve(), name)) != name:
+            raise OptionError(f"{name} is {file}, which is {owner} too: give another name")
+        if file.is_dir():
+            raise OptionError(f"{name} is {file}, a folder: give the name of a file in it")
 
 
 def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, StabilityReport | None]:
@@ -122,7 +143,7 @@ def _json(
         "margin": margins,
         "stability": None if report is None else report.to_dict(),
         "hash": role_map.hash,
-        "files": _files(options),
+        "files": list(map(str, _outputs(options))),
     }
 
 
@@ -141,11 +162,7 @@ def _print(
     print_parts(*label_tables(found.labels, meaning), facts_table("classification", facts))
     if report is not None:
         print_parts(str(report))
-    for file in _files(options):
+    for file in _outputs(options):
         typer.echo(file)
     if options.out is not None:
         typer.echo(f"next: headforcing roles plot {options.out} --profile {options.profile}")
-
-
-def _files(options: Options) -> list[str]:
-    return [str(file) for file in (options.out, options.report) if file is not None]

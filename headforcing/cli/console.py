@@ -67,11 +67,17 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 @contextmanager
-def clean_errors() -> Iterator[None]:
-    """One message and exit code 2 instead of a traceback, for what a user can put right."""
+def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """One message and exit code 2 instead of a traceback, for what a user can put right.
+
+    Args:
+        kinds: of errors; default: ours, and those of files and values. Around a user's own code, whose
+            tracebacks are needed, ours alone.
+    """
+    expected = kinds or (HeadForcingError, ValueError, OSError)
     try:
         yield
-    except (HeadForcingError, ValueError, OSError) as error:
+    except expected as error:
         fail(error)
 
 

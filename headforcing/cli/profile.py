@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress
-from headforcing.errors import OptionError
+from headforcing.errors import HeadForcingError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from headforcing.meter import Progress
     from headforcing.profile import HeadProfile
-    from headforcing.profiler import Progress
 
 METRICS = "attention_mass,mass_ratio,qk_logits,output_regret"
 EXAMPLES = examples(
@@ -45,7 +46,7 @@ class Options:
         ),
     ] = None
     out: Annotated[
-        Path, typer.Option(help="Where to write the profile; a JSON file is written beside it.")
+        Path, typer.Option(help="Where to write the profile; its facts go to NAME.profile.json beside it.")
     ] = Path("profile.safetensors")
     metrics: Annotated[
         list[str] | None,
@@ -80,9 +81,12 @@ def profile(options: Options) -> None:
     Labels follow from the profile with `headforcing roles classify`, without the model.
     """
     with clean_errors():
+        request = _checked(options)
+    with clean_errors(HeadForcingError):  # the model's own errors keep their traceback
         started = time.perf_counter()
-        found = _measure(options)
+        found = _measure(options, request)
         seconds = time.perf_counter() - started
+    with clean_errors():
         found.save(options.out)
     told = _summary(found, options.out, seconds)
     if options.as_json:
@@ -90,14 +94,20 @@ def profile(options: Options) -> None:
     else:
         from headforcing.cli.tables import facts_table
 
-        told.pop("files")
-        follow = told.pop("next")
+        files, follow = told.pop("files"), told.pop("next")
         print_parts(facts_table("profile", told))
-        typer.echo(f"{options.out}\n{options.out.with_suffix('.json')}")
-        typer.echo(f"next: {follow}")
+        typer.echo("\n".join([*files, f"next: {follow}"]))
 
 
-def _measure(options: Options) -> HeadProfile:
+class _Request(NamedTuple):
+    """What is asked for, read and checked."""
+
+    metrics: list[str]
+    prompts: list[str] | None
+    starts: list[int] | None
+
+
+def _checked(options: Options) -> _Request:
     """Everything that a user can get wrong is checked before the model runs."""
     if options.out.suffix != ".safetensors":
         raise OptionError(f"--out is {options.out}: expected a name that ends in .safetensors")
@@ -107,24 +117,30 @@ def _measure(options: Options) -> HeadProfile:
     starts = None if options.starts is None else _numbers(options.starts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     from headforcing.metrics import find_metric
-    from headforcing.profiler import Protocol, profile_heads
 
     for name in names:
         find_metric(name)
+    return _Request(names, prompts, starts)
+
+
+def _measure(options: Options, request: _Request) -> HeadProfile:
+    from headforcing.profiler import Protocol, profile_heads
+
     with progress(quiet=options.quiet or options.as_json) as tell, _importable_here():
 
         def told(done: int, total: int | None, text: str) -> None:
             tell(text, done, total)
 
         if options.target is None:
-            return _profile_demo(options, names, told)
+            return _profile_demo(options, request.metrics, told)
         model, run = load_target(options.target)
+        _check_call("run", run, () if request.prompts is None else request.prompts[:1])
         return profile_heads(
             model,
             run,
-            names,
-            prompts=prompts,
-            protocol=Protocol(starts=starts, queries=options.queries, seed=options.seed or 0),
+            request.metrics,
+            prompts=request.prompts,
+            protocol=Protocol(starts=request.starts, queries=options.queries, seed=options.seed or 0),
             base_model=options.base_model,
             progress=told,
         )
@@ -162,12 +178,31 @@ def load_target(target: str) -> tuple[nn.Module, Callable[..., object]]:
     make = getattr(module, name, None)
     if not callable(make):
         raise OptionError(f"{where} has no function {name}: expected one that returns (model, run)")
+    _check_call(name, make, ())
     made = make()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise OptionError(f"{target} returned {_kind(made)}: expected (model, run), a torch module first")
     if not callable(made[1]):
         raise OptionError(f"{target} returned {_kind(made)}: expected a function as run")
     return made[0], made[1]
+
+
+def _check_call(name: str, function: Callable[..., object], arguments: Sequence[str]) -> None:
+    """A function can be called like this, as far as it says what it takes."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C do not say
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        wanted = "with a prompt, because --prompts is given" if arguments else "without arguments"
+        raise OptionError(f"{name}{signature} is called {wanted}: {error}") from error
+
+
+def facts_file(profile: Path) -> Path:
+    """The file beside a profile that holds its facts."""
+    return profile.with_suffix(".profile.json")
 
 
 @contextmanager
@@ -223,10 +258,10 @@ def _summary(found: HeadProfile, out: Path, seconds: float) -> dict[str, Any]:
         "model": facts.model.model_dump(),
         "metrics": list(facts.metrics),
         "passes": len(found),
-        "videos": len(found.prompt.unique()),
+        "videos": len(found.video.unique()),
         "starts": sorted(set(found.start.tolist())),
         "hash": found.hash,
         "seconds": round(seconds, 2),
-        "files": [str(out), str(out.with_suffix(".json"))],
+        "files": [str(out), str(facts_file(out))],
         "next": f"headforcing roles classify {out} --out roles.json",
     }

@@ -34,7 +34,7 @@ def mass_by_age(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any
     """
     labels = np.array(style.fitting(profile, roles), dtype=object)
     profile = profile.noisy
-    ages = _without_first(profile)  # [layers, heads, A]
+    ages = _without_first(profile)  # [layers, heads, A], up to the oldest that was seen
     own, first = (profile.mean(f"attention_mass.{name}").numpy() for name in ("own", "first"))
     if not np.isfinite(ages).any() and not np.isfinite(own).any():
         raise ProfileError("attention_mass holds no number: measure passes with a history")
@@ -61,13 +61,15 @@ def mass_by_age(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any
 
 
 def _without_first(profile: HeadProfile) -> NDArray[np.float64]:
-    """Mean mass by age over the passes, `[layers, heads, A]`, frame 0 left out."""
+    """Mean mass by age over the passes, `[layers, heads, A]`, frame 0 and unseen old ages left out."""
     ages = profile["attention_mass.by_age"]
     if ages.ndim != 4:
         raise ProfileError(f"attention_mass.by_age has {ages.ndim} axes: expected [S, layers, heads, ages]")
     age = torch.arange(1, ages.shape[-1] + 1)
     is_first = profile.start[:, None] == age  # frame 0 is as old as the chunk's start is late
-    return ages.masked_fill(is_first[:, None, None, :], torch.nan).nanmean(0).numpy()
+    mean = ages.masked_fill(is_first[:, None, None, :], torch.nan).nanmean(0)
+    seen = mean.isfinite().any(0).any(0).nonzero()
+    return mean[..., : int(seen.max()) + 1 if len(seen) else 1].numpy()
 
 
 def _quartiles(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:

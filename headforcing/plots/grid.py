@@ -14,6 +14,8 @@ LEAST, MOST = 0.18, 0.92
 """Side of the square of a head on the boundary, and of the surest head, as a share of its cell."""
 BAR, GAP = 0.5, 0.07
 """Height of the bars and their distance from the map, in inches."""
+BELOW, KEY = 0.4, 0.19
+"""Height of ticks and label below the map, and of the line that explains margins, in inches."""
 
 
 def head_map(
@@ -30,7 +32,7 @@ def head_map(
         roles: a name for every head.
         margin: `[layers, heads]`, distance of every head from the nearest change of label. A cell is
             then pale, and the full square in it grows with the margin; a cross is a head without one.
-        ax: axes to draw on; default: those of a new figure.
+        ax: axes to draw on, with the legend below them; default: those of a new figure, with it above.
         per_layer: bars of heads per layer, above.
         per_head: bars of layers per head number, to the right.
 
@@ -47,7 +49,8 @@ def head_map(
     names = style.ordered(name for row in labels for name in row)
     counts = {name: sum(row.count(name) for row in labels) for name in names}
     handles = style.swatches(names, counts)
-    if ax is None:
+    own = ax is None
+    if own:
         ax = _own_axes((layers, heads), handles, BAR * per_layer, BAR * per_head, margins is not None)
     for name, colour in style.role_colours(names).items():
         _cells(ax, _where(labels, name), colour, name, margins)
@@ -62,7 +65,10 @@ def head_map(
     if per_head:
         beside = ax.inset_axes((1 + GAP / inches[0], 0, BAR / inches[0], 1), sharey=ax)
         _bars(beside, tuple(zip(*labels, strict=True)), across=False)
-    style.legend_above(ax, handles, 1 + (GAP + BAR) * per_layer / inches[1])
+    if own:
+        style.legend_above(ax, handles, 1 + (GAP + BAR) * per_layer / inches[1])
+    else:
+        style.legend_below(ax, handles, BELOW + KEY * (margins is not None))
     if margins is not None:
         below = {"xytext": (0, -33), "textcoords": "offset points", "va": "top"}
         ax.annotate(_key(margins), (0, 0), xycoords="axes fraction", fontsize=7.5, color=style.FAINT, **below)
@@ -75,7 +81,7 @@ def _own_axes(shape: tuple[int, int], handles: list[Any], above: float, beside: 
     cell = min(0.45, max(0.155, 6.0 / max(shape)))
     left, low, right = 0.52, 0.46 + 0.16 * key, 0.1 + (beside + GAP + 0.1 if beside else 0.0)
     width = max(3.4, left + layers * cell + right)
-    legend = 0.12 + 0.17 * -(-len(handles) // style.columns(handles, width - 0.5))
+    legend = 0.12 + 0.17 * -(-len(handles) // style.columns(handles, width - style.MARGIN))
     height = low + heads * cell + (above + GAP if above else 0.0) + legend
     figure = style.new_figure(width, height)
     figure.set_layout_engine("none")

@@ -19,7 +19,9 @@ from headforcing.roles import HeadRole
 Roles = RoleMap | Classification | Sequence[Sequence[str]]
 """A name for every head: a role map, what a classifier said, or `labels[layer][head]`."""
 
-TICK, TEXT = 8, 9
+SMALL, TICK, TEXT = 6.5, 8, 9
+MARGIN = 0.65
+"""Width of a figure that its legend leaves free, in inches."""
 INK, FAINT, RULE = "#222222", "#6B6B6B", "#DDDDDD"
 
 # Okabe and Ito's palette; the names of the methods we know come first, in the order of legends and stacks.
@@ -78,30 +80,60 @@ def dress(ax: Any, *, grid: str = "") -> None:
         ax.set_axisbelow(True)
 
 
-def legend_above(ax: Any, handles: Sequence[Any], height: float = 1.0, width: float = 0.0) -> None:
+def legend_above(ax: Any, handles: Sequence[Any], height: float = 1.0) -> None:
     """A legend above the axes, its lower edge at `height` of their height, as wide as there is room."""
+    _legend(ax, handles, TICK, loc="lower left", bbox_to_anchor=(0.0, height))
+
+
+def legend_below(ax: Any, handles: Sequence[Any], down: float) -> None:
+    """A legend so many inches below the axes, in small letters where there is little room."""
+    from matplotlib.transforms import ScaledTranslation
+
+    place = ax.transAxes + ScaledTranslation(0, -down, ax.get_figure().dpi_scale_trans)
+    size = TICK if room(ax) > 3 else SMALL
+    _legend(ax, handles, size, loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=place, borderpad=0)
+
+
+def _legend(ax: Any, handles: Sequence[Any], size: float, **place: Any) -> None:
     ax.legend(
         handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0.0, height),
-        ncols=columns(handles, width or ax.get_figure().get_figwidth() - 0.5),
+        ncols=columns(handles, room(ax), size),
         frameon=False,
-        fontsize=TICK,
+        fontsize=size,
         handlelength=1.6,
         handletextpad=0.5,
         columnspacing=1.2,
+        labelspacing=0.5 if size == TICK else 0.3,
         borderaxespad=0.3,
+        **place,
     )
 
 
-def columns(handles: Sequence[Any], width: float) -> int:
-    """How many entries of a legend fit beside each other in so many inches."""
+def room(ax: Any) -> float:
+    """Inches that a legend may be wide: those of the figure, or of axes that share one."""
+    figure = ax.get_figure()
+    box = ax.get_window_extent() if len(figure.axes) > 1 else figure.bbox
+    width = float(box.width) / float(figure.dpi)
+    if len(figure.axes) == 1:
+        return width - MARGIN
+    if figure.get_layout_engine() is not None:  # it will give the margins to the axes
+        width *= 0.9 / float(figure.subplotpars.right - figure.subplotpars.left)
+    return width
+
+
+def columns(handles: Sequence[Any], width: float, size: float = TICK) -> int:
+    """How many columns of a legend fit beside each other in so many inches."""
     from matplotlib.textpath import TextPath
 
-    texts = (TextPath((0, 0), handle.get_label(), size=TICK) for handle in handles)
-    widest = max(float(text.get_extents().width) for text in texts) / 72
-    swatch, space = 2.1 * TICK / 72, 1.2 * TICK / 72
-    return max(1, min(len(handles), int((width + space) / (widest + swatch + space))))
+    texts = (TextPath((0, 0), handle.get_label(), size=size) for handle in handles)
+    widths = [float(text.get_extents().width) / 72 for text in texts]
+    swatch, space = 2.1 * size / 72, 1.2 * size / 72
+
+    def taken(count: int) -> float:
+        parts = np.array_split(np.array(widths), count)
+        return sum(float(part.max()) + swatch + space for part in parts) - space
+
+    return next((count for count in range(len(widths), 1, -1) if taken(count) <= width), 1)
 
 
 def swatches(names: Sequence[str], counts: dict[str, int] | None = None) -> list[Any]:

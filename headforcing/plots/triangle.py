@@ -37,8 +37,7 @@ def mass_scatter(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> An
     shares = _shares(profile.noisy)
     known = np.isfinite(shares).all(-1)
     names = style.ordered(labels.flat)
-    own = ax is None
-    inside = own and len(names) <= 4  # a figure of our own has room beside the tip
+    inside = ax is None and len(names) <= 4  # a figure of our own has room beside the tip
     ax = style.axes_or_new(ax, 3.7, 3.15 + (0 if inside else 0.07 * len(names)))
     _triangle(ax)
     handles = []
@@ -53,8 +52,7 @@ def mass_scatter(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> An
         place = {"loc": "upper left", "bbox_to_anchor": (-0.16, 1.04), "handletextpad": 0.1}
         ax.legend(handles=handles, frameon=False, fontsize=style.TICK, **place)
     else:
-        width = 0.0 if own else ax.get_window_extent().width / ax.get_figure().dpi
-        style.legend_above(ax, handles, 1.02, width)
+        style.legend_above(ax, handles, 1.02)
     if not known.all():
         note = f"{(~known).sum()} of {known.size} heads\nnot measured"
         ax.text(1.08, 1, note, transform=ax.transAxes, ha="right", va="top", fontsize=7, color=style.FAINT)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headforcing.origin import ModelFacts
 from headforcing.profile import HeadProfile, ProfileFacts
@@ -20,6 +21,7 @@ CANDIDATES: tuple[HeadRole, ...] = (Local(3), Full(), Memory(3, 12, 3), Anchor(3
 def profile_of(
     values: Mapping[str, Tensor],
     *,
+    video: Tensor | None = None,
     prompt: Tensor | None = None,
     start: Tensor | None = None,
     step: Tensor | None = None,
@@ -30,6 +32,7 @@ def profile_of(
 
     Args:
         values: columns `[S, layers, heads, ...]` by name.
+        video: default as `prompt`.
         prompt: default 0, 1, 2, ...
         start: default 21.
         step: default 0.
@@ -41,13 +44,15 @@ def profile_of(
     metrics = {
         name.partition(".")[0]: dict((settings or {}).get(name.partition(".")[0], {})) for name in values
     }
+    prompt = torch.arange(passes) if prompt is None else prompt
     return HeadProfile(
-        ProfileFacts(model=model, metrics=metrics),
-        torch.arange(passes) if prompt is None else prompt,
-        torch.full((passes,), 21) if start is None else start,
-        torch.zeros(passes, dtype=torch.int64) if step is None else step,
-        torch.zeros(passes, dtype=torch.bool) if clean is None else clean,
-        {name: value.float().contiguous() for name, value in values.items()},
+        facts=ProfileFacts(model=model, metrics=metrics),
+        video=prompt if video is None else video,
+        prompt=prompt,
+        start=torch.full((passes,), 21) if start is None else start,
+        step=torch.zeros(passes, dtype=torch.int64) if step is None else step,
+        clean=torch.zeros(passes, dtype=torch.bool) if clean is None else clean,
+        values={name: value.float().contiguous() for name, value in values.items()},
     )
 
 
@@ -80,6 +85,7 @@ def random_profile(
     wave = (2 * torch.pi * torch.arange(18) / period + draw(layers, heads, 1)).sin()
     logits = level + wave + noise * draw(passes, layers, heads, 18)
     logits[..., 17] = torch.nan
+    logits = pad(logits, (0, 2), value=torch.nan)  # there is a column for every age below the window
     errors = (
         0.3 * draw(layers, heads, len(CANDIDATES)) + noise * draw(passes, layers, heads, 1)
     ).sigmoid() / 4
