@@ -436,6 +436,7 @@ def test_labels_of_another_project_are_imported(tmp_path):
     assert (told["layers"], told["heads"], told["files"]) == (2, 3, [str(out)])
     notes = RoleMap.load(out).origin.notes
     assert notes["base_model"] == "nobody/tiny"
+    assert {name for row in RoleMap.load(out).labels for name in row} <= {"anchor", "wave", "veil"}
     assert notes["imported"] == "pyramid_forcing"
     assert told["hash"] == RoleMap.load(out).hash
     said = run("import", tmp_path / "labels.csv", *options)

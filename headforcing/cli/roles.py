@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -102,12 +103,11 @@ def import_file(
         from headforcing.cli.tables import role_tables, summary
         from headforcing.importers import import_roles
         from headforcing.origin import Origin
-        from headforcing.role_map import RoleMap
 
         role_map = import_roles(file, form)
         if base_model is not None:
             notes = {**role_map.origin.notes, "base_model": base_model}
-            role_map = RoleMap(role_map.layers, Origin(notes=notes))
+            role_map = dataclasses.replace(role_map, origin=Origin(notes=notes))
         role_map.save(out)
     if as_json:
         print_json({**summary(role_map), "files": [str(out)]})
