@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,22 @@ def profile_demo(
         progress: see `profile_heads`.
     """
     model = model or demo_model()
+    run, texts, starts = demo_rollouts(model, videos=videos, seed=seed, long=long)
+    return profile_heads(
+        model,
+        run,
+        metrics,
+        prompts=texts,
+        protocol=Protocol(starts=starts, seed=seed),
+        base_model="headforcing demo",
+        progress=progress,
+    )
+
+
+def demo_rollouts(
+    model: DemoModel, *, videos: int, seed: int, long: bool
+) -> tuple[Callable[[str], Tensor], list[str], range]:
+    """What is generated: a function of a prompt, its prompts, and the starts of the chunks to measure."""
     chunks = LONG_CHUNKS if long else model.config.window // CHUNK
     given = GIVEN_CHUNKS["pan"] if long else GIVEN
     scene = _scenes(videos, seed, chunks, long)
@@ -65,15 +81,7 @@ def profile_demo(
         noise = torch.Generator().manual_seed(seed + numbers[text])
         return DemoPipeline(model).generate(words[one], generator=noise, first_chunk=first[one])
 
-    return profile_heads(
-        model,
-        run,
-        metrics,
-        prompts=texts,
-        protocol=Protocol(starts=starts, seed=seed),
-        base_model="headforcing demo",
-        progress=progress,
-    )
+    return run, texts, starts
 
 
 def _scenes(videos: int, seed: int, chunks: int, long: bool) -> Scene:
