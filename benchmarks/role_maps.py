@@ -44,6 +44,8 @@ BUDGETS = (4, 9)
 """Frames kept per head, mean over the heads; the own chunk comes on top."""
 DRAWS = 3
 STABILITY_DRAWS = 50
+THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)
+"""Errors that ablation may allow."""
 SHIPPED = "ablation"
 CONTROLLED = ("ablation", "head_forcing")
 DEMO = ROOT / "headforcing" / "demo"
@@ -107,6 +109,18 @@ def reports(profiles: Mapping[str, HeadProfile], console: Console) -> dict[str, 
     for key, way in WAYS.items():
         found[key] = stability(profiles[way.profile], way.classify, draws=STABILITY_DRAWS)
         console.log(f"{way.name}: {found[key]}")
+    return found
+
+
+def thresholds(profile: HeadProfile) -> dict[str, dict[str, Any]]:
+    """What ablation says for other errors that are allowed, and how stable that is."""
+    found = {}
+    for error in THRESHOLDS:
+        way = Way("ablation", "ablation", "ablation", {"error": error})
+        report = stability(profile, way.classify, draws=STABILITY_DRAWS)
+        kappa = None if report.halves is None else report.halves.kappa
+        counts = {name: count for name, count in way.classify(profile).counts().items() if count}
+        found[str(error)] = {"counts": counts, "kappa": kappa, "stable": report.stable}
     return found
 
 
@@ -236,6 +250,7 @@ def main() -> None:
         "counts": {key: labels.counts() for key, labels in found.items()},
         "stability": {key: report.to_dict() for key, report in judged.items()},
         "nmi": {a: {b: compare_labels(found[a].labels, found[b].labels).nmi for b in WAYS} for a in WAYS},
+        "thresholds": thresholds(profiles["ablation"]),
         "scenarios": scenarios,
     }
     data = given.out.parent / "data" / f"{given.out.stem}.json"

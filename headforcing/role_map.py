@@ -115,6 +115,11 @@ class RoleMap:
                 counts[role] = counts.get(role, 0) + 1
         return counts
 
+    def named(self) -> dict[str, HeadRole]:
+        """What every label means, in order of appearance."""
+        pairs = (zip(*rows, strict=True) for rows in zip(self.labels, self.layers, strict=True))
+        return {label: role for row in pairs for label, role in row}
+
     def where(self, role: HeadRole) -> tuple[int, int]:
         """Layer and head of the first head with this role."""
         for layer, row in enumerate(self.layers):
@@ -165,17 +170,12 @@ class RoleMap:
         return cls.from_json(role_file.read_bytes(Path(path)), str(path))
 
     def _content(self) -> role_file.Content:
-        return role_file.Content([list(row) for row in self.labels], self._named(), self.origin)
-
-    def _named(self) -> dict[str, HeadRole]:
-        """What every label means, in order of appearance."""
-        pairs = (zip(*rows, strict=True) for rows in zip(self.labels, self.layers, strict=True))
-        return {label: role for row in pairs for label, role in row}
+        return role_file.Content([list(row) for row in self.labels], self.named(), self.origin)
 
     def _check_labels(self) -> None:
         if [len(row) for row in self.labels] != [len(row) for row in self.layers]:
             raise RoleMapError(f"labels are {self.labels}: expected {self.shape[0]} rows of {self.shape[1]}")
-        named = self._named()
+        named = self.named()
         for layer, (labels, roles) in enumerate(zip(self.labels, self.layers, strict=True)):
             for head, (label, role) in enumerate(zip(labels, roles, strict=True)):
                 if named[label] != role:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headforcing.role_map import RoleMap
-    from headforcing.roles import HeadRole
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 WIDE = 8
@@ -17,25 +16,15 @@ SPACED = 30
 """With more heads than this, it shows them without a space."""
 
 
-def role_names(role_map: RoleMap) -> dict[HeadRole, str]:
-    """A short name per role: its type, numbered where a type appears with several numbers."""
-    kinds = [type(role).__name__.lower() for role in role_map.counts()]
-    names = {}
-    for index, (role, kind) in enumerate(zip(role_map.counts(), kinds, strict=True)):
-        number = kinds[: index + 1].count(kind) if kinds.count(kind) > 1 else ""
-        names[role] = f"{kind}{number}"
-    return names
-
-
 def summary(role_map: RoleMap) -> dict[str, Any]:
     """Shape, roles, hash and origin as plain data."""
-    names = role_names(role_map)
     layers, heads = role_map.shape
+    flat = [label for row in role_map.labels for label in row]
     return {
         "layers": layers,
         "heads": heads,
         "roles": {
-            names[role]: {"heads": count, "role": str(role)} for role, count in role_map.counts().items()
+            label: {"heads": flat.count(label), "role": str(role)} for label, role in role_map.named().items()
         },
         "hash": role_map.hash,
         "origin": role_map.origin.model_dump(mode="json"),
@@ -44,11 +33,9 @@ def summary(role_map: RoleMap) -> dict[str, Any]:
 
 def role_tables(role_map: RoleMap) -> list[Any]:
     """The map, the counts, and where it comes from."""
-    names = role_names(role_map)
-    labels = [[names[role] for role in row] for row in role_map.layers]
-    meaning = {names[role]: str(role) for role in role_map.counts()}
+    meaning = {label: str(role) for label, role in role_map.named().items()}
     origin = {"hash": role_map.hash, **role_map.origin.model_dump(mode="json")}
-    return [*label_tables(labels, meaning), facts_table("origin", origin)]
+    return [*label_tables(role_map.labels, meaning), facts_table("origin", origin)]
 
 
 def label_tables(labels: Sequence[Sequence[str]], meaning: Mapping[str, str]) -> list[Any]:

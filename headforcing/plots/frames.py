@@ -128,7 +128,7 @@ def _between(frames: Sequence[int | None], start: int) -> tuple[int, int]:
 def _named(roles: RoleMap | Mapping[str, HeadRole]) -> dict[str, HeadRole]:
     """Roles by name, in the order of legends."""
     if isinstance(roles, RoleMap):
-        roles = {name: role for role, name in style.map_names(roles).items()}
+        roles = roles.named()
     return {name: roles[name] for name in style.ordered(roles)}
 
 

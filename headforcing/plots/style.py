@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headforcing.classifiers import Classification, Labels, short_names
+from headforcing.classifiers import Classification, Labels
 from headforcing.errors import HeadForcingError, ProfileError, RoleMapError
 from headforcing.profile import HeadProfile
 from headforcing.role_map import RoleMap
-from headforcing.roles import HeadRole
 
 Roles = RoleMap | Classification | Sequence[Sequence[str]]
 """A name for every head: a role map, what a classifier said, or `labels[layer][head]`."""
@@ -152,10 +151,7 @@ def labels_of(roles: Roles) -> Labels:
         RoleMapError: there are no heads, or layers differ in length.
     """
     rows: Any = roles
-    if isinstance(roles, RoleMap):
-        names = map_names(roles)
-        rows = [[names[role] for role in layer] for layer in roles.layers]
-    elif isinstance(roles, Classification):
+    if isinstance(roles, RoleMap) or isinstance(roles, Classification):
         rows = roles.labels
     elif isinstance(roles, str) or any(isinstance(row, str) for row in roles):
         raise RoleMapError(f"{roles!r} are no labels[layer][head]: give one sequence of names per layer")
@@ -164,15 +160,6 @@ def labels_of(roles: Roles) -> Labels:
     if len(widths) != 1 or not widths[0]:
         raise RoleMapError(f"layers name {widths or 'no'} heads: expected the same number, at least 1")
     return table
-
-
-def map_names(roles: RoleMap) -> dict[HeadRole, str]:
-    """A name per role of a map: its kind, with its frames where a kind appears with several numbers."""
-    kinds = [type(role).__name__.lower() for role in roles.counts()]
-    names = short_names(roles.counts())
-    return {
-        role: kind if kinds.count(kind) == 1 else names[role] for role, kind in zip(names, kinds, strict=True)
-    }
 
 
 def fitting(profile: HeadProfile, roles: Roles) -> Labels:
