@@ -151,7 +151,7 @@ def labels_of(roles: Roles) -> Labels:
         RoleMapError: there are no heads, or layers differ in length.
     """
     rows: Any = roles
-    if isinstance(roles, RoleMap) or isinstance(roles, Classification):
+    if isinstance(roles, RoleMap | Classification):
         rows = roles.labels
     elif isinstance(roles, str) or any(isinstance(row, str) for row in roles):
         raise RoleMapError(f"{roles!r} are no labels[layer][head]: give one sequence of names per layer")
