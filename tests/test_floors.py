@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"types", "errors", "lookup", "strict_json"},
     {"positions", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "adapter", "fingerprint"},
+    | {"rope", "adapter", "fingerprint", "footprint"},
     {"stores", "backends"},
     {"profile"},
-    {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"},
+    {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
+    | {"budget"},
     {"observation", "plan", "presets"},
     {"attention", "status", "metrics"},
     {"handle"},

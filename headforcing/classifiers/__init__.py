@@ -18,10 +18,10 @@ from torch import Tensor
 from headforcing.episodic import MaxMin
 from headforcing.errors import OptionError, ProfileError, RoleMapError
 from headforcing.lookup import named_module
-from headforcing.origin import Scalar
+from headforcing.origin import ModelFacts, Scalar
 from headforcing.profile import HeadProfile
 from headforcing.role_json import decode_role
-from headforcing.roles import HeadRole
+from headforcing.roles import HeadRole, Memory
 
 Labels = tuple[tuple[str, ...], ...]
 """Names `labels[layer][head]`, for `RoleMap.from_labels`."""
@@ -205,6 +205,13 @@ def frames_kept(role: HeadRole, chunk: int) -> float:
     """Frames kept beside a chunk; infinite without bound."""
     kept = role.capacity(chunk)
     return math.inf if kept is None else float(kept)
+
+
+def unrestricted(model: ModelFacts) -> HeadRole:
+    """Everything the window allows: what a head keeps where no candidate of an ablation is good enough."""
+    sink = min(model.chunk, model.window - model.chunk)
+    recent = min(sink, model.window - model.chunk - sink)
+    return Memory(sink, recent=recent).fit(model.window, model.chunk)
 
 
 def _first(mask: Tensor) -> Tensor:

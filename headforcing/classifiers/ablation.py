@@ -18,10 +18,10 @@ from headforcing.classifiers import (
     measured,
     short_names,
     table,
+    unrestricted,
 )
 from headforcing.errors import OptionError
 from headforcing.profile import HeadProfile
-from headforcing.roles import Memory
 
 
 def classify(profile: HeadProfile, *, error: float = 0.05) -> Classification:
@@ -40,8 +40,7 @@ def classify(profile: HeadProfile, *, error: float = 0.05) -> Classification:
     increase = measured(profile, "ablation.increase").flatten(0, 1)  # [heads in all, R]
     model = profile.facts.model
     roles = sorted(candidates(profile, "ablation"), key=lambda role: frames_kept(role, model.chunk))
-    sink = min(model.chunk, model.window - model.chunk)
-    rest = Memory(sink, recent=min(sink, model.window - model.chunk - sink)).fit(model.window, model.chunk)
+    rest = unrestricted(model)
     chosen, distance = cheapest(increase, roles, model.chunk, error)
     none = (increase > error).all(1)
     names = short_names([*roles, rest])
