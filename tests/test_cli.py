@@ -241,6 +241,20 @@ def test_a_mistake_gives_one_message(demo, options, message):
     assert "Traceback" not in answer.output
 
 
+def test_a_preset_instead_of_a_map(demo, folder):
+    files = ["--weights", str(folder / "weights.safetensors"), "--out", str(folder / "preset")]
+    short = ["demo", "--seconds", "0.7", "--camera", "still", *files]
+    answer = RUN.invoke(app, [*short, "--preset", "infinity_rope", "--json"])
+    assert answer.exit_code == 0, answer.output
+    row = json.loads(answer.stdout)["policies"][1]
+    assert (row["name"], row["attended_frames"]) == ("preset infinity_rope", 6.0)
+    assert row["roles"] == [{"role": "slidingwindow", "heads": 24, "frames": 3}]
+    unknown = RUN.invoke(app, [*short, "--preset", "head_forcing"])
+    assert (unknown.exit_code, "sliding_window" in unknown.stderr) == (2, True)
+    both = demo("--preset", "full", out="never")
+    assert (both.exit_code, "leave one out" in both.stderr) == (2, True)
+
+
 def test_foreign_files_are_not_overwritten(demo, folder):
     (folder / "foreign").mkdir()
     (folder / "foreign" / "demo.mp4").write_text("mine")

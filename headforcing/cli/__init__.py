@@ -1,4 +1,4 @@
-"""The command line: `headforcing demo`, `headforcing profile`, `headforcing roles ...`.
+"""The command line: `headforcing demo`, `profile`, `presets` and `roles ...`.
 
 Torch and the drawing libraries are imported inside the commands. Exit codes: 0 fine, 1 a file is not
 valid, 2 the command could not be carried out.
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli import demo, profile, roles
+from headforcing.cli import demo, presets, profile, roles
 from headforcing.cli.console import command_of
 
 app = typer.Typer(
@@ -20,8 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help is plain text: brackets and line breaks stay as they are
 )
-app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
+app.command("demo", epilog=demo.EXAMPLES)(command_of(demo.demo, demo.Options))
 app.command("profile", epilog=profile.EXAMPLES)(command_of(profile.profile, profile.Options))
+app.command("presets", epilog=presets.EXAMPLES)(command_of(presets.presets, presets.Options))
 app.add_typer(roles.app, name="roles")
 
 

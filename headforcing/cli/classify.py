@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +63,7 @@ def classify(options: Options) -> None:
         from headforcing.measured import measured_map
         from headforcing.profile import HeadProfile
 
-        _check_files(options)
+        check_files(options.profile, {"--out": options.out, "--report": options.report})
         profile = HeadProfile.load(options.profile)
         for file in _outputs(options):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +84,14 @@ def _outputs(options: Options) -> list[Path]:
     return [file for file in (options.out, options.report) if file is not None]
 
 
-def _check_files(options: Options) -> None:
-    """Nothing that is written may stand in the way of anything else."""
-    read = (options.profile, facts_file(options.profile))
-    taken = {file.resolve(): "a file of the profile" for file in read}
-    for name, file in (("--out", options.out), ("--report", options.report)):
+def check_files(profile: Path, written: Mapping[str, Path | None]) -> None:
+    """Nothing that is written, by option, may stand in the way of anything else.
+
+    Raises:
+        OptionError: it does.
+    """
+    taken = {file.resolve(): "a file of the profile" for file in (profile, facts_file(profile))}
+    for name, file in written.items():
         if file is None:
             continue
         if (owner := taken.setdefault(file.resolve(), name)) != name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,11 @@ import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
 
-EXAMPLES = examples("demo --seconds 60", 'demo --prompt "sea clear fast disc red" --camera still --out still')
+EXAMPLES = examples(
+    "demo --seconds 60",
+    'demo --prompt "sea clear fast disc red" --camera still --out still',
+    "demo --preset infinity_rope --out preset",
+)
 DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
 
 
@@ -21,39 +26,55 @@ class Camera(str, Enum):
     pan = "pan"
 
 
-def demo(
+@dataclass(frozen=True)
+class Options:
+    """What to show."""
+
     prompt: Annotated[
         str | None,
         typer.Option(help='For example "sea clear fast disc red". [default: drawn from the seed]'),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")
-    ] = 15.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the scene and the noise.")] = 0,
-    camera: Annotated[Camera, typer.Option(help="Whether the camera moves.")] = Camera.pan,
+    ] = None
+    seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")] = 15.0
+    seed: Annotated[int, typer.Option(min=0, help="Of the scene and the noise.")] = 0
+    camera: Annotated[Camera, typer.Option(help="Whether the camera moves.")] = Camera.pan
     out: Annotated[Path, typer.Option(help="Folder for the files, made if missing.")] = Path(
         "headforcing-demo"
-    ),
+    )
     weights: Annotated[
         Path | None, typer.Option(help="Weights of the demo model. [default: in the package]")
-    ] = None,
-    roles: Annotated[
-        Path | None, typer.Option(help="Role-map file for them. [default: in the package]")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+    ] = None
+    roles: Annotated[Path | None, typer.Option(help="Role-map file for them. [default: in the package]")] = (
+        None
+    )
+    preset: Annotated[
+        str | None, typer.Option(help="A preset instead of a role map; `headforcing presets` lists them.")
+    ] = None
+    as_json: AsJson = False
+
+
+def demo(options: Options) -> None:
     """Make one long video twice, with a sliding window and with Head Forcing, and compare.
 
-    Runs on the CPU in well under a minute, without any download.
+    With --preset, that preset stands in for the measured role map. Runs on the CPU in well under a minute,
+    without any download.
     """
     require(DRAWING, "demo", "the demo")
     with clean_errors():
         from headforcing.demo.show import Request, show
 
-        request = Request(prompt, seconds, seed, camera.value, out, weights, roles)
-        with progress(quiet=as_json) as tell:
+        request = Request(
+            prompt=options.prompt,
+            seconds=options.seconds,
+            seed=options.seed,
+            camera=options.camera.value,
+            out=options.out,
+            weights=options.weights,
+            roles=options.roles,
+            preset=options.preset,
+        )
+        with progress(quiet=options.as_json) as tell:
             report = show(request, tell)
-    if as_json:
+    if options.as_json:
         print_json(report.to_dict())
     else:
         print_parts(report.table(), report.reading())

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli import classify, compare, hub, plot
+from headforcing.cli import classify, compare, fit, hub, plot
 from headforcing.cli.console import (
     AsJson,
     choices,
@@ -124,6 +124,14 @@ app.command(
         "roles classify profile.safetensors --control random --seed 1 --out random.json",
     ),
 )(command_of(classify.classify, classify.Options))
+app.command(
+    "fit",
+    epilog=examples(
+        "roles fit profile.safetensors --frames 2160 --out roles.json",
+        "roles fit profile.safetensors --bytes 2GB --tokens-per-frame 3600 --held --out roles.json",
+        "roles fit ablation.safetensors --frames 2160 --by ablation.increase --json",
+    ),
+)(command_of(fit.fit, fit.Options))
 app.command("compare", epilog=examples("roles compare a.json b.json", "roles compare a.json b.json --json"))(
     compare.compare
 )

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from headforcing.demo import demo_roles, draw, plots
+from headforcing.demo.attention import DemoConfig
 from headforcing.demo.camera import CHUNK, STRIP
 from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
 from headforcing.demo.files import FILES, MADE_BY, REPORT, check_folder, replace_file, write_mp4
@@ -23,7 +24,9 @@ from headforcing.demo.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, 
 from headforcing.demo.threads import one_thread
 from headforcing.demo.words import MOTIONS, POSES, format_prompt
 from headforcing.demo.world import Scene, render
+from headforcing.errors import OptionError
 from headforcing.handle import handles_of
+from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 
@@ -45,6 +48,7 @@ class Request:
         out: folder for the files, made where it is missing.
         weights: of the model; `None`: those in the package.
         roles: role-map file; `None`: the one in the package.
+        preset: name of a preset instead of a role map.
     """
 
     prompt: str | None = None
@@ -54,6 +58,12 @@ class Request:
     out: Path = Path("headforcing-demo")
     weights: Path | None = None
     roles: Path | None = None
+    preset: str | None = None
+
+    @property
+    def policy(self) -> str:
+        """What the second policy is called."""
+        return "Head Forcing" if self.preset is None else f"preset {self.preset}"
 
     @property
     def chunks(self) -> int:
@@ -76,7 +86,7 @@ def show(request: Request, progress: Progress = lambda *_: None) -> Report:
         )
     scene = make_scene([request.seed], request.chunks, camera=request.camera, prompt=request.prompt)
     model = load_model(request.weights)
-    roles = demo_roles() if request.roles is None else RoleMap.load(request.roles)
+    roles = find_roles(request, model.config)
     check_folder(request.out)
     rollouts, held = roll_both(model, roles, scene, request, progress)
     report = summarise_all(request, scene, model, rollouts)
@@ -91,7 +101,7 @@ def roll_both(
     """The same scene and noise under both policies, and which frames they remembered on the way."""
     rollouts = []
     diary = _Diary(model)
-    for policy in (Policy("sliding window"), Policy("Head Forcing", roles)):
+    for policy in (Policy("sliding window"), Policy(request.policy, roles)):
 
         def tell(index: int, _: Tensor, name: str = policy.name) -> None:
             diary.note()
@@ -107,7 +117,7 @@ def roll_both(
             callback=tell,
         )
         rollouts.append(rollout)
-    return rollouts, diary.read(request.chunks)
+    return rollouts, diary.read(request.chunks, request.policy)
 
 
 class _Diary:
@@ -123,13 +133,14 @@ class _Diary:
                 layer, head = handle.roles.where(role)
                 self._held.setdefault(role, []).append(tuple(handle.frames(layer, head)[0][0]))
 
-    def read(self, chunks: int) -> tuple[Held, ...]:
+    def read(self, chunks: int, policy: str) -> tuple[Held, ...]:
         """The model's own rolled cache first, then every role."""
         window = self._model.config.window - self._model.config.chunk
         rolled = [tuple(range(max(0, start - window), start)) for start in range(0, chunks * CHUNK, CHUNK)]
         memories = [Held("Sliding window: every head", tuple(rolled))]
         for role, frames in self._held.items():
-            memories.append(Held(f"Head Forcing: {type(role).__name__.lower()} head", tuple(frames)))
+            who = f"{type(role).__name__.lower()} head" if len(self._held) > 1 else "every head"
+            memories.append(Held(f"{policy}: {who}", tuple(frames)))
         return tuple(memories)
 
 
@@ -145,6 +156,21 @@ def load_model(weights: Path | None) -> DemoModel:
         return DemoModel().load_weights(weights).eval().requires_grad_(False)
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{weights}: not weights of the demo model ({error})") from error
+
+
+def find_roles(request: Request, config: DemoConfig) -> RoleMap:
+    """The preset, or the map of the file, or the one in the package.
+
+    Raises:
+        ValueError: a preset and a file are given, or there is no such preset.
+    """
+    if request.preset is None:
+        return demo_roles() if request.roles is None else RoleMap.load(request.roles)
+    if request.roles is not None:
+        raise OptionError("a preset and a role-map file are given: leave one out")
+    if request.preset not in PRESETS:
+        raise OptionError(f"unknown preset {request.preset!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[request.preset](config.layers, config.heads, config.window, config.chunk)
 
 
 def summarise_all(request: Request, scene: Scene, model: DemoModel, rollouts: list[Rollout]) -> Report:

@@ -1,0 +1,169 @@
+"""`headforcing roles fit`: from a profile and a budget to a role map, without the model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headforcing.cli.classify import check_files
+from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
+from headforcing.cli.presets import itemsize
+from headforcing.errors import OptionError
+from headforcing.footprint import ITEMSIZES
+
+if TYPE_CHECKING:
+    from headforcing.budget import Budget
+    from headforcing.profile import HeadProfile
+    from headforcing.role_map import RoleMap
+
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?((?:[kKMGT]i?)?B)?", re.ASCII)
+POWERS = " kMGT"
+ROWS = 12
+"""Points of the curve that are printed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to spend."""
+
+    profile: Annotated[
+        Path, typer.Argument(metavar="PROFILE", help="A profile (.safetensors).", show_default=False)
+    ]
+    frames: Annotated[
+        int | None, typer.Option(help="Frames kept beside the own chunk, the sum over all heads.")
+    ] = None
+    amount: Annotated[
+        str | None,
+        typer.Option("--bytes", metavar="2GB", help="Keys and values of one stream, own chunk included."),
+    ] = None
+    tokens_per_frame: Annotated[int | None, typer.Option(help="Patches of one frame, with --bytes.")] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Of keys and values, with --bytes: {', '.join(ITEMSIZES)}. [default: bf16]"),
+    ] = None
+    held: Annotated[
+        bool, typer.Option("--held", help="--bytes are what the ring store holds, rotated keys included.")
+    ] = False
+    by: Annotated[str, typer.Option(help="output_regret.p95, output_regret.mean or ablation.increase.")] = (
+        "output_regret.p95"
+    )
+    out: Annotated[Path | None, typer.Option(help="Where to write the role map. [default: show it only]")] = (
+        None
+    )
+    as_json: AsJson = False
+
+
+def fit(options: Options) -> None:
+    """Give every head a role within one budget, by the error that frames save.
+
+    Needs a profile with output_regret, or one made by ablate_heads. The curve says what every budget buys.
+    Errors of single heads are added up: what heads do to each other is not measured.
+    """
+    with clean_errors():
+        from headforcing.budget import fit_budget
+        from headforcing.profile import HeadProfile
+
+        spend = _spend(options)
+        check_files(options.profile, {"--out": options.out})
+        profile = HeadProfile.load(options.profile)
+        found = fit_budget(profile, by=options.by, **spend)
+        role_map = found.role_map()
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            role_map.save(options.out)
+    if options.as_json:
+        print_json(_json(options, found, role_map))
+    else:
+        _print(options, found, role_map, profile)
+
+
+def parse_bytes(text: str) -> int:
+    """An amount such as `2GB`, `1.5 GiB` or `4096`; without an `i` in thousands, rounded down.
+
+    Raises:
+        OptionError: it is none.
+    """
+    match = AMOUNT.fullmatch(text.strip())
+    if match is None:
+        raise OptionError(f"--bytes is {text!r}: expected an amount such as 2GB, 1.5GiB or 4096")
+    unit = match[2] or "B"
+    power = 0 if unit == "B" else POWERS.index(unit[0].replace("K", "k"))
+    return int(Fraction(match[1]) * (1024 if "i" in unit else 1000) ** power)
+
+
+def _spend(options: Options) -> dict[str, Any]:
+    """The budget as keyword arguments.
+
+    Raises:
+        OptionError: not one budget is given, or an option that does not go with it.
+    """
+    if (options.frames is None) == (options.amount is None):
+        raise OptionError("give either --frames or --bytes")
+    if options.frames is not None:
+        given = {"--tokens-per-frame": options.tokens_per_frame, "--dtype": options.dtype}
+        for name, value in {**given, "--held": options.held or None}.items():
+            if value is not None:
+                raise OptionError(f"{name} goes with --bytes only: leave it out")
+        return {"frames": options.frames}
+    if options.tokens_per_frame is None:
+        raise OptionError("--bytes needs --tokens-per-frame, the patches of one frame")
+    return {
+        "bytes": parse_bytes(options.amount or ""),
+        "tokens_per_frame": options.tokens_per_frame,
+        "itemsize": itemsize(options.dtype or "bf16"),
+        "held": options.held,
+    }
+
+
+def _json(options: Options, found: Budget, role_map: RoleMap) -> dict[str, Any]:
+    return {
+        "settings": dict(found.found.settings),
+        "frames": found.frames,
+        "left": found.left,
+        "error": found.error,
+        "errors": [list(row) for row in found.errors],
+        "counts": found.found.counts(),
+        "labels": [list(row) for row in found.labels],
+        "curve": [{"frames": frames, "error": error} for frames, error in found.curve],
+        "hash": role_map.hash,
+        "files": [] if options.out is None else [str(options.out)],
+    }
+
+
+def _print(options: Options, found: Budget, role_map: RoleMap, profile: HeadProfile) -> None:
+    from headforcing.cli.tables import facts_table, label_tables
+
+    meaning = {name: str(role) for name, role in found.roles.items()}
+    facts = {
+        "frames kept": found.frames,
+        "frames left over": found.left,
+        f"total {options.by}": found.error,
+        "settings": dict(found.found.settings),
+    }
+    tables = label_tables(found.labels, meaning)
+    print_parts(_curve(found, profile), *tables, facts_table("budget", facts))
+    if options.out is not None:
+        typer.echo(options.out)
+        typer.echo(f"next: headforcing roles show {options.out}")
+
+
+def _curve(found: Budget, profile: HeadProfile) -> Any:
+    """Some points of the curve, evenly, and what was bought."""
+    from rich.table import Table
+
+    heads = profile.facts.model.layers * profile.facts.model.heads
+    last = len(found.curve) - 1
+    places = {round(number * last / (ROWS - 1)) for number in range(ROWS)}
+    rows = {point: "" for place, point in enumerate(found.curve) if place in places}
+    rows[found.frames, found.error] = "this budget"
+    table = Table(title="what frames buy, over all heads")
+    for column in ("frames", "per head", "total error", ""):
+        table.add_column(column, justify="right")
+    for (frames, error), note in sorted(rows.items()):
+        table.add_row(str(frames), f"{frames / heads:.1f}", f"{error:.4g}", note)
+    return table
