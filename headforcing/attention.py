@@ -17,6 +17,7 @@ from headforcing.backends import Part
 from headforcing.errors import StreamActiveError
 from headforcing.observation import Observation
 from headforcing.plan import LayerPlan
+from headforcing.roles import HeadRole
 from headforcing.types import AttentionCall, Chunk
 
 
@@ -53,11 +54,14 @@ class HeadForcingMixin(nn.Module):
 
         parts, views = [], []
         for role, heads in plan.heads.items():
-            view = stream.store.view(role, call.phase, encode)
-            own = view.positions[-q.shape[1] :]
-            rotated = encode(heads.take(q), own).to(v.dtype)
-            parts.append(Part(heads, *(x.flatten(1, 2) for x in (rotated, view.k, view.v))))
-            views.append(view)
+            for own in _readings(role, q.shape[1]):
+                query = call.start + own.start if role.reads_per_query else None
+                view = stream.store.view(role, call.phase, encode, query)
+                rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(v.dtype)
+                queries, k, v = (x.flatten(1, 2) for x in (rotated, view.k, view.v))
+                tokens = call.tokens_per_frame
+                parts.append(Part(heads, queries, k, v, slice(own.start * tokens, own.stop * tokens)))
+                views.append(view)
         out = plan.options.attend(parts, plan.num_heads)  # [B, L, H, D]
         for observe in plan.activity.observers:
             frames, positions = [view.frames for view in views], [view.positions for view in views]
@@ -77,6 +81,13 @@ class HeadForcingMixin(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (original_class(self),), self.__dict__
+
+
+def _readings(role: HeadRole, frames: int) -> list[slice]:
+    """The query frames that see the same, as slices of the chunk."""
+    if not role.reads_per_query:
+        return [slice(0, frames)]
+    return [slice(frame, frame + 1) for frame in range(frames)]
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:

@@ -8,7 +8,11 @@ from typing import Any, TypeVar
 
 from headforcing.episodic import EpisodicUpdate
 from headforcing.errors import HeadForcingError, RoleMapError
+from headforcing.pyramid import Strided, Wave
 from headforcing.roles import HeadRole
+
+KNOWN = (Strided, Wave)
+"""Roles outside `headforcing.roles`: imported, so that their names are known."""
 
 
 def decode_role(data: dict[str, Any], where: str) -> HeadRole:
@@ -36,7 +40,12 @@ def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
             raise RoleMapError(f"{where}/{entry} is a JSON {_JSON[type(value)]}: expected a single value")
     fields = dict(data)
     name = fields.pop("type", None)
-    kinds = {cls.__name__: cls for cls in _concrete(base)}
+    kinds: dict[str, Any] = {}
+    for cls in _concrete(base):
+        if cls.__name__ == name and name in kinds:
+            places = sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in (cls, kinds[name]))
+            raise RoleMapError(f"{where}/type {name!r} may be {' or '.join(places)}: give one another name")
+        kinds[cls.__name__] = cls
     if not isinstance(name, str) or name not in kinds:
         raise RoleMapError(f"{where}/type is {name!r}: expected one of {', '.join(sorted(kinds))}")
     known = {f.name for f in dataclasses.fields(kinds[name])}

@@ -34,6 +34,8 @@ class HeadRole(ABC):
     positions: PositionScheme = field(default="compact", kw_only=True)
     uses_phase: ClassVar[bool] = False
     """Whether `attend` depends on the phase; such a role needs a host that tells it."""
+    reads_per_query: ClassVar[bool] = False
+    """Whether what is visible, or where it sits, depends on the frame of the query."""
 
     def __post_init__(self) -> None:
         if self.positions not in SCHEMES:
@@ -61,8 +63,16 @@ class HeadRole(ABC):
         """Rows of the history that are visible in this pass, ascending; default all."""
         return range(len(table))
 
-    def place(self, frames: Sequence[int | None], chunk: int, window: int) -> tuple[int, ...]:
+    def place(
+        self, frames: Sequence[int | None], chunk: int, window: int, query: int | None = None
+    ) -> tuple[int, ...]:
         """Temporal RoPE position of every visible frame, own chunk last.
+
+        Args:
+            frames: absolute frame indices, own chunk last.
+            chunk: frames of the own chunk.
+            window: frames the model was trained on.
+            query: the frame that looks, for roles that read per query frame.
 
         Raises:
             WindowError: a position would leave the range the model was trained on, `[0, window)`.

@@ -54,12 +54,16 @@ class FrameTable:
         chunk: frames in the chunk that begins.
         keys: fetches keys before RoPE of the given rows, `[B, rows, P, Hr, D]`. Only content-based
             roles call it.
+        start: first frame of the chunk that begins, or that looks back.
+        query: the frame that looks back, for roles that read per query frame.
     """
 
     frames: tuple[int | None, ...]
     new: int
     chunk: int
     keys: Callable[[Sequence[int]], Tensor] = field(repr=False, compare=False)
+    start: int = 0
+    query: int | None = None
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
     {"types", "errors", "lookup", "strict_json"},
-    {"positions", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
+    {"positions", "pyramid", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "fingerprint", "footprint"},
     {"stores", "backends"},
     {"profile"},

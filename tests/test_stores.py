@@ -22,11 +22,12 @@ from hypothesis.stateful import (
 from headforcing.episodic import MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.errors import ChunkOrderError, NonFiniteKVError, StreamError, StreamShapeError, WindowError
 from headforcing.lookup import module_names
+from headforcing.pyramid import Strided, Wave
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
-from headforcing.testing.strategies import frame_tensor, roles
+from headforcing.testing.strategies import frame_tensor, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
 
 WINDOW, CHUNK = 12, 4
@@ -51,16 +52,28 @@ class Definition:
     def __init__(self, role: HeadRole) -> None:
         self.role, self.kept, self.episodic = role, [], []
 
-    def begin(self, new: list[int], chunk: int, keys: dict[int, torch.Tensor]) -> None:
+    def begin(self, new: list[int], own: range, keys: dict[int, torch.Tensor]) -> None:
         role, frames = self.role, self.kept + new
         if isinstance(role, SlidingWindow):
-            self.kept = self._sinks(frames) + self._last(frames, role.window - role.sink - chunk)
+            self.kept = self._sinks(frames) + self._last(frames, role.window - role.sink - len(own))
+        elif isinstance(role, Wave | Strided):
+            phases = range(role.period) if isinstance(role, Wave) else [0]
+            self.kept = sorted(
+                {f for phase in phases for f in self.cycle(range(own.start), own.start, phase)}
+            )
         elif isinstance(role, Local | Anchor):
             self.kept = self._sinks(frames) + self._last(frames, role.recent)
         elif isinstance(role, Memory):
             self._memory(role, frames, keys)
         else:
             self.kept = frames
+
+    def cycle(self, frames: Any, start: int, phase: int) -> list[int]:
+        """What a query of this phase reads: sinks, frames of the same phase, and the last ones."""
+        role = self.role
+        ends = [f for f in frames if f < role.sink or f >= start - role.recent]
+        middle = [f for f in frames if f % role.period == phase and f not in ends]
+        return sorted(ends + middle[max(len(middle) - role.cap, 0) :])
 
     def _memory(self, role: Memory, frames: list[int], keys: dict[int, torch.Tensor]) -> None:
         sinks, recent = self._sinks(frames), self._last(frames, role.recent)
@@ -133,7 +146,8 @@ class StoreMachine(RuleBasedStateMachine):
             noise = self._tensor(frames, salt=100 * salt)
             self.noisy.write(Chunk(frames.start, noise, noise))
             for role in self.heads:
-                self.noisy.view(role, "denoise", encode)
+                for query in queries(role, frames):
+                    self.noisy.view(role, "denoise", encode, query)
         for store in (self.noisy, self.clean):
             store.write(Chunk(frames.start, k, v))
         new = [] if self.pending is None else [f for f in self.pending if f < frames.start]
@@ -142,7 +156,7 @@ class StoreMachine(RuleBasedStateMachine):
             for sample, definition in enumerate(samples):
                 known = [*definition.kept, *new]
                 keys = {f: self._tensor(range(f, f + 1))[sample, 0][:, heads] for f in known}
-                definition.begin(new, len(frames), keys)
+                definition.begin(new, frames, keys)
         self.pending = frames
 
     @rule(length=st.integers(1, CHUNK), overlap=st.integers(0, 2), passes=st.integers(0, 3))
@@ -178,25 +192,33 @@ class StoreMachine(RuleBasedStateMachine):
             return
         now = self.pending
         for role, heads in self.heads.items():
-            expected = self.clean.view(role, "denoise", encode)
-            view = self.noisy.view(role, "denoise", encode)
-            assert view.frames == expected.frames
-            assert view.positions == expected.positions
-            assert torch.equal(view.k, expected.k), role
-            assert torch.equal(view.v, expected.v), role
-            placed = torch.tensor(view.positions, dtype=view.k.dtype)[:, None, None, None]
-            assert torch.allclose(view.k - 1000.0 * placed, -view.v, atol=1e-2), "K and V are of one frame"
-            self._check_bounds(role, view.positions)
+            for query in queries(role, now):
+                expected = self.clean.view(role, "denoise", encode, query)
+                view = self.noisy.view(role, "denoise", encode, query)
+                assert view.frames == expected.frames
+                assert view.positions == expected.positions
+                assert torch.equal(view.k, expected.k), role
+                assert torch.equal(view.v, expected.v), role
+                placed = torch.tensor(view.positions, dtype=view.k.dtype)[:, None, None, None]
+                assert torch.allclose(view.k - 1000.0 * placed, -view.v, atol=1e-2), (
+                    "K and V are of one frame"
+                )
+                assert view.k.shape[3] == len(heads)
+                self._check_bounds(role, view.positions)
+                if query is not None:
+                    phase = query % role.period if isinstance(role, Wave) else 0
+                    read = self.oracle[role][0].cycle(range(now.start), now.start, phase)
+                    assert view.frames == (*read, *now)
             held = self.noisy.frames(role)
             assert held == self.clean.frames(role)
             assert held == [definition.kept for definition in self.oracle[role]], role
             for sample in held:
                 assert sample == sorted(set(sample)), "no frame twice"
                 assert all(frame < now.start for frame in sample), "none from the future"
-            assert view.k.shape[3] == len(heads)
 
     def _check_bounds(self, role: HeadRole, positions: tuple[int, ...]) -> None:
-        assert list(positions) == sorted(set(positions))
+        assert list(positions) == sorted(positions)
+        assert len(set(positions)) == len(positions) or role.reads_per_query
         if role.bounded:
             assert positions[0] >= 0
             assert positions[-1] < WINDOW
@@ -251,12 +273,14 @@ class Mixed(RingStore):
 class Frozen(RingStore):
     """Never rotates history again."""
 
-    def view(self, role: HeadRole, phase: Phase, encode: Any) -> Any:
+    def view(self, role: HeadRole, phase: Phase, encode: Any, query: int | None = None) -> Any:
         bank = self._banks[role]
+        if query is not None:
+            return super().view(role, phase, encode, query)
         placed = [role.place((*bank.frames, *self._pending), len(self._pending), self.window)]
         held = len(bank.frames) - 1
         bank._placed[:held] = placed[0][:held]
-        return super().view(role, phase, encode)
+        return super().view(role, phase, encode, query)
 
 
 @pytest.mark.parametrize("store", [Leaky, Sticky, Greedy, Mixed, Frozen], ids=lambda store: store.__name__)
@@ -278,7 +302,7 @@ def store(request) -> KVStore:
 
 
 @dataclass(frozen=True)
-class Strided(HeadRole):
+class EverySecond(HeadRole):
     """Keeps everything, sees every second frame while denoising: a role that attends to a part."""
 
     uses_phase: ClassVar[bool] = True
@@ -296,7 +320,7 @@ class Strided(HeadRole):
 @given(lengths=st.lists(st.integers(1, CHUNK), min_size=1, max_size=12), passes=st.integers(1, 3))
 def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, passes):
     stores = [
-        cls(grouped([Strided(), Full()]), window=WINDOW, layer=0) for cls in (ReferenceStore, RingStore)
+        cls(grouped([EverySecond(), Full()]), window=WINDOW, layer=0) for cls in (ReferenceStore, RingStore)
     ]
     start = 0
     for length in lengths:
@@ -305,7 +329,7 @@ def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, pas
             for store in stores:
                 store.write(Chunk(start, chunk.k + passes - number - 1, chunk.v))
             for phase in ("denoise", "commit"):
-                one, two = (store.view(Strided(), phase, encode) for store in stores)
+                one, two = (store.view(EverySecond(), phase, encode) for store in stores)
                 assert one.frames == two.frames
                 assert torch.equal(one.k, two.k)
                 assert torch.equal(one.v, two.v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor
@@ -21,16 +21,18 @@ class Part:
         q: rotated queries, `[B, L, Hr, D]`.
         k: rotated keys, `[B, M, Hr, D]`; `M` differs per role.
         v: values, `[B, M, Hr, D]`.
+        rows: which queries of the chunk these are; all of them, unless a role reads per query frame.
     """
 
     heads: Heads
     q: Tensor
     k: Tensor
     v: Tensor
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 Attend = Callable[[Sequence[Part], int], Tensor]
-"""Softmax attention of all parts, put together: `[B, L, H, D]`, contiguous."""
+"""Softmax attention of all parts, put together: `[B, L, H, D]`, contiguous, for `L` queries."""
 
 
 def find_backend(name: str) -> Attend:

@@ -15,9 +15,10 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
     if len(parts) == 1:
         return _attend(parts[0]).contiguous()
     q = parts[0].q
-    out = torch.empty((*q.shape[:2], num_heads, q.shape[3]), dtype=q.dtype, device=q.device)
+    queries = max(part.rows.stop or part.q.shape[1] for part in parts)
+    out = torch.empty((q.shape[0], queries, num_heads, q.shape[3]), dtype=q.dtype, device=q.device)
     for part in parts:
-        part.heads.put(out, _attend(part))
+        part.heads.put(out[:, part.rows], _attend(part))
     return out
 
 

@@ -102,8 +102,7 @@ def make_scene(
         num_chunks: chunks in which the camera moves.
         camera: `still`, or `pan`: the camera leaves the left half of the strip, stays away for 42
             frames and more (twice the trained window), returns, and so on.
-        prompt: `parse_prompt` text without camera words that replaces what the seeds drew; textures,
-            paths and tints stay those of the seeds.
+        prompt: `parse_prompt` text without camera words; textures, paths and tints stay those of the seeds.
 
     Raises:
         ValueError: the prompt is malformed or names a camera position.
@@ -220,7 +219,8 @@ class _Recorder:
         self.keys: deque[float] = deque(maxlen=layers)
 
     def __call__(self, parts: Sequence[Part], num_heads: int) -> Tensor:
-        self.keys.append(sum(len(part.heads) * part.k.shape[1] for part in parts) / num_heads)
+        pairs = sum(len(part.heads) * part.q.shape[1] * part.k.shape[1] for part in parts)
+        self.keys.append(pairs / sum(len(part.heads) * part.q.shape[1] for part in parts))
         return attend(parts, num_heads)
 
 
@@ -228,7 +228,7 @@ class _Recorder:
 def _as_found(model: DemoModel) -> Iterator[None]:
     """Evaluation mode inside; window, sink and mode are put back."""
     if handles_of(model):
-        raise AlreadyAppliedError("roll applies the policy itself: remove head forcing from the model first")
+        raise AlreadyAppliedError("roll applies the policy itself: remove head forcing first")
     found = model.local_attn_size, model.sink_size, model.training
     model.eval()
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headforcing.backends import Part
 from headforcing.backends.sdpa import attend
+from headforcing.errors import OptionError
 from headforcing.metrics import Look, Metric
 from headforcing.observation import Observation
 from headforcing.role_json import encode_role
@@ -59,6 +60,8 @@ class OutputRegret(Metric):
     def begin(self, window: int, chunk: int) -> None:
         """See `Metric.begin`."""
         self.roles = tuple(role.fit(window, chunk) for role in self.roles or candidates(window, chunk))
+        if any(role.reads_per_query for role in self.roles):
+            raise OptionError("output_regret cannot follow roles that read per query frame: leave them out")
         self._window = window
 
     def watch(self, seen: Observation) -> None:

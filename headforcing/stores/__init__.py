@@ -139,8 +139,15 @@ class KVStore(ABC):
         return self._end
 
     @abstractmethod
-    def view(self, role: HeadRole, phase: Phase, encode: Encode) -> KVView:
-        """What the heads of `role` see now, own chunk last, keys rotated by `encode`."""
+    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
+        """What the heads of `role` see now, own chunk last, keys rotated by `encode`.
+
+        Args:
+            role: whose heads.
+            phase: which pass this is.
+            encode: rotates keys to positions.
+            query: the frame that looks, for a role that reads per query frame.
+        """
 
     @abstractmethod
     def frames(self, role: HeadRole) -> list[list[int]]:

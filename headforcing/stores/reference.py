@@ -6,6 +6,7 @@ other store is tested against it, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,13 +38,14 @@ class ReferenceStore(KVStore):
         self._new: int
         self._clear()
 
-    def view(self, role: HeadRole, phase: Phase, encode: Encode) -> KVView:
+    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
         own = self._chunk
         assert own is not None
         length = own.k.shape[1]
-        rows = list(role.attend(self._table(role, new=0, chunk=length), phase))
+        table = dataclasses.replace(self._table(role, 0, own.frames), query=query)
+        rows = list(role.attend(table, phase))
         numbers = (*(self._known[role][row] for row in rows), *own.frames)
-        positions = role.place(numbers, length, self.window)
+        positions = role.place(numbers, length, self.window, query)
         heads = self.heads[role]
         k, v = heads.take(own.k), heads.take(own.v)
         if rows:
@@ -62,7 +64,7 @@ class ReferenceStore(KVStore):
 
     def _begin(self, own: range) -> None:
         for role, samples in self._history.items():
-            table = self._table(role, self._new, len(own))
+            table = self._table(role, self._new, own)
             kept = role.retain(table)
             selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
             for index, sample in enumerate(samples):
@@ -97,8 +99,11 @@ class ReferenceStore(KVStore):
         self._chunk = None
         self._new = 0
 
-    def _table(self, role: HeadRole, new: int, chunk: int) -> FrameTable:
-        return FrameTable(self._known[role], new, chunk, keys=lambda rows: self._stack(role, rows, "k"))
+    def _table(self, role: HeadRole, new: int, own: range) -> FrameTable:
+        def keys(rows: Sequence[int]) -> Tensor:
+            return self._stack(role, rows, "k")
+
+        return FrameTable(self._known[role], new, len(own), keys, own.start)
 
     def _stack(self, role: HeadRole, rows: Sequence[int], name: str) -> Tensor:
         """Keys or values of history rows, `[B, rows, P, Hr, D]`."""

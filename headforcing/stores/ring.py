@@ -12,6 +12,7 @@ of the same frames; `nbytes` says so.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -32,16 +33,17 @@ class RingStore(KVStore):
         super().__init__(heads, window=window, layer=layer)
         self._banks = {role: _Bank(role, heads[role], window) for role in heads}
 
-    def view(self, role: HeadRole, phase: Phase, encode: Encode) -> KVView:
+    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
         assert self._pending is not None
         bank = self._banks[role]
-        rows = tuple(role.attend(bank.table(0, len(self._pending)), phase))
+        table = dataclasses.replace(bank.table(0, self._pending), query=query)
+        rows = tuple(role.attend(table, phase))
         frames = (*(bank.frames[row] for row in rows), *self._pending)
-        positions = role.place(frames, len(self._pending), self.window)
-        if len(rows) == len(bank.frames):
+        positions = role.place(frames, len(self._pending), self.window, query)
+        if query is None and len(rows) == len(bank.frames):
             k, v = bank.see(positions, encode)
         else:
-            k, v = bank.see_some(rows, positions, encode)
+            k, v = bank.see_some(rows, positions, encode, query)
         return KVView(frames, positions, k, v)
 
     def frames(self, role: HeadRole) -> list[list[int]]:
@@ -82,19 +84,19 @@ class _Bank:
         self._raw = self._rotated = self._v = _NOTHING  # [B, slots, P, Hr, D]
         self._ids = _NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
         self._placed: list[int | None] = []  # where each rotated slot sits; None: not rotated yet
-        self._some: tuple[_Plan, Tensor, Tensor] | None = None
+        self._some: dict[int | None, tuple[_Plan, Tensor, Tensor]] = {}  # by query frame
 
-    def table(self, new: int, chunk: int) -> FrameTable:
-        return FrameTable(self.frames, new, chunk, keys=self._keys)
+    def table(self, new: int, own: range) -> FrameTable:
+        return FrameTable(self.frames, new, len(own), self._keys, own.start)
 
     def begin(self, own: range) -> None:
-        table = self.table(self._new, len(own))
+        table = self.table(self._new, own)
         kept = self.role.retain(table)
         selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
         self.frames = selection.frames(table)
         self._move(selection, self._next_positions(own))
         self._new = 0
-        self._some = None
+        self._some.clear()
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Writes the heads' part of the pending chunk, `[B, F, P, H, D]`, behind the history."""
@@ -124,18 +126,19 @@ class _Bank:
         return self._rotated[:, : len(positions)], self._v[:, : len(positions)]
 
     def see_some(
-        self, rows: Sequence[int], positions: Sequence[int], encode: Encode
+        self, rows: Sequence[int], positions: Sequence[int], encode: Encode, query: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The same for a part of the history, packed once per chunk into buffers of its own."""
+        """The same for a part of the history, packed once per chunk and query frame."""
         held = len(rows)
         raw, v = self.staged(len(positions) - held)
         plan = (tuple(rows), tuple(positions))
-        if self._some is None or self._some[0] != plan:
+        if query not in self._some or self._some[query][0] != plan:
             past = list(rows)
-            turned = encode(self._raw[:, past], positions[:held]).to(v.dtype)
-            packed = torch.cat([turned, raw.to(v.dtype)], dim=1)
-            self._some = (plan, packed, torch.cat([self._v[:, past], v], dim=1))
-        _, some_k, some_v = self._some
+            packed = torch.cat([self._raw[:, past], raw], dim=1).to(v.dtype)
+            if past:
+                packed[:, :held] = encode(self._raw[:, past], positions[:held])
+            self._some[query] = (plan, packed, torch.cat([self._v[:, past], v], dim=1))
+        _, some_k, some_v = self._some[query]
         some_k[:, held:] = encode(raw, positions[held:])
         some_v[:, held:] = v
         return some_k, some_v
@@ -147,15 +150,15 @@ class _Bank:
         return numbers
 
     def nbytes(self) -> int:
-        some = [] if self._some is None else self._some[1:]
-        tensors = [*self._buffers(), *some]
+        packed = [tensor for _, *some in self._some.values() for tensor in some]
+        tensors = [*self._buffers(), *packed]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def clear(self) -> None:
         self.frames = ()
         self._new = 0
         self._placed = [None] * len(self._placed)
-        self._some = None
+        self._some.clear()
 
     def _keys(self, rows: Sequence[int]) -> Tensor:
         """Keys of neighbouring history rows, `[B, rows, P, Hr, D]`."""
@@ -163,7 +166,9 @@ class _Bank:
 
     def _next_positions(self, own: range) -> Sequence[int | None]:
         """Where the history will sit in the first pass; nowhere, for a role that sees a part of it."""
-        if len(self.role.attend(self.table(0, len(own)), "denoise")) < len(self.frames):
+        if self.role.reads_per_query:
+            return [None] * len(self.frames)
+        if len(self.role.attend(self.table(0, own), "denoise")) < len(self.frames):
             return [None] * len(self.frames)
         return self.role.place((*self.frames, *own), len(own), self.window)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headforcing.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
+from headforcing.pyramid import Strided, Wave
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 
 UPDATES: tuple[EpisodicUpdate, ...] = (MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform())
@@ -29,7 +30,23 @@ def roles(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
         st.builds(lambda p, s: Local(recent=p[0], sink=p[1], positions=s), pair, ends),
         st.builds(lambda p, s: Anchor(sink=p[0], recent=p[1], positions=s), pair, ends),
         memories(window, chunk),
+        waves(),
     )
+
+
+def waves() -> st.SearchStrategy[HeadRole]:
+    """The roles of Pyramid Forcing, which see something else for every query frame."""
+    few = st.integers(0, 4)
+    return st.builds(
+        lambda kind, *numbers: kind(*numbers),
+        st.sampled_from([Wave, Strided]),
+        *(few, st.integers(1, 7), few, few),
+    )
+
+
+def queries(role: HeadRole, chunk: range) -> list[int | None]:
+    """The frames of a chunk that look on their own; `None` stands for all together."""
+    return list(chunk) if role.reads_per_query else [None]
 
 
 def memories(window: int, chunk: int) -> st.SearchStrategy[Memory]:
