@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headforcing.budget import fit_budget
 from headforcing.classifiers import Classification
 from headforcing.compare import compare_labels
 from headforcing.errors import HeadForcingError, ProfileError, RoleMapError
@@ -25,6 +26,7 @@ from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.stability_report import Agreement, BoundaryHead, CurvePoint, StabilityReport
 from headforcing.stores.reference import ReferenceStore
+from headforcing.testing.profiles import random_profile
 from headforcing.types import Chunk, Heads
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -108,6 +110,7 @@ PICTURES = {
     "mass_scatter": lambda ax: plots.mass_scatter(profile(), LABELS, ax),
     "stability_curve": lambda ax: plots.stability_curve(report(), ax),
     "compare_table": lambda ax: plots.compare_table(compare_labels(LABELS, OTHER), ax),
+    "budget_curve": lambda ax: plots.budget_curve(fit_budget(random_profile(0), frames=80), ax),
     "frames_kept": lambda ax: plots.frames_kept({"memory": Memory()}, WINDOW, CHUNK, 6, ax),
 }
 
@@ -502,3 +505,19 @@ def test_the_tests_find_planted_bugs(monkeypatch):
     monkeypatch.setattr(style, "ordered", lambda names: list(dict.fromkeys(names)))
     with pytest.raises(AssertionError):
         test_the_table_holds_the_counts_in_the_order_of_roles()
+
+
+def test_the_curve_of_a_budget_and_what_was_bought():
+    found = {f"{frames} frames": fit_budget(random_profile(0), frames=frames) for frames in (40, 120)}
+    ax = plots.budget_curve(found)
+    line, *dots = ax.get_lines()
+    assert list(zip(*line.get_data(), strict=True)) == list(found["40 frames"].curve)
+    assert [tuple(map(float, *zip(*dot.get_data(), strict=True))) for dot in dots] == [
+        (budget.frames, budget.error) for budget in found.values()
+    ]
+    other = fit_budget(random_profile(0), frames=40, by="output_regret.mean")
+    both = plots.budget_curve({"p95": found["40 frames"], "mean": other})
+    assert (len(both.get_lines()), both.get_ylabel()) == (4, "total error")
+    assert ax.get_ylabel() == "total output_regret.p95"
+    with pytest.raises(ProfileError, match="no budget"):
+        plots.budget_curve({})

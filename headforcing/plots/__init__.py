@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from headforcing.plots.layers import roles_per_layer
     from headforcing.plots.repeat import stability_curve, stability_panels
     from headforcing.plots.style import role_colours
+    from headforcing.plots.tradeoff import budget_curve
     from headforcing.plots.triangle import mass_scatter
 
 __all__ = [
+    "budget_curve",
     "compare_table",
     "frames_kept",
     "head_map",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "budget_curve": "tradeoff",
     "compare_table": "crosstab",
     "frames_kept": "frames",
     "head_map": "grid",
