@@ -10,11 +10,18 @@ import dataclasses
 from collections.abc import Callable
 
 from headforcing.classifiers import Classification
+from headforcing.episodic import Uniform
 from headforcing.origin import ModelFacts
 from headforcing.profile import HeadProfile
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, HeadRole, Local, Memory
 
+SPREAD = {
+    "anchor": Memory(3, 4, 1, Uniform()),
+    "wave": Memory(1, 4, 1, Uniform()),
+    "veil": Local(1, 3),
+}
+"""Numbers for the labels of Pyramid Forcing: its own roles cannot be made larger or smaller."""
 PLAIN = {"local": Local(3), "anchor": Anchor(3, 3), "memory": Memory(3, 12, 3)}
 """Numbers for the labels of Head Forcing, in whole chunks."""
 
@@ -25,7 +32,8 @@ def at_budget(found: Classification, facts: ModelFacts, total: int) -> RoleMap:
     Raises:
         ValueError: even the smallest memories keep more.
     """
-    known = PLAIN if found.method.endswith("head_forcing") else found.roles
+    own = {"head_forcing": PLAIN, "pyramid_forcing": SPREAD}
+    known = own.get(found.method.rpartition(" ")[2], found.roles)
     roles = [known[label] for row in found.labels for label in row]
     most = facts.window - facts.chunk
     frames = [role.capacity(facts.chunk) or 0 for role in roles]

@@ -31,8 +31,8 @@ goes differs. `python benchmarks/role_maps.py` makes this page again; numbers be
   by attention mass on the first frame, then on the own chunk. Measured on {trained} videos inside the trained
   range; *long videos*: on {long} videos of {long_frames} frames.
 * **pyramid_forcing** ([2605.13111](https://arxiv.org/abs/2605.13111)): sign and period of the logits. Here
-  only its labels: its own retention is not built yet, its anchors and waves get memories, its veils the
-  first and last frames.
+  only its labels: its own roles come in one size, so its anchors and waves get memories spread evenly over
+  the past, its veils the first and last frames.
 * **mass_ratio** ([2605.09681](https://arxiv.org/abs/2605.09681), Forcing-KV's statistic, labels only).
 * **output_regret** (ours): the cheapest role that changes the output *of the head* little.
 

@@ -26,6 +26,7 @@ from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.errors import OptionError, ProfileError
 from headforcing.lookup import module_names
 from headforcing.profile import HeadProfile
+from headforcing.pyramid import Wave
 from headforcing.role_json import encode_role
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.testing.profiles import CANDIDATES, permuted, profile_of, random_profile
@@ -457,7 +458,7 @@ def test_pyramid_forcing_on_planted_heads():
     )
     found = pyramid_forcing.classify(profile_of({"qk_logits.by_age": heads}))
     assert found.labels == (("anchor", "veil", "wave", "wave", "anchor", "veil", "anchor", "anchor"),)
-    assert found.roles["wave"] == Memory(sink=1, episodic=4, recent=1, update=Uniform())
+    assert found.roles["wave"] == Wave()
     step = torch.cat([torch.ones(12), torch.full((3,), -100.0), torch.full((3,), torch.nan)])
     exact = pyramid_forcing.classify(profile_of({"qk_logits.by_age": logits(wave(6.4) + 0.1, step, -step)}))
     assert exact.labels == (("wave", "anchor", "veil"),)  # 6.4 frames, and 12 of 15 logits

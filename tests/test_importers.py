@@ -18,7 +18,8 @@ from headforcing import importers, role_file
 from headforcing.errors import OptionError, RoleMapError
 from headforcing.importers import forcing_kv, import_roles, pyramid_forcing
 from headforcing.lookup import module_names
-from headforcing.roles import Full, Local, Memory
+from headforcing.pyramid import Wave
+from headforcing.roles import Full, Local
 
 MAX_BYTES = role_file.MAX_BYTES
 CSV = "-1,1,2,1\n2,-1,-1,1\n1,1,1,-1\n"
@@ -123,7 +124,7 @@ def test_the_caller_says_what_labels_mean(tmp_path):
     path.write_text(CSV)
     role_map = import_roles(path, "pyramid_forcing", {"veil": Full()})
     assert role_map.layers[0][2] == Full()
-    assert isinstance(role_map.layers[0][0], Memory)
+    assert isinstance(role_map.layers[0][0], Wave)
     assert role_map.origin.notes["veil_became"] == str(Full())
     with pytest.raises(OptionError, match=r"roles names \['viel'\]: pyramid_forcing has the labels wave"):
         import_roles(path, "pyramid_forcing", {"viel": Local()})

@@ -9,10 +9,8 @@ Its calibration code is not public, so this is a re-implementation and need not 
 Our choices: weights 1/h of harmonics h = 1..3 (the paper's are unpublished); `<=` at 6.4 frames; powers
 are averaged over passes, where the paper votes over prompts; which passes count (see `classify`).
 
-The roles are a translation: the package has no cyclic, strided or merged middle. An anchor keeps three
-sinks and four frames spread over the past, a wave one sink and four frames spread over the past, a veil
-three sinks and no middle; all keep the last frame. Frames kept match the paper's attended frames for
-anchor and wave; which ones they are does not.
+Anchors and waves get the roles of its released configuration (`headforcing.pyramid`). A veil is a
+translation: three first frames and the last one, without its merged frames, which are not built yet.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ import torch
 from torch import Tensor
 
 from headforcing.classifiers import Classification, as_margin, share, table
-from headforcing.episodic import Uniform
 from headforcing.errors import OptionError, ProfileError
 from headforcing.profile import HeadProfile
-from headforcing.roles import Local, Memory
+from headforcing.pyramid import Strided, Wave
+from headforcing.roles import Local
 
 GRID = 256
 """Points of the zero-padded Fourier transform; 6.4 frames are one of its periods."""
@@ -73,8 +71,8 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
         table([NAMES[number] for number in code.tolist()], profile.shape[1]),
         running.gather(0, asked[None])[0].view(profile.shape),
         {
-            "anchor": Memory(sink=3, episodic=4, recent=1, update=Uniform()),
-            "wave": Memory(sink=1, episodic=4, recent=1, update=Uniform()),
+            "anchor": Strided(),
+            "wave": Wave(),
             "veil": Local(recent=1, sink=3),
         },
         settings,

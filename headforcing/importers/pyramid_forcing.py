@@ -2,25 +2,24 @@
 
 -1 is Wave, 1 is Anchor, 2 is Veil. The file says nothing about the model it belongs to.
 
-The method's own retention (cyclic, strided and merged frames) is not part of this package yet. The nearest
-roles keep what its configuration keeps at both ends, and four frames spread evenly over the time between:
-Anchor 3 first + 4 + 1 last, Wave 1 first + 4 + 1 last, Veil 3 first + 1 last without its merged frames.
+Waves and anchors get the roles of its released configuration (`headforcing.pyramid`). A veil is a
+translation: three first frames and the last one, without its merged frames, which are not built yet.
 """
 
 from __future__ import annotations
 
 import re
 
-from headforcing.episodic import Uniform
 from headforcing.errors import RoleMapError
 from headforcing.importers import Imported
+from headforcing.pyramid import Strided, Wave
 from headforcing.role_file import MAX_BYTES
-from headforcing.roles import Local, Memory
+from headforcing.roles import Local
 
 LABELS = {"-1": "wave", "1": "anchor", "2": "veil"}
 ROLES = {
-    "wave": Memory(sink=1, episodic=4, recent=1, update=Uniform()),
-    "anchor": Memory(sink=3, episodic=4, recent=1, update=Uniform()),
+    "wave": Wave(),
+    "anchor": Strided(),
     "veil": Local(recent=1, sink=3),
 }
 

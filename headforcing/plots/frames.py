@@ -28,7 +28,8 @@ class Kept:
         start: first frame of the chunk.
         frames: frames kept, `None` where content decides which.
         candidates: the frames among which content decides, `[first, last)`.
-        positions: RoPE position of every frame kept, own chunk last.
+        positions: RoPE position of every frame kept, own chunk last; none for a role that reads per query
+            frame, where every query frame has its own.
     """
 
     start: int
@@ -100,12 +101,14 @@ def simulate(role: HeadRole, window: int, chunk: int, chunks: int) -> Iterator[K
     """
     known: tuple[int | None, ...] = ()
     for start in range(0, chunk * chunks, chunk):
-        table = FrameTable(known, min(chunk, start), chunk, keys=_blank)
+        table = FrameTable(known, min(chunk, start), chunk, _blank, start)
         kept = role.retain(table)
         chosen = kept if isinstance(kept, Selection) else Selection(tuple(kept))
         frames = chosen.frames(table)
         own = tuple(range(start, start + chunk))
-        yield Kept(start, frames, _between(frames, start), role.place((*frames, *own), chunk, window))
+        together = not role.reads_per_query  # else every query frame has positions of its own
+        positions = role.place((*frames, *own), chunk, window) if together else ()
+        yield Kept(start, frames, _between(frames, start), positions)
         known = (*frames, *own)
 
 
@@ -187,6 +190,8 @@ def _positions(ax: Any, last: Kept, chunk: int, window: int, colour: str) -> Non
     """A strip of the RoPE positions of the last chunk, in the corner of frames that are not made yet."""
     from matplotlib.collections import PolyCollection
 
+    if not last.positions:
+        return
     reach = max(last.positions) + 1
     strip = ax.inset_axes((0.07, 0.84, 0.5, 0.055))
     colours = [colour if frame is not None else style.pale(colour, 0.6) for frame in last.frames]
