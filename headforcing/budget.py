@@ -29,7 +29,7 @@ from headforcing.classifiers import (
     unrestricted,
 )
 from headforcing.errors import OptionError, ProfileError
-from headforcing.footprint import ModelSize
+from headforcing.footprint import ModelSize, packs
 from headforcing.measured import measured_map
 from headforcing.origin import ModelFacts, Scalar
 from headforcing.profile import HeadProfile
@@ -116,6 +116,7 @@ def fit_budget(
     Steps are bought by the error they save per frame; of equal ones that of the lower head, counted layer
     by layer. A step that no longer fits is passed over, so that the rest of the budget can buy smaller
     ones; where that happens, the result is not a point of the curve, and another choice may be better.
+    Candidates that keep more than the window leaves beside a chunk are never chosen.
 
     Bytes are those of the keys and values that one stream of one video keeps, own chunk included:
     `tokens_per_frame * head_dim * 2 * itemsize` per frame and head. The `ring` store takes 1.5 times as
@@ -133,7 +134,8 @@ def fit_budget(
         by: the error, one of `COLUMNS`; the mean over the noisy passes.
 
     Raises:
-        OptionError: not exactly one budget is given, or it is too small for the cheapest roles.
+        OptionError: not exactly one budget is given, or it is too small for the cheapest roles, or `held`
+            goes with candidates that see a part of what they keep.
         ProfileError: the errors were not measured, or no candidate fits the window.
     """
     if (frames is None) == (bytes is None):
@@ -147,6 +149,8 @@ def fit_budget(
     elif tokens_per_frame is not None or held:
         raise OptionError("tokens_per_frame and held go with a budget in bytes: leave them out")
     roles = _roles(profile, by)
+    if held and (packed := [role for role in roles if packs(role)]):
+        raise OptionError(f"held does not count what the ring store packs for {packed[0]}: leave it out")
     hulls = [_hull(choices) for choices in _choices(profile, by, roles)]
     budget = _frames(frames, bytes, size, held, sum(hull[0].frames for hull in hulls))
     bought = _buy(hulls, budget)

@@ -13,6 +13,7 @@ from headforcing.errors import OptionError
 
 if TYPE_CHECKING:
     from headforcing.role_map import RoleMap
+    from headforcing.roles import HeadRole
 
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number, by the name of its type."""
@@ -87,12 +88,26 @@ class ModelSize:
         return (sum(known) + len(kept) * self.chunk) * self.head_bytes
 
     def ring_bytes(self, roles: RoleMap) -> int | None:
-        """What `status().stored_bytes` says of a full `ring` store; `None` is without bound."""
+        """What `status().stored_bytes` says of a full `ring` store; `None` is without bound.
+
+        Raises:
+            OptionError: a role sees a part of what it keeps, and the store packs that part as well.
+        """
+        for role in roles.counts():
+            if packs(role):
+                raise OptionError(f"{role} sees a part of what it keeps: what is packed of it is not counted")
         plain = self.kv_bytes(roles)
         if plain is None:
             return None
         slots = [(role.capacity(self.chunk) or 0) + self.chunk for layer in roles.layers for role in {*layer}]
         return RING_BUFFERS * plain // 2 + RING_ID * sum(slots)
+
+
+def packs(role: HeadRole) -> bool:
+    """Whether the `ring` store holds a copy of what the role sees beside what it keeps."""
+    from headforcing.roles import HeadRole  # torch, which a help text does not wait for
+
+    return role.reads_per_query or type(role).attend is not HeadRole.attend
 
 
 def _wan(layers: int, heads: int) -> ModelSize:

@@ -20,6 +20,7 @@ from headforcing.classifiers import find_classifier, unrestricted
 from headforcing.errors import OptionError, ProfileError
 from headforcing.footprint import MODELS, ModelSize
 from headforcing.measured import measured_map
+from headforcing.pyramid import Strided
 from headforcing.role_json import encode_role
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.stability import stability
@@ -377,6 +378,18 @@ def test_what_the_ring_store_holds_is_counted_to_the_byte(row):
         pipeline.generate(words, generator=torch.Generator().manual_seed(0))
         assert handle.status().stored_bytes == size.ring_bytes(roles)
     assert size.ring_bytes(roles) <= size.ring_head_bytes * sum(role.capacity(3) + 3 for role in row) * 6
+
+
+def test_what_is_packed_is_not_counted():
+    roles = hf.RoleMap.uniform(Strided(), 30, 12)
+    assert MODELS["wan-1.3b"].kv_bytes(roles) == 11 * MODELS["wan-1.3b"].frame_bytes
+    with pytest.raises(OptionError, match="Strided"):
+        MODELS["wan-1.3b"].ring_bytes(roles)
+    profile = profile_with([[0.5, 0.1]], (Local(1), Strided()), "ablation.increase")
+    options = {"bytes": 10**5, "tokens_per_frame": 4, "by": "ablation.increase"}
+    assert fit_budget(profile, **options).frames == 18
+    with pytest.raises(OptionError, match="packs for Strided"):
+        fit_budget(profile, **options, held=True)
 
 
 def test_what_grows_has_no_size():

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from headforcing import RoleMap
-from headforcing.budget import fit_budget
+from headforcing.budget import COLUMNS, fit_budget
 from headforcing.cli import app
 from headforcing.cli.fit import parse_bytes
 from headforcing.errors import OptionError
@@ -117,3 +117,8 @@ def test_the_profile_is_not_written_over(profile):
         assert answer.exit_code == 2
         assert "a file of the profile" in answer.stderr
     assert profile.read_bytes() == before
+
+
+def test_the_help_names_every_error():
+    said = RUN.invoke(app, ["roles", "fit", "--help"]).stdout
+    assert all(column in said for column in COLUMNS)
