@@ -70,8 +70,16 @@ class Adapter(ABC):
         """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE."""
 
     @abstractmethod
-    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int]) -> Tensor:
-        """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the host would."""
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
+        """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the host would.
+
+        Args:
+            x: queries or keys.
+            call: the call.
+            positions: temporal positions.
+            patch: side of the squares of patches that were merged into one, at whose top left they sit;
+                only asked with more than 1 where roles merge patches.
+        """
 
     @abstractmethod
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:

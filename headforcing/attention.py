@@ -45,7 +45,7 @@ class HeadForcingMixin(nn.Module):
             stream.store.reset()
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
-        chunk = Chunk(call.start, k.detach(), v.detach())
+        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:])
         stream.store.write(chunk)
         stream.released += adapter.release(call, stream.memo)
 
@@ -59,6 +59,12 @@ class HeadForcingMixin(nn.Module):
                 view = stream.store.view(role, call.phase, encode, query)
                 rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(v.dtype)
                 queries, k, v = (x.flatten(1, 2) for x in (rotated, view.k, view.v))
+                if role.merge is not None and query is not None:
+                    blocks = stream.store.view_blocks(role, query)
+                    if blocks is not None:
+                        merged = adapter.rotate(blocks.k, call, blocks.positions, role.merge.patch)
+                        k = torch.cat([merged.to(v.dtype).flatten(1, 2), k], dim=1)
+                        v = torch.cat([blocks.v.flatten(1, 2), v], dim=1)
                 tokens = call.tokens_per_frame
                 parts.append(Part(heads, queries, k, v, slice(own.start * tokens, own.stop * tokens)))
                 views.append(view)

@@ -1,11 +1,9 @@
-"""Roles of Pyramid Forcing (arXiv:2605.13111): waves read by the phase of the query, strided heads do not.
+"""Roles of Pyramid Forcing (arXiv:2605.13111): wave, strided (which it calls anchor) and veil heads.
 
 Budgets and positions are those of its released configuration (code). Two edges that its two execution
 paths leave open are our choice: the last frames are counted once per chunk, not per query frame, and a
 chunk is committed when the next one begins, so the clean pass sees what the denoising passes see.
-
-What it calls anchor is `Strided` here: `Anchor` is a role of Head Forcing. Its veil heads, which merge
-blocks of frames, are not built yet.
+`Anchor` is a role of Head Forcing, therefore `Strided`.
 """
 
 from __future__ import annotations
@@ -17,30 +15,26 @@ from typing import ClassVar
 
 from headforcing.errors import RoleError
 from headforcing.roles import HeadRole
-from headforcing.types import FrameTable, Phase
+from headforcing.types import FrameTable, Merge, Phase
 
 
 @dataclass(frozen=True)
-class _Pyramid(HeadRole):
-    """First frames, some of the middle, last frames; far frames all at one distance.
+class _Clamped(HeadRole):
+    """First frames, something between, last frames; far frames all at one distance.
 
     The `window_clamp` of Pyramid Forcing: for the query frame `q`, everything but the last frames sits
     at `q - clamp(q, near, far)`, at least 0, in space where it was, its order in time given up; the last
-    frames and the own chunk keep their true distance. RoPE feels differences only, so all of it is moved
-    to begin at 0: positions stay below `far + chunk`, for any number of frames.
+    frames, the own chunk and merged blocks keep their true distance. RoPE feels differences only, so all
+    of it is moved to begin at 0: positions stay below `far + chunk`, for any number of frames.
 
     Attributes:
         sink: first frames of the video.
-        period: the cycle, in frames.
-        cap: frames of the middle that are read.
         recent: last frames.
         near: distance of the far frames until the video is that long.
         far: their distance after that. 21 is one more than a model with 21 frames was trained on.
     """
 
     sink: int
-    period: int = 6
-    cap: int = 4
     recent: int = 1
     near: int = 18
     far: int = 21
@@ -50,13 +44,17 @@ class _Pyramid(HeadRole):
         super().__post_init__()
         if self.positions != "compact":
             raise RoleError(f"{self}: positions follow near and far, leave positions alone")
-        if self.period < 1 or not self.near <= self.far:
-            raise RoleError(f"{self}: expected a period of at least 1, and near <= far")
+        if self.near > self.far:
+            raise RoleError(f"{self}: expected near <= far")
 
     @property
     def bounded(self) -> bool:
         """False: `far` frames and the own chunk go beyond the trained range by as much, see the class."""
         return False
+
+    def origin(self, query: int) -> int:
+        """The frame that a query frame sees at position 0."""
+        return max(0, query - min(max(query, self.near), self.far))
 
     def place(
         self, frames: Sequence[int | None], chunk: int, window: int, query: int | None = None
@@ -65,48 +63,55 @@ class _Pyramid(HeadRole):
         known = [frame for frame in frames if frame is not None]
         if query is None or len(known) < len(frames):
             raise RoleError(f"{type(self).__name__} reads per query frame: it needs to know every frame")
-        own = known[len(known) - chunk]
-        far = max(0, query - min(max(query, self.near), self.far))
-        return tuple(frame - far if frame >= own - self.recent else 0 for frame in known)
+        near, far = known[len(known) - chunk] - self.recent, self.origin(query)
+        return tuple(frame - far if frame >= near else 0 for frame in known)
+
+    def _ends(self, table: FrameTable) -> tuple[list[int], list[int]]:
+        """Rows of the first and of the last frames."""
+        known = [(row, frame) for row, frame in enumerate(table.frames) if frame is not None]
+        last = table.start - self.recent
+        return [row for row, frame in known if frame < self.sink], [row for row, f in known if f >= last]
+
+
+@dataclass(frozen=True)
+class _Cyclic(_Clamped):
+    """Frames of the middle by their phase in a cycle.
+
+    Attributes:
+        period: the cycle, in frames.
+        cap: frames of the middle that are read.
+    """
+
+    period: int = 6
+    cap: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.period < 1:
+            raise RoleError(f"{self}: expected a period of at least 1")
 
     def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
-        """Sinks, the middle of this query frame, and the last frames."""
+        """First frames, the middle of this query frame, and the last frames."""
         query = table.start if table.query is None else table.query
-        sinks, recents = self._ends(table)
-        middle = self._middle(table, query % self.period)
-        return sorted({*sinks, *middle[max(0, len(middle) - self.cap) :], *recents})
+        return self._rows(table, [query % self.period])
 
     @abstractmethod
     def _phase(self, phase: int) -> int:
         """The phase of the middle frames that a query frame of some phase reads."""
 
-    def _middle(self, table: FrameTable, phase: int) -> list[int]:
-        """Rows between the ends that a query of this phase may read, oldest first."""
-        sinks, recents = self._ends(table)
-        ends = {*sinks, *recents}
-        wanted = self._phase(phase)
-        return [
-            row
-            for row, frame in enumerate(table.frames)
-            if row not in ends and _at(frame, self.period) == wanted
-        ]
-
-    def _ends(self, table: FrameTable) -> tuple[list[int], list[int]]:
-        sinks = [row for row, frame in enumerate(table.frames) if frame is not None and frame < self.sink]
-        last = table.start - self.recent
-        return sinks, [row for row, frame in enumerate(table.frames) if frame is not None and frame >= last]
-
-    def _keep(self, table: FrameTable, phases: Sequence[int]) -> Sequence[int]:
+    def _rows(self, table: FrameTable, phases: Sequence[int]) -> Sequence[int]:
+        """First and last frames, and what queries of these phases read between them."""
         sinks, recents = self._ends(table)
         kept = {*sinks, *recents}
+        between = [(row, f) for row, f in enumerate(table.frames) if row not in kept and f is not None]
         for phase in phases:
-            middle = self._middle(table, phase)
+            middle = [row for row, frame in between if frame % self.period == self._phase(phase)]
             kept |= set(middle[max(0, len(middle) - self.cap) :])
         return sorted(kept)
 
 
 @dataclass(frozen=True)
-class Wave(_Pyramid):
+class Wave(_Cyclic):
     """Looks back by whole cycles: a query at `t` reads `t - 6`, `t - 12`, `t - 18`, `t - 24`.
 
     Reads 1 + 4 + 1 frames beside the own chunk, and keeps cycles of every phase: 1 + 6 * 4 + 1.
@@ -119,15 +124,15 @@ class Wave(_Pyramid):
         return self.sink + self.period * self.cap + self.recent
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        """Sinks, the last of every phase, the last frames."""
-        return self._keep(table, range(self.period))
+        """First frames, the last of every phase, the last frames."""
+        return self._rows(table, range(self.period))
 
     def _phase(self, phase: int) -> int:
         return phase
 
 
 @dataclass(frozen=True)
-class Strided(_Pyramid):
+class Strided(_Cyclic):
     """The anchor head of Pyramid Forcing: first frames, every sixth frame, last frames; 3 + 4 + 1."""
 
     sink: int = 3
@@ -138,11 +143,57 @@ class Strided(_Pyramid):
 
     def retain(self, table: FrameTable) -> Sequence[int]:
         """What every query frame of the chunk reads."""
-        return self._keep(table, (0,))
+        return self._rows(table, [0])
 
     def _phase(self, phase: int) -> int:
         return 0
 
 
-def _at(frame: int | None, period: int) -> int | None:
-    return None if frame is None else frame % period
+@dataclass(frozen=True)
+class Veil(_Clamped):
+    """First frames, blocks of the past merged in time and space, last frames; 3 + 4 blocks + 1.
+
+    A block is four frames, aligned to the first one of the video, averaged with their 2 x 2 patches into
+    a quarter of a frame; it sits at its own time, the lower median of its frames, and at the top left of
+    its patches. Of the last `blocks` complete ones, those that touch the last frames are hidden. Frames of
+    the sink are in the first block, too, as in the released code.
+
+    Attributes:
+        blocks: merged blocks kept.
+        block: frames of a block.
+        patch: patches of a side that are averaged.
+    """
+
+    sink: int = 3
+    blocks: int = 4
+    block: int = 4
+    patch: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1 or self.patch < 1:
+            raise RoleError(f"{self}: expected block and patch of at least 1")
+        if self.block * (self.blocks + 1) + self.recent > self.far + self.block // 2:
+            raise RoleError(f"{self}: its blocks reach further back than far, {self.far} frames")
+
+    def capacity(self, chunk: int) -> int | None:
+        """Whole frames kept; merged blocks come on top, `blocks / patch ** 2` frames in size."""
+        return self.sink + self.recent
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        """First and last frames."""
+        sinks, recents = self._ends(table)
+        return sorted({*sinks, *recents})
+
+    @property
+    def merge(self) -> Merge | None:
+        """See the class."""
+        return Merge(self.blocks, self.block, self.patch) if self.blocks else None
+
+    def read_blocks(self, blocks: Sequence[int], start: int) -> Sequence[int]:
+        """Those that do not touch the last frames."""
+        return [block for block in blocks if block + self.block <= start - self.recent]
+
+    def place_blocks(self, blocks: Sequence[int], query: int) -> tuple[int, ...]:
+        """Their own time, seen from a query frame."""
+        return tuple(block + (self.block - 1) // 2 - self.origin(query) for block in blocks)

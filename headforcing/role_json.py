@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from headforcing.episodic import EpisodicUpdate
 from headforcing.errors import HeadForcingError, RoleMapError
-from headforcing.pyramid import Strided, Wave
+from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.roles import HeadRole
 
-KNOWN = (Strided, Wave)
+KNOWN = (Strided, Veil, Wave)
 """Roles outside `headforcing.roles`: imported, so that their names are known."""
 
 

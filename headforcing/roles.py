@@ -20,7 +20,7 @@ from typing import ClassVar
 from headforcing.episodic import EpisodicUpdate, MaxMin, Uniform
 from headforcing.errors import RoleError, WindowError
 from headforcing.positions import SCHEMES, PositionScheme, place
-from headforcing.types import FrameTable, Phase, Selection
+from headforcing.types import FrameTable, Merge, Phase, Selection
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ class HeadRole(ABC):
     def place(
         self, frames: Sequence[int | None], chunk: int, window: int, query: int | None = None
     ) -> tuple[int, ...]:
-        """Temporal RoPE position of every visible frame, own chunk last.
-
-        Args:
-            frames: absolute frame indices, own chunk last.
-            chunk: frames of the own chunk.
-            window: frames the model was trained on.
-            query: the frame that looks, for roles that read per query frame.
+        """Temporal RoPE position of every visible frame, own chunk last; `query` is the frame that looks.
 
         Raises:
             WindowError: a position would leave the range the model was trained on, `[0, window)`.
@@ -89,6 +83,19 @@ class HeadRole(ABC):
     def bounded(self) -> bool:
         """Whether positions stay in `[0, window)` for ever."""
         return self.positions != "absolute"
+
+    @property
+    def merge(self) -> Merge | None:
+        """Blocks of merged frames that the role keeps beside whole ones; default none."""
+        return None
+
+    def read_blocks(self, blocks: Sequence[int], start: int) -> Sequence[int]:
+        """Those of the blocks, named by their first frames, that a chunk at `start` sees; default all."""
+        return blocks
+
+    def place_blocks(self, blocks: Sequence[int], query: int) -> tuple[int, ...]:
+        """Temporal RoPE position of every block, for a query frame."""
+        raise RoleError(f"{self} merges frames but does not say where they sit: define place_blocks")
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """The role with every number filled in for a model, checked against its window.

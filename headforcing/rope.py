@@ -15,7 +15,9 @@ from torch import Tensor
 from headforcing.types import runs
 
 
-def rotate(x: Tensor, table: Tensor, positions: Sequence[int], height: int, width: int) -> Tensor:
+def rotate(
+    x: Tensor, table: Tensor, positions: Sequence[int], height: int, width: int, patch: int = 1
+) -> Tensor:
     """Rotates queries or keys to temporal `positions`; space stays where it is.
 
     Args:
@@ -25,14 +27,16 @@ def rotate(x: Tensor, table: Tensor, positions: Sequence[int], height: int, widt
         positions: one temporal position per frame.
         height: patches per column.
         width: patches per row.
+        patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`; computed in the precision of the table.
     """
     space = table.shape[1] // 3
     time = table.shape[1] - 2 * space
-    turns = table.new_empty(height * width, table.shape[1])  # [P, D/2]
-    turns[:, time:] = _spatial_rows(table[:, time:], height, width)
+    spatial = _spatial_rows(table[:, time:], height, width, patch)
+    turns = table.new_empty(len(spatial), table.shape[1])  # [P, D/2]
+    turns[:, time:] = spatial
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for frame, turn in enumerate(temporal_rows(table[:, :time], positions)):
         turns[:, :time] = turn
@@ -56,9 +60,9 @@ def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _spatial_rows(table: Tensor, height: int, width: int) -> Tensor:
-    """Multipliers of every patch of a frame, `[height * width, columns]`."""
+def _spatial_rows(table: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Multipliers of every `patch`-th patch of a frame, `[height * width / patch**2, columns]`."""
     rows, columns = table.chunk(2, dim=1)
-    down = rows[:height, None].expand(height, width, -1)
-    across = columns[None, :width].expand(height, width, -1)
+    down, across = rows[:height:patch, None], columns[None, :width:patch]
+    down, across = (side.expand(down.shape[0], across.shape[1], -1) for side in (down, across))
     return torch.cat([down, across], dim=-1).flatten(0, 1)

@@ -20,6 +20,9 @@ Phase = Literal["denoise", "commit"]
 Encode = Callable[[Tensor, Sequence[int]], Tensor]
 """Rotates keys or queries `[B, n, P, Hr, D]` to `n` temporal positions (RoPE, chosen by the adapter)."""
 
+Grid = tuple[int, int]
+"""Patches of a frame, height and width."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -29,11 +32,13 @@ class Chunk:
         start: absolute index of the first frame.
         k: keys after normalisation and before RoPE, `[B, F, P, H, D]`.
         v: values, `[B, F, P, H, D]`.
+        grid: height and width of a frame in patches, for roles that merge patches.
     """
 
     start: int
     k: Tensor
     v: Tensor
+    grid: Grid | None = None
 
     @property
     def frames(self) -> range:
@@ -102,6 +107,36 @@ class KVView:
     """
 
     frames: tuple[int | None, ...]
+    positions: tuple[int, ...]
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a role merges what it does not keep whole.
+
+    Attributes:
+        keep: complete blocks kept.
+        frames: frames of a block, averaged.
+        patch: side of the squares of patches that are averaged.
+    """
+
+    keep: int
+    frames: int
+    patch: int
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """Merged blocks that one query frame sees.
+
+    Attributes:
+        positions: the temporal RoPE position of each block.
+        k: keys before RoPE, `[B, blocks, P / patch**2, Hr, D]`.
+        v: values, likewise.
+    """
+
     positions: tuple[int, ...]
     k: Tensor
     v: Tensor

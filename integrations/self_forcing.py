@@ -128,9 +128,9 @@ class SelfForcing(Adapter):
         q, k, v = m.norm_q(m.q(x)), m.norm_k(m.k(x)), m.v(x)  # type: ignore[operator]
         return q.view(shape), k.view(shape), v.view(shape)
 
-    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int]) -> Tensor:
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:])
+        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch=patch)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""

@@ -17,6 +17,7 @@ FLOORS = [
     {"types", "errors", "lookup", "strict_json"},
     {"positions", "pyramid", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "fingerprint", "footprint"},
+    {"merge", "health"},
     {"stores", "backends"},
     {"profile"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
@@ -37,7 +38,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrations"}
 ONLY = {
     "integrations": {"types", "adapter", "rope", "errors"},
-    "stores": {"types", "errors", "lookup", "positions", "roles", "episodic", "role_map", "stores"},
+    "stores": {"types", "errors", "lookup", "positions", "roles", "episodic", "merge", "health", "stores"},
     "backends": {"types", "errors", "lookup", "backends"},
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder

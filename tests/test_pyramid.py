@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headforcing as hf
+from headforcing.adapter import find_adapter
 from headforcing.demo.model import DemoConfig, DemoModel
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.world import sample_scene
-from headforcing.errors import RoleError
-from headforcing.pyramid import Strided, Wave
+from headforcing.errors import RoleError, StreamShapeError
+from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
 from headforcing.roles import Local
 from headforcing.stores import store_class
@@ -97,7 +98,7 @@ def by_definition(role, start: int, query: int, chunk: int) -> list[int]:
 
 
 roles = st.builds(
-    lambda kind, sink, period, cap, recent: kind(sink, period, cap, recent),
+    lambda kind, sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
     st.sampled_from([Wave, Strided]),
     st.integers(0, 4),
     st.integers(1, 7),
@@ -143,7 +144,7 @@ class Forgetful(Wave):
     """A wave with a bug: it keeps only the phases of the chunk that begins."""
 
     def retain(self, table):
-        return self._keep(table, [(table.start + frame) % self.period for frame in range(table.chunk)])
+        return self._rows(table, [(table.start + frame) % self.period for frame in range(table.chunk)])
 
 
 @pytest.mark.parametrize("broken", [Greedy(), Forgetful()])
@@ -201,3 +202,178 @@ def test_a_model_with_waves_matches_attention_written_out():
 def test_waves_survive_a_file():
     role_map = RoleMap(((Wave(), Strided(cap=2)),))
     assert RoleMap.from_json(role_map.to_json()) == role_map
+
+
+VEILS = {
+    3: [],
+    6: [0],
+    9: [0, 4],
+    12: [0, 4],
+    21: [4, 8, 12, 16],
+    24: [8, 12, 16],
+    27: [8, 12, 16, 20],
+    60: [44, 48, 52],
+    63: [44, 48, 52, 56],
+}
+"""First frames of the merged blocks that a veil head reads, by start of the chunk."""
+
+GRID = (4, 6)
+
+
+def merged(role, chunk: int, until: int, store: str = "ring", keys=None):
+    """Per chunk: blocks read, their positions per query frame, keys and values, of a noisy run."""
+    made = store_class(store)({role: Heads(range(2), 2)}, window=21, layer=0)
+    keys = (
+        keys
+        if keys is not None
+        else torch.randn(1, until, 24, 2, 4, generator=torch.Generator().manual_seed(0))
+    )
+    found = {}
+    for start in range(0, until, chunk):
+        own = keys[:, start : start + chunk]
+        made.write(Chunk(start, own + 9.0, own - 9.0, GRID))  # a noisy pass
+        made.write(Chunk(start, own, -own, GRID))
+        found[start] = [made.view_blocks(role, query) for query in range(start, start + chunk)]
+        assert [made.frames(role)[0]] == [
+            sorted({*range(min(role.sink, start)), *range(max(0, start - role.recent), start)})
+        ]
+    return keys, found
+
+
+def block_means(keys, starts, role: Veil) -> torch.Tensor:
+    """The definition: the mean over all frames of a block and all patches of a square, at once."""
+    means = []
+    for start in starts:
+        frames = keys[:, start : start + role.block].unflatten(2, GRID)  # [B, block, h, w, H, D]
+        rows = []
+        for top in range(0, GRID[0], role.patch):
+            for left in range(0, GRID[1], role.patch):
+                square = frames[:, :, top : top + role.patch, left : left + role.patch]
+                rows.append(square.mean((1, 2, 3)))
+        means.append(torch.stack(rows, 1))
+    return torch.stack(means, 1)
+
+
+@pytest.mark.parametrize("store", ["reference", "ring"])
+def test_the_golden_blocks_of_a_veil(store):
+    role = Veil()
+    keys, found = merged(role, 3, 66, store)
+    for start, blocks in VEILS.items():
+        for query, view in enumerate(found[start], start):
+            if not blocks:
+                assert view is None
+                continue
+            torch.testing.assert_close(view.k, block_means(keys, blocks, role))
+            torch.testing.assert_close(view.v, -block_means(keys, blocks, role))
+            times = [block + 1 for block in blocks]  # the lower median of four frames
+            own = role.place([*range(start - 1, start + 3)], 3, 21, query)[1 + query - start]
+            assert [own - place for place in view.positions] == [query - time for time in times]
+            assert min(view.positions) >= 0
+
+
+def test_a_veil_reads_three_blocks_where_the_chunk_starts_at_a_multiple_of_twelve_else_four():
+    _, found = merged(Veil(), 3, 102)
+    for start in range(18, 102, 3):
+        assert {view.k.shape[1] for view in found[start]} == {3 if start % 12 == 0 else 4}
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 2]), st.integers(0, 2), st.integers(1, 4))
+def test_merged_blocks_are_the_batched_mean_of_the_last_complete_ones(block, count, patch, recent, chunk):
+    role = Veil(sink=1, recent=recent, blocks=count, block=block, patch=patch)
+    keys, found = merged(role, chunk, 10 * chunk)
+    for start, views in found.items():
+        complete = [first for first in range(0, start, block) if first + block <= start][-count:]
+        read = [first for first in complete if first + block <= start - recent]
+        for view in views:
+            if not read:
+                assert view is None
+            else:
+                torch.testing.assert_close(view.k, block_means(keys, read, role))
+
+
+@pytest.mark.parametrize("grid", [None, (3, 8), (8, 3)])
+def test_a_grid_that_cannot_be_merged_is_refused_before_anything_changes(grid):
+    store = store_class("ring")({Veil(): Heads(range(1), 1)}, window=21, layer=0)
+    x = torch.zeros(1, 3, 24, 1, 4)
+    with pytest.raises(StreamShapeError, match="multiples of 2"):
+        store.write(Chunk(0, x, x, grid))
+    store.write(Chunk(0, x, x, (4, 6)))
+    before = store.nbytes()
+    with pytest.raises(StreamShapeError):
+        store.write(Chunk(3, x, x, grid))
+    assert (store.committed, store.nbytes()) == (0, before)
+
+
+def test_a_reset_forgets_blocks_and_bytes_stay_bounded():
+    role, x = Veil(), torch.randn(1, 3, 24, 2, 4, generator=torch.Generator().manual_seed(1))
+    store = store_class("ring")({role: Heads(range(2), 2)}, window=21, layer=0)
+    sizes = []
+    for start in range(0, 3000, 3):
+        store.write(Chunk(start, x, x, GRID))
+        sizes.append(store.nbytes())
+    assert len(set(sizes[60:])) <= 4  # with and without a block that is being filled
+    assert max(sizes[60:]) == max(sizes[60:120])
+    store.write(Chunk(0, x, x, GRID))
+    assert store.view_blocks(role, 0) is None
+
+
+def test_merged_patches_are_rotated_where_the_top_left_one_is():
+    from headforcing import rope
+
+    table = torch.polar(torch.ones(32, 12, dtype=torch.float64), torch.rand(32, 12, dtype=torch.float64))
+    x = torch.randn(1, 2, 24, 1, 24, dtype=torch.float64)
+    whole = rope.rotate(x, table, [3, 5], *GRID)
+    corners = [row * GRID[1] + column for row in (0, 2) for column in (0, 2, 4)]
+    assert torch.equal(rope.rotate(x[:, :, corners], table, [3, 5], *GRID, patch=2), whole[:, :, corners])
+
+
+def test_a_model_with_veils_matches_attention_written_out():
+    model = DemoModel(CONFIG).randomize(torch.Generator().manual_seed(0)).eval().requires_grad_(False)
+    role, table = Veil(), [[Veil(), Veil(), Local(2), Wave()]] * 2
+    committed: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {0: {}, 1: {}}
+    checked = 0
+
+    def check(seen) -> None:
+        nonlocal checked
+        start, tokens, past = seen.call.start, seen.call.tokens_per_frame, committed[seen.layer]
+        grid, adapter = seen.call.grid[1:], find_adapter(model)
+        for part, frames, positions in zip(seen.parts, seen.frames, seen.positions, strict=True):
+            if table[seen.layer][part.heads.indices[0]] != role:
+                continue
+            query, heads = start + part.rows.start // tokens, list(part.heads.indices)
+            blocks = [b for b in range(0, start, 4) if b + 4 <= start][-4:]
+            blocks = [b for b in blocks if b + 4 <= start - 1]
+            k, v = ([past[f][side][:, :, heads] for f in frames if f < start] for side in (0, 1))
+            own = (x[:, :, :, heads].unbind(1) for x in (seen.chunk.k, seen.chunk.v))
+            k, v = (torch.stack([*a, *b], 1) for a, b in zip((k, v), own, strict=True))
+            keys, values = [seen.encode(k, positions).flatten(1, 2)], [v.flatten(1, 2)]
+            for block in blocks:
+                for side, out in ((0, keys), (1, values)):
+                    x = torch.stack([past[f][side][:, :, heads] for f in range(block, block + 4)], 1)
+                    small = (
+                        x.unflatten(2, (grid[0] // 2, 2, grid[1] // 2, 2))
+                        .mean((1, 3, 5))
+                        .flatten(1, 2)[:, None]
+                    )
+                    if side == 0:
+                        place = positions[len(frames) - 3 + query - start] - (query - block - 1)
+                        small = adapter.rotate(small, seen.call, [place], 2)
+                    out.append(small.flatten(1, 2))
+            k, v = torch.cat(keys, 1), torch.cat(values, 1)
+            logits = torch.einsum("blhd,bmhd->bhlm", part.q, k) / part.q.shape[-1] ** 0.5
+            expected = torch.einsum("bhlm,bmhd->blhd", logits.softmax(-1), v)
+            got = part.heads.take(seen.out[:, part.rows])
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+            checked += len(blocks)
+        for index, frame in enumerate(seen.chunk.frames):  # the last pass over a chunk is what stays
+            past[frame] = (seen.chunk.k[:, index], seen.chunk.v[:, index])
+
+    prompts = sample_scene(2, torch.Generator().manual_seed(1)).prompts(torch.arange(12))
+    with hf.apply_head_forcing(model, table) as handle, handle.observe(check):
+        pipeline = DemoPipeline(model)
+        fast = pipeline.generate(prompts, generator=torch.Generator().manual_seed(2))
+        assert handle.status().stored_bytes > 0
+    assert checked > 500
+    with hf.apply_head_forcing(model, table, store="reference"):
+        slow = DemoPipeline(model).generate(prompts, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(fast, slow)

@@ -9,8 +9,7 @@ Its calibration code is not public, so this is a re-implementation and need not 
 Our choices: weights 1/h of harmonics h = 1..3 (the paper's are unpublished); `<=` at 6.4 frames; powers
 are averaged over passes, where the paper votes over prompts; which passes count (see `classify`).
 
-Anchors and waves get the roles of its released configuration (`headforcing.pyramid`). A veil is a
-translation: three first frames and the last one, without its merged frames, which are not built yet.
+The labels get the roles of its released configuration (`headforcing.pyramid`).
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from torch import Tensor
 from headforcing.classifiers import Classification, as_margin, share, table
 from headforcing.errors import OptionError, ProfileError
 from headforcing.profile import HeadProfile
-from headforcing.pyramid import Strided, Wave
-from headforcing.roles import Local
+from headforcing.pyramid import Strided, Veil, Wave
 
 GRID = 256
 """Points of the zero-padded Fourier transform; 6.4 frames are one of its periods."""
@@ -73,7 +71,7 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
         {
             "anchor": Strided(),
             "wave": Wave(),
-            "veil": Local(recent=1, sink=3),
+            "veil": Veil(),
         },
         settings,
         ("qk_logits",),

@@ -2,8 +2,7 @@
 
 -1 is Wave, 1 is Anchor, 2 is Veil. The file says nothing about the model it belongs to.
 
-Waves and anchors get the roles of its released configuration (`headforcing.pyramid`). A veil is a
-translation: three first frames and the last one, without its merged frames, which are not built yet.
+The labels get the roles of its released configuration (`headforcing.pyramid`).
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ import re
 
 from headforcing.errors import RoleMapError
 from headforcing.importers import Imported
-from headforcing.pyramid import Strided, Wave
+from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_file import MAX_BYTES
-from headforcing.roles import Local
 
 LABELS = {"-1": "wave", "1": "anchor", "2": "veil"}
 ROLES = {
     "wave": Wave(),
     "anchor": Strided(),
-    "veil": Local(recent=1, sink=3),
+    "veil": Veil(),
 }
 
 

@@ -22,9 +22,11 @@ from headforcing.errors import (
     StreamError,
     StreamShapeError,
 )
+from headforcing.health import HostFlag
 from headforcing.lookup import named_module
+from headforcing.merge import Blocks
 from headforcing.roles import HeadRole
-from headforcing.types import Chunk, Encode, Heads, KVView, Phase
+from headforcing.types import BlockView, Chunk, Encode, Grid, Heads, KVView, Phase
 
 
 class KVStore(ABC):
@@ -41,6 +43,8 @@ class KVStore(ABC):
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         self.heads = dict(heads)
+        self._blocks = {role: Blocks(role.merge) for role in heads if role.merge is not None}
+        self._grid: Grid | None = None
         self.window = window
         self.layer = layer
         self._pending: range | None = None
@@ -48,7 +52,7 @@ class KVStore(ABC):
         self._end = 0
         self._moving = False
         self._checked = False
-        self._finite: _HostFlag | None = None
+        self._finite: HostFlag | None = None
 
     def write(self, chunk: Chunk) -> None:
         """Takes one pass over a chunk.
@@ -69,6 +73,8 @@ class KVStore(ABC):
                 "history is lost: reset the stream and start the video again"
             )
         shape = _Shape.of(chunk)
+        for blocks in self._blocks.values():
+            blocks.check(chunk.grid)
         if self._begins_video(chunk, shape):
             self._check_roles(shape.frames)
             self.reset()
@@ -83,6 +89,7 @@ class KVStore(ABC):
             self._make_room(chunk.frames)
         self._stage(chunk)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
+        self._grid = chunk.grid
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -113,7 +120,7 @@ class KVStore(ABC):
         for role, k, v in self._staged():
             sums += [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for x in (k, v)]  # [Hr]
             heads += self.heads[role].indices * 2
-        flag = _HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
+        flag = HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
         if flag.ready:
             flag.check("were not committed: write the chunk again, or reset the stream")
         else:
@@ -126,6 +133,8 @@ class KVStore(ABC):
         self._end = 0
         self._moving = False
         self._finite = None
+        for blocks in self._blocks.values():
+            blocks.clear()
         self._clear()
 
     @property
@@ -153,9 +162,26 @@ class KVStore(ABC):
     def frames(self, role: HeadRole) -> list[list[int]]:
         """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
 
-    @abstractmethod
+    def view_blocks(self, role: HeadRole, query: int) -> BlockView | None:
+        """What the heads of `role` see merged; keys are not rotated.
+
+        Args:
+            role: whose heads.
+            query: the frame that looks.
+        """
+        blocks = self._blocks.get(role)
+        if blocks is None or self._pending is None:
+            return None
+        starts = list(role.read_blocks(list(blocks.starts), self._pending.start))
+        return BlockView(role.place_blocks(starts, query), *blocks.take(starts)) if starts else None
+
     def nbytes(self) -> int:
         """Bytes held, counted from the tensors."""
+        return self._nbytes() + sum(blocks.nbytes() for blocks in self._blocks.values())
+
+    @abstractmethod
+    def _nbytes(self) -> int:
+        """Bytes held for whole frames."""
 
     @abstractmethod
     def _begin(self, own: range) -> None:
@@ -218,6 +244,9 @@ class KVStore(ABC):
         self.check()
         done = range(self._pending.start, start)
         self._moving = True
+        for role, k, v in self._staged() if self._blocks else ():
+            if role in self._blocks and self._grid is not None:
+                self._blocks[role].add(done, k, v, self._grid)
         self._append(done)
         self._end, self._pending = start, None
         self._moving = False
@@ -226,33 +255,6 @@ class KVStore(ABC):
         self._moving = True
         self._begin(own)
         self._moving = False
-
-
-class _HostFlag:
-    """Per-head sums on their way to the host; a sum that is not finite names a broken head."""
-
-    def __init__(self, sums: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
-        self._host = sums if sums.device.type == "cpu" else sums.to("cpu", non_blocking=True)
-        self._event: Any = None
-        if sums.device.type != "cpu":
-            self._event = torch.Event(sums.device)
-            self._event.record()
-        self._heads, self._layer, self._frames = heads, layer, frames
-
-    @property
-    def ready(self) -> bool:
-        return self._event is None
-
-    def check(self, consequence: str) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-        finite = torch.isfinite(self._host).numpy()
-        broken = sorted({head for head, fine in zip(self._heads, finite, strict=True) if not fine})
-        if broken:
-            raise NonFiniteKVError(
-                f"layer {self._layer}, heads {', '.join(map(str, broken))}: keys or values of frames "
-                f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity, and {consequence}"
-            )
 
 
 @dataclass(frozen=True)

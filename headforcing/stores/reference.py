@@ -56,7 +56,7 @@ class ReferenceStore(KVStore):
     def frames(self, role: HeadRole) -> list[list[int]]:
         return [[frame.number for frame in sample] for sample in self._history[role]]
 
-    def nbytes(self) -> int:
+    def _nbytes(self) -> int:
         frames = [f for samples in self._history.values() for sample in samples for f in sample]
         own = [] if self._chunk is None else [self._chunk.k, self._chunk.v]
         tensors = [frame.k for frame in frames] + [frame.v for frame in frames] + own
@@ -75,7 +75,7 @@ class ReferenceStore(KVStore):
         self._new = 0
 
     def _stage(self, chunk: Chunk) -> None:
-        self._chunk = Chunk(chunk.start, chunk.k.detach().clone(), chunk.v.detach().clone())
+        self._chunk = Chunk(chunk.start, chunk.k.detach().clone(), chunk.v.detach().clone(), chunk.grid)
         for samples in self._history.values():
             samples.extend([] for _ in range(chunk.k.shape[0] - len(samples)))
 

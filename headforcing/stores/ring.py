@@ -49,7 +49,7 @@ class RingStore(KVStore):
     def frames(self, role: HeadRole) -> list[list[int]]:
         return self._banks[role].numbers()
 
-    def nbytes(self) -> int:
+    def _nbytes(self) -> int:
         return sum(bank.nbytes() for bank in self._banks.values())
 
     def _begin(self, own: range) -> None:

@@ -38,7 +38,7 @@ def waves() -> st.SearchStrategy[HeadRole]:
     """The roles of Pyramid Forcing, which see something else for every query frame."""
     few = st.integers(0, 4)
     return st.builds(
-        lambda kind, *numbers: kind(*numbers),
+        lambda kind, sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
         st.sampled_from([Wave, Strided]),
         *(few, st.integers(1, 7), few, few),
     )
