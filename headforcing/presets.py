@@ -1,7 +1,7 @@
 """Role maps that need no measuring, by name.
 
 Head Forcing itself is not among them: its roles belong to a checkpoint, so it takes a measured map. For
-the same reason the labels of Dummy Forcing are an argument of `dummy_forcing`. What a preset does not take
+the same reason the labels of Dummy Forcing and of Pyramid Forcing are arguments. What a preset does not take
 over from its source, it says.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from headforcing.origin import Origin
+from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, Local, SlidingWindow
 
@@ -69,3 +70,19 @@ def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: i
         "dummy": Local(1, positions="absolute"),
     }
     return RoleMap.from_labels(labels, roles, Origin(notes={"roles": "Dummy Forcing, arXiv:2601.20499"}))
+
+
+def pyramid_forcing(labels: Sequence[Sequence[str]]) -> RoleMap:
+    """Waves read by cycles, anchors every sixth frame, veils merged blocks (arXiv:2605.13111).
+
+    The numbers are those of its released configuration (code); `headforcing.pyramid` says which edges are
+    our choice. Labels come from its table (`headforcing.importers`), or from the classifier of that name.
+
+    Args:
+        labels: `wave`, `anchor` or `veil` for every head, `labels[layer][head]`.
+
+    Raises:
+        RoleMapError: another label, or a malformed table.
+    """
+    roles = {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
+    return RoleMap.from_labels(labels, roles, Origin(notes={"roles": "Pyramid Forcing, arXiv:2605.13111"}))

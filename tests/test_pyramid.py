@@ -15,6 +15,7 @@ from headforcing.demo.model import DemoConfig, DemoModel
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.world import sample_scene
 from headforcing.errors import RoleError, StreamShapeError
+from headforcing.presets import pyramid_forcing
 from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
 from headforcing.roles import Local
@@ -377,3 +378,33 @@ def test_a_model_with_veils_matches_attention_written_out():
     with hf.apply_head_forcing(model, table, store="reference"):
         slow = DemoPipeline(model).generate(prompts, generator=torch.Generator().manual_seed(2))
     assert torch.equal(fast, slow)
+
+
+def test_the_published_counts_give_the_published_frames():
+    """Third-party arithmetic on the released table and configuration: 9.87 attended, 18.5 stored."""
+    flat = ["wave"] * 156 + ["anchor"] * 172 + ["veil"] * 32
+    role_map = pyramid_forcing([flat[at : at + 12] for at in range(0, 360, 12)])
+    attended = stored = 0.0
+    for role, heads in role_map.counts().items():
+        blocks = 0.0 if role.merge is None else role.merge.keep / role.merge.patch**2
+        read = len(by_definition(role, 600, 600, 3)) if role.merge is None else role.capacity(3) + 3
+        attended += heads * (read + blocks)
+        stored += heads * (role.capacity(3) + 3 + blocks)
+    assert attended / 360 == pytest.approx(9.87, abs=0.005)
+    assert stored / 360 == pytest.approx(18.5, abs=0.05)
+
+
+def test_a_pyramid_runs_for_a_thousand_frames_in_constant_memory():
+    model = DemoModel(CONFIG).randomize(torch.Generator().manual_seed(0)).eval().requires_grad_(False)
+    roles, sizes = pyramid_forcing([["wave", "anchor", "veil", "wave"]] * 2), {}
+    prompts = sample_scene(1, torch.Generator().manual_seed(1)).prompts(torch.arange(1)).expand(1, 350, -1)
+    given = torch.randn(1, 3, 1050, 24, 24, generator=torch.Generator().manual_seed(2))
+    with hf.apply_head_forcing(model, roles) as handle:
+        video = DemoPipeline(model).generate(
+            prompts,
+            generator=torch.Generator(),
+            first_chunk=given,
+            callback=lambda index, _: sizes.update({index: handle.status().stored_bytes}),
+        )
+    assert video.shape[2] == 1050
+    assert len({sizes[index] for index in range(30, 350)}) <= 4  # a block fills and is done, over and over

@@ -27,6 +27,7 @@ from headforcing.backends.sdpa import attend as sdpa
 from headforcing.demo.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.integrations.self_forcing import SelfForcing
+from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.stores.ring import RingStore
 
@@ -154,7 +155,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             """Would read."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "_HostFlag", Unread)
+        patch.setattr(stores, "HostFlag", Unread)
         yield checked
 
 
@@ -274,7 +275,11 @@ def test_no_operator_depends_on_data(row):
     check_no_operator_depends_on_data(Layer(row))
 
 
-@each_row
+PYRAMID = {"wave": (Wave(), Wave()), "strided": (Strided(), Strided()), "veil": (Veil(patch=1), Wave())}
+every_row = pytest.mark.parametrize("row", [*ROWS.values(), *PYRAMID.values()], ids=[*ROWS, *PYRAMID])
+
+
+@every_row
 def test_no_data_is_read_and_none_crosses_devices(row, monkeypatch):
     with verdicts_left_out(monkeypatch) as checked:
         layer = Layer(row, device="meta")

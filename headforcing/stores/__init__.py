@@ -11,14 +11,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from headforcing.errors import (
     ChunkOrderError,
-    NonFiniteKVError,
     StreamError,
     StreamShapeError,
 )

@@ -133,11 +133,11 @@ class _Bank:
         raw, v = self.staged(len(positions) - held)
         plan = (tuple(rows), tuple(positions))
         if query not in self._some or self._some[query][0] != plan:
-            past = list(rows)
-            packed = torch.cat([self._raw[:, past], raw], dim=1).to(v.dtype)
+            past, values = ([x[:, first:last] for first, last in runs(rows)] for x in (self._raw, self._v))
+            packed = torch.cat([*past, raw], dim=1).to(v.dtype)
             if past:
-                packed[:, :held] = encode(self._raw[:, past], positions[:held])
-            self._some[query] = (plan, packed, torch.cat([self._v[:, past], v], dim=1))
+                packed[:, :held] = encode(torch.cat(past, dim=1), positions[:held])
+            self._some[query] = (plan, packed, torch.cat([*values, v], dim=1))
         _, some_k, some_v = self._some[query]
         some_k[:, held:] = encode(raw, positions[held:])
         some_v[:, held:] = v
