@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from headforcing.demo.camera import CHUNK
 from headforcing.demo.compare import Policy
 from headforcing.demo.profiled import LONG_CHUNKS, profile_demo
 from headforcing.measured import measured_map
+from headforcing.presets import pyramid_forcing
 from headforcing.profile import HeadProfile
 from headforcing.role_map import RoleMap
 from headforcing.roles import Memory, SlidingWindow
@@ -156,25 +157,33 @@ def contest(
     return policies
 
 
+def as_published(found: Mapping[str, Classification]) -> dict[str, list[Policy]]:
+    """Pyramid Forcing's labels with its own roles, which come in one size, and on random heads."""
+    labels = found["pyramid_forcing"]
+    draws = [controls.random(labels, seed) for seed in range(DRAWS)]
+    name = "pyramid_forcing, its own roles"
+    return {
+        "own": [Policy(name, pyramid_forcing(labels.labels))],
+        "own, random": [Policy(f"{name}, random", pyramid_forcing(draw.labels)) for draw in draws],
+    }
+
+
 def compete(
-    found: Mapping[str, Classification],
-    profiles: Mapping[str, HeadProfile],
-    given: argparse.Namespace,
-    console: Console,
-) -> dict[int, dict[str, dict[str, Any]]]:
-    """Records by budget, camera and key."""
+    groups: Mapping[str, Mapping[str, Sequence[Policy]]], given: argparse.Namespace, console: Console
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Records by group of policies, camera and key."""
     seeds = list(REPORT_SEEDS[: given.seeds])
     jobs = [
-        (kept, Job(key, policy, camera, seeds, given.chunks, given.batch))
-        for kept in BUDGETS
-        for key, draws in contest(found, profiles, kept).items()
+        (group, Job(key, policy, camera, seeds, given.chunks, given.batch))
+        for group, policies in groups.items()
+        for key, draws in policies.items()
         for camera in CAMERAS
         for policy in draws
     ]
     records = evaluate_all([job for _, job in jobs], given.workers, console)
-    grouped: dict[int, dict[str, dict[str, Any]]] = {}
-    for (kept, job), record in zip(jobs, records, strict=True):
-        by_key = grouped.setdefault(kept, {}).setdefault(job.camera, {})
+    grouped: dict[str, dict[str, dict[str, Any]]] = {}
+    for (group, job), record in zip(jobs, records, strict=True):
+        by_key = grouped.setdefault(group, {}).setdefault(job.camera, {})
         by_key.setdefault(job.key, []).append(record)
     for cameras in grouped.values():
         for by_key in cameras.values():
@@ -190,7 +199,8 @@ def earlier(path: Path, found: Mapping[str, Classification]) -> dict[str, Any]:
     changed = [key for key in labels if labels[key] != data["labels"].get(key)]
     if changed:
         raise SystemExit(f"{path} is of other maps: {', '.join(changed)} changed, let them compete again")
-    return dict(data["scenarios"])
+    scenarios: dict[str, Any] = data["scenarios"]
+    return scenarios
 
 
 def save(found: Classification, profile: HeadProfile, report: StabilityReport) -> RoleMap:
@@ -231,10 +241,11 @@ def main() -> None:
         console.print(save(found[SHIPPED], profiles[way.profile], report).to_json())
         if given.save_only:
             return
-    if given.contest is None:
-        scenarios = compete(found, profiles, given, console)
-    else:
-        scenarios = earlier(given.contest, found)
+    groups = {str(kept): contest(found, profiles, kept) for kept in BUDGETS}
+    groups["published"] = as_published(found)
+    before = {} if given.contest is None else earlier(given.contest, found)
+    missing = {name: policies for name, policies in groups.items() if name not in before}
+    scenarios = before | compete(missing, given, console)
     judged = reports(profiles, console)
     results = {
         "frames": given.chunks * CHUNK,
