@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,13 @@ def apply_head_forcing(
     window = _count(adapter.window(model) if window is None else window, "window")
     chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
     role_map = _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk)
+    if (
+        any(role.merge for role in role_map.counts())
+        and "patch" not in inspect.signature(adapter.rotate).parameters
+    ):
+        raise UnsupportedModelError(
+            f"{adapter.name}: its rotate() takes no patch, which roles that merge patches need: add it"
+        )
     options = Options(role_map, window, adapter, _store(store), _attend(backend))
     if not _is_unmeasured(roles) and (
         foreign := _foreign(role_map, model, adapter, window, head_dim, strict)

@@ -56,7 +56,8 @@ class HeadForcingMixin(nn.Module):
         for role, heads in plan.heads.items():
             for own in _readings(role, q.shape[1]):
                 query = call.start + own.start if role.reads_per_query else None
-                view = stream.store.view(role, call.phase, encode, query)
+                asked = () if query is None else (query,)
+                view = stream.store.view(role, call.phase, encode, *asked)
                 rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(v.dtype)
                 queries, k, v = (x.flatten(1, 2) for x in (rotated, view.k, view.v))
                 if role.merge is not None and query is not None:

@@ -80,7 +80,13 @@ class ModelSize:
         return RING_BUFFERS * self.head_bytes // 2 + RING_ID
 
     def kv_bytes(self, roles: RoleMap) -> int | None:
-        """Keys and values of the frames kept and the own chunk; `None` is without bound."""
+        """Keys and values of the frames kept and the own chunk; `None` is without bound.
+
+        Raises:
+            OptionError: a role merges frames.
+        """
+        if merging := [role for role in roles.counts() if role.merge is not None]:
+            raise OptionError(f"{merging[0]} merges frames: its blocks are not counted yet")
         kept = [role.capacity(self.chunk) for layer in roles.layers for role in layer]
         known = [frames for frames in kept if frames is not None]
         if len(known) < len(kept):
@@ -95,7 +101,9 @@ class ModelSize:
         """
         for role in roles.counts():
             if packs(role):
-                raise OptionError(f"{role} sees a part of what it keeps: what is packed of it is not counted")
+                raise OptionError(
+                    f"{role} is packed beside what it keeps: what the store packs is not counted"
+                )
         plain = self.kv_bytes(roles)
         if plain is None:
             return None

@@ -69,7 +69,7 @@ class HeadForcing:
         return self.options.roles
 
     def frames(self, layer: int, head: int) -> list[list[list[int]]]:
-        """Frames a head remembers now, per stream and sample, oldest first, own chunk excluded.
+        """Whole frames a head remembers now, per stream and sample, oldest first, own chunk excluded.
 
         Reads the device: for people and pictures, not for the path of a model.
         """

@@ -26,12 +26,17 @@ class Blocks:
         self._sum: tuple[Tensor, Tensor] | None = None
         self._count = 0
 
-    def check(self, grid: Grid | None) -> None:
-        """Looks whether frames of a grid can be merged.
+    def check(self, grid: Grid | None, before: Grid | None) -> None:
+        """Looks whether frames of a grid can be merged, and with those before.
 
         Raises:
-            StreamShapeError: the grid is not known, or has a side that is no multiple of the patch.
+            StreamShapeError: the grid is not known, is another one than before, or has a side that is no
+                multiple of the patch.
         """
+        if before is not None and grid != before:
+            raise StreamShapeError(
+                f"frames of this video had {before} patches, now {grid}: start a new video"
+            )
         side = self.merge.patch
         if grid is None or grid[0] % side or grid[1] % side:
             raise StreamShapeError(
@@ -44,8 +49,6 @@ class Blocks:
         for index, frame in enumerate(frames):
             small = _pooled(k[:, index], grid, side), _pooled(v[:, index], grid, side)
             first = frame % self.merge.frames == 0
-            if not first and self._sum is None:
-                continue  # the first frames of this block were never seen
             self._sum = small if first or self._sum is None else _added(self._sum, small)
             self._count = 1 if first else self._count + 1
             if self._count == self.merge.frames:

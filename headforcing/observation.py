@@ -23,8 +23,9 @@ class Observation:
         timeline: the layer's stream; the same object as long as the stream lives.
         chunk: keys and values of the own chunk, before RoPE.
         q: queries of the own chunk, before RoPE, `[B, F, P, H, D]`.
-        parts: what the heads of every role attended with.
-        frames: per part, the frames in view, own chunk last (`None`: chosen by content).
+        parts: what the heads of every role attended with, one per query frame where a role reads so.
+        frames: per part, the whole frames in view, own chunk last (`None`: chosen by content). Merged blocks
+            are not among them; their tokens come first in the part's keys and values.
         positions: per part, the temporal RoPE positions of those frames.
         out: what came out, `[B, L, H, D]`.
         encode: rotates keys or queries to positions.

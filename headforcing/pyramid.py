@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from headforcing.errors import RoleError
+from headforcing.errors import RoleError, WindowError
 from headforcing.roles import HeadRole
 from headforcing.types import FrameTable, Merge, Phase
 
@@ -46,6 +46,23 @@ class _Clamped(HeadRole):
             raise RoleError(f"{self}: positions follow near and far, leave positions alone")
         if self.near > self.far:
             raise RoleError(f"{self}: expected near <= far")
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        """The role, if no frame that it sees can be older than what sits at position 0.
+
+        Raises:
+            WindowError: its last frames, or its blocks, reach further back than `far`.
+        """
+        if self._reach(chunk) > self.far:
+            raise WindowError(
+                f"{self} sees frames {self._reach(chunk)} before a query of a chunk of {chunk}, at their own "
+                f"distance, but everything older than {self.far} frames sits at one place: raise far"
+            )
+        return super().fit(window, chunk)
+
+    def _reach(self, chunk: int) -> int:
+        """Distance of the oldest frame that keeps its own, from the last query frame of a chunk."""
+        return self.recent + chunk - 1
 
     @property
     def bounded(self) -> bool:
@@ -173,8 +190,6 @@ class Veil(_Clamped):
         super().__post_init__()
         if self.block < 1 or self.patch < 1:
             raise RoleError(f"{self}: expected block and patch of at least 1")
-        if self.block * (self.blocks + 1) + self.recent > self.far + self.block // 2:
-            raise RoleError(f"{self}: its blocks reach further back than far, {self.far} frames")
 
     def capacity(self, chunk: int) -> int | None:
         """Whole frames kept; merged blocks come on top, `blocks / patch ** 2` frames in size."""
@@ -184,6 +199,12 @@ class Veil(_Clamped):
         """First and last frames."""
         sinks, recents = self._ends(table)
         return sorted({*sinks, *recents})
+
+    def _reach(self, chunk: int) -> int:
+        if not self.blocks:
+            return super()._reach(chunk)
+        unfinished, middle = self.block - 1, (self.block - 1) // 2
+        return max(super()._reach(chunk), self.block * self.blocks + unfinished - middle + chunk - 1)
 
     @property
     def merge(self) -> Merge | None:

@@ -42,6 +42,8 @@ class HeadRole(ABC):
             raise RoleError(
                 f"{type(self).__name__}.positions is {self.positions!r}: expected one of {', '.join(SCHEMES)}"
             )
+        if self.merge is not None and not self.reads_per_query:
+            raise RoleError(f"{self} merges frames: it has to read per query frame")
         for name in self._counts():
             value = getattr(self, name)
             if value is None and self.__dataclass_fields__[name].default is None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headforcing.errors import RoleError
 from headforcing.types import runs
 
 
@@ -50,6 +51,8 @@ def rotate(
 def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:
     """Multipliers of the given temporal positions, `[n, columns]`, from a table `[rows, columns]`."""
     parts = []
+    if positions and min(positions) < 0:
+        raise RoleError(f"RoPE positions {tuple(positions)}: expected none below 0")
     for start, stop in runs(positions):
         if stop <= table.shape[0]:
             parts.append(table[start:stop])

@@ -14,13 +14,14 @@ from headforcing.adapter import find_adapter
 from headforcing.demo.model import DemoConfig, DemoModel
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.world import sample_scene
-from headforcing.errors import RoleError, StreamShapeError
+from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError
+from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.presets import pyramid_forcing
 from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
 from headforcing.roles import Local
 from headforcing.stores import store_class
-from headforcing.types import Chunk, Heads
+from headforcing.types import Chunk, Heads, Merge
 
 WAVES = {
     3: ([], [], []),
@@ -408,3 +409,102 @@ def test_a_pyramid_runs_for_a_thousand_frames_in_constant_memory():
         )
     assert video.shape[2] == 1050
     assert len({sizes[index] for index in range(30, 350)}) <= 4  # a block fills and is done, over and over
+
+
+def reach(role: Veil, chunk: int) -> int:
+    """Distance from the oldest block in view to the newest query frame, over all starts of a chunk."""
+    found = [0]
+    for start in range(0, 40 * chunk, chunk):
+        complete = [b for b in range(0, start, role.block) if b + role.block <= start][-role.blocks :]
+        query = start + chunk - 1
+        found += [query - (b + (role.block - 1) // 2) for b in role.read_blocks(complete, start)]
+    return max(found)
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 3), st.integers(1, 8))
+def test_a_veil_fits_only_where_no_block_is_older_than_the_far_frames(block, count, recent, chunk):
+    role = Veil(recent=recent, blocks=count, block=block)
+    try:
+        role.fit(21, chunk)
+    except WindowError:
+        return
+    assert reach(role, chunk) <= role.far
+
+
+def test_the_published_veil_fits_chunks_of_three_and_not_of_five():
+    assert Veil().fit(21, 3) == Veil()
+    for role, chunk in ((Veil(), 5), (Wave(recent=25), 3)):
+        with pytest.raises(WindowError, match="raise far"):
+            role.fit(21, chunk)
+
+
+def test_positions_below_zero_are_refused_by_rope():
+    from headforcing import rope
+
+    table = torch.polar(torch.ones(32, 12, dtype=torch.float64), torch.rand(32, 12, dtype=torch.float64))
+    with pytest.raises(RoleError, match="none below 0"):
+        rope.rotate(torch.zeros(1, 2, 24, 1, 24), table, [-1, 0], *GRID)
+
+
+@pytest.mark.parametrize("role", [Wave(), Strided(), Veil()])
+def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
+    stores = [
+        store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0) for name in ("reference", "ring")
+    ]
+    for start in range(0, 30, 3):
+        x = torch.randn(1, 3, 24, 2, 4, generator=torch.Generator().manual_seed(start))
+        for number, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode)):
+            with mode():
+                for store in stores:
+                    store.write(Chunk(start, x + number, x, GRID))
+                for query in range(start, start + 3):
+                    one, two = (store.view(role, "denoise", lambda y, at: y * 2, query) for store in stores)
+                    assert torch.equal(one.k, two.k)
+                    assert torch.equal(one.v, two.v)
+
+
+@pytest.mark.parametrize(("role", "most"), [(Wave(), 2 * 29 + 3 * 2 * 9), (Strided(), 2 * 11 + 3 * 11)])
+def test_no_more_is_held_than_raw_keys_values_and_what_is_packed(role, most):
+    """In frames of keys or values; a strided head shares its values with what it keeps."""
+    store = store_class("ring")({role: Heads(range(2), 2)}, window=21, layer=0)
+    x = torch.zeros(1, 3, 24, 2, 4)
+    for start in range(0, 90, 3):
+        store.write(Chunk(start, x, x, GRID))
+        for query in range(start, start + 3):
+            store.view(role, "denoise", lambda y, _: y, query)
+    slots = role.capacity(3) + 3
+    assert store.nbytes() <= most * x[:, :1].nbytes + 8 * slots
+
+
+def test_a_grid_may_not_change_inside_a_video():
+    store = store_class("ring")({Veil(): Heads(range(1), 1)}, window=21, layer=0)
+    x = torch.zeros(1, 3, 24, 1, 4)
+    store.write(Chunk(0, x, x, (4, 6)))
+    with pytest.raises(StreamShapeError, match="start a new video"):
+        store.write(Chunk(3, x, x, (6, 4)))
+    store.write(Chunk(0, x, x, (6, 4)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MergesOnly(Local):
+    """A role that merges but shows all query frames the same."""
+
+    @property
+    def merge(self):
+        return Merge(4, 4, 2)
+
+
+class OldAdapter(SelfForcing):
+    """An adapter from before roles merged patches."""
+
+    def rotate(self, x, call, positions):
+        return super().rotate(x, call, positions)
+
+
+def test_what_cannot_merge_is_refused_at_once():
+    with pytest.raises(RoleError, match="per query frame"):
+        MergesOnly()
+    model = DemoModel(CONFIG).eval()
+    with pytest.raises(UnsupportedModelError, match="takes no patch"):
+        hf.apply_head_forcing(model, Veil(), adapter=OldAdapter())
+    hf.apply_head_forcing(model, Wave(), adapter=OldAdapter()).remove()

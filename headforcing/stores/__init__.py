@@ -72,7 +72,7 @@ class KVStore(ABC):
             )
         shape = _Shape.of(chunk)
         for blocks in self._blocks.values():
-            blocks.check(chunk.grid)
+            blocks.check(chunk.grid, self._grid if chunk.start else None)
         if self._begins_video(chunk, shape):
             self._check_roles(shape.frames)
             self.reset()

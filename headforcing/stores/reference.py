@@ -45,7 +45,8 @@ class ReferenceStore(KVStore):
         table = dataclasses.replace(self._table(role, 0, own.frames), query=query)
         rows = list(role.attend(table, phase))
         numbers = (*(self._known[role][row] for row in rows), *own.frames)
-        positions = role.place(numbers, length, self.window, query)
+        asked = () if query is None else (query,)
+        positions = role.place(numbers, length, self.window, *asked)
         heads = self.heads[role]
         k, v = heads.take(own.k), heads.take(own.v)
         if rows:

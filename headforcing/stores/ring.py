@@ -5,6 +5,9 @@ where they sit now, and values. The pending chunk is written right behind the hi
 slice: no gather and no `cat` per pass. When a chunk begins, the frames that stay slide to the front
 like in upstream's rolled cache, and only frames whose position changed are rotated again.
 
+Roles that read a part of what they keep, or per query frame, have that part packed once per chunk (and
+query frame) instead of the rotated keys.
+
 Softmax does not care about the order of keys, but its last bits do: time order is what makes the
 result equal to upstream's, bit for bit. Holding keys twice costs 1.5 times the bytes of a plain cache
 of the same frames; `nbytes` says so.
@@ -39,7 +42,8 @@ class RingStore(KVStore):
         table = dataclasses.replace(bank.table(0, self._pending), query=query)
         rows = tuple(role.attend(table, phase))
         frames = (*(bank.frames[row] for row in rows), *self._pending)
-        positions = role.place(frames, len(self._pending), self.window, query)
+        asked = () if query is None else (query,)
+        positions = role.place(frames, len(self._pending), self.window, *asked)
         if query is None and len(rows) == len(bank.frames):
             k, v = bank.see(positions, encode)
         else:
@@ -133,15 +137,29 @@ class _Bank:
         raw, v = self.staged(len(positions) - held)
         plan = (tuple(rows), tuple(positions))
         if query not in self._some or self._some[query][0] != plan:
-            past, values = ([x[:, first:last] for first, last in runs(rows)] for x in (self._raw, self._v))
-            packed = torch.cat([*past, raw], dim=1).to(v.dtype)
-            if past:
-                packed[:, :held] = encode(torch.cat(past, dim=1), positions[:held])
-            self._some[query] = (plan, packed, torch.cat([*values, v], dim=1))
+            self._some[query] = (plan, *self._packed(rows, positions, encode, len(positions)))
         _, some_k, some_v = self._some[query]
         some_k[:, held:] = encode(raw, positions[held:])
+        if held == len(self.frames):
+            return some_k, self._v[:, : len(positions)]
         some_v[:, held:] = v
         return some_k, some_v
+
+    def _packed(
+        self, rows: Sequence[int], positions: Sequence[int], encode: Encode, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated keys of some rows, and their values where they are not all of them, with room behind."""
+        shape = (self._v.shape[0], slots, *self._v.shape[2:])
+        every = len(rows) == len(self.frames)
+        with torch.inference_mode(False):
+            k = torch.empty(shape, dtype=self._v.dtype, device=self._v.device)
+            v = k.new_empty(0) if every else torch.empty_like(k)
+        past, values = ([x[:, first:last] for first, last in runs(rows)] for x in (self._raw, self._v))
+        if rows:
+            k[:, : len(rows)] = encode(torch.cat(past, dim=1), positions[: len(rows)])
+        if rows and not every:
+            v[:, : len(rows)] = torch.cat(values, dim=1)
+        return k, v
 
     def numbers(self) -> list[list[int]]:
         if self._ids is _NOTHING:
@@ -177,7 +195,7 @@ class _Bank:
         chosen = 0 if selection.chosen is None else selection.chosen.shape[1]
         after = len(selection.before) + chosen
         kept = [*enumerate(selection.before), *enumerate(selection.after, after)]  # (slot, row)
-        settled = [(slot, row) for slot, row in kept if self._placed[row] == positions[slot]]
+        settled = [(slot, row) for slot, row in kept if self._placed[row] == positions[slot] is not None]
         for buffer in (self._raw, self._v, self._ids):
             picked = None if selection.chosen is None else _pick(buffer, selection.chosen)
             _slide(buffer, kept[: len(selection.before)])
@@ -201,13 +219,15 @@ class _Bank:
         shape = (batch, slots, tokens, len(self.heads), dim)
         with torch.inference_mode(False):
             raw = torch.empty(shape, dtype=k.dtype, device=k.device)
-            rotated, values = (torch.empty(shape, dtype=v.dtype, device=v.device) for _ in range(2))
+            values = torch.empty(shape, dtype=v.dtype, device=v.device)
+            rotated = values.new_empty(0) if self.role.reads_per_query else torch.empty_like(values)
             ids = torch.empty(shape[:2], dtype=torch.long, device=k.device)
         fresh = (raw, rotated, values, ids)
         if self.frames:
             held = slice(0, len(self.frames))
             for new, old in zip(fresh, self._buffers(), strict=True):
-                new[:, held] = old[:, held]
+                if new.numel():
+                    new[:, held] = old[:, held]
         self._raw, self._rotated, self._v, self._ids = fresh
         self._placed = [*self._placed[: len(self.frames)], *[None] * (slots - len(self.frames))]
 
