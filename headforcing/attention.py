@@ -18,7 +18,7 @@ from headforcing.errors import StreamActiveError
 from headforcing.observation import Observation
 from headforcing.plan import LayerPlan
 from headforcing.roles import HeadRole
-from headforcing.types import AttentionCall, Chunk
+from headforcing.types import AttentionCall, Chunk, Heads, KVView
 
 
 class HeadForcingMixin(nn.Module):
@@ -52,26 +52,24 @@ class HeadForcingMixin(nn.Module):
         def encode(x: Tensor, positions: Sequence[int]) -> Tensor:
             return adapter.rotate(x, call, positions)
 
-        parts, views = [], []
-        for role, heads in plan.heads.items():
-            for own in _readings(role, q.shape[1]):
-                query = call.start + own.start if role.reads_per_query else None
-                asked = () if query is None else (query,)
-                view = stream.store.view(role, call.phase, encode, *asked)
-                rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(v.dtype)
-                queries, k, v = (x.flatten(1, 2) for x in (rotated, view.k, view.v))
-                if role.merge is not None and query is not None:
-                    blocks = stream.store.view_blocks(role, query)
-                    if blocks is not None:
-                        merged = adapter.rotate(blocks.k, call, blocks.positions, role.merge.patch)
-                        k = torch.cat([merged.to(v.dtype).flatten(1, 2), k], dim=1)
-                        v = torch.cat([blocks.v.flatten(1, 2), v], dim=1)
-                tokens = call.tokens_per_frame
-                parts.append(Part(heads, queries, k, v, slice(own.start * tokens, own.stop * tokens)))
-                views.append(view)
+        def look(role: HeadRole, heads: Heads, own: slice) -> tuple[Part, KVView]:
+            """What the heads of a role attend to, from some frames of the chunk."""
+            query = (call.start + own.start,) if role.reads_per_query else ()
+            view = stream.store.view(role, call.phase, encode, *query)
+            rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(view.v.dtype)
+            keys, values = [view.k], [view.v]
+            if role.merge is not None and (blocks := stream.store.view_blocks(role, *query)) is not None:
+                merged = adapter.rotate(blocks.k, call, blocks.positions, role.merge.patch)
+                keys, values = [merged.to(view.v.dtype), view.k], [blocks.v, view.v]
+            rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)
+            return Part(heads, rotated.flatten(1, 2), _tokens(keys), _tokens(values), rows), view
+
+        looks = [look(role, heads, own) for role, heads in plan.heads.items() for own in _readings(role, q)]
+        parts = [part for part, _ in looks]
         out = plan.options.attend(parts, plan.num_heads)  # [B, L, H, D]
         for observe in plan.activity.observers:
-            frames, positions = [view.frames for view in views], [view.positions for view in views]
+            frames = [view.frames for _, view in looks]
+            positions = [view.positions for _, view in looks]
             observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, positions, out, encode))
         return adapter.output(self, out, call, stream.memo)
 
@@ -90,11 +88,17 @@ class HeadForcingMixin(nn.Module):
         return _rebuild, (original_class(self),), self.__dict__
 
 
-def _readings(role: HeadRole, frames: int) -> list[slice]:
-    """The query frames that see the same, as slices of the chunk."""
-    if not role.reads_per_query:
-        return [slice(0, frames)]
-    return [slice(frame, frame + 1) for frame in range(frames)]
+def _readings(role: HeadRole, q: Tensor) -> list[slice]:
+    """The frames of the chunk `[B, F, P, H, D]` that see the same."""
+    frames = q.shape[1]
+    step = 1 if role.reads_per_query else frames
+    return [slice(first, first + step) for first in range(0, frames, step)]
+
+
+def _tokens(frames: Sequence[Tensor]) -> Tensor:
+    """Frames `[B, n, P, Hr, D]`, also of different `P`, as one row of tokens."""
+    flat = [x.flatten(1, 2) for x in frames]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:
