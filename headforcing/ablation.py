@@ -68,9 +68,9 @@ def ablate_heads(
     whole = RoleMap.uniform(every, facts.layers, facts.heads)
     fitted = tuple(role.fit(window, chunk) for role in roles)
 
-    def errors(role_map: RoleMap) -> Tensor:
+    def errors(role_map: RoleMap, expected: int | None = None) -> Tensor:
         with apply_head_forcing(model, role_map, adapter=adapter, window=window, chunk=chunk):
-            return _checked(score())
+            return _checked(score(), expected)
 
     plain = errors(whole)
     scale = float(plain.nanmean())
@@ -80,8 +80,8 @@ def ablate_heads(
     for place in range(facts.layers * facts.heads):
         layer, head = divmod(place, facts.heads)
         for number, role in enumerate(fitted):
-            cut = errors(with_role(whole, layer, head, role))
-            increase[:, layer, head, number] = (_checked(cut, len(plain)) - plain) / scale
+            cut = errors(with_role(whole, layer, head, role), len(plain))
+            increase[:, layer, head, number] = (cut - plain) / scale
         if progress:
             progress(place + 1, facts.layers * facts.heads, "heads")
     settings = {"roles": [encode_role(role) for role in fitted], "history": encode_role(every)}
@@ -103,7 +103,7 @@ def ablate_heads(
     )
 
 
-def _checked(found: Tensor, expected: int | None = None) -> Tensor:
+def _checked(found: Tensor, expected: int | None) -> Tensor:
     """Errors `[S]` float64 on the CPU."""
     if found.dim() != 1 or not len(found) or len(found) != (expected or len(found)):
         raise ProfileError(

@@ -84,13 +84,7 @@ def apply_head_forcing(
     window = _count(adapter.window(model) if window is None else window, "window")
     chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
     role_map = _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk)
-    if (
-        any(role.merge for role in role_map.counts())
-        and "patch" not in inspect.signature(adapter.rotate).parameters
-    ):
-        raise UnsupportedModelError(
-            f"{adapter.name}: its rotate() takes no patch, which roles that merge patches need: add it"
-        )
+    _check_merging(role_map, adapter)
     options = Options(role_map, window, adapter, _store(store), _attend(backend))
     if not _is_unmeasured(roles) and (
         foreign := _foreign(role_map, model, adapter, window, head_dim, strict)
@@ -130,6 +124,15 @@ def _check_model(model: object) -> None:
     inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
     hint = f"pass one of its modules: {', '.join(inside)}" if inside else "pass the model itself"
     raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: {hint}")
+
+
+def _check_merging(role_map: RoleMap, adapter: Adapter) -> None:
+    """Merged patches are rotated by the adapter, which may be older than they are."""
+    merging = any(role.merge for role in role_map.counts())
+    if merging and "patch" not in inspect.signature(adapter.rotate).parameters:
+        raise UnsupportedModelError(
+            f"{adapter.name}: its rotate() takes no patch, which roles that merge patches need: add it"
+        )
 
 
 def _adapter(adapter: Any) -> Adapter:

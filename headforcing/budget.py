@@ -23,9 +23,9 @@ from headforcing.classifiers import (
     Labels,
     candidates,
     frames_kept,
-    measured,
     short_names,
     table,
+    tried,
     unrestricted,
 )
 from headforcing.errors import OptionError, ProfileError
@@ -192,15 +192,9 @@ def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
 
 def _choices(profile: HeadProfile, by: str, roles: Sequence[HeadRole]) -> list[list[Choice]]:
     """What every head can have, in the order of the roles; what was not tried has no error."""
-    tried = candidates(profile, by.partition(".")[0])
-    columns = measured(profile.noisy, by).flatten(0, 1)  # [heads in all, R]
-    if columns.shape[1:] != (len(tried),):
-        raise ProfileError(
-            f"{by} has {list(columns.shape[1:])} columns, the profile names {len(tried)} roles: they must be "
-            "as many; measure again"
-        )
+    known, columns = tried(profile, by)
     frames = [int(frames_kept(role, profile.facts.model.chunk)) for role in roles]
-    places = [tried.index(role) if role in tried else None for role in roles]
+    places = [known.index(role) if role in known else None for role in roles]
     return [
         [
             Choice(kept, Fraction(0 if place is None else row[place]), role)

@@ -48,10 +48,13 @@ class RoleMap:
                 f"the table has {self.shape[0]} layers x {self.shape[1]} heads, but the model it was "
                 f"measured on {model.layers} x {model.heads}: one of them is wrong"
             )
-        names = _names(self.counts())
-        labels = self.labels or [[names[role] for role in layer] for layer in self.layers]
-        object.__setattr__(self, "labels", tuple(tuple(row) for row in labels))
-        self._check_labels()
+        if self.labels:
+            object.__setattr__(self, "labels", tuple(tuple(row) for row in self.labels))
+            self._check_labels()
+        else:
+            names = _names(self.counts())
+            labels = tuple(tuple(names[role] for role in layer) for layer in self.layers)
+            object.__setattr__(self, "labels", labels)
 
     @classmethod
     def uniform(cls, role: HeadRole, layers: int, heads: int) -> RoleMap:

@@ -131,6 +131,17 @@ def test_heads_get_the_cheapest_role_that_hurts_little_or_a_memory(model):
         find_classifier("ablation")(profile, error=-1.0)
 
 
+def test_the_order_in_which_roles_were_tried_does_not_matter(model):
+    profile = table_of(model, [[[0.5, 0.01]] * 4, [[0.0, 0.0]] * 4])
+    facts = profile.facts.model_copy(
+        update={"metrics": {"ablation": {"roles": profile.facts.metrics["ablation"]["roles"][::-1]}}}
+    )
+    values = {"ablation.increase": profile.values["ablation.increase"].flip(-1)}
+    other = dataclasses.replace(profile, facts=facts, values=values)
+    one, two = find_classifier("ablation")(profile), find_classifier("ablation")(other)
+    assert one.labels == two.labels == (("anchor3+3",) * 4, ("local3",) * 4)
+
+
 def test_the_demo_videos_are_the_same_on_every_call():
     model = DemoModel(DemoConfig(dim=64, layers=1)).randomize(seeded()).eval().requires_grad_(False)
     held_out = HeldOut(model, 6, 5)

@@ -179,6 +179,22 @@ def candidates(profile: HeadProfile, metric: str) -> list[HeadRole]:
     return roles
 
 
+def tried(profile: HeadProfile, column: str) -> tuple[list[HeadRole], Tensor]:
+    """The roles that a metric tried, and their mean errors over the noisy passes, `[heads in all, R]`.
+
+    Raises:
+        ProfileError: they were not measured, or there are not as many errors as roles.
+    """
+    roles = candidates(profile, column.partition(".")[0])
+    errors = measured(profile.noisy, column).flatten(0, 1)
+    if errors.shape[1:] != (len(roles),):
+        raise ProfileError(
+            f"{column} has {list(errors.shape[1:])} columns, the profile names {len(roles)} roles: they must "
+            "be as many; measure again"
+        )
+    return roles, errors
+
+
 def cheapest(
     errors: Tensor, roles: Sequence[HeadRole], chunk: int, error: float
 ) -> tuple[list[HeadRole], Tensor]:

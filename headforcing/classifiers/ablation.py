@@ -12,12 +12,11 @@ import math
 from headforcing.classifiers import (
     Classification,
     as_margin,
-    candidates,
     cheapest,
     frames_kept,
-    measured,
     short_names,
     table,
+    tried,
     unrestricted,
 )
 from headforcing.errors import OptionError
@@ -37,13 +36,12 @@ def classify(profile: HeadProfile, *, error: float = 0.05) -> Classification:
     """
     if not 0 <= error < math.inf:
         raise OptionError(f"error is {error!r}: expected a relative increase >= 0")
-    increase = measured(profile, "ablation.increase").flatten(0, 1)  # [heads in all, R]
+    roles, increase = tried(profile, "ablation.increase")
     model = profile.facts.model
-    roles = sorted(candidates(profile, "ablation"), key=lambda role: frames_kept(role, model.chunk))
     rest = unrestricted(model)
     chosen, distance = cheapest(increase, roles, model.chunk, error)
     none = (increase > error).all(1)
-    names = short_names([*roles, rest])
+    names = short_names([*sorted(roles, key=lambda role: frames_kept(role, model.chunk)), rest])
     labels = [names[rest if lost else role] for role, lost in zip(chosen, none.tolist(), strict=True)]
     margin = distance.where(~none, increase.amin(1) - error)
     return Classification(

@@ -12,14 +12,13 @@ import math
 from headforcing.classifiers import (
     Classification,
     as_margin,
-    candidates,
     cheapest,
     frames_kept,
-    measured,
     short_names,
     table,
+    tried,
 )
-from headforcing.errors import OptionError, ProfileError
+from headforcing.errors import OptionError
 from headforcing.profile import HeadProfile
 
 COLUMNS = ("p95", "mean")
@@ -44,13 +43,7 @@ def classify(profile: HeadProfile, *, error: float = 0.1, by: str = "p95") -> Cl
         raise OptionError(f"by is {by!r}: expected one of {', '.join(COLUMNS)}")
     if not 0 <= error < math.inf:
         raise OptionError(f"error is {error!r}: expected a relative change >= 0")
-    roles = candidates(profile, "output_regret")
-    errors = measured(profile.noisy, f"output_regret.{by}").flatten(0, 1)  # [heads in all, R]
-    if errors.shape[1:] != (len(roles),):
-        raise ProfileError(
-            f"output_regret.{by} has {list(errors.shape[1:])} columns, the profile names "
-            f"{len(roles)} roles: they must be as many; profile again"
-        )
+    roles, errors = tried(profile, f"output_regret.{by}")
     chosen, distance = cheapest(errors, roles, profile.facts.model.chunk, error)
     names = short_names(sorted(roles, key=lambda role: frames_kept(role, profile.facts.model.chunk)))
     return Classification(

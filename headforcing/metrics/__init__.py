@@ -58,7 +58,7 @@ class Look:
         rows = torch.arange(q.shape[1], device=q.device) if self.rows is None else self.rows
         return rows // self.tokens_per_frame
 
-    @property
+    @functools.cached_property
     def share(self) -> Tensor:
         """Share of the attention on each frame, mean over the followed queries, `[B, H, n]`."""
         return self._by_frame[0].softmax(-1).mean(2)
