@@ -20,7 +20,7 @@ from headforcing.classifiers import find_classifier, unrestricted
 from headforcing.errors import OptionError, ProfileError
 from headforcing.footprint import MODELS, ModelSize
 from headforcing.measured import measured_map
-from headforcing.pyramid import Strided
+from headforcing.pyramid import Strided, Veil
 from headforcing.role_json import encode_role
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.stability import stability
@@ -396,3 +396,9 @@ def test_what_grows_has_no_size():
     roles = hf.RoleMap.uniform(Full(), 30, 12)
     assert MODELS["wan-1.3b"].kv_bytes(roles) is None
     assert MODELS["wan-1.3b"].ring_bytes(roles) is None
+
+
+def test_roles_that_merge_frames_are_refused_because_their_blocks_would_not_be_counted():
+    profile = profile_with([[[0.5, 0.1]]], (Local(1), Veil()))
+    with pytest.raises(OptionError, match="merges frames"):
+        fit_budget(profile, frames=10)
