@@ -235,12 +235,11 @@ def _role_map(roles: Roles, layers: int, heads: int, window: int, chunk: int) ->
     if isinstance(roles, HeadRole):
         return RoleMap.uniform(roles, layers, heads)
     if isinstance(roles, str) and roles in PRESETS:
-        return PRESETS[roles](layers, heads, window, chunk)
+        return PRESETS[roles].uniform(layers, heads, window, chunk)
     if isinstance(roles, str | Path):
         if Path(roles).suffix != ".json" and not Path(roles).exists():
             raise RoleMapError(
-                f"{str(roles)!r} is neither a preset ({', '.join(sorted(PRESETS))}) nor a role-map file; "
-                "the roles of Head Forcing belong to a checkpoint and come as a measured map"
+                f"{str(roles)!r} is neither a preset ({', '.join(sorted(PRESETS))}) nor a role-map file"
             )
         return RoleMap.load(roles)
     if isinstance(roles, Sequence) and all(isinstance(row, list | tuple) for row in roles):

@@ -1,12 +1,15 @@
 """How many bytes the keys and values of a model take, counted before it is loaded.
 
-Plain arithmetic for one stream of one video; multiply by videos, CFG branches and experts.
+For one stream of one video; multiply by videos, CFG branches and experts. Plain arithmetic where a role keeps
+whole frames only, otherwise counted on a real store with small tensors (`headforcing.steady`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from headforcing.errors import OptionError
@@ -80,35 +83,60 @@ class ModelSize:
         return RING_BUFFERS * self.head_bytes // 2 + RING_ID
 
     def kv_bytes(self, roles: RoleMap) -> int | None:
-        """Keys and values of the frames kept and the own chunk; `None` is without bound.
+        """Keys and values of what is kept and of the own chunk; `None` is without bound.
+
+        A head of `capacity` frames is full; blocks that grow and come to an end are counted at the moment
+        when all heads together hold most. The same as `status().stored_bytes` of a `reference` store.
 
         Raises:
-            OptionError: a role merges frames.
+            OptionError: what a role keeps beside whole frames cannot be told for so many patches.
+            WindowError: a role that has to be simulated does not fit the window.
         """
-        if merging := [role for role in roles.counts() if role.merge is not None]:
-            raise OptionError(f"{merging[0]} merges frames: its blocks are not counted yet")
-        kept = [role.capacity(self.chunk) for layer in roles.layers for role in layer]
-        known = [frames for frames in kept if frames is not None]
-        if len(known) < len(kept):
-            return None
-        return (sum(known) + len(kept) * self.chunk) * self.head_bytes
+        from headforcing.steady import keeps_beside
+
+        return self._most("reference", roles, keeps_beside, (self.head_bytes, 0))
 
     def ring_bytes(self, roles: RoleMap) -> int | None:
-        """What `status().stored_bytes` says of a full `ring` store; `None` is without bound.
+        """What `status().stored_bytes` says of a full `ring` store at the end of a chunk, at most.
+
+        `None` is without bound. Roles for which the store packs a part of what it keeps are simulated.
 
         Raises:
-            OptionError: a role sees a part of what it keeps, and the store packs that part as well.
+            OptionError: what the store packs cannot be told from the size of a head.
+            WindowError: a role that has to be simulated does not fit the window.
         """
-        for role in roles.counts():
-            if packs(role):
-                raise OptionError(
-                    f"{role} is packed beside what it keeps: what the store packs is not counted"
-                )
-        plain = self.kv_bytes(roles)
-        if plain is None:
+        from headforcing.steady import keeps_beside
+
+        def moves(role: HeadRole) -> bool:
+            return packs(role) or keeps_beside(role)
+
+        return self._most("ring", roles, moves, (RING_BUFFERS * self.head_bytes // 2, RING_ID))
+
+    def _most(
+        self, store: str, roles: RoleMap, moves: Callable[[HeadRole], bool], slot: tuple[int, int]
+    ) -> int | None:
+        """Most bytes held at once: of a slot, per head and per role; roles that move are simulated."""
+        from headforcing.steady import held_bytes
+
+        if any(role.capacity(self.chunk) is None for role in roles.counts()):
             return None
-        slots = [(role.capacity(self.chunk) or 0) + self.chunk for layer in roles.layers for role in {*layer}]
-        return RING_BUFFERS * plain // 2 + RING_ID * sum(slots)
+        resting, moving = 0, []
+        for layer in roles.layers:
+            for role in dict.fromkeys(layer):
+                heads = layer.count(role)
+                if moves(role):
+                    held = held_bytes(store, role, self.window, self.chunk, self.itemsize)
+                    moving.append(held.of(heads, self.tokens_per_frame, self.head_dim))
+                else:
+                    slots = (role.capacity(self.chunk) or 0) + self.chunk
+                    resting += slots * (heads * slot[0] + slot[1])
+        most = max((sum(held, Fraction()) for held in zip(*moving, strict=True)), default=Fraction())
+        if most.denominator != 1:
+            raise OptionError(
+                f"{self.tokens_per_frame} tokens per frame cannot be merged or cut as the roles want: they "
+                f"would hold {float(most)} bytes; give a number that their patches divide"
+            )
+        return resting + int(most)
 
 
 def packs(role: HeadRole) -> bool:

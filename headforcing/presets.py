@@ -1,62 +1,222 @@
-"""Role maps that need no measuring, by name.
+"""Published memories by name: which roles they give to which heads, and how many heads of each there are.
 
-Head Forcing itself is not among them: its roles belong to a checkpoint, so it takes a measured map. For
-the same reason the labels of Dummy Forcing and of Pyramid Forcing are arguments. What a preset does not take
-over from its source, it says.
+One entry of `PRESETS` per method. Methods that treat all heads alike need nothing else; the others need a
+label for every head, which belongs to a checkpoint and has to be imported or measured. What a preset does
+not take over from its source, it says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from headforcing.errors import RoleMapError
 from headforcing.origin import Origin
 from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
-from headforcing.roles import Anchor, Full, Local, SlidingWindow
+from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 
-Preset = Callable[[int, int, int, int], RoleMap]
-"""Builds a map from layers, heads, window and chunk (frames)."""
+Roles = Mapping[str, HeadRole]
+"""What the labels of a preset mean; a preset that needs no labels has the one label `all`."""
+ALL = "all"
 
 
-def full(layers: int, heads: int, window: int, chunk: int) -> RoleMap:
+@dataclass(frozen=True)
+class Preset:
+    """A published memory.
+
+    Attributes:
+        name: its name.
+        roles: its roles by label, from the window and the chunk in frames.
+        source: where it is published, as an arXiv id, or in words.
+        classifier: the classifier that finds its labels; `None`: all heads are alike, or none is known.
+        importer: format of its published labels for `headforcing roles import`, where we read it.
+        published: heads per label on Wan2.1 1.3B, for the labels where the number is known.
+        counted: where these numbers come from, or why some are missing.
+        first_layer: the label of every head of layer 0, where the source does not tell them apart.
+    """
+
+    name: str
+    roles: Callable[[int, int], Roles]
+    source: str
+    classifier: str | None = None
+    importer: str | None = None
+    published: Mapping[str, int] = field(default_factory=dict)
+    counted: str = ""
+    first_layer: str | None = None
+
+    def labels_needed(self, window: int = 21, chunk: int = 3) -> tuple[str, ...]:
+        """Its labels; none, where all heads are alike."""
+        names = tuple(self.roles(window, chunk))
+        return () if names == (ALL,) else names
+
+    def shares(self, window: int = 21, chunk: int = 3) -> Mapping[str, float] | None:
+        """Share of all heads per label, as published; `None` where it is not known for every label."""
+        names = self.labels_needed(window, chunk)
+        if not names:
+            return {ALL: 1.0}
+        if set(names) != set(self.published):
+            return None
+        heads = sum(self.published.values())
+        return {name: self.published[name] / heads for name in names}
+
+    def uniform(self, layers: int, heads: int, window: int, chunk: int) -> RoleMap:
+        """The map, for a method that treats all heads alike.
+
+        Raises:
+            RoleMapError: it does not; the message says how to get its labels.
+        """
+        if needed := self.labels_needed(window, chunk):
+            raise RoleMapError(f"{self.name} has other memories for {_listed(needed)} heads: {self._how()}")
+        return RoleMap.uniform(self.roles(window, chunk)[ALL], layers, heads)
+
+    def labelled(self, labels: Sequence[Sequence[str]], window: int = 21, chunk: int = 3) -> RoleMap:
+        """The map for given labels.
+
+        Args:
+            labels: a label for every head, `labels[layer][head]`.
+            window: frames the model was trained on.
+            chunk: frames of a chunk.
+
+        Raises:
+            RoleMapError: the method takes no labels, there is another one, or the table is malformed.
+        """
+        if not self.labels_needed(window, chunk):
+            raise RoleMapError(f"{self.name} gives all heads the same memory: it takes no labels")
+        table = [list(row) for row in labels]
+        known = self.roles(window, chunk)
+        RoleMap.from_labels(table, known)  # also the labels that are replaced must be right
+        if self.first_layer is not None and table:
+            table[0] = [self.first_layer] * len(table[0])
+        return RoleMap.from_labels(table, known, Origin(notes={"roles": f"{self.name}, {self.source}"}))
+
+    def _how(self) -> str:
+        ways = []
+        if self.importer is not None:
+            ways.append(f"import published ones (`headforcing roles import FILE --format {self.importer}`)")
+        if self.classifier is not None:
+            ways.append(
+                "measure your model (`headforcing profile`, then `headforcing roles classify --method "
+                f"{self.classifier}`) and apply the role-map file"
+            )
+        ways.append(f"pass headforcing.presets.PRESETS[{self.name!r}].labelled(labels)")
+        return ", or ".join(ways)
+
+
+def _everything(window: int, chunk: int) -> Roles:
     """Every head keeps everything at its true position: the dense cache, growing."""
-    return RoleMap.uniform(Full(), layers, heads)
+    return {ALL: Full()}
 
 
-def sliding_window(layers: int, heads: int, window: int, chunk: int) -> RoleMap:
+def _rolled(window: int, chunk: int) -> Roles:
     """Every head sees the last `window` frames: what the base model does past its training."""
-    return RoleMap.uniform(SlidingWindow(window), layers, heads)
+    return {ALL: SlidingWindow(window)}
 
 
-def streaming_llm(layers: int, heads: int, window: int, chunk: int) -> RoleMap:
-    """Every head sees the first chunk and the last frames (arXiv:2309.17453, on frames)."""
-    return RoleMap.uniform(SlidingWindow(window, sink=chunk), layers, heads)
+def _streaming_llm(window: int, chunk: int) -> Roles:
+    """Every head sees the first chunk and the last frames; on frames, where the source has tokens."""
+    return {ALL: SlidingWindow(window, sink=chunk)}
 
 
-def infinity_rope(layers: int, heads: int, window: int, chunk: int) -> RoleMap:
-    """Every head sees the first frame and the last five, own chunk included (arXiv:2511.20649).
+def _infinity_rope(window: int, chunk: int) -> Roles:
+    """Every head sees the first frame and the last five, own chunk included.
 
     Third party: a sink of 1 in a window of 6 frames, keys kept before RoPE and placed relative to the own
     chunk in every pass. Inferred: the window counts the sink, and the sink stands right before the recent
     frames, which is `compact`. Not taken over: the cache flush when the prompt changes, and the jump of 45
     positions at a cut.
     """
-    return RoleMap.uniform(SlidingWindow(6, sink=1), layers, heads)
+    return {ALL: SlidingWindow(6, sink=1)}
 
 
-PRESETS: dict[str, Preset] = {f.__name__: f for f in (full, sliding_window, streaming_llm, infinity_rope)}
+def _head_forcing(window: int, chunk: int) -> Roles:
+    """Local, anchor and memory heads; the paper does not say their numbers, `headforcing.roles` does."""
+    return {"anchor": Anchor(), "local": Local(), "memory": Memory()}
 
 
-def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: int = 1) -> RoleMap:
-    """Sink heads see the first frame, neighbours the last chunks, dummies the last frame (arXiv:2601.20499).
+def _pyramid_forcing(window: int, chunk: int) -> Roles:
+    """Waves read by cycles, anchors every sixth frame, veils merged blocks.
+
+    The numbers are those of its released configuration (code); `headforcing.pyramid` says which edges are
+    our choice.
+    """
+    return {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
+
+
+def _dummy_forcing(window: int, chunk: int, context: int = 1) -> Roles:
+    """Sink heads see the first frame, neighbours the last chunks, dummies the last frame.
 
     Third party: these frames beside the own chunk, at their true positions. Not taken over: the project
     labels heads anew in every video, after its first chunk, and keeps everything until then; here labels
     are given and count from the first chunk on. Positions leave the range the model was trained on, as
     they do there.
+    """
+    return {
+        "sink": Anchor(1, positions="absolute"),
+        "neighbour": Local(context * chunk, positions="absolute"),
+        "dummy": Local(1, positions="absolute"),
+    }
+
+
+_ALL_PRESETS = (
+    Preset("full", _everything, "the dense cache"),
+    Preset("sliding_window", _rolled, "the rolled cache of Self Forcing, arXiv:2506.08009"),
+    Preset("streaming_llm", _streaming_llm, "arXiv:2309.17453"),
+    Preset("infinity_rope", _infinity_rope, "arXiv:2511.20649"),
+    Preset(
+        "head_forcing",
+        _head_forcing,
+        "arXiv:2605.14487",
+        classifier="head_forcing",
+        published={"anchor": 90, "local": 54, "memory": 216},
+        counted="25 % anchors, then 20 % of the rest local (third party); rounded up, 360 heads",
+    ),
+    Preset(
+        "pyramid_forcing",
+        _pyramid_forcing,
+        "arXiv:2605.13111",
+        classifier="pyramid_forcing",
+        importer="pyramid_forcing",
+        published={"wave": 156, "anchor": 172, "veil": 32},
+        counted="counted in its published labels of Self Forcing",
+    ),
+    Preset(
+        "dummy_forcing",
+        _dummy_forcing,
+        "arXiv:2601.20499",
+        classifier="dummy_forcing",
+        published={"dummy": 180},
+        counted="half of the 360 heads are dummies; the split of the others is not published",
+    ),
+)
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL_PRESETS}
+"""Every preset by its name."""
+
+
+def head_forcing(labels: Sequence[Sequence[str]]) -> RoleMap:
+    """Head Forcing with its default numbers; `labels[layer][head]` is `anchor`, `local` or `memory`.
+
+    Raises:
+        RoleMapError: another label, or a malformed table.
+    """
+    return PRESETS["head_forcing"].labelled(labels)
+
+
+def pyramid_forcing(labels: Sequence[Sequence[str]]) -> RoleMap:
+    """Pyramid Forcing with its released numbers; `labels[layer][head]` is `wave`, `anchor` or `veil`.
+
+    Raises:
+        RoleMapError: another label, or a malformed table.
+    """
+    return PRESETS["pyramid_forcing"].labelled(labels)
+
+
+def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: int = 1) -> RoleMap:
+    """Dummy Forcing; `labels[layer][head]` is `sink`, `neighbour` or `dummy`.
 
     Args:
-        labels: `sink`, `neighbour` or `dummy` for every head, `labels[layer][head]`.
+        labels: a label for every head.
         chunk: frames of a chunk.
         context: chunks that a neighbour sees, 1 there, 2 in its interactive mode.
 
@@ -64,25 +224,11 @@ def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: i
         RoleError: the number of frames is none.
         RoleMapError: another label, or a malformed table.
     """
-    roles = {
-        "sink": Anchor(1, positions="absolute"),
-        "neighbour": Local(context * chunk, positions="absolute"),
-        "dummy": Local(1, positions="absolute"),
-    }
-    return RoleMap.from_labels(labels, roles, Origin(notes={"roles": "Dummy Forcing, arXiv:2601.20499"}))
+    found = PRESETS["dummy_forcing"].labelled(labels, chunk=chunk)
+    if context == 1:
+        return found
+    return RoleMap.from_labels(found.labels, _dummy_forcing(0, chunk, context), found.origin)
 
 
-def pyramid_forcing(labels: Sequence[Sequence[str]]) -> RoleMap:
-    """Waves read by cycles, anchors every sixth frame, veils merged blocks (arXiv:2605.13111).
-
-    The numbers are those of its released configuration (code); `headforcing.pyramid` says which edges are
-    our choice. Labels come from its table (`headforcing.importers`), or from the classifier of that name.
-
-    Args:
-        labels: `wave`, `anchor` or `veil` for every head, `labels[layer][head]`.
-
-    Raises:
-        RoleMapError: another label, or a malformed table.
-    """
-    roles = {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
-    return RoleMap.from_labels(labels, roles, Origin(notes={"roles": "Pyramid Forcing, arXiv:2605.13111"}))
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -32,7 +32,7 @@ from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.testing.profiles import CANDIDATES, permuted, profile_of, random_profile
 from headforcing.testing.strategies import roles
 
-NAMES = ("head_forcing", "mass_ratio", "output_regret", "pyramid_forcing")
+NAMES = ("dummy_forcing", "head_forcing", "mass_ratio", "output_regret", "pyramid_forcing")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -249,7 +249,7 @@ def test_a_preset_instead_of_a_map(demo, folder):
     row = json.loads(answer.stdout)["policies"][1]
     assert (row["name"], row["attended_frames"]) == ("preset infinity_rope", 6.0)
     assert row["roles"] == [{"role": "slidingwindow", "heads": 24, "frames": 3}]
-    unknown = RUN.invoke(app, [*short, "--preset", "head_forcing"])
+    unknown = RUN.invoke(app, [*short, "--preset", "dense"])
     assert (unknown.exit_code, "sliding_window" in unknown.stderr) == (2, True)
     both = demo("--preset", "full", out="never")
     assert (both.exit_code, "leave one out" in both.stderr) == (2, True)

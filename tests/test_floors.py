@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"types", "errors", "lookup", "strict_json"},
     {"positions", "pyramid", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "adapter", "fingerprint", "footprint"},
+    | {"rope", "adapter", "fingerprint", "presets"},
     {"merge", "health"},
     {"stores", "backends"},
-    {"profile"},
+    {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
     | {"budget"},
-    {"observation", "plan", "presets"},
+    {"observation", "plan"},
     {"attention", "status", "metrics"},
     {"handle"},
     {"apply"},

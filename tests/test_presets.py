@@ -1,22 +1,21 @@
-"""Presets keep the frames of their sources, and `headforcing presets` counts their bytes."""
+"""Presets keep the frames of their sources, and say which labels they need."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import headforcing as hf
-from headforcing.cli import app
-from headforcing.cli.presets import in_units
+from headforcing.classifiers import find_classifier
 from headforcing.errors import RoleError, RoleMapError, WindowError
-from headforcing.footprint import MODELS
-from headforcing.presets import PRESETS, dummy_forcing
+from headforcing.lookup import module_names
+from headforcing.presets import PRESETS, dummy_forcing, head_forcing, pyramid_forcing
+from headforcing.testing import Rig
+from headforcing.testing.profiles import random_profile
 from headforcing.types import FrameTable
 
-RUN = CliRunner()
 CHUNK = 3
 
 
@@ -34,7 +33,7 @@ def seen(role, start, window=21):
 
 
 def the_role(name):
-    found = PRESETS[name](2, 4, 21, CHUNK).fit(2, 4, 21, CHUNK)
+    found = PRESETS[name].uniform(2, 4, 21, CHUNK).fit(2, 4, 21, CHUNK)
     (role,) = found.counts()
     return role
 
@@ -54,9 +53,9 @@ def test_the_other_presets():
 
 def test_a_preset_that_does_not_fit_says_so():
     with pytest.raises(WindowError, match="at least 7"):
-        PRESETS["infinity_rope"](2, 4, 21, 6).fit(2, 4, 21, 6)
+        PRESETS["infinity_rope"].uniform(2, 4, 21, 6).fit(2, 4, 21, 6)
     with pytest.raises(WindowError, match="trained on 5 frames"):
-        PRESETS["infinity_rope"](2, 4, 5, 3).fit(2, 4, 5, 3)
+        PRESETS["infinity_rope"].uniform(2, 4, 5, 3).fit(2, 4, 5, 3)
 
 
 def test_the_frames_of_dummy_forcing():
@@ -76,71 +75,107 @@ def test_labels_that_dummy_forcing_does_not_know():
         dummy_forcing([["sink"]], context=-1)
 
 
-def test_head_forcing_itself_takes_a_measured_map():
-    from headforcing.testing import Rig
-
-    with pytest.raises(RoleMapError, match="come as a measured map"):
-        hf.apply_head_forcing(Rig(window=6).model, "head_forcing")
+UNIFORM = {"full", "sliding_window", "streaming_llm", "infinity_rope"}
+LABELLED = {name: preset for name, preset in PRESETS.items() if preset.labels_needed()}
 
 
-# --- headforcing presets ------------------------------------------------------------------------------
+def check_registered(name, preset):
+    """What every entry of the registry promises."""
+    assert preset.name == name
+    assert preset.source
+    labels = preset.labels_needed()
+    assert set(preset.published) <= set(labels)
+    assert bool(labels) == bool(preset.counted)
+    for role in preset.roles(21, CHUNK).values():
+        role.fit(21, CHUNK)
+    if preset.classifier is not None:
+        found = find_classifier(preset.classifier)(random_profile(0))
+        assert set(found.roles) == set(labels)
+    if preset.importer is not None:
+        assert preset.importer in module_names("headforcing.importers")
+    assert preset.first_layer is None or preset.first_layer in labels
 
 
-def told(*options):
-    answer = RUN.invoke(app, ["presets", *map(str, options), "--json"])
-    assert answer.exit_code == 0, answer.output
-    return json.loads(answer.stdout)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_complete(name):
+    check_registered(name, PRESETS[name])
 
 
-def row_of(answer, name):
-    return next(row for row in answer["presets"] if row["name"] == name)
+def test_the_check_of_the_registry_finds_planted_bugs():
+    good = PRESETS["pyramid_forcing"]
+    for change in (
+        {"name": "other"},
+        {"source": ""},
+        {"published": {"wavy": 360}},
+        {"counted": ""},
+        {"classifier": "head_forcing"},
+        {"importer": "nowhere"},
+        {"first_layer": "local"},
+    ):
+        with pytest.raises(AssertionError):
+            check_registered("pyramid_forcing", dataclasses.replace(good, **change))
 
 
-def test_every_preset_has_its_row():
-    answer = told()
-    assert [row["name"] for row in answer["presets"]] == list(PRESETS)
-    window, six = row_of(answer, "sliding_window"), row_of(answer, "infinity_rope")
-    assert (window["kept"], window["attended"], window["of_window"]) == (18, 21, 1)
-    assert round(window["bytes"] / 2**30, 1) == 5.6
-    assert (six["kept"], six["attended"], six["bytes"]) == (3, 6, 6 * answer["model"]["frame_bytes"])
-    assert row_of(answer, "full")["bytes"] is None
-    assert answer["model"]["window_bytes"] == MODELS["wan-1.3b"].window_bytes
+def test_published_numbers_of_heads():
+    assert {name for name in PRESETS if name not in LABELLED} >= UNIFORM
+    for name in ("head_forcing", "pyramid_forcing"):
+        assert sum(LABELLED[name].published.values()) == 360
+        assert sum(LABELLED[name].shares().values()) == pytest.approx(1)
+    assert PRESETS["full"].shares() == {"all": 1}
+    assert LABELLED["dummy_forcing"].published == {"dummy": 180}
+    assert LABELLED["dummy_forcing"].shares() is None
+    assert "not published" in LABELLED["dummy_forcing"].counted
 
 
-def test_sizes_can_be_given_one_by_one():
-    answer = told("--model", "wan-14b", "--window", 12, "--tokens-per-frame", 10, "--dtype", "fp32")
-    assert answer["model"]["frame_bytes"] == 2 * 40 * 40 * 128 * 10 * 4
-    assert row_of(answer, "streaming_llm")["attended"] == 12
-    assert round(row_of(told("--model", "wan-14b"), "sliding_window")["bytes"] / 2**30, 1) == 25.0
+def test_the_paper_counts_of_head_forcing_are_what_its_classifier_gives():
+    found = find_classifier("head_forcing")(random_profile(0, layers=30, heads=12))
+    assert found.counts() == LABELLED["head_forcing"].published
 
 
-def test_the_table_says_what_is_unbounded_and_what_does_not_fit():
-    said = RUN.invoke(app, ["presets", "--chunk", "6"])
-    assert said.exit_code == 0
-    for word in ("unbounded", "274 MiB", "infinity_rope", "not fit", "5.62 GiB", "100%"):
-        assert word in said.stdout
-    assert "at least 7" in row_of(told("--chunk", 6), "infinity_rope")["does_not_fit"]
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_preset_whose_heads_differ_asks_for_labels(name):
+    model = Rig(window=6).model
+    with pytest.raises(RoleMapError, match=f"{name} has other memories .*labelled") as caught:
+        hf.apply_head_forcing(model, name)
+    preset = LABELLED[name]
+    for label in preset.labels_needed():
+        assert label in str(caught.value)
+    if preset.classifier is not None:
+        assert f"roles classify --method {preset.classifier}" in str(caught.value)
+    if preset.importer is not None:
+        assert f"roles import FILE --format {preset.importer}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--model", "wan-5b"], "wan-1.3b, wan-14b, demo"),
-        (["--heads", "0"], "heads is 0"),
-        (["--dtype", "fp8"], "bf16, fp16, fp32"),
-    ],
-)
-def test_a_mistake_gives_one_message(options, word):
-    answer = RUN.invoke(app, ["presets", *options])
-    assert answer.exit_code == 2
-    assert answer.stderr.startswith("error: ")
-    assert answer.stderr.count("\n") == 1
-    assert word in answer.stderr
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_give_the_roles_of_the_preset(name):
+    preset = LABELLED[name]
+    names = preset.labels_needed()
+    found = preset.labelled([names, names[::-1]])
+    assert found.labels[1] == names[::-1]
+    assert found.layers[1] == tuple(preset.roles(21, CHUNK)[label] for label in names[::-1])
+    assert preset.source in found.origin.notes["roles"]
+    with pytest.raises(RoleMapError, match="unknown role name 'nobody'"):
+        preset.labelled([["nobody"]])
+    with pytest.raises(RoleMapError, match="expected the same number"):
+        preset.labelled([names, names[:1]])
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (25 * 2**30, "25.0 GiB"), (2**51, "2048 TiB")],
-)
-def test_bytes_as_people_read_them(count, text):
-    assert in_units(count) == text
+def test_the_functions_are_the_registry():
+    for function in (head_forcing, pyramid_forcing, dummy_forcing):
+        preset = PRESETS[function.__name__]
+        labels = [preset.labels_needed()] * 2
+        assert function(labels) == preset.labelled(labels)
+
+
+def test_a_first_layer_that_is_not_told_apart():
+    preset = dataclasses.replace(PRESETS["pyramid_forcing"], first_layer="anchor")
+    found = preset.labelled([["wave", "veil"]] * 2)
+    assert found.labels == (("anchor", "anchor"), ("wave", "veil"))
+    with pytest.raises(RoleMapError, match="layer 0, head 1: unknown role name"):
+        preset.labelled([["wave", "nobody"]] * 2)
+
+
+@pytest.mark.parametrize("name", sorted(UNIFORM))
+def test_a_preset_for_all_heads_takes_no_labels(name):
+    with pytest.raises(RoleMapError, match="takes no labels"):
+        PRESETS[name].labelled([["all"]])

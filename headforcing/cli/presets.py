@@ -1,16 +1,24 @@
-"""`headforcing presets`: what every preset keeps, and how many bytes that takes."""
+"""`headforcing presets`: what every preset keeps and sees, and how many bytes that takes."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.errors import OptionError, WindowError
 from headforcing.footprint import ITEMSIZES, MODELS, ModelSize
+
+if TYPE_CHECKING:
+    from headforcing.presets import Preset
+    from headforcing.role_map import RoleMap
+    from headforcing.roles import HeadRole
 
 EXAMPLES = examples(
     "presets", "presets --model wan-14b --json", "presets --tokens-per-frame 3600 --window 12 --dtype fp32"
@@ -33,19 +41,23 @@ class Options:
 
 
 def presets(options: Options) -> None:
-    """Show what every preset keeps and how many bytes that takes, without a model.
+    """Show what every preset keeps and sees and how many bytes that takes, without a model.
 
-    Counted for one stream of one video: multiply by videos, CFG branches and experts. Bytes are those of the
-    frames attended, the own chunk among them; the ring store holds more, because it keeps rotated keys, too.
+    Frames are per head, own chunk included, once a video is long; counted on a real store with small
+    tensors. Where heads differ, means and bytes are for the published numbers of heads; your model's own
+    are those of its map. For one stream of one video: multiply by videos, CFG branches and experts. The ring
+    store holds more than keys and values, because it keeps rotated keys, too.
     """
     with clean_errors():
+        from headforcing.presets import PRESETS
+
         size = model_size(options)
-        rows = [_row(name, size) for name in _names()]
+        rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
         sums = {"frame_bytes": size.frame_bytes, "window_bytes": size.window_bytes}
         print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
-        print_parts(_table(rows, size), _facts(size))
+        print_parts(_table(rows), _notes(rows), _facts(size))
 
 
 def model_size(options: Options) -> ModelSize:
@@ -83,50 +95,121 @@ def in_units(count: float) -> str:
     return f"{count:.{digits}f} {units[0]}"
 
 
-def _names() -> list[str]:
-    from headforcing.presets import PRESETS
-
-    return list(PRESETS)
-
-
-def _row(name: str, size: ModelSize) -> dict[str, Any]:
-    """Frames per head, and bytes; `None` is without bound, or where the preset does not fit."""
-    from headforcing.presets import PRESETS
-
-    found = PRESETS[name](size.layers, size.heads, size.window, size.chunk)
+def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
+    """Frames per head, and bytes; `None` is without bound, or not known, as `counted` says."""
+    row: dict[str, Any] = {
+        "name": preset.name,
+        "source": preset.source,
+        "published": dict(preset.published),
+        "counted": preset.counted,
+        "labels": list(preset.labels_needed(size.window, size.chunk)),
+    }
+    roles = preset.roles(size.window, size.chunk)
     try:
-        found = found.fit(size.layers, size.heads, size.window, size.chunk)
+        fitted = {label: role.fit(size.window, size.chunk) for label, role in roles.items()}
     except WindowError as error:
-        return {"name": name, "does_not_fit": str(error)}
-    kept = found.layers[0][0].capacity(size.chunk)
-    total = size.kv_bytes(found)
+        return {**row, "does_not_fit": str(error)}
+    row["roles"] = [_role(label, role, preset, size) for label, role in fitted.items()]
+    shares = preset.shares(size.window, size.chunk)
+    for name in ("stored", "attended"):
+        row[name] = None if shares is None else _mean([each[name] for each in row["roles"]], shares)
+    if shares is None:
+        return {**row, **dict.fromkeys(BYTES)}
+    try:
+        return {**row, **_bytes(preset, fitted, size)}
+    except OptionError as error:
+        return {**row, **dict.fromkeys(BYTES), "not_counted": str(error)}
+
+
+def _role(label: str, role: HeadRole, preset: Preset, size: ModelSize) -> dict[str, Any]:
+    """What one head of a role holds and sees, in frames."""
+    from headforcing.steady import steady
+
+    found = steady(role, size.window, size.chunk)
     return {
-        "name": name,
-        "kept": kept,
-        "attended": None if kept is None else kept + size.chunk,
-        "bytes": total,
-        "ring_bytes": size.ring_bytes(found),
-        "of_window": None if total is None else total / size.window_bytes,
+        "label": label,
+        "role": str(role),
+        "heads": preset.published.get(label),
+        "stored": None if found is None else float(found.stored),
+        "attended": None if found is None else float(found.attended),
+        "attended_most": None if found is None else float(found.most),
     }
 
 
-def _table(rows: list[dict[str, Any]], size: ModelSize) -> Any:
+def _mean(frames: list[float | None], shares: Mapping[str, float]) -> float | None:
+    known = [each for each in frames if each is not None]
+    if len(known) < len(frames):
+        return None
+    return sum(each * share for each, share in zip(known, shares.values(), strict=True))
+
+
+BYTES = ("bytes", "ring_bytes", "of_window")
+
+
+def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
+    """Bytes for all heads of the model, in the published proportions."""
+    found, heads = _published_map(preset, roles, size)
+    held: list[int | None] = []
+    for count in (size.kv_bytes, size.ring_bytes):
+        total = count(found)
+        held.append(None if total is None else math.ceil(Fraction(total * size.count, heads)))
+    plain, ring = held
+    share = None if plain is None else plain / size.window_bytes
+    return {"bytes": plain, "ring_bytes": ring, "of_window": share}
+
+
+def _published_map(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> tuple[RoleMap, int]:
+    """A map with the published numbers of heads, as one layer, or of the model, and how many heads it has."""
+    from headforcing.role_map import RoleMap
+
+    if not preset.labels_needed(size.window, size.chunk):
+        (role,) = roles.values()
+        return RoleMap.uniform(role, size.layers, size.heads), size.count
+    row = [role for label, role in roles.items() for _ in range(preset.published[label])]
+    return RoleMap((tuple(row),)), len(row)
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(title="presets")
     table.add_column("preset", no_wrap=True)
-    for column in ("kept", "attended", "bytes", "of window", "ring store"):
+    for column in ("heads", "stored", "attended", "bytes", "of window", "ring store"):
         table.add_column(column, justify="right")
     for row in rows:
         if "does_not_fit" in row:
-            table.add_row(row["name"], "does", "not fit")
-        elif row["bytes"] is None:
-            table.add_row(row["name"], "all", "all", f"{in_units(size.frame_bytes)} per frame", "unbounded")
-        else:
-            held, share = in_units(row["ring_bytes"]), f"{row['of_window']:.0%}"
-            frames = str(row["kept"]), str(row["attended"])
-            table.add_row(row["name"], *frames, in_units(row["bytes"]), share, held)
+            table.add_row(row["name"], "", "does", "not fit")
+            continue
+        table.add_row(row["name"], "", *_cells(row))
+        if row["labels"]:
+            for role in row["roles"]:
+                heads = "?" if role["heads"] is None else str(role["heads"])
+                table.add_row(f"  {role['label']}", heads, *map(_frames, (role["stored"], role["attended"])))
     return table
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Frames and bytes of a preset as a whole."""
+    if row["bytes"] is None and not row["labels"]:
+        return "all", "all", "grows", "", "grows"
+    if row["stored"] is None:
+        return ("?",) * 5
+    frames = _frames(row["stored"]), _frames(row["attended"])
+    if row["bytes"] is None:
+        return *frames, "?", "?", "?"
+    return *frames, in_units(row["bytes"]), f"{row['of_window']:.0%}", in_units(row["ring_bytes"])
+
+
+def _frames(count: float | None) -> str:
+    """A number of frames, with digits only where there are any."""
+    return "all" if count is None else f"{count:.2f}".removesuffix(".00")
+
+
+def _notes(rows: list[dict[str, Any]]) -> str:
+    """Where numbers of heads are from."""
+    notes = [f"{row['name']} ({row['source']}): {row['counted']}." for row in rows if row["labels"]]
+    notes += [f"{row['name']}: {row['not_counted']}." for row in rows if "not_counted" in row]
+    return "\n".join(["Heads are those of Wan2.1 1.3B as published, 360 in all.", *notes])
 
 
 def _facts(size: ModelSize) -> str:
@@ -134,6 +217,6 @@ def _facts(size: ModelSize) -> str:
         f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {size.tokens_per_frame} "
         f"tokens per frame, {size.itemsize} bytes each: {in_units(size.frame_bytes)} per frame, "
         f"{in_units(size.head_bytes)} of it per head.\n"
-        f"The dense window of {size.window} frames takes {in_units(size.window_bytes)}. Frames are per head: "
-        f"kept beside the own chunk of {size.chunk}, attended with it."
+        f"The dense window of {size.window} frames takes {in_units(size.window_bytes)}. Frames are per head, "
+        f"the own chunk of {size.chunk} included."
     )

@@ -10,6 +10,7 @@ The tools for comparing policies are in `headforcing.demo.compare`, training in
 
 from importlib import resources
 
+from headforcing.demo.label_file import demo_preset, labels
 from headforcing.demo.model import DemoModel, demo_model
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.words import format_prompt, parse_prompt
@@ -21,9 +22,11 @@ __all__ = [
     "DemoPipeline",
     "demo_model",
     "demo_pipeline",
+    "demo_preset",
     "demo_roles",
     "demo_stability",
     "format_prompt",
+    "labels",
     "parse_prompt",
 ]
 

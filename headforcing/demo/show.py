@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from headforcing.demo import demo_roles, draw, plots
+from headforcing.demo import demo_preset, demo_roles, draw, plots
 from headforcing.demo.attention import DemoConfig
 from headforcing.demo.camera import CHUNK, STRIP
 from headforcing.demo.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
@@ -26,7 +26,6 @@ from headforcing.demo.words import MOTIONS, POSES, format_prompt
 from headforcing.demo.world import Scene, render
 from headforcing.errors import OptionError
 from headforcing.handle import handles_of
-from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 
@@ -126,11 +125,13 @@ class _Diary:
     def __init__(self, model: DemoModel) -> None:
         self._model = model
         self._held: dict[HeadRole, list[tuple[int, ...]]] = {}
+        self._labels: dict[HeadRole, str] = {}
 
     def note(self) -> None:
         for handle in handles_of(self._model):
             for role in handle.roles.counts():
                 layer, head = handle.roles.where(role)
+                self._labels[role] = handle.roles.labels[layer][head]
                 self._held.setdefault(role, []).append(tuple(handle.frames(layer, head)[0][0]))
 
     def read(self, chunks: int, policy: str) -> tuple[Held, ...]:
@@ -138,8 +139,11 @@ class _Diary:
         window = self._model.config.window - self._model.config.chunk
         rolled = [tuple(range(max(0, start - window), start)) for start in range(0, chunks * CHUNK, CHUNK)]
         memories = [Held("Sliding window: every head", tuple(rolled))]
+        kinds = [type(role).__name__.lower() for role in self._held]
         for role, frames in self._held.items():
-            who = f"{type(role).__name__.lower()} head" if len(self._held) > 1 else "every head"
+            kind = type(role).__name__.lower()
+            name = kind if kinds.count(kind) == 1 else self._labels[role]
+            who = f"{name} head" if len(self._held) > 1 else "every head"
             memories.append(Held(f"{policy}: {who}", tuple(frames)))
         return tuple(memories)
 
@@ -159,7 +163,7 @@ def load_model(weights: Path | None) -> DemoModel:
 
 
 def find_roles(request: Request, config: DemoConfig) -> RoleMap:
-    """The preset, or the map of the file, or the one in the package.
+    """The preset, with the demo model's labels where heads differ, or the map of the file or the package.
 
     Raises:
         ValueError: a preset and a file are given, or there is no such preset.
@@ -168,9 +172,7 @@ def find_roles(request: Request, config: DemoConfig) -> RoleMap:
         return demo_roles() if request.roles is None else RoleMap.load(request.roles)
     if request.roles is not None:
         raise OptionError("a preset and a role-map file are given: leave one out")
-    if request.preset not in PRESETS:
-        raise OptionError(f"unknown preset {request.preset!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[request.preset](config.layers, config.heads, config.window, config.chunk)
+    return demo_preset(request.preset, config.window, config.chunk)
 
 
 def summarise_all(request: Request, scene: Scene, model: DemoModel, rollouts: list[Rollout]) -> Report:
