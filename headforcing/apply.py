@@ -128,7 +128,8 @@ def _check_model(model: object) -> None:
 
 def _check_merging(role_map: RoleMap, adapter: Adapter) -> None:
     """Merged patches are rotated by the adapter, which may be older than they are."""
-    merging = any(role.merge for role in role_map.counts())
+    digests = [role.digest() for role in role_map.counts()]
+    merging = any(digest is not None and digest.patch > 1 for digest in digests)
     if merging and "patch" not in inspect.signature(adapter.rotate).parameters:
         raise UnsupportedModelError(
             f"{adapter.name}: its rotate() takes no patch, which roles that merge patches need: add it"

@@ -49,20 +49,19 @@ class HeadForcingMixin(nn.Module):
         stream.store.write(chunk)
         stream.released += adapter.release(call, stream.memo)
 
-        def encode(x: Tensor, positions: Sequence[int]) -> Tensor:
-            return adapter.rotate(x, call, positions)
+        def encode(x: Tensor, positions: Sequence[int], *patch: int) -> Tensor:
+            return adapter.rotate(x, call, positions, *patch)
 
         def look(role: HeadRole, heads: Heads, own: slice) -> tuple[Part, KVView]:
             """What the heads of a role attend to, from some frames of the chunk."""
             query = (call.start + own.start,) if role.reads_per_query else ()
             view = stream.store.view(role, call.phase, encode, *query)
             rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(view.v.dtype)
-            keys, values = [view.k], [view.v]
-            if role.merge is not None and (blocks := stream.store.view_blocks(role, *query)) is not None:
-                merged = adapter.rotate(blocks.k, call, blocks.positions, role.merge.patch)
-                keys, values = [merged.to(view.v.dtype), view.k], [blocks.v, view.v]
+            k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
+            if (digested := stream.store.view_digest(role, encode, *query)) is not None:
+                k, v = torch.cat([digested[0], k], 1), torch.cat([digested[1], v], 1)
             rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)
-            return Part(heads, rotated.flatten(1, 2), _tokens(keys), _tokens(values), rows), view
+            return Part(heads, rotated.flatten(1, 2), k, v, rows), view
 
         looks = [look(role, heads, own) for role, heads in plan.heads.items() for own in _readings(role, q)]
         parts = [part for part, _ in looks]
@@ -93,12 +92,6 @@ def _readings(role: HeadRole, q: Tensor) -> list[slice]:
     frames = q.shape[1]
     step = 1 if role.reads_per_query else frames
     return [slice(first, first + step) for first in range(0, frames, step)]
-
-
-def _tokens(frames: Sequence[Tensor]) -> Tensor:
-    """Frames `[B, n, P, Hr, D]`, also of different `P`, as one row of tokens."""
-    flat = [x.flatten(1, 2) for x in frames]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:

@@ -174,7 +174,7 @@ def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
     """The roles to choose from that fit the window, in the order of their columns.
 
     Raises:
-        OptionError: there is no such error, or a role merges frames.
+        OptionError: there is no such error, or a role keeps more than whole frames.
         ProfileError: there is no role that fits.
     """
     if by not in COLUMNS:
@@ -183,8 +183,8 @@ def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
     metric, room = by.partition(".")[0], model.window - model.chunk
     profile[by]  # says how it is measured
     roles = [role for role in candidates(profile, metric) if frames_kept(role, model.chunk) <= room]
-    if merging := [role for role in roles if role.merge is not None]:
-        raise OptionError(f"{merging[0]} merges frames: its blocks are not counted yet, leave it out")
+    if digesting := [role for role in roles if role.digest() is not None]:
+        raise OptionError(f"{digesting[0]} keeps more than whole frames, which is not counted: leave it out")
     if metric == "ablation" and (rest := unrestricted(model)) not in roles:
         roles.append(rest)
     if not roles:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headforcing.errors import NonFiniteKVError
+from headforcing.types import Heads
 
 
 class HostFlag:
@@ -20,6 +22,13 @@ class HostFlag:
             self._event = torch.Event(sums.device)
             self._event.record()
         self._heads, self._layer, self._frames = heads, layer, frames
+
+    @classmethod
+    def of(cls, staged: Sequence[tuple[Heads, Tensor, Tensor]], layer: int, frames: range) -> HostFlag:
+        """Sums of the keys and values `[B, F, P, Hr, D]` of frames, one reduction per set of heads."""
+        sums = [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for _, k, v in staged for x in (k, v)]  # [Hr]
+        heads = [index for own, *_ in staged for index in own.indices * 2]
+        return cls(torch.cat(sums), tuple(heads), layer, frames)
 
     @property
     def ready(self) -> bool:

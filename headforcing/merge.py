@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from headforcing.digest import Digest, DigestView, Past
 from headforcing.errors import StreamShapeError
-from headforcing.types import Grid, Merge
+from headforcing.types import Encode, Grid
 
 
-class Blocks:
-    """The merged past of one role: complete blocks, oldest first, and the one that is being filled.
+class Blocks(Digest):
+    """Complete blocks, oldest first, and the one that is being filled.
 
     A block begins at a multiple of its length. Frames come one by one, in order; their patches are
-    averaged and added up in float32, which is the mean over all of them at once.
+    averaged and added up in float32, which is the mean over all of them at once. A block sits at the lower
+    median of its frames and at the top left of its patches.
+
+    Args:
+        keep: complete blocks kept.
+        frames: frames of a block.
+        patch: side of the squares of patches that are averaged.
+        hidden: last frames before a chunk; blocks that touch them are not seen.
+        origin: the frame that a query frame sees at position 0.
     """
 
-    def __init__(self, merge: Merge) -> None:
-        self.merge = merge
-        self.starts: deque[int] = deque(maxlen=merge.keep)
-        self._k: deque[Tensor] = deque(maxlen=merge.keep)  # [B, P / patch**2, Hr, D] each
-        self._v: deque[Tensor] = deque(maxlen=merge.keep)
+    def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
+        self.frames, self.patch, self.hidden, self.origin = frames, patch, hidden, origin
+        self._starts: deque[int] = deque(maxlen=keep)
+        self._k: deque[Tensor] = deque(maxlen=keep)  # [B, P / patch**2, Hr, D] each
+        self._v: deque[Tensor] = deque(maxlen=keep)
         self._sum: tuple[Tensor, Tensor] | None = None
         self._count = 0
 
@@ -37,43 +47,50 @@ class Blocks:
             raise StreamShapeError(
                 f"frames of this video had {before} patches, now {grid}: start a new video"
             )
-        side = self.merge.patch
+        side = self.patch
         if grid is None or grid[0] % side or grid[1] % side:
             raise StreamShapeError(
                 f"frames have {grid} patches, height and width: expected multiples of {side} to merge them"
             )
 
-    def add(self, frames: range, k: Tensor, v: Tensor, grid: Grid) -> None:
-        """Takes committed frames, keys before RoPE and values `[B, F, P, Hr, D]` of a grid of patches."""
-        side = self.merge.patch
-        for index, frame in enumerate(frames):
-            small = _pooled(k[:, index], grid, side), _pooled(v[:, index], grid, side)
-            first = frame % self.merge.frames == 0
-            self._sum = small if first or self._sum is None else _added(self._sum, small)
+    def add(self, past: Past) -> None:
+        """Takes committed frames."""
+        assert past.grid is not None  # checked
+        for index, frame in enumerate(past.frames):
+            assert frame is not None  # the host numbers what it commits
+            k, v = (_pooled(x[:, index], past.grid, self.patch) for x in (past.k, past.v))
+            first = frame % self.frames == 0
+            if not first and self._sum is not None:
+                k, v = self._sum[0] + k, self._sum[1] + v
+            self._sum = k, v
             self._count = 1 if first else self._count + 1
-            if self._count == self.merge.frames:
-                self._push(frame + 1 - self.merge.frames, k.dtype, v.dtype)
+            if self._count == self.frames:
+                self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
 
-    def take(self, starts: list[int]) -> tuple[Tensor, Tensor]:
-        """Keys and values of some blocks, `[B, blocks, P / patch**2, Hr, D]`."""
-        rows = [self.starts.index(start) for start in starts]
-        return torch.stack([self._k[row] for row in rows], 1), torch.stack([self._v[row] for row in rows], 1)
+    def view(self, start: int, query: int | None, encode: Encode) -> DigestView | None:
+        """The blocks that do not touch the last frames, at their own time seen from a query frame."""
+        rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
+        if not rows:
+            return None
+        middle = (self.frames - 1) // 2 - self.origin(start if query is None else query)
+        places = tuple(self._starts[row] + middle for row in rows)
+        k, v = (torch.stack([held[row] for row in rows], 1) for held in (self._k, self._v))
+        return DigestView(places, k, v, self.patch)
 
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = [*self._k, *self._v, *(self._sum or ())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    def tensors(self) -> Iterator[Tensor]:
+        """Blocks, and the sums of the one that is being filled."""
+        yield from (*self._k, *self._v, *(self._sum or ()))
 
     def clear(self) -> None:
         """Forgets everything."""
-        for held in (self.starts, self._k, self._v):
+        for held in (self._starts, self._k, self._v):
             held.clear()
         self._sum, self._count = None, 0
 
     def _push(self, start: int, k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
         assert self._sum is not None
-        k, v = (total / self.merge.frames for total in self._sum)
-        self.starts.append(start)
+        k, v = (total / self.frames for total in self._sum)
+        self._starts.append(start)
         self._k.append(k.to(k_dtype))
         self._v.append(v.to(v_dtype))
         self._sum, self._count = None, 0
@@ -84,7 +101,3 @@ def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
     batch, _, heads, dim = x.shape
     squares = x.float().reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
     return squares.mean((2, 4)).flatten(1, 2)
-
-
-def _added(total: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return total[0] + more[0], total[1] + more[1]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from headforcing.episodic import EpisodicUpdate
 from headforcing.errors import HeadForcingError, RoleMapError
-from headforcing.pyramid import Strided, Veil, Wave
-from headforcing.roles import HeadRole
+from headforcing.lookup import module_names
+from headforcing.role import HeadRole
 
-KNOWN = (Strided, Veil, Wave)
-"""Roles outside `headforcing.roles`: imported, so that their names are known."""
+for _name in module_names("headforcing.roles"):
+    importlib.import_module(f"headforcing.roles.{_name}")  # so that the names of its roles are known
 
 
 def decode_role(data: dict[str, Any], where: str) -> HeadRole:

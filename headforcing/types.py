@@ -17,8 +17,13 @@ from torch import Tensor
 Phase = Literal["denoise", "commit"]
 """`"denoise"`: a noisy pass. `"commit"`: the clean pass that writes the cache."""
 
-Encode = Callable[[Tensor, Sequence[int]], Tensor]
-"""Rotates keys or queries `[B, n, P, Hr, D]` to `n` temporal positions (RoPE, chosen by the adapter)."""
+Tier = Literal["sink", "episodic", "recent"]
+"""Where a role holds a frame: among the first, the chosen, or the last."""
+
+Encode = Callable[..., Tensor]
+"""Rotates keys or queries `[B, n, P, Hr, D]` to `n` temporal positions (RoPE, chosen by the adapter).
+
+Called with both; with a third, `patch`, only where squares of patches were merged into one."""
 
 Grid = tuple[int, int]
 """Patches of a frame, height and width."""
@@ -107,36 +112,6 @@ class KVView:
     """
 
     frames: tuple[int | None, ...]
-    positions: tuple[int, ...]
-    k: Tensor
-    v: Tensor
-
-
-@dataclass(frozen=True)
-class Merge:
-    """How a role merges what it does not keep whole.
-
-    Attributes:
-        keep: complete blocks kept.
-        frames: frames of a block, averaged.
-        patch: side of the squares of patches that are averaged.
-    """
-
-    keep: int
-    frames: int
-    patch: int
-
-
-@dataclass(frozen=True)
-class BlockView:
-    """Merged blocks that one query frame sees.
-
-    Attributes:
-        positions: the temporal RoPE position of each block.
-        k: keys before RoPE, `[B, blocks, P / patch**2, Hr, D]`.
-        v: values, likewise.
-    """
-
     positions: tuple[int, ...]
     k: Tensor
     v: Tensor

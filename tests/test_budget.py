@@ -20,9 +20,9 @@ from headforcing.classifiers import find_classifier, unrestricted
 from headforcing.errors import OptionError, ProfileError
 from headforcing.footprint import MODELS, ModelSize
 from headforcing.measured import measured_map
-from headforcing.pyramid import Strided, Veil
 from headforcing.role_json import encode_role
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
+from headforcing.roles.pyramid_forcing import Strided, Veil
 from headforcing.stability import stability
 from headforcing.testing.profiles import permuted, profile_of, random_profile
 
@@ -396,7 +396,7 @@ def test_what_grows_has_no_size():
     assert MODELS["wan-1.3b"].ring_bytes(roles) is None
 
 
-def test_roles_that_merge_frames_are_refused_because_their_blocks_would_not_be_counted():
+def test_roles_with_a_digest_are_refused_because_it_would_not_be_counted():
     profile = profile_with([[[0.5, 0.1]]], (Local(1), Veil()))
-    with pytest.raises(OptionError, match="merges frames"):
+    with pytest.raises(OptionError, match="more than whole frames"):
         fit_budget(profile, frames=10)

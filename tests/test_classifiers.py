@@ -26,9 +26,9 @@ from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.errors import OptionError, ProfileError
 from headforcing.lookup import module_names
 from headforcing.profile import HeadProfile
-from headforcing.pyramid import Wave
 from headforcing.role_json import encode_role
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
+from headforcing.roles.pyramid_forcing import Wave
 from headforcing.testing.profiles import CANDIDATES, permuted, profile_of, random_profile
 from headforcing.testing.strategies import roles
 

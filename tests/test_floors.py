@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
-    {"types", "errors", "lookup", "strict_json"},
-    {"positions", "pyramid", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
+    {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"},
+    {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "fingerprint", "presets"},
-    {"merge", "health"},
+    {"health", "scene", "digests"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
@@ -38,7 +38,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrations"}
 ONLY = {
     "integrations": {"types", "adapter", "rope", "errors"},
-    "stores": {"types", "errors", "lookup", "positions", "roles", "episodic", "merge", "health", "stores"},
+    "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
+    | {"scene", "switch", "shape", "order", "stores"},
     "backends": {"types", "errors", "lookup", "backends"},
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder

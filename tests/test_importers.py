@@ -18,8 +18,8 @@ from headforcing import importers, role_file
 from headforcing.errors import OptionError, RoleMapError
 from headforcing.importers import forcing_kv, import_roles, pyramid_forcing
 from headforcing.lookup import module_names
-from headforcing.pyramid import Wave
 from headforcing.roles import Full, Local
+from headforcing.roles.pyramid_forcing import Wave
 
 MAX_BYTES = role_file.MAX_BYTES
 CSV = "-1,1,2,1\n2,-1,-1,1\n1,1,1,-1\n"

@@ -17,11 +17,11 @@ from headforcing.demo.world import sample_scene
 from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.presets import pyramid_forcing
-from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
 from headforcing.roles import Local
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores import store_class
-from headforcing.types import Chunk, Heads, Merge
+from headforcing.types import Chunk, Heads
 
 WAVES = {
     3: ([], [], []),
@@ -235,7 +235,9 @@ def merged(role, chunk: int, until: int, store: str = "ring", keys=None):
         own = keys[:, start : start + chunk]
         made.write(Chunk(start, own + 9.0, own - 9.0, GRID))  # a noisy pass
         made.write(Chunk(start, own, -own, GRID))
-        found[start] = [made.view_blocks(role, query) for query in range(start, start + chunk)]
+        found[start] = [
+            made.digests.get(role).view(start, query, None) for query in range(start, start + chunk)
+        ]
         assert [made.frames(role)[0]] == [
             sorted({*range(min(role.sink, start)), *range(max(0, start - role.recent), start)})
         ]
@@ -316,7 +318,7 @@ def test_a_reset_forgets_blocks_and_bytes_stay_bounded():
     assert len(set(sizes[60:])) <= 4  # with and without a block that is being filled
     assert max(sizes[60:]) == max(sizes[60:120])
     store.write(Chunk(0, x, x, GRID))
-    assert store.view_blocks(role, 0) is None
+    assert store.view_digest(role, lambda x, positions, patch: x, 0) is None
 
 
 def test_merged_patches_are_rotated_where_the_top_left_one_is():
@@ -387,8 +389,9 @@ def test_the_published_counts_give_the_published_frames():
     role_map = pyramid_forcing([flat[at : at + 12] for at in range(0, 360, 12)])
     attended = stored = 0.0
     for role, heads in role_map.counts().items():
-        blocks = 0.0 if role.merge is None else role.merge.keep / role.merge.patch**2
-        read = len(by_definition(role, 600, 600, 3)) if role.merge is None else role.capacity(3) + 3
+        merges = isinstance(role, Veil)
+        blocks = role.blocks / role.patch**2 if merges else 0.0
+        read = role.capacity(3) + 3 if merges else len(by_definition(role, 600, 600, 3))
         attended += heads * (read + blocks)
         stored += heads * (role.capacity(3) + 3 + blocks)
     assert attended / 360 == pytest.approx(9.87, abs=0.005)
@@ -417,7 +420,8 @@ def reach(role: Veil, chunk: int) -> int:
     for start in range(0, 40 * chunk, chunk):
         complete = [b for b in range(0, start, role.block) if b + role.block <= start][-role.blocks :]
         query = start + chunk - 1
-        found += [query - (b + (role.block - 1) // 2) for b in role.read_blocks(complete, start)]
+        read = [b for b in complete if b + role.block <= start - role.recent]
+        found += [query - (b + (role.block - 1) // 2) for b in read]
     return max(found)
 
 
@@ -485,15 +489,6 @@ def test_a_grid_may_not_change_inside_a_video():
     store.write(Chunk(0, x, x, (6, 4)))
 
 
-@dataclasses.dataclass(frozen=True)
-class MergesOnly(Local):
-    """A role that merges but shows all query frames the same."""
-
-    @property
-    def merge(self):
-        return Merge(4, 4, 2)
-
-
 class OldAdapter(SelfForcing):
     """An adapter from before roles merged patches."""
 
@@ -502,8 +497,6 @@ class OldAdapter(SelfForcing):
 
 
 def test_what_cannot_merge_is_refused_at_once():
-    with pytest.raises(RoleError, match="per query frame"):
-        MergesOnly()
     model = DemoModel(CONFIG).eval()
     with pytest.raises(UnsupportedModelError, match="takes no patch"):
         hf.apply_head_forcing(model, Veil(), adapter=OldAdapter())

@@ -27,8 +27,8 @@ from headforcing.backends.sdpa import attend as sdpa
 from headforcing.demo.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores.ring import RingStore
 
 WINDOW, CHUNK, TOKENS, DIM = 12, 3, 2, 4

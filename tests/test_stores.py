@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 from headforcing.episodic import MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.errors import ChunkOrderError, NonFiniteKVError, StreamError, StreamShapeError, WindowError
 from headforcing.lookup import module_names
-from headforcing.pyramid import Strided, Wave
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.pyramid_forcing import Strided, Wave
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
@@ -242,7 +242,7 @@ class Leaky(RingStore):
         super()._stage(chunk)
         if self._pending is not None and self._pending.start:
             for bank in self._banks.values():
-                bank.append(self._pending)
+                bank.append(self._pending, self._pending)
 
 
 class Sticky(RingStore):
@@ -416,7 +416,7 @@ def test_an_interrupted_commit_makes_the_stream_refuse_instead_of_guess():
     store = RingStore(grouped([Local(2)]), window=WINDOW, layer=1)
     store.write(chunk_of(0, heads=1))
     bank = store._banks[Local(2)]
-    original, bank.begin = bank.begin, lambda own: (_ for _ in ()).throw(KeyboardInterrupt)
+    original, bank.begin = bank.begin, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         store.write(chunk_of(3, heads=1))
     bank.begin = original

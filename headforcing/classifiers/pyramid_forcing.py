@@ -9,7 +9,7 @@ Its calibration code is not public, so this is a re-implementation and need not 
 Our choices: weights 1/h of harmonics h = 1..3 (the paper's are unpublished); `<=` at 6.4 frames; powers
 are averaged over passes, where the paper votes over prompts; which passes count (see `classify`).
 
-The labels get the roles of its released configuration (`headforcing.pyramid`).
+The labels get the roles of its released configuration (`headforcing.roles.pyramid_forcing`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from headforcing.classifiers import Classification, as_margin, share, table
 from headforcing.errors import OptionError, ProfileError
 from headforcing.profile import HeadProfile
-from headforcing.pyramid import Strided, Veil, Wave
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 GRID = 256
 """Points of the zero-padded Fourier transform; 6.4 frames are one of its periods."""

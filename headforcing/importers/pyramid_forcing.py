@@ -2,7 +2,7 @@
 
 -1 is Wave, 1 is Anchor, 2 is Veil. The file says nothing about the model it belongs to.
 
-The labels get the roles of its released configuration (`headforcing.pyramid`).
+The labels get the roles of its released configuration (`headforcing.roles.pyramid_forcing`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 
 from headforcing.errors import RoleMapError
 from headforcing.importers import Imported
-from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_file import MAX_BYTES
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 LABELS = {"-1": "wave", "1": "anchor", "2": "veil"}
 ROLES = {

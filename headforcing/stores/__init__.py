@@ -7,24 +7,22 @@ no trace, and nothing has to be rolled back.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from headforcing.errors import (
-    ChunkOrderError,
-    StreamError,
-    StreamShapeError,
-)
+from headforcing.digest import nbytes
+from headforcing.digests import Digests, Tokens
+from headforcing.errors import StreamError, StreamShapeError
 from headforcing.health import HostFlag
-from headforcing.lookup import named_module
-from headforcing.merge import Blocks
-from headforcing.roles import HeadRole
-from headforcing.types import BlockView, Chunk, Encode, Grid, Heads, KVView, Phase
+from headforcing.lookup import named_class
+from headforcing.order import check_order
+from headforcing.role import HeadRole
+from headforcing.scene import Kept, Scenes
+from headforcing.shape import Shape
+from headforcing.switch import Switch
+from headforcing.types import Chunk, Encode, Grid, Heads, KVView, Phase
 
 
 class KVStore(ABC):
@@ -37,16 +35,23 @@ class KVStore(ABC):
         heads: which heads have which role; together every head of the layer, each once.
         window: frames the model was trained on.
         layer: number of the layer, for messages.
+
+    Attributes:
+        digests: what roles keep beside whole frames.
+        scenes: marks, and the prompt switch that was asked for.
+        turned: whether the last pass began a chunk behind a prompt switch.
     """
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         self.heads = dict(heads)
-        self._blocks = {role: Blocks(role.merge) for role in heads if role.merge is not None}
+        self.turned = False
+        self.scenes = Scenes(heads)
+        self.digests = Digests(heads, layer)
         self._grid: Grid | None = None
         self.window = window
         self.layer = layer
         self._pending: range | None = None
-        self._shape: _Shape | None = None
+        self._shape: Shape | None = None
         self._end = 0
         self._moving = False
         self._checked = False
@@ -70,20 +75,21 @@ class KVStore(ABC):
                 f"layer {self.layer}: an earlier commit was interrupted while frames moved, so this "
                 "history is lost: reset the stream and start the video again"
             )
-        shape = _Shape.of(chunk)
-        for blocks in self._blocks.values():
-            blocks.check(chunk.grid, self._grid if chunk.start else None)
-        if self._begins_video(chunk, shape):
+        shape = Shape.of(chunk)
+        self.digests.check(chunk.grid, self._grid if chunk.start else None)
+        self.turned, again = False, self.scenes.rerun(self._stop)
+        if self._begins_video(chunk, shape) and again != 0:
             self._check_roles(shape.frames)
             self.reset()
             self._make_room(chunk.frames)
-        elif chunk.frames == self._pending:
+        elif chunk.frames == self._pending and again != chunk.start:
             self._check_shape(shape)
         else:
-            self._check_order(chunk)
+            check_order(chunk.frames, self._pending, self._end, again, self.layer)
             self._check_shape(shape)
             self._check_roles(shape.frames)
-            self._commit_before(chunk.start)
+            self._commit_before(chunk.start if again is None else self._stop)
+            self._turn(chunk.start)
             self._make_room(chunk.frames)
         self._stage(chunk)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
@@ -113,12 +119,9 @@ class KVStore(ABC):
         late, self._finite = self._finite, None
         if late is not None:
             late.check("were committed before this was known: reset the stream")
-        sums: list[Tensor] = []
-        heads: list[int] = []
-        for role, k, v in self._staged():
-            sums += [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for x in (k, v)]  # [Hr]
-            heads += self.heads[role].indices * 2
-        flag = HostFlag(torch.cat(sums), tuple(heads), self.layer, self._pending)
+        flag = HostFlag.of(
+            [(self.heads[role], k, v) for role, k, v in self._staged()], self.layer, self._pending
+        )
         if flag.ready:
             flag.check("were not committed: write the chunk again, or reset the stream")
         else:
@@ -131,9 +134,17 @@ class KVStore(ABC):
         self._end = 0
         self._moving = False
         self._finite = None
-        for blocks in self._blocks.values():
-            blocks.clear()
+        self.digests.clear()
+        self.scenes.clear()
         self._clear()
+
+    def check_switch(self, switch: Switch) -> None:
+        """Looks whether a prompt switch is possible now.
+
+        Raises:
+            StreamError: there is no such mark, or frames that come again cannot be told from others.
+        """
+        self.scenes.check(switch, self._stop, self._held, self.layer)
 
     @property
     def pending(self) -> range | None:
@@ -160,22 +171,20 @@ class KVStore(ABC):
     def frames(self, role: HeadRole) -> list[list[int]]:
         """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
 
-    def view_blocks(self, role: HeadRole, query: int) -> BlockView | None:
-        """What the heads of `role` see merged; keys are not rotated.
+    def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
+        """What the heads of `role` see beside whole frames: rotated keys, values `[B, m, Hr, D]`.
 
         Args:
             role: whose heads.
-            query: the frame that looks.
+            encode: rotates keys to positions.
+            query: the frame that looks, for a role that reads per query frame.
         """
-        blocks = self._blocks.get(role)
-        if blocks is None or self._pending is None:
-            return None
-        starts = list(role.read_blocks(list(blocks.starts), self._pending.start))
-        return BlockView(role.place_blocks(starts, query), *blocks.take(starts)) if starts else None
+        own, asked = self._inside(role, query)
+        return self.digests.see(role, own.start, asked, encode)
 
     def nbytes(self) -> int:
-        """Bytes held, counted from the tensors."""
-        return self._nbytes() + sum(blocks.nbytes() for blocks in self._blocks.values())
+        """Bytes held, counted from the tensors; marks included."""
+        return self._nbytes() + nbytes([*self.digests.tensors(), *self.scenes.tensors()])
 
     @abstractmethod
     def _nbytes(self) -> int:
@@ -184,6 +193,18 @@ class KVStore(ABC):
     @abstractmethod
     def _begin(self, own: range) -> None:
         """Asks every role what stays, because the chunk of the frames `own` begins."""
+
+    @abstractmethod
+    def _held(self, role: HeadRole) -> Sequence[int | None]:
+        """The frames of a role's history, as the role counts them."""
+
+    @abstractmethod
+    def _take(self, role: HeadRole, rows: Sequence[int]) -> Kept:
+        """Copies rows of a role's history."""
+
+    @abstractmethod
+    def _put(self, role: HeadRole, kept: Kept) -> None:
+        """Makes this a role's history."""
 
     @abstractmethod
     def _stage(self, chunk: Chunk) -> None:
@@ -201,31 +222,40 @@ class KVStore(ABC):
     def _clear(self) -> None:
         """Forgets history and pending chunk."""
 
-    def _begins_video(self, chunk: Chunk, shape: _Shape) -> bool:
+    def _begins_video(self, chunk: Chunk, shape: Shape) -> bool:
         if chunk.start != 0:
             return False
         return self._pending is None or self._pending != chunk.frames or self._shape != shape
 
-    def _check_order(self, chunk: Chunk) -> None:
-        pending = range(self._end - 1, self._end) if self._pending is None else self._pending
-        if self._pending is not None and chunk.start == pending.start:
-            raise ChunkOrderError(
-                f"layer {self.layer}: the chunk at frame {chunk.start} comes again with "
-                f"{len(chunk.frames)} frames, expected {len(pending)}: a chunk keeps its length"
-            )
-        if not pending.start < chunk.start <= pending.stop:
-            again = "" if self._pending is None else f" (or {pending.start} again)"
-            raise ChunkOrderError(
-                f"layer {self.layer}: a chunk starts at frame {chunk.start}, expected {pending.stop}{again}: "
-                "chunks come in order, a new video starts at frame 0"
-            )
-        if chunk.frames.stop < pending.stop:
-            raise ChunkOrderError(
-                f"layer {self.layer}: a chunk ends before frame {chunk.frames.stop}, expected at least "
-                f"{pending.stop}: it overlaps the chunk before it and would lose its last frames"
-            )
+    @property
+    def _stop(self) -> int:
+        """Frames of the video so far, the pending chunk included."""
+        return self._end if self._pending is None else self._pending.stop
 
-    def _check_shape(self, shape: _Shape) -> None:
+    def _inside(self, role: HeadRole, query: int | None) -> tuple[range, int | None]:
+        """The pending chunk and a query frame, as a role counts them."""
+        assert self._pending is not None
+        own = self.scenes.inside(role, self._pending)
+        return own, None if query is None else own.start + query - self._pending.start
+
+    def _place(self, role: HeadRole, frames: Sequence[int | None], query: int | None) -> tuple[int, ...]:
+        """Where the frames of a view sit, own chunk last, all as the role counts them."""
+        assert self._pending is not None
+        more = {} if query is None else {"query": query}
+        if (digest := self.digests.get(role)) is not None:
+            more["digested"] = digest.places
+        return role.place(frames, len(self._pending), self.window, **more)
+
+    def _turn(self, start: int) -> None:
+        """Marks and switches that were asked for, because a chunk begins at `start`."""
+        self._moving = True
+        switch = self.scenes.turn(start, self._held, self._take, self._put)
+        if switch is not None and switch.mode != "continue":
+            self.digests.clear()
+        self._end, self.turned = start, switch is not None
+        self._moving = False
+
+    def _check_shape(self, shape: Shape) -> None:
         if self._shape is not None and not self._shape.continues(shape):
             raise StreamShapeError(
                 f"layer {self.layer}: keys of this video were {self._shape}, now they are {shape}: start "
@@ -242,9 +272,9 @@ class KVStore(ABC):
         self.check()
         done = range(self._pending.start, start)
         self._moving = True
-        for role, k, v in self._staged() if self._blocks else ():
-            if role in self._blocks and self._grid is not None:
-                self._blocks[role].add(done, k, v, self._grid)
+        for role, k, v in self._staged():
+            self.digests.add(role, self.scenes.inside(role, done), k, v, self._grid)
+        self.digests.refresh()
         self._append(done)
         self._end, self._pending = start, None
         self._moving = False
@@ -255,42 +285,10 @@ class KVStore(ABC):
         self._moving = False
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What a chunk looks like; all but the number of frames must not change inside one video."""
-
-    frames: int
-    sizes: tuple[int, ...]
-    dtypes: tuple[torch.dtype, torch.dtype]
-    device: torch.device
-
-    @classmethod
-    def of(cls, chunk: Chunk) -> _Shape:
-        if chunk.v.shape != chunk.k.shape:
-            raise StreamShapeError(
-                f"keys are {tuple(chunk.k.shape)}, values {tuple(chunk.v.shape)}: expected the same"
-            )
-        batch, frames, *rest = chunk.k.shape
-        return cls(frames, (batch, *rest), (chunk.k.dtype, chunk.v.dtype), chunk.k.device)
-
-    def continues(self, other: _Shape) -> bool:
-        return dataclasses.replace(self, frames=other.frames) == other
-
-    def __str__(self) -> str:
-        batch, *rest = self.sizes
-        return f"[{batch}, F, {', '.join(map(str, rest))}] {self.dtypes[0]} on {self.device}"
-
-
 def store_class(name: str) -> type[KVStore]:
     """The store that the module `headforcing.stores.<name>` defines.
 
     Raises:
         OptionError: there is no such module; the message lists the folder.
     """
-    module = named_module(__name__, name)
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, KVStore) and value.__module__ == module.__name__
-    ]
-    return found[0]
+    return named_class(__name__, name, KVStore)  # type: ignore[type-abstract]

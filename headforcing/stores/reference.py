@@ -7,13 +7,15 @@ other store is tested against it, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headforcing.roles import HeadRole
+from headforcing.role import HeadRole
+from headforcing.scene import Kept
 from headforcing.stores import KVStore
 from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Selection
 
@@ -41,18 +43,17 @@ class ReferenceStore(KVStore):
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
         own = self._chunk
         assert own is not None
-        length = own.k.shape[1]
-        table = dataclasses.replace(self._table(role, 0, own.frames), query=query)
-        rows = list(role.attend(table, phase))
-        numbers = (*(self._known[role][row] for row in rows), *own.frames)
-        asked = () if query is None else (query,)
-        positions = role.place(numbers, length, self.window, *asked)
+        inside, asked = self._inside(role, query)
+        rows = list(role.attend(dataclasses.replace(self._table(role, 0, inside), query=asked), phase))
+        frames = (*(self._known[role][row] for row in rows), *inside)
+        positions = self._place(role, frames, asked)
         heads = self.heads[role]
         k, v = heads.take(own.k), heads.take(own.v)
         if rows:
             k = torch.cat([self._stack(role, rows, "k"), k], dim=1)
             v = torch.cat([self._stack(role, rows, "v"), v], dim=1)
-        return KVView(numbers, positions, encode(k, positions).to(v.dtype), v)
+        shown = self.scenes.outside(role, frames)
+        return KVView(shown, positions, encode(k, positions).to(v.dtype), v)
 
     def frames(self, role: HeadRole) -> list[list[int]]:
         return [[frame.number for frame in sample] for sample in self._history[role]]
@@ -65,9 +66,10 @@ class ReferenceStore(KVStore):
 
     def _begin(self, own: range) -> None:
         for role, samples in self._history.items():
-            table = self._table(role, self._new, own)
+            table = self._table(role, self._new, self.scenes.inside(role, own))
             kept = role.retain(table)
             selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
+            self.digests.let_go(role, selection, table, functools.partial(self._rows, role), self._grid)
             for index, sample in enumerate(samples):
                 chosen = [] if selection.chosen is None else selection.chosen[index].tolist()
                 rows = [*selection.before, *chosen, *selection.after]
@@ -86,8 +88,24 @@ class ReferenceStore(KVStore):
             k, v = self.heads[role].take(self._chunk.k), self.heads[role].take(self._chunk.v)
             for index, sample in enumerate(samples):
                 sample += [_Frame(n, k[index, i], v[index, i]) for i, n in enumerate(frames)]
-            self._known[role] = (*self._known[role], *frames)
+            self._known[role] = (*self._known[role], *self.scenes.inside(role, frames))
         self._new = len(frames)
+
+    def _held(self, role: HeadRole) -> Sequence[int | None]:
+        return self._known[role]
+
+    def _take(self, role: HeadRole, rows: Sequence[int]) -> Kept:
+        frames = tuple(self._known[role][row] for row in rows)
+        numbers = [[sample[row].number for row in rows] for sample in self._history[role]]
+        return Kept(frames, *self._rows(role, rows), torch.tensor(numbers, dtype=torch.long))
+
+    def _put(self, role: HeadRole, kept: Kept) -> None:
+        self._known[role] = kept.frames
+        self._history[role] = [
+            [_Frame(*frame) for frame in zip(numbers, k, v, strict=True)]
+            for numbers, k, v in zip(kept.numbers.tolist(), kept.k, kept.v, strict=True)
+        ]
+        self._new = 0
 
     def _staged(self) -> Iterator[tuple[HeadRole, Tensor, Tensor]]:
         assert self._chunk is not None
@@ -105,6 +123,14 @@ class ReferenceStore(KVStore):
             return self._stack(role, rows, "k")
 
         return FrameTable(self._known[role], new, len(own), keys, own.start)
+
+    def _rows(self, role: HeadRole, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of history rows, `[B, rows, P, Hr, D]`; also of none."""
+        own = self.heads[role].take(self._chunk.k) if self._chunk is not None else None
+        if not rows:
+            assert own is not None
+            return own[:, :0], own[:, :0]
+        return self._stack(role, rows, "k"), self._stack(role, rows, "v")
 
     def _stack(self, role: HeadRole, rows: Sequence[int], name: str) -> Tensor:
         """Keys or values of history rows, `[B, rows, P, Hr, D]`."""

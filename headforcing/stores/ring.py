@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from headforcing.roles import HeadRole
+from headforcing.role import HeadRole
+from headforcing.scene import Kept
 from headforcing.stores import KVStore
 from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Selection, runs
 
@@ -37,18 +38,16 @@ class RingStore(KVStore):
         self._banks = {role: _Bank(role, heads[role], window) for role in heads}
 
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
-        assert self._pending is not None
         bank = self._banks[role]
-        table = dataclasses.replace(bank.table(0, self._pending), query=query)
-        rows = tuple(role.attend(table, phase))
-        frames = (*(bank.frames[row] for row in rows), *self._pending)
-        asked = () if query is None else (query,)
-        positions = role.place(frames, len(self._pending), self.window, *asked)
+        own, asked = self._inside(role, query)
+        rows = tuple(role.attend(dataclasses.replace(bank.table(0, own), query=asked), phase))
+        frames = (*(bank.frames[row] for row in rows), *own)
+        positions = self._place(role, frames, asked)
         if query is None and len(rows) == len(bank.frames):
             k, v = bank.see(positions, encode)
         else:
             k, v = bank.see_some(rows, positions, encode, query)
-        return KVView(frames, positions, k, v)
+        return KVView(self.scenes.outside(role, frames), positions, k, v)
 
     def frames(self, role: HeadRole) -> list[list[int]]:
         return self._banks[role].numbers()
@@ -57,16 +56,28 @@ class RingStore(KVStore):
         return sum(bank.nbytes() for bank in self._banks.values())
 
     def _begin(self, own: range) -> None:
-        for bank in self._banks.values():
-            bank.begin(own)
+        for role, bank in self._banks.items():
+            inside = self.scenes.inside(role, own)
+            table, kept = bank.choose(inside)
+            self.digests.let_go(role, kept, table, bank.rows, self._grid)
+            bank.begin(kept, inside)
 
     def _stage(self, chunk: Chunk) -> None:
         for bank in self._banks.values():
             bank.stage(chunk.k, chunk.v)
 
     def _append(self, frames: range) -> None:
-        for bank in self._banks.values():
-            bank.append(frames)
+        for role, bank in self._banks.items():
+            bank.append(frames, self.scenes.inside(role, frames))
+
+    def _held(self, role: HeadRole) -> Sequence[int | None]:
+        return self._banks[role].frames
+
+    def _take(self, role: HeadRole, rows: Sequence[int]) -> Kept:
+        return self._banks[role].take(rows)
+
+    def _put(self, role: HeadRole, kept: Kept) -> None:
+        self._banks[role].put(kept)
 
     def _staged(self) -> Iterator[tuple[HeadRole, Tensor, Tensor]]:
         assert self._pending is not None
@@ -93,12 +104,16 @@ class _Bank:
     def table(self, new: int, own: range) -> FrameTable:
         return FrameTable(self.frames, new, len(own), self._keys, own.start)
 
-    def begin(self, own: range) -> None:
+    def choose(self, own: range) -> tuple[FrameTable, Selection]:
+        """What there is, and what of it stays when the chunk of the frames `own` begins."""
         table = self.table(self._new, own)
         kept = self.role.retain(table)
-        selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
-        self.frames = selection.frames(table)
-        self._move(selection, self._next_positions(own))
+        return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
+
+    def begin(self, kept: Selection, own: range) -> None:
+        """Keeps what was chosen."""
+        self.frames = kept.frames(self.table(self._new, own))
+        self._move(kept, self._next_positions(own))
         self._new = 0
         self._some.clear()
 
@@ -110,12 +125,31 @@ class _Bank:
         self.heads.take_into(self._v[:, first:last], v)
         self._placed[first:last] = [None] * k.shape[1]
 
-    def append(self, frames: range) -> None:
+    def append(self, frames: range, inside: range) -> None:
+        """Turns the first pending frames, as the host and as the role count them, into history."""
         first = len(self.frames)
         numbers = torch.arange(frames.start, frames.stop, device=self._ids.device)
         self._ids[:, first : first + len(frames)] = numbers
-        self.frames = (*self.frames, *frames)
+        self.frames = (*self.frames, *inside)
         self._new = len(frames)
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Copies of keys before RoPE and values of history rows, `[B, rows, P, Hr, D]`."""
+        k, v = (torch.cat([x[:, :0], *(x[:, a:b] for a, b in runs(rows))], 1) for x in (self._raw, self._v))
+        return k, v
+
+    def take(self, rows: Sequence[int]) -> Kept:
+        """Copies of history rows."""
+        return Kept(tuple(self.frames[row] for row in rows), *self.rows(rows), self._ids[:, list(rows)])
+
+    def put(self, kept: Kept) -> None:
+        """Makes this the history."""
+        held = len(kept.frames)
+        for buffer, x in ((self._raw, kept.k), (self._v, kept.v), (self._ids, kept.numbers)):
+            buffer[:, :held] = x
+        self.frames, self._new = kept.frames, 0
+        self._placed = [None] * len(self._placed)
+        self._some.clear()
 
     def staged(self, chunk: int) -> tuple[Tensor, Tensor]:
         own = slice(len(self.frames), len(self.frames) + chunk)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headforcing.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
-from headforcing.pyramid import Strided, Wave
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.pyramid_forcing import Strided, Wave
 
 UPDATES: tuple[EpisodicUpdate, ...] = (MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform())
 

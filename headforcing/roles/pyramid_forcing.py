@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from headforcing.digest import Digest
 from headforcing.errors import RoleError, WindowError
-from headforcing.roles import HeadRole
-from headforcing.types import FrameTable, Merge, Phase
+from headforcing.merge import Blocks
+from headforcing.role import HeadRole
+from headforcing.types import FrameTable, Phase
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,12 @@ class _Clamped(HeadRole):
         return max(0, query - min(max(query, self.near), self.far))
 
     def place(
-        self, frames: Sequence[int | None], chunk: int, window: int, query: int | None = None
+        self,
+        frames: Sequence[int | None],
+        chunk: int,
+        window: int,
+        query: int | None = None,
+        digested: int = 0,
     ) -> tuple[int, ...]:
         """See the class."""
         known = [frame for frame in frames if frame is not None]
@@ -206,15 +213,8 @@ class Veil(_Clamped):
         unfinished, middle = self.block - 1, (self.block - 1) // 2
         return max(super()._reach(chunk), self.block * self.blocks + unfinished - middle + chunk - 1)
 
-    @property
-    def merge(self) -> Merge | None:
+    def digest(self) -> Digest | None:
         """See the class."""
-        return Merge(self.blocks, self.block, self.patch) if self.blocks else None
-
-    def read_blocks(self, blocks: Sequence[int], start: int) -> Sequence[int]:
-        """Those that do not touch the last frames."""
-        return [block for block in blocks if block + self.block <= start - self.recent]
-
-    def place_blocks(self, blocks: Sequence[int], query: int) -> tuple[int, ...]:
-        """Their own time, seen from a query frame."""
-        return tuple(block + (self.block - 1) // 2 - self.origin(query) for block in blocks)
+        if not self.blocks:
+            return None
+        return Blocks(self.blocks, self.block, self.patch, self.recent, self.origin)

@@ -1,0 +1,107 @@
+"""What a role keeps of the past beside whole frames: merged, averaged or cut to pieces.
+
+A digest belongs to one role in one layer of one stream. It is shown frames when they are committed and when
+the role lets them go, and answers with tokens that its heads see before those of whole frames.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from headforcing.types import Encode, Grid
+
+
+@dataclass(frozen=True)
+class Past:
+    """Frames that a digest is shown.
+
+    Attributes:
+        frames: their numbers since the scene began, ascending; `None` where chosen by content.
+        k: keys before RoPE, `[B, n, P, Hr, D]`.
+        v: values, likewise.
+        grid: height and width of a frame in patches, where known.
+        layer: number of the layer.
+        notes: what the layers of one timeline share; empty where they are not told of each other.
+    """
+
+    frames: Sequence[int | None]
+    k: Tensor
+    v: Tensor
+    grid: Grid | None
+    layer: int
+    notes: MutableMapping[Any, Any] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class DigestView:
+    """What the heads of a role see of a digest.
+
+    Attributes:
+        positions: the temporal RoPE position of each entry.
+        k: keys before RoPE, `[B, n, P', Hr, D]`.
+        v: values, likewise.
+        patch: side of the squares of patches that are one token; `P' = P / patch**2`.
+        pick: tokens that are seen, `[B, m]`, of all `n * P'`; `None` is all of them.
+    """
+
+    positions: tuple[int, ...]
+    k: Tensor
+    v: Tensor
+    patch: int = 1
+    pick: Tensor | None = None
+
+    def tokens(self, encode: Encode) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values that are seen, `[B, m, Hr, D]`."""
+        patch = (self.patch,) if self.patch > 1 else ()
+        k, v = encode(self.k, self.positions, *patch).flatten(1, 2), self.v.flatten(1, 2)
+        k = k.to(v.dtype)
+        if self.pick is None:
+            return k, v
+        pick = self.pick[:, :, None, None].expand(-1, -1, *v.shape[2:])
+        return k.gather(1, pick), v.gather(1, pick)
+
+
+class Digest(ABC):
+    """See the module."""
+
+    patch: int = 1
+    """Side of the squares of patches that are merged; more than 1 asks more of an adapter."""
+
+    def check(self, grid: Grid | None, before: Grid | None) -> None:  # noqa: B027 - optional on purpose
+        """Refuses frames of a grid, or of another grid than before, before anything changes."""
+
+    def add(self, past: Past) -> None:  # noqa: B027 - optional on purpose
+        """Takes frames that were committed just now, in order."""
+
+    def let_go(self, past: Past) -> None:  # noqa: B027 - optional on purpose
+        """Takes frames that the role kept whole and drops now, in order."""
+
+    @property
+    def places(self) -> int:
+        """Temporal positions it takes between whole frames, for roles that leave room; default none."""
+        return 0
+
+    @abstractmethod
+    def view(self, start: int, query: int | None, encode: Encode) -> DigestView | None:
+        """What is seen by a chunk that begins at `start`, or by one query frame of it.
+
+        `encode` is for those who choose by rotated keys; the view itself is rotated later.
+        """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forgets everything."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds."""
+
+
+def nbytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
+    """Bytes of all elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

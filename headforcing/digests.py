@@ -1,0 +1,97 @@
+"""The digests of one store, and what their heads see of them, rotated once per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from headforcing.digest import Digest, Past
+from headforcing.errors import RoleError
+from headforcing.role import HeadRole
+from headforcing.types import Encode, FrameTable, Grid, Selection
+
+Tokens = tuple[Tensor, Tensor]
+"""Rotated keys, and values, `[B, m, Hr, D]`."""
+
+
+class Digests:
+    """See the module.
+
+    Args:
+        roles: roles of the store; those without a digest are left out.
+        layer: number of the layer.
+
+    Attributes:
+        notes: what the digests of all layers of one timeline share; set by who knows the timeline.
+    """
+
+    def __init__(self, roles: Iterable[HeadRole], layer: int) -> None:
+        self._digests = {role: digest for role in roles if (digest := role.digest()) is not None}
+        self._seen: dict[tuple[HeadRole, int | None], Tokens | None] = {}
+        self._layer = layer
+        self.notes: MutableMapping[Any, Any] = {}
+
+    def get(self, role: HeadRole) -> Digest | None:
+        """The digest of a role."""
+        return self._digests.get(role)
+
+    def check(self, grid: Grid | None, before: Grid | None) -> None:
+        """Refuses frames that cannot be digested, before anything changes."""
+        for digest in self._digests.values():
+            digest.check(grid, before)
+
+    def add(self, role: HeadRole, frames: range, k: Tensor, v: Tensor, grid: Grid | None) -> None:
+        """Shows a role's digest the first of the frames `[B, F, P, Hr, D]`, which are committed now."""
+        if role in self._digests:
+            done = slice(len(frames))
+            self._digests[role].add(Past(frames, k[:, done], v[:, done], grid, self._layer, self.notes))
+
+    def let_go(
+        self,
+        role: HeadRole,
+        kept: Selection,
+        table: FrameTable,
+        fetch: Callable[[Sequence[int]], Tokens],
+        grid: Grid | None,
+    ) -> None:
+        """Shows a role's digest the rows of the table that the role drops.
+
+        Raises:
+            RoleError: the role chooses by content, so nobody knows which.
+        """
+        if role not in self._digests:
+            return
+        if kept.chosen is not None:
+            raise RoleError(f"{role} chooses frames by content: it cannot have a digest")
+        gone = [row for row in range(len(table)) if row not in {*kept.before, *kept.after}]
+        if gone:
+            frames = [table.frames[row] for row in gone]
+            self._digests[role].let_go(Past(frames, *fetch(gone), grid, self._layer, self.notes))
+
+    def see(self, role: HeadRole, start: int, query: int | None, encode: Encode) -> Tokens | None:
+        """What the heads of a role see; rotated once for every query until `refresh`."""
+        if role not in self._digests:
+            return None
+        if (role, query) not in self._seen:
+            view = self._digests[role].view(start, query, encode)
+            self._seen[role, query] = None if view is None else view.tokens(encode)
+        return self._seen[role, query]
+
+    def refresh(self) -> None:
+        """Forgets what was rotated, because frames come or go."""
+        self._seen.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._seen.clear()
+        for digest in self._digests.values():
+            digest.clear()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is held, and what was rotated."""
+        for digest in self._digests.values():
+            yield from digest.tensors()
+        for tokens in self._seen.values():
+            yield from tokens or ()

@@ -1,0 +1,132 @@
+"""What a head role is: what a head keeps, what it sees, and where that sits for RoPE.
+
+A role is a frozen dataclass of plain numbers, in frames. It holds no state: once per chunk it is shown a
+table of what is still there and names the rows that stay. The roles themselves are in `headforcing.roles`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from headforcing.digest import Digest
+from headforcing.errors import RoleError, WindowError
+from headforcing.positions import SCHEMES, PositionScheme, place
+from headforcing.types import FrameTable, Phase, Selection, Tier
+
+
+@dataclass(frozen=True)
+class HeadRole(ABC):
+    """What one attention head remembers.
+
+    Subclasses are frozen dataclasses: hashable, comparable, storable as JSON. The own chunk is always
+    visible and is never counted. A new role is one subclass, in any module.
+    """
+
+    positions: PositionScheme = field(default="compact", kw_only=True)
+    uses_phase: ClassVar[bool] = False
+    """Whether `attend` depends on the phase; such a role needs a host that tells it."""
+    reads_per_query: ClassVar[bool] = False
+    """Whether what is visible, or where it sits, depends on the frame of the query."""
+    recalls: ClassVar[tuple[Tier, ...]] = ("sink",)
+    """Tiers that come back when a marked scene is recalled."""
+
+    def __post_init__(self) -> None:
+        if self.positions not in SCHEMES:
+            raise RoleError(
+                f"{type(self).__name__}.positions is {self.positions!r}: expected one of {', '.join(SCHEMES)}"
+            )
+        for name in self._counts():
+            value = getattr(self, name)
+            if value is None and self.__dataclass_fields__[name].default is None:
+                continue
+            if type(value) is not int or value < 0:
+                raise RoleError(
+                    f"{type(self).__name__}.{name} is {value!r}: expected a number of frames >= 0"
+                )
+
+    @abstractmethod
+    def capacity(self, chunk: int) -> int | None:
+        """Most frames it keeps beside a chunk of `chunk` frames; `None` is without bound."""
+
+    @abstractmethod
+    def retain(self, table: FrameTable) -> Sequence[int] | Selection:
+        """Rows of the table that stay, ascending; asked once when a chunk begins."""
+
+    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+        """Rows of the history that are visible in this pass, ascending; default all."""
+        return range(len(table))
+
+    def place(
+        self,
+        frames: Sequence[int | None],
+        chunk: int,
+        window: int,
+        query: int | None = None,
+        digested: int = 0,
+    ) -> tuple[int, ...]:
+        """Temporal RoPE position of every visible frame, own chunk last.
+
+        Args:
+            frames: the frames in view; `None` where chosen by content.
+            chunk: frames of the own chunk.
+            window: frames the model was trained on.
+            query: the frame that looks, for roles that read per query frame.
+            digested: places that a digest takes, for roles that have one.
+
+        Raises:
+            WindowError: a position would leave the range the model was trained on, `[0, window)`.
+        """
+        placed = place(self.positions, frames, chunk, window)
+        if self.bounded and placed[-1] >= window:
+            raise WindowError(
+                f"{self} with a chunk of {chunk} frames reaches RoPE position {placed[-1]}, but the "
+                f"model was trained on {window} frames: give the role fewer frames"
+            )
+        return placed
+
+    @property
+    def bounded(self) -> bool:
+        """Whether positions stay in `[0, window)` for ever."""
+        return self.positions != "absolute"
+
+    def tier(self, frame: int | None, start: int) -> Tier:
+        """Where it holds a frame when a chunk begins at `start`; decides what outlives a scene."""
+        return "sink" if frame is not None and frame < getattr(self, "sink", 0) else "recent"
+
+    def digest(self) -> Digest | None:
+        """What it keeps beside whole frames, as a new and empty memory; default nothing."""
+        return None
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        """The role with every number filled in for a model, checked against its window.
+
+        Args:
+            window: frames the model was trained on.
+            chunk: frames of the longest chunk the model will be given.
+
+        Raises:
+            WindowError: the role with the own chunk needs more than `window` frames.
+        """
+        capacity = self.capacity(chunk)
+        if self.bounded and (capacity is None or capacity + chunk > window):
+            kept = "every frame" if capacity is None else f"{capacity} frames"
+            raise WindowError(
+                f"{self} keeps {kept} beside a chunk of {chunk}, but the model was trained on {window} "
+                f"frames: keep at most {window - chunk}, or use positions='absolute'"
+            )
+        return self
+
+    def _counts(self) -> tuple[str, ...]:
+        """Names of the fields that are numbers of frames."""
+        counts = ("int", "int | None", int, int | None)
+        return tuple(f.name for f in dataclasses.fields(self) if f.type in counts)
+
+
+def ends(rows: int, sink: int, recent: int) -> tuple[int, ...]:
+    """The first `sink` and the last `recent` of `rows` rows, each once."""
+    first = min(sink, rows)
+    return (*range(first), *range(max(first, rows - recent), rows))

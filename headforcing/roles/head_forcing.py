@@ -1,0 +1,147 @@
+"""Roles of Head Forcing (arXiv:2605.14487), side by side.
+
+Local heads look at the own chunk, anchor heads at the first frame, memory heads at everything between. The
+three roles are documented by the paper; the numbers are not, so every number is a field, and the defaults
+are our choice. A number left `None` is filled in from the model when the role is applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from headforcing.episodic import EpisodicUpdate, MaxMin, Uniform
+from headforcing.errors import RoleError, WindowError
+from headforcing.positions import PositionScheme
+from headforcing.role import HeadRole, ends
+from headforcing.types import FrameTable, Selection, Tier
+
+
+@dataclass(frozen=True)
+class Local(HeadRole):
+    """The last frames only: local heads refine detail in the own chunk (arXiv:2605.14487).
+
+    "Retains only essential tokens" is documented; one frame against flicker at the border is our
+    choice, 0 is the literal reading.
+
+    Attributes:
+        recent: last frames kept.
+        sink: first frames kept, for heads that turn out to need them.
+    """
+
+    recent: int = 1
+    sink: int = 0
+
+    def capacity(self, chunk: int) -> int | None:
+        return self.sink + self.recent
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        return ends(len(table), self.sink, self.recent)
+
+
+@dataclass(frozen=True)
+class Anchor(HeadRole):
+    """The first frames: anchor heads hold the structure of the video (arXiv:2605.14487).
+
+    That the first latent frame is what matters is documented; one frame is inferred, no recent
+    frames and clamped positions are our choice.
+
+    Attributes:
+        sink: first frames kept.
+        recent: last frames kept as well.
+    """
+
+    sink: int = 1
+    recent: int = 0
+    positions: PositionScheme = field(default="clamped", kw_only=True)
+
+    def capacity(self, chunk: int) -> int | None:
+        return self.sink + self.recent
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        return ends(len(table), self.sink, self.recent)
+
+
+@dataclass(frozen=True)
+class Memory(HeadRole):
+    """Sink, episodic and recent frames: memory heads aggregate the long context (arXiv:2605.14487).
+
+    A hierarchical memory with dynamic episodic updates is documented; the tiers, their sizes and the
+    rule are our choice. A frame enters the episodic tier when it leaves the recent one, so nothing is
+    lost before the memory is full.
+
+    Attributes:
+        sink: first frames, never evicted.
+        episodic: frames chosen from the past; `None`: what the window leaves.
+        recent: last frames; `None`: half of what the window leaves beside the chunk.
+        update: who leaves a full episodic tier.
+    """
+
+    sink: int = 1
+    episodic: int | None = None
+    recent: int | None = None
+    update: EpisodicUpdate = field(default_factory=MaxMin)
+    recalls: ClassVar[tuple[Tier, ...]] = ("sink", "episodic", "recent")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.update, EpisodicUpdate):
+            raise RoleError(f"Memory.update is {self.update!r}: expected an EpisodicUpdate, such as MaxMin()")
+        if self.positions != "compact" and self.episodic != 0 and self.update.reads_keys:
+            raise RoleError(
+                f"{type(self.update).__name__} chooses frames on the device, so positions="
+                f"{self.positions!r} cannot know them: use positions='compact' or update=Uniform()"
+            )
+
+    def capacity(self, chunk: int) -> int | None:
+        episodic, recent = self._sizes()
+        return self.sink + episodic + recent
+
+    def retain(self, table: FrameTable) -> Sequence[int] | Selection:
+        episodic, recent = self._sizes()
+        rows, before = len(table), len(table) - table.new
+        sinks = min(self.sink, rows)
+        recents = min(recent, rows - sinks)
+        contest = range(sinks, rows - recents)
+        if len(contest) <= episodic or not episodic:
+            kept = contest if episodic else ()
+            return (*range(sinks), *kept, *range(rows - recents, rows))
+        sinks_before = min(self.sink, before)
+        stored = min(episodic, before - sinks_before - min(recent, before - sinks_before))
+        if isinstance(self.update, Uniform):
+            frames = [frame for row in contest if (frame := table.frames[row]) is not None]
+            spread = [sinks + row for row in self.update.spread(frames, stored, episodic)]
+            return (*range(sinks), *spread, *range(rows - recents, rows))
+        chosen = self.update.choose(table.keys(contest), stored, episodic)
+        return Selection(tuple(range(sinks)), sinks + chosen, tuple(range(rows - recents, rows)))
+
+    def tier(self, frame: int | None, start: int) -> Tier:
+        """Frames chosen by content are episodic, and all between the first and the last ones."""
+        _, recent = self._sizes()
+        if frame is None or self.sink <= frame < start - recent:
+            return "episodic"
+        return super().tier(frame, start)
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        room = window - chunk - self.sink
+        if self.recent is not None:
+            recent = self.recent
+        elif self.episodic is not None:
+            recent = room - self.episodic
+        else:
+            recent = min((window - chunk + 1) // 2, room)
+        episodic = room - recent if self.episodic is None else self.episodic
+        if min(room, recent, episodic) < 0:
+            raise WindowError(
+                f"{self} does not fit: a window of {window} frames leaves {window - chunk} beside a "
+                f"chunk of {chunk}"
+            )
+        filled = dataclasses.replace(self, recent=recent, episodic=episodic)
+        return HeadRole.fit(filled, window, chunk)
+
+    def _sizes(self) -> tuple[int, int]:
+        if self.episodic is None or self.recent is None:
+            raise RoleError(f"{self} has open numbers: call fit(window, chunk) first")
+        return self.episodic, self.recent

@@ -1,0 +1,59 @@
+"""Roles that treat all heads alike: the dense cache, and a window over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headforcing.errors import RoleError, WindowError
+from headforcing.positions import PositionScheme
+from headforcing.role import HeadRole, ends
+from headforcing.types import FrameTable
+
+
+@dataclass(frozen=True)
+class Full(HeadRole):
+    """Keeps everything at its true position: the growing dense cache."""
+
+    positions: PositionScheme = field(default="absolute", kw_only=True)
+
+    def capacity(self, chunk: int) -> int | None:
+        return None
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        return range(len(table))
+
+
+@dataclass(frozen=True)
+class SlidingWindow(HeadRole):
+    """The first `sink` and the last frames, `window` in all, own chunk included.
+
+    With `positions="absolute"` this is the rolled cache of Self Forcing and its descendants; with
+    `positions="compact"` it is StreamingLLM (arXiv:2309.17453) on frames.
+
+    Attributes:
+        window: frames seen, own chunk included.
+        sink: first frames of the video that are never evicted.
+    """
+
+    window: int
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sink >= self.window:
+            raise RoleError(f"{self}: sink must be smaller than window")
+
+    def capacity(self, chunk: int) -> int | None:
+        return self.window - chunk
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        return ends(len(table), self.sink, self.window - table.chunk - self.sink)
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        if self.window < self.sink + chunk:
+            raise WindowError(
+                f"{self} has no room for its sink and a chunk of {chunk} frames: give it a window of at "
+                f"least {self.sink + chunk}"
+            )
+        return super().fit(window, chunk)
