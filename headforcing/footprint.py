@@ -85,8 +85,8 @@ class ModelSize:
     def kv_bytes(self, roles: RoleMap) -> int | None:
         """Keys and values of what is kept and of the own chunk; `None` is without bound.
 
-        A head of `capacity` frames is full; blocks that grow and come to an end are counted at the moment
-        when all heads together hold most. The same as `status().stored_bytes` of a `reference` store.
+        Whole frames by the capacity of a role; blocks that grow and come to an end at the moment when all
+        heads together hold most. Without copies that a store makes for looking.
 
         Raises:
             OptionError: what a role keeps beside whole frames cannot be told for so many patches.
@@ -94,7 +94,7 @@ class ModelSize:
         """
         from headforcing.steady import keeps_beside
 
-        return self._most("reference", roles, keeps_beside, (self.head_bytes, 0))
+        return self._most(None, roles, keeps_beside, (self.head_bytes, 0))
 
     def ring_bytes(self, roles: RoleMap) -> int | None:
         """What `status().stored_bytes` says of a full `ring` store at the end of a chunk, at most.
@@ -113,7 +113,7 @@ class ModelSize:
         return self._most("ring", roles, moves, (RING_BUFFERS * self.head_bytes // 2, RING_ID))
 
     def _most(
-        self, store: str, roles: RoleMap, moves: Callable[[HeadRole], bool], slot: tuple[int, int]
+        self, store: str | None, roles: RoleMap, moves: Callable[[HeadRole], bool], slot: tuple[int, int]
     ) -> int | None:
         """Most bytes held at once: of a slot, per head and per role; roles that move are simulated."""
         from headforcing.steady import held_bytes

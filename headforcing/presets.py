@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from headforcing.errors import RoleMapError
 from headforcing.origin import Origin
-from headforcing.pyramid import Strided, Veil, Wave
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 Roles = Mapping[str, HeadRole]
 """What the labels of a preset mean; a preset that needs no labels has the one label `all`."""
@@ -137,8 +137,8 @@ def _head_forcing(window: int, chunk: int) -> Roles:
 def _pyramid_forcing(window: int, chunk: int) -> Roles:
     """Waves read by cycles, anchors every sixth frame, veils merged blocks.
 
-    The numbers are those of its released configuration (code); `headforcing.pyramid` says which edges are
-    our choice.
+    The numbers are those of its released configuration (code); `headforcing.roles.pyramid_forcing` says
+    which edges are our choice.
     """
     return {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
 

@@ -11,8 +11,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from headforcing.errors import OptionError, StreamShapeError
 from headforcing.roles import HeadRole
@@ -32,7 +34,7 @@ class Steady:
     """One head of a role in steady state, own chunk included; means over whole cycles.
 
     Attributes:
-        stored: frames held, a part of a frame as such.
+        stored: frames held, a part of a frame as such; without copies that a store makes for looking.
         attended: frames seen by a query in a noisy pass: tokens seen over tokens per frame.
         most: the same in the chunk that sees most.
         cycle: chunks after which it repeats.
@@ -102,17 +104,18 @@ def steady(role: HeadRole, window: int, chunk: int) -> Steady | None:
     cycle = _cycle(rows, role)
     last = rows[-cycle:]
     per_frame = 2 * tiny.size * tiny.itemsize
-    stored = [Fraction(held, per_frame) for held, _ in last]
-    attended = [seen for _, seen in last]
+    stored = [Fraction(row.kept, per_frame) for row in last]
+    attended = [row.seen for row in last]
     return Steady(_mean(stored), _mean(attended), max(attended), cycle)
 
 
 @functools.lru_cache(maxsize=256)
-def held_bytes(store: str, role: HeadRole, window: int, chunk: int, itemsize: int) -> Bytes:
+def held_bytes(store: str | None, role: HeadRole, window: int, chunk: int, itemsize: int) -> Bytes:
     """What a store holds for a role that keeps a bounded number of frames.
 
     Args:
-        store: name of the store.
+        store: name of the store, at the end of a chunk; `None`: the `reference` store without what it
+            copied for looking, which is what the role keeps.
         role: fitted to the window.
         window: frames the model was trained on.
         chunk: frames of a chunk.
@@ -126,12 +129,13 @@ def held_bytes(store: str, role: HeadRole, window: int, chunk: int, itemsize: in
         raise OptionError(f"numbers of {itemsize} bytes: what {role} holds is known for 2 and 4 only")
     small = _Tiny(itemsize=itemsize)
     others = _Tiny(itemsize=itemsize, head_dim=2), _Tiny(2, (12, 24), itemsize=itemsize)
-    one, two, check = ([held for held, _ in _run(store, role, window, chunk, t)] for t in (small, *others))
+    rows = [_run(store or "reference", role, window, chunk, tiny) for tiny in (small, *others)]
+    one, two, check = ([row.held if store else row.kept for row in run] for run in rows)
     each = tuple(Fraction(b - a, small.size) for a, b in zip(one, two, strict=True))
     once = tuple(int(a - small.size * e) for a, e in zip(one, each, strict=True))
     found = Bytes(each, once)
     if found.of(2, others[1].tokens, 1) != check:
-        raise OptionError(f"{role}: what the {store} store holds for it cannot be told from its size alone")
+        raise OptionError(f"{role}: what a store holds for it cannot be told from its size alone")
     _cycle(one, role)
     return found
 
@@ -140,8 +144,16 @@ def _mean(frames: Sequence[Fraction]) -> Fraction:
     return sum(frames, Fraction()) / len(frames)
 
 
-def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> list[tuple[int, Fraction]]:
-    """Bytes held and frames seen after every chunk of the second half of a video."""
+class _Row(NamedTuple):
+    """One chunk: bytes held before anybody looked and after, and frames seen."""
+
+    kept: int
+    held: int
+    seen: Fraction
+
+
+def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> list[_Row]:
+    """Every chunk of the second half of a video."""
     store = store_class(name)({role: Heads(range(tiny.heads), tiny.heads)}, window=window, layer=0)
     chunks = -(-max(FRAMES, 4 * window) // chunk)
     generator = torch.Generator().manual_seed(0)
@@ -153,24 +165,28 @@ def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> lis
             store.write(Chunk(index * chunk, k, v, tiny.grid))
         except StreamShapeError as error:
             raise OptionError(f"{role} cannot be simulated on {tiny.grid} patches: {error}") from error
+        kept = store.nbytes()
         queries = range(index * chunk, (index + 1) * chunk) if role.reads_per_query else [None]
         seen = [_tokens(store, role, query) for query in queries]
-        rows.append((store.nbytes(), Fraction(sum(seen), len(seen) * tiny.tokens)))
+        rows.append(_Row(kept, store.nbytes(), Fraction(sum(seen), len(seen) * tiny.tokens)))
     return rows[chunks // 2 :]
 
 
 def _tokens(store: KVStore, role: HeadRole, query: int | None) -> int:
     """Tokens that one query sees, whole frames and what the role keeps beside them."""
     asked = () if query is None else (query,)
-    view = store.view(role, "denoise", lambda x, positions: x, *asked)
-    tokens = view.k.shape[1] * view.k.shape[2]
-    beside = store.view_blocks(role, *asked) if role.merge is not None else None
-    return tokens + (0 if beside is None else beside.k.shape[1] * beside.k.shape[2])
+    view = store.view(role, "denoise", _as_it_is, *asked)
+    beside = store.view_digest(role, _as_it_is, *asked)
+    return view.k.shape[1] * view.k.shape[2] + (0 if beside is None else beside[0].shape[1])
+
+
+def _as_it_is(x: Tensor, *_: object) -> Tensor:
+    return x
 
 
 def keeps_beside(role: HeadRole) -> bool:
     """Whether a role keeps anything beside whole frames, which `capacity` does not count."""
-    return role.merge is not None
+    return role.digest() is not None
 
 
 def _cycle(rows: Sequence[object], role: HeadRole) -> int:
