@@ -19,7 +19,7 @@ from torch import Tensor
 from headforcing.errors import OptionError, StreamShapeError
 from headforcing.roles import HeadRole
 from headforcing.stores import KVStore, store_class
-from headforcing.types import Chunk, Grid, Heads
+from headforcing.types import Chunk, Grid, Heads, Phase
 
 FRAMES = 300
 """Frames of a simulated video, at least; the second half is counted."""
@@ -167,15 +167,18 @@ def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> lis
             raise OptionError(f"{role} cannot be simulated on {tiny.grid} patches: {error}") from error
         kept = store.nbytes()
         queries = range(index * chunk, (index + 1) * chunk) if role.reads_per_query else [None]
-        seen = [_tokens(store, role, query) for query in queries]
+        seen = [_tokens(store, role, query, "denoise") for query in queries]
+        if role.uses_phase:  # a store may keep what the last pass looked at
+            for query in queries:
+                _tokens(store, role, query, "commit")
         rows.append(_Row(kept, store.nbytes(), Fraction(sum(seen), len(seen) * tiny.tokens)))
     return rows[chunks // 2 :]
 
 
-def _tokens(store: KVStore, role: HeadRole, query: int | None) -> int:
+def _tokens(store: KVStore, role: HeadRole, query: int | None, phase: Phase) -> int:
     """Tokens that one query sees, whole frames and what the role keeps beside them."""
     asked = () if query is None else (query,)
-    view = store.view(role, "denoise", _as_it_is, *asked)
+    view = store.view(role, phase, _as_it_is, *asked)
     beside = store.view_digest(role, _as_it_is, *asked)
     return view.k.shape[1] * view.k.shape[2] + (0 if beside is None else beside[0].shape[1])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import pytest
 import torch
@@ -95,6 +97,17 @@ def test_what_grows_otherwise_than_its_size_is_refused(monkeypatch):
 
 # --- bytes --------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class TwoFaced(SlidingWindow):
+    """Sees less of its past in a noisy pass than in the clean one."""
+
+    uses_phase: ClassVar[bool] = True
+
+    def attend(self, table, phase):
+        return range(2 if phase == "commit" else 1) if len(table) > 2 else range(len(table))
+
+
 ROWS = {
     "pyramid": (Wave(), Strided(), Veil(), Veil()),
     "veils": (Veil(), Veil(blocks=2, block=5), Local(1), Local(1)),
@@ -104,7 +117,11 @@ PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 
 @pytest.mark.parametrize(
     ("store", "row"),
-    [("ring", ROWS["pyramid"]), ("ring", ROWS["veils"]), ("reference", (Wave(), Strided(), *PLAIN[:2]))],
+    [
+        ("ring", ROWS["pyramid"]),
+        ("ring", ROWS["veils"]),
+        ("reference", (Wave(), Strided(), *PLAIN[:2])),
+    ],
     ids=["pyramid", "veils", "reference"],
 )
 def test_a_real_rollout_holds_as_many_bytes(row, store):
@@ -122,6 +139,14 @@ def test_a_real_rollout_holds_as_many_bytes(row, store):
         )
     said = size.kv_bytes(roles) if store == "reference" else size.ring_bytes(roles)
     assert max(held[9:]) == said
+
+
+def test_frames_are_those_of_a_noisy_pass_and_bytes_those_after_the_clean_one():
+    """The ring store holds nine frames three times, and packs keys and values of two and the own chunk."""
+    assert frames(TwoFaced(9)) == (9, 1 + 3)
+    held = held_bytes("ring", TwoFaced(9), 21, 3, 2)
+    assert set(held.each) == {2 * (3 * 9 + 2 * (2 + 3))}
+    assert set(held.once) == {8 * 9}
 
 
 def test_what_merged_blocks_take_by_hand():

@@ -6,10 +6,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import headforcing as hf
 from headforcing.adapter import find_adapter
-from headforcing.demo import demo_model, demo_preset, labels
+from headforcing.demo import DemoPipeline, demo_model, demo_preset, labels, parse_prompt
 from headforcing.demo.label_file import LabelFile, label_file
 from headforcing.demo.labelled import CLASSIFIERS, METRICS, label_heads, main
 from headforcing.demo.profiled import profile_demo
@@ -41,6 +42,27 @@ def test_other_presets_are_the_same_for_all_heads(name):
     assert len(demo_preset(name).counts()) == 1
     with pytest.raises(OptionError, match="no labels for"):
         labels(name)
+
+
+def test_the_demo_uses_the_labels():
+    pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
+    from headforcing.demo import show
+
+    config = demo_model().config
+    for name in PRESETS:
+        assert show.find_roles(show.Request(preset=name), config) == demo_preset(name)
+    roles = demo_preset("dummy_forcing")
+    diary = show._Diary(demo_model())
+    assert {*roles.named()} == {"sink", "neighbour", "dummy"}
+    with hf.apply_head_forcing(diary._model, roles):
+        pipeline = DemoPipeline(diary._model)
+        words, noise = parse_prompt("sea clear fast disc red").expand(1, 2, -1), torch.Generator()
+        pipeline.generate(words, generator=noise, callback=lambda *_: diary.note())
+    assert sorted(held.name for held in diary.read(2, "preset"))[1:] == [
+        "preset: anchor head",
+        "preset: dummy head",
+        "preset: neighbour head",
+    ]
 
 
 def test_an_unknown_preset():
