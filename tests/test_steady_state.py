@@ -145,7 +145,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """First frames of the chunks checked for NaN; a verdict is the one read that is wanted, a chunk late."""
     checked: list[int] = []
 
-    class Unread:
+    class Unread(HostFlag):
         ready = False
 
         def __init__(self, sums: Tensor, heads: Any, layer: int, frames: range) -> None:
