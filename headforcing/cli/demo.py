@@ -14,7 +14,7 @@ from headforcing.cli.console import AsJson, clean_errors, examples, print_json, 
 EXAMPLES = examples(
     "demo --seconds 60",
     'demo --prompt "sea clear fast disc red" --camera still --out still',
-    "demo --preset infinity_rope --out preset",
+    "demo --preset pyramid_forcing --out preset",
 )
 DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
 
@@ -47,7 +47,11 @@ class Options:
         None
     )
     preset: Annotated[
-        str | None, typer.Option(help="A preset instead of a role map; `headforcing presets` lists them.")
+        str | None,
+        typer.Option(
+            help="A preset instead of a role map; `headforcing presets` lists them. Where its heads differ, "
+            "with labels measured on the demo model."
+        ),
     ] = None
     as_json: AsJson = False
 
