@@ -9,21 +9,18 @@ from fractions import Fraction
 from typing import ClassVar
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import headforcing as hf
 from headforcing.cli import app
 from headforcing.cli.presets import in_units
-from headforcing.demo.model import DemoModel
-from headforcing.demo.pipeline import DemoPipeline
-from headforcing.demo.words import parse_prompt
 from headforcing.errors import OptionError
 from headforcing.footprint import MODELS, ModelSize
 from headforcing.presets import PRESETS
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.steady import _Row, held_bytes, steady
+from headforcing.testing import Rig
 
 RUN = CliRunner()
 
@@ -126,19 +123,15 @@ PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 )
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
-    model = DemoModel().randomize(torch.Generator().manual_seed(0)).eval()
-    roles, size = hf.RoleMap((row,) * 6), MODELS["demo"]
-    held = []
-    with torch.no_grad(), hf.apply_head_forcing(model, roles, store=store) as handle:
-        words = parse_prompt("sea clear fast disc red").expand(1, 20, -1)
-        pipeline = DemoPipeline(model)  # the streams live as long as its caches
-        pipeline.generate(
-            words,
-            generator=torch.Generator().manual_seed(0),
-            callback=lambda *_: held.append(handle.status().stored_bytes),
-        )
+    rig, roles, held = Rig(window=21), hf.RoleMap((row,) * 2), []
+    size = ModelSize(2, 4, 16, window=21, chunk=3, tokens_per_frame=16, itemsize=4)
+    caches = rig.caches()
+    with hf.apply_head_forcing(rig.model, roles, store=store) as handle:
+        for chunk in range(32):
+            rig.video(caches, 1, first=chunk)
+            held.append(handle.status().stored_bytes)
     said = size.kv_bytes(roles) if store == "reference" else size.ring_bytes(roles)
-    assert max(held[9:]) == said
+    assert max(held[12:]) == said
 
 
 def test_frames_are_those_of_a_noisy_pass_and_bytes_those_after_the_clean_one():
