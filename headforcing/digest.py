@@ -37,33 +37,8 @@ class Past:
     notes: MutableMapping[Any, Any] = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True)
-class DigestView:
-    """What the heads of a role see of a digest.
-
-    Attributes:
-        positions: the temporal RoPE position of each entry.
-        k: keys before RoPE, `[B, n, P', Hr, D]`.
-        v: values, likewise.
-        patch: side of the squares of patches that are one token; `P' = P / patch**2`.
-        pick: tokens that are seen, `[B, m]`, of all `n * P'`; `None` is all of them.
-    """
-
-    positions: tuple[int, ...]
-    k: Tensor
-    v: Tensor
-    patch: int = 1
-    pick: Tensor | None = None
-
-    def tokens(self, encode: Encode) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values that are seen, `[B, m, Hr, D]`."""
-        patch = (self.patch,) if self.patch > 1 else ()
-        k, v = encode(self.k, self.positions, *patch).flatten(1, 2), self.v.flatten(1, 2)
-        k = k.to(v.dtype)
-        if self.pick is None:
-            return k, v
-        pick = self.pick[:, :, None, None].expand(-1, -1, *v.shape[2:])
-        return k.gather(1, pick), v.gather(1, pick)
+Tokens = tuple[Tensor, Tensor]
+"""Rotated keys, and values, `[B, m, Hr, D]`."""
 
 
 class Digest(ABC):
@@ -87,11 +62,8 @@ class Digest(ABC):
         return 0
 
     @abstractmethod
-    def view(self, start: int, query: int | None, encode: Encode) -> DigestView | None:
-        """What is seen by a chunk that begins at `start`, or by one query frame of it.
-
-        `encode` is for those who choose by rotated keys; the view itself is rotated later.
-        """
+    def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
+        """What is seen by a chunk that begins at `start`, or by one query frame of it."""
 
     @abstractmethod
     def clear(self) -> None:

@@ -7,13 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from headforcing.digest import Digest, Past
+from headforcing.digest import Digest, Past, Tokens
 from headforcing.errors import RoleError
 from headforcing.role import HeadRole
 from headforcing.types import Encode, FrameTable, Grid, Selection
-
-Tokens = tuple[Tensor, Tensor]
-"""Rotated keys, and values, `[B, m, Hr, D]`."""
 
 
 class Digests:
@@ -75,8 +72,7 @@ class Digests:
         if role not in self._digests:
             return None
         if (role, query) not in self._seen:
-            view = self._digests[role].view(start, query, encode)
-            self._seen[role, query] = None if view is None else view.tokens(encode)
+            self._seen[role, query] = self._digests[role].view(start, query, encode)
         return self._seen[role, query]
 
     def refresh(self) -> None:

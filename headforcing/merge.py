@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from headforcing.digest import Digest, DigestView, Past
+from headforcing.digest import Digest, Past, Tokens
 from headforcing.errors import StreamShapeError
 from headforcing.types import Encode, Grid
 
@@ -67,7 +67,7 @@ class Blocks(Digest):
             if self._count == self.frames:
                 self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
 
-    def view(self, start: int, query: int | None, encode: Encode) -> DigestView | None:
+    def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
         """The blocks that do not touch the last frames, at their own time seen from a query frame."""
         rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
         if not rows:
@@ -75,7 +75,7 @@ class Blocks(Digest):
         middle = (self.frames - 1) // 2 - self.origin(start if query is None else query)
         places = tuple(self._starts[row] + middle for row in rows)
         k, v = (torch.stack([held[row] for row in rows], 1) for held in (self._k, self._v))
-        return DigestView(places, k, v, self.patch)
+        return encode(k, places, self.patch).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
 
     def tensors(self) -> Iterator[Tensor]:
         """Blocks, and the sums of the one that is being filled."""

@@ -14,6 +14,8 @@ from headforcing.errors import RoleMapError
 from headforcing.origin import Origin
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 Roles = Mapping[str, HeadRole]
@@ -158,11 +160,43 @@ def _dummy_forcing(window: int, chunk: int, context: int = 1) -> Roles:
     }
 
 
+def _forcing_kv(window: int, chunk: int) -> Roles:
+    """Static heads see the first and the last frame, dynamic ones a frame's worth of moving pieces as well.
+
+    Read in its released code, positions and sizes as there. Not taken over: heads are told apart after the
+    second chunk there, and see what static heads see until then, which is the same; the choice of pieces is
+    made per video of a batch, not for the first one.
+    """
+    return {"static": Local(1, sink=1, positions="absolute"), "dynamic": Dynamic()}
+
+
+def _memrope(window: int, chunk: int) -> Roles:
+    """Every head sees first frames, a slow and a fast average of what left, and last frames.
+
+    Read in its released code: 12 frames, 3 of them first ones, averages with weights 0.01 and 0.1. Not taken
+    over: averages per patch whose fast weight follows the motion, which are off there unless asked for.
+    """
+    return {ALL: Averaging()}
+
+
+def _deep_forcing(window: int, chunk: int) -> Roles:
+    """Every head sees the first ten frames and the last ones, `window` in all, at neighbouring positions.
+
+    Its deep sink (paper; 10 of 21 frames). Not taken over: its second part, which once the window is full
+    keeps two frames' worth of single tokens, those that the queries of the last four frames agree with most;
+    tokens that leave their frames have no place in our memory of frames. The source has an ablation without
+    it.
+    """
+    return {ALL: SlidingWindow(window, sink=10 * window // 21)}
+
+
 _ALL_PRESETS = (
     Preset("full", _everything, "the dense cache"),
     Preset("sliding_window", _rolled, "the rolled cache of Self Forcing, arXiv:2506.08009"),
     Preset("streaming_llm", _streaming_llm, "arXiv:2309.17453"),
     Preset("infinity_rope", _infinity_rope, "arXiv:2511.20649"),
+    Preset("memrope", _memrope, "arXiv:2603.12513"),
+    Preset("deep_forcing", _deep_forcing, "arXiv:2512.05081"),
     Preset(
         "head_forcing",
         _head_forcing,
@@ -187,6 +221,16 @@ _ALL_PRESETS = (
         classifier="dummy_forcing",
         published={"dummy": 180},
         counted="half of the 360 heads are dummies; the split of the others is not published",
+    ),
+    Preset(
+        "forcing_kv",
+        _forcing_kv,
+        "arXiv:2605.09681",
+        classifier="mass_ratio",
+        importer="forcing_kv",
+        published={"static": 141, "dynamic": 219},
+        counted="counted in its published labels of Self Forcing, layer 0 static",
+        first_layer="static",
     ),
 )
 
@@ -228,6 +272,17 @@ def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: i
     if context == 1:
         return found
     return RoleMap.from_labels(found.labels, _dummy_forcing(0, chunk, context), found.origin)
+
+
+def forcing_kv(labels: Sequence[Sequence[str]]) -> RoleMap:
+    """Forcing-KV with its released numbers; `labels[layer][head]` is `static` or `dynamic`.
+
+    The heads of layer 0 are static whatever their labels, as there.
+
+    Raises:
+        RoleMapError: another label, or a malformed table.
+    """
+    return PRESETS["forcing_kv"].labelled(labels)
 
 
 def _listed(names: Sequence[str]) -> str:

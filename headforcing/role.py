@@ -75,12 +75,15 @@ class HeadRole(ABC):
             chunk: frames of the own chunk.
             window: frames the model was trained on.
             query: the frame that looks, for roles that read per query frame.
-            digested: places that a digest takes, for roles that have one.
+            digested: places that a digest takes behind the first frames, for roles that have one.
 
         Raises:
             WindowError: a position would leave the range the model was trained on, `[0, window)`.
         """
         placed = place(self.positions, frames, chunk, window)
+        if digested and self.positions == "compact":
+            first = getattr(self, "sink", 0)
+            placed = (*placed[:first], *(position + digested for position in placed[first:]))
         if self.bounded and placed[-1] >= window:
             raise WindowError(
                 f"{self} with a chunk of {chunk} frames reaches RoPE position {placed[-1]}, but the "

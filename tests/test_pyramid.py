@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -222,6 +223,28 @@ VEILS = {
 GRID = (4, 6)
 
 
+class Blocks(NamedTuple):
+    """Merged blocks as a query frame sees them, before RoPE."""
+
+    positions: tuple[int, ...]
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def blocks_of(store, role, query: int) -> Blocks | None:
+    asked = []
+
+    def spy(x, positions, patch):
+        assert patch == role.patch
+        asked.extend(positions)
+        return x
+
+    tokens = store.view_digest(role, spy, query)
+    if tokens is None:
+        return None
+    return Blocks(tuple(asked), *(x.unflatten(1, (len(asked), -1)) for x in tokens))
+
+
 def merged(role, chunk: int, until: int, store: str = "ring", keys=None):
     """Per chunk: blocks read, their positions per query frame, keys and values, of a noisy run."""
     made = store_class(store)({role: Heads(range(2), 2)}, window=21, layer=0)
@@ -235,9 +258,7 @@ def merged(role, chunk: int, until: int, store: str = "ring", keys=None):
         own = keys[:, start : start + chunk]
         made.write(Chunk(start, own + 9.0, own - 9.0, GRID))  # a noisy pass
         made.write(Chunk(start, own, -own, GRID))
-        found[start] = [
-            made.digests.get(role).view(start, query, None) for query in range(start, start + chunk)
-        ]
+        found[start] = [blocks_of(made, role, query) for query in range(start, start + chunk)]
         assert [made.frames(role)[0]] == [
             sorted({*range(min(role.sink, start)), *range(max(0, start - role.recent), start)})
         ]

@@ -26,6 +26,7 @@ from headforcing import stores
 from headforcing.backends.sdpa import attend as sdpa
 from headforcing.demo.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.episodic import ThresholdFifo, Uniform
+from headforcing.health import HostFlag
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from headforcing.digest import nbytes
-from headforcing.digests import Digests, Tokens
+from headforcing.digest import Tokens, nbytes
+from headforcing.digests import Digests
 from headforcing.errors import StreamError, StreamShapeError
 from headforcing.health import HostFlag
 from headforcing.lookup import named_class

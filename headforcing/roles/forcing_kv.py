@@ -1,0 +1,162 @@
+"""The dynamic heads of Forcing-KV (arXiv:2605.09681); its static heads are `Local(recent=1, sink=1)`.
+
+Read in its released code: beside the first frame, the last one and the own chunk, a dynamic head sees one
+frame's worth of pieces of the three frames before the last: of their horizontal bands, those that are least
+like the same band of the next frame, by the mean cosine of rotated keys. One layer chooses for all that
+follow. There the choice is made for the first video of a batch; here, for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from headforcing.digest import Digest, Past, Tokens
+from headforcing.errors import RoleError, StreamShapeError
+from headforcing.positions import PositionScheme
+from headforcing.role import HeadRole, ends
+from headforcing.types import Encode, FrameTable, Grid
+
+
+@dataclass(frozen=True)
+class Dynamic(HeadRole):
+    """First frames, the pieces that moved most, and the last frame.
+
+    The keys of all heads of this role in a layer are compared together. The first layer that has such heads
+    chooses; the layers of a timeline that follow it in a pass take its choice over.
+
+    Attributes:
+        sink: first frames of the video.
+        pieces: bands that a frame is cut into, and bands that are seen.
+        skip: first chunks that are not cut: 2 there, as heads are told apart after the second.
+    """
+
+    sink: int = 1
+    pieces: int = 6
+    skip: int = 2
+    positions: PositionScheme = field(default="absolute", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions == "clamped":
+            raise RoleError(f"{self}: pieces sit before the last frame, use 'absolute' or 'compact'")
+        if self.pieces < 1:
+            raise RoleError(f"{self}: expected at least 1 piece")
+
+    def capacity(self, chunk: int) -> int | None:
+        """Whole frames kept; pieces come on top, one frame in size."""
+        return self.sink + 1
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        """First frames and the last one."""
+        return ends(len(table), self.sink, 1)
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        """Where positions are compact, every frame that was cut takes a place."""
+        if self.positions == "compact" and self.sink + 1 + 2 * chunk > window:
+            raise RoleError(f"{self} takes {self.sink + 1 + 2 * chunk} places of {window}: lower sink")
+        return super().fit(window, chunk)
+
+    def digest(self) -> Digest | None:
+        """See the class."""
+        return Pieces(self)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Pieces that a layer chose, `[B, m]`, of the frames that were cut."""
+
+    layer: int
+    frames: tuple[int | None, ...]
+    pieces: Tensor
+
+
+class Pieces(Digest):
+    """Pieces of the last frames but one."""
+
+    def __init__(self, role: Dynamic) -> None:
+        self.role = role
+        self._chunks = 0
+        self._past: Past | None = None  # the frame before the last chunk, and that chunk; later its last one
+        self._cut = 0
+        self._seen: Tokens | None = None
+
+    @property
+    def places(self) -> int:
+        """Frames that were cut."""
+        return self._cut
+
+    def check(self, grid: Grid | None, before: Grid | None) -> None:
+        """Looks whether frames can be cut.
+
+        Raises:
+            StreamShapeError: the grid is not known, or has no equal bands.
+        """
+        if grid is None or grid[0] * grid[1] % self.role.pieces:
+            raise StreamShapeError(
+                f"frames have {grid} patches, height and width: cannot cut them to {self.role.pieces} equal "
+                "pieces, give the role another number of pieces"
+            )
+
+    def add(self, past: Past) -> None:
+        """Takes the frames of a chunk; those before the last one can be cut."""
+        before = self._past
+        self._chunks += 1
+        self._past = _joined(past) if before is None else _joined(_last(before), past)
+        self._cut = 0 if before is None or self._chunks <= self.role.skip else len(self._past.frames) - 1
+        self._seen = None
+
+    def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
+        """The pieces, in the order of time; chosen when they are seen first."""
+        if self._seen is None and self._cut and self._past is not None:
+            past, first = self._past, self.role.sink
+            places = past.frames if self.role.positions == "absolute" else range(first, first + self._cut + 1)
+            k = encode(past.k, tuple(places))
+            pieces = self._choice(past, k)
+            self._seen = _taken(k[:, :-1], pieces, self.role), _taken(past.v[:, :-1], pieces, self.role)
+            self._past = _joined(_last(past))
+        return self._seen
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Frames that were not cut yet, and pieces."""
+        if self._past is not None:
+            yield from (self._past.k, self._past.v)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._chunks, self._past, self._cut, self._seen = 0, None, 0, None
+
+    def _choice(self, past: Past, k: Tensor) -> Tensor:
+        """The pieces that are least like their next frame, `[B, m]`, of rotated keys `[B, n, P, Hr, D]`."""
+        frames = tuple(past.frames)
+        before: _Choice | None = past.notes.get(self.role)
+        if before is not None and before.layer < past.layer and before.frames == frames:
+            return before.pieces
+        spots = k.flatten(3).float()
+        alike = torch.cosine_similarity(spots[:, :-1], spots[:, 1:], dim=-1)  # [B, n - 1, P]
+        scores = alike.unflatten(2, (self.role.pieces, -1)).mean(-1).flatten(1)
+        least = torch.sort(scores, dim=1, stable=True).indices[:, : self.role.pieces]
+        pieces: Tensor = torch.sort(least, dim=1).values
+        past.notes[self.role] = _Choice(past.layer, frames, pieces)
+        return pieces
+
+
+def _joined(*pasts: Past) -> Past:
+    """Copies of frames, one after the other."""
+    k, v = torch.cat([past.k for past in pasts], 1), torch.cat([past.v for past in pasts], 1)
+    return replace(pasts[-1], frames=[frame for past in pasts for frame in past.frames], k=k, v=v)
+
+
+def _last(past: Past) -> Past:
+    """The last frame."""
+    return replace(past, frames=past.frames[-1:], k=past.k[:, -1:], v=past.v[:, -1:])
+
+
+def _taken(x: Tensor, pieces: Tensor, role: Dynamic) -> Tensor:
+    """Some pieces of frames `[B, n, P, Hr, D]`, as tokens `[B, m, Hr, D]`."""
+    cut = x.flatten(1, 2).unflatten(1, (x.shape[1] * role.pieces, -1))  # [B, pieces, tokens, Hr, D]
+    tokens: Tensor = cut.gather(1, pieces[:, :, None, None, None].expand(-1, -1, *cut.shape[2:]))
+    return tokens.flatten(1, 2)

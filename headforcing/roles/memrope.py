@@ -1,0 +1,122 @@
+"""The role of MemRoPE (arXiv:2603.12513): first frames, two running averages, last frames.
+
+Read in its released code: a window of 12 frames holds 3 first ones, a slow and a fast average of what left
+the window, the last ones, and the own chunk, all at neighbouring positions. An average is one key and one
+value per head for a whole frame, the mean over all patches of the frames that leave together, seen at every
+patch. Our choice: averages are kept in float32, there in the type of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headforcing.digest import Digest, Past, Tokens
+from headforcing.errors import RoleError, WindowError
+from headforcing.role import HeadRole, ends
+from headforcing.types import Encode, FrameTable
+
+AVERAGES = 2
+"""Frames that the averages take the place of: the slow one, then the fast one."""
+
+
+@dataclass(frozen=True)
+class Averaging(HeadRole):
+    """The first `sink` frames, two averages of those that left, and the last ones, `window` in all.
+
+    As long as everything fits, nothing is averaged. When it no longer does, the two frames behind the sink
+    make room for the averages and are lost, as in the released code.
+
+    Attributes:
+        window: frames seen, own chunk and averages included.
+        sink: first frames of the video.
+        slow: weight of new frames in the slow average.
+        fast: their weight in the fast one.
+    """
+
+    window: int = 12
+    sink: int = 3
+    slow: float = 0.01
+    fast: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions != "compact":
+            raise RoleError(f"{self}: averages have no time of their own, use positions='compact'")
+        for weight in (self.slow, self.fast):
+            if not isinstance(weight, float) or not 0.0 < weight <= 1.0:
+                raise RoleError(f"{self}: expected weights above 0.0, at most 1.0, got {weight!r}")
+
+    def capacity(self, chunk: int) -> int | None:
+        return self.window - chunk
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        rows, room = len(table), self.window - table.chunk
+        averaged = rows > room or table.frames != tuple(range(rows))
+        return ends(rows, self.sink, room - AVERAGES - self.sink) if averaged else range(rows)
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        least = self.sink + AVERAGES + chunk
+        if self.window < least:
+            raise WindowError(
+                f"{self} has no room for its sink, {AVERAGES} averages and a chunk of {chunk} frames: give "
+                f"it a window of at least {least}"
+            )
+        return super().fit(window, chunk)
+
+    def digest(self) -> Digest | None:
+        return Averages(self)
+
+
+class Averages(Digest):
+    """The slow and the fast average of the frames that a role let go."""
+
+    def __init__(self, role: Averaging) -> None:
+        self.role = role
+        self._both: Tokens | None = None  # [B, 2, Hr, D] float32, slow and fast
+        self._kinds: tuple[torch.dtype, torch.dtype] | None = None
+        self._patches = 0
+
+    @property
+    def places(self) -> int:
+        """Both averages, once there are any."""
+        return 0 if self._both is None else AVERAGES
+
+    def let_go(self, past: Past) -> None:
+        """Takes frames in, all at once."""
+        frames = past.k.shape[1]
+        lost = min(AVERAGES, frames - 1) if self._both is None else 0
+        k, v = past.k[:, lost:], past.v[:, lost:]
+        old = (None, None) if self._both is None else self._both
+        self._both = self._averaged(old[0], k), self._averaged(old[1], v)
+        self._kinds, self._patches = (k.dtype, v.dtype), k.shape[2]
+
+    def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
+        """Both, at every patch."""
+        if self._both is None or self._kinds is None:
+            return None
+        k, v = (
+            x.to(kind)[:, :, None].expand(-1, -1, self._patches, -1, -1)
+            for x, kind in zip(self._both, self._kinds, strict=True)
+        )
+        places = range(self.role.sink, self.role.sink + AVERAGES)
+        return encode(k, tuple(places)).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Both averages."""
+        yield from self._both or ()
+
+    def clear(self) -> None:
+        """Forgets both."""
+        self._both = None
+
+    def _averaged(self, held: Tensor | None, x: Tensor) -> Tensor:
+        """Both averages `[B, 2, Hr, D]` with frames `[B, n, P, Hr, D]` taken in at once."""
+        mean = x.mean((1, 2), dtype=torch.float32)[:, None].expand(-1, AVERAGES, -1, -1)
+        if held is None:
+            return mean.clone()
+        weights = mean.new_tensor((self.role.slow, self.role.fast))[:, None, None]
+        return held.lerp(mean, weights)
