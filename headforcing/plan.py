@@ -76,6 +76,8 @@ class Activity:
     def serve(self, layer: int, stream: Stream, start: int) -> None:
         """Counts a call, and checks a finished chunk in all layers before the first one commits it.
 
+        The layers of a pass are told of each other: they are one timeline.
+
         Raises:
             NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
                 committed it, so it can be written again.
@@ -85,6 +87,7 @@ class Activity:
             first = getattr(self._pass, "first", lambda: None)()
             if first is not None:
                 first.behind.add(stream)
+                stream.store.digests.notes = first.store.digests.notes
             return
         pending = stream.store.pending
         if pending is not None and start > pending.start:
