@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headforcing.errors import UnsupportedModelError
 from headforcing.lookup import module_names
-from headforcing.types import AttentionCall
+from headforcing.types import AttentionCall, Phase
 
 Memo = MutableMapping[str, Any]
 """What an adapter notes down per layer and stream; empty when the stream begins."""
@@ -84,6 +84,24 @@ class Adapter(ABC):
     @abstractmethod
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored."""
+
+    def clock(self, model: nn.Module) -> nn.Module | None:
+        """The module whose forward is told how noisy a pass is; default `None`, nobody knows."""
+        return None
+
+    def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
+        """Which pass a call of the clock begins. It may read the device: once per pass, if roles ask."""
+        raise UnsupportedModelError(f"{self.name} has a clock but does not read it: define phase")
+
+    def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The cross-attention of every layer, in order; empty where none keeps the projected prompt."""
+        raise UnsupportedModelError(
+            f"{self.name} does not say where the host keeps the projected prompt, so a prompt switch could "
+            "not reset it: define cross_attentions and forget_prompt"
+        )
+
+    def forget_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:  # noqa: B027
+        """Makes a call of a cross-attention module project the prompt anew."""
 
     def forget(self, memo: Memo) -> None:  # noqa: B027 - optional on purpose
         """Drops what was noted about the host's counters, because the stream is reset by hand."""

@@ -22,6 +22,7 @@ from headforcing.errors import (
 )
 from headforcing.fingerprint import fingerprint
 from headforcing.handle import HeadForcing, handles_of, install
+from headforcing.hooks import check_phases
 from headforcing.origin import ModelFacts
 from headforcing.plan import Options
 from headforcing.presets import PRESETS
@@ -85,6 +86,7 @@ def apply_head_forcing(
     chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
     role_map = _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk)
     _check_merging(role_map, adapter)
+    check_phases(role_map, adapter, model)
     options = Options(role_map, window, adapter, _store(store), _attend(backend))
     if not _is_unmeasured(roles) and (
         foreign := _foreign(role_map, model, adapter, window, head_dim, strict)

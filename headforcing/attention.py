@@ -6,6 +6,7 @@ its own on the module but one attribute, `_headforcing`, the plan of the layer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.backends import Part
-from headforcing.errors import StreamActiveError
+from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observation
-from headforcing.plan import LayerPlan
+from headforcing.plan import LayerPlan, Stream
 from headforcing.roles import HeadRole
 from headforcing.types import AttentionCall, Chunk, Heads, KVView
 
@@ -43,10 +44,13 @@ class HeadForcingMixin(nn.Module):
         adapter, stream = plan.options.adapter, plan.stream(call)
         if adapter.begins_video(call, stream.memo):
             stream.store.reset()
+        if plan.activity.hears_phases:
+            call = _heard(call, stream, plan)
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
         chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:])
         stream.store.write(chunk)
+        plan.activity.note_turn(plan.layer, stream.store.turned)
         stream.released += adapter.release(call, stream.memo)
 
         def encode(x: Tensor, positions: Sequence[int], *patch: int) -> Tensor:
@@ -58,8 +62,9 @@ class HeadForcingMixin(nn.Module):
             view = stream.store.view(role, call.phase, encode, *query)
             rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(view.v.dtype)
             k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
-            if (digested := stream.store.view_digest(role, encode, *query)) is not None:
-                k, v = torch.cat([digested[0], k], 1), torch.cat([digested[1], v], 1)
+            beside = stream.store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
+            if beside is not None:
+                k, v = torch.cat([beside[0], k], 1), torch.cat([beside[1], v], 1)
             rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)
             return Part(heads, rotated.flatten(1, 2), k, v, rows), view
 
@@ -85,6 +90,27 @@ class HeadForcingMixin(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (original_class(self),), self.__dict__
+
+
+def _heard(call: AttentionCall, stream: Stream, plan: LayerPlan) -> AttentionCall:
+    """The call with its phase, for roles that ask.
+
+    Raises:
+        StreamError: the phase is not known, or the chunk before had no clean pass.
+    """
+    phase, pending = plan.activity.phase, stream.store.pending
+    if phase is None:
+        raise StreamError(
+            f"layer {plan.layer}: roles ask for the phase, but attention ran outside the model that tells it"
+        )
+    if pending is not None and call.start > pending.start and stream.phase != "commit":
+        raise StreamError(
+            f"layer {plan.layer}: frames {pending.start}..{pending.stop - 1} had no clean pass, their last "
+            "one was noisy: if the host writes its cache at another noise level, say so, as in "
+            "adapter=SelfForcing(context_noise=...)"
+        )
+    stream.phase = phase
+    return dataclasses.replace(call, phase=phase)
 
 
 def _readings(role: HeadRole, q: Tensor) -> list[slice]:

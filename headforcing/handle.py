@@ -5,44 +5,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from headforcing.attention import HeadForcingMixin, original_class, patched_class, with_class
-from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError, UnsupportedModelError
+from headforcing.attention import HeadForcingMixin, patched_class, with_class
+from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
+from headforcing.hooks import hear_phases, hear_prompts, remove_hooks
 from headforcing.observation import Observer
 from headforcing.plan import Activity, LayerPlan, Options, Timeline, open_stream
 from headforcing.role_map import RoleMap
+from headforcing.sites import Site, sites_of
 from headforcing.status import Status, collect
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention module, and every place where the model holds it.
-
-    Attributes:
-        path: dotted name, for messages.
-        places: parents and names; a module can be registered more than once.
-        original: what belongs there when head forcing is out.
-    """
-
-    path: str
-    places: tuple[tuple[nn.Module, str], ...]
-    original: nn.Module
-
-    @property
-    def module(self) -> nn.Module | None:
-        """What sits there now."""
-        parent, name = self.places[0]
-        return parent._modules.get(name)
-
-    def put(self, module: nn.Module) -> None:
-        """Makes `module` the one the model calls here."""
-        for parent, name in self.places:
-            parent._modules[name] = module
+from headforcing.stores import KVStore
+from headforcing.switch import Mode, Switch
+from headforcing.types import Tier
 
 
 class HeadForcing:
@@ -51,7 +29,8 @@ class HeadForcing:
     Made by `apply_head_forcing`.
     """
 
-    def __init__(self, sites: Sequence[Site], plans: Sequence[LayerPlan]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], plans: Sequence[LayerPlan]) -> None:
+        self._model = model
         self._sites = tuple(sites)
         self._plans = tuple(plans)
         self._timelines: dict[str, Timeline] = {}
@@ -94,6 +73,56 @@ class HeadForcing:
         for plan in self._plans:
             for stream in list(plan.streams.values()):
                 stream.store.commit()
+
+    def mark(self, name: str) -> None:
+        """Names the scene up to here, the pending chunk included, so that it can be recalled in this video.
+
+        A mark holds what heads with an episodic memory hold, and the first frames of the others; the same
+        name again replaces it. Its bytes count in `status()`, and a new video drops it.
+
+        Raises:
+            StreamError: no video is running.
+        """
+        for store in self._running("mark"):
+            store.scenes.mark(name)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Names of the scenes that every running video can recall."""
+        known = [stream.store.scenes.marks for plan in self._plans for stream in list(plan.streams.values())]
+        return tuple(name for name in (known[0] if known else ()) if all(name in names for names in known))
+
+    def switch_prompt(
+        self, mode: Mode, *, keep: Sequence[Tier] = (), mark: str | None = None, frames: int = 0
+    ) -> None:
+        """Says that the next chunk has another prompt, and what of the past the heads keep then.
+
+        Takes effect when the next chunk begins, also if this one is not finished, in every video that runs;
+        of several calls before that, the last one counts. The host hands in the new prompt as it always does;
+        its cross-attention projects it anew.
+
+        Args:
+            mode: `"continue"` keeps everything. `"smooth"` drops recent frames, and what is kept beside whole
+                frames; first and episodic frames stay. `"cut"` drops everything but `keep`, and positions
+                restart, as in a new video. `"recall"` puts back what was held at a mark, and positions
+                restart behind it. `"recache"` drops the last `frames` frames, which the host runs again.
+            keep: tiers that outlive a cut: `"sink"`, `"episodic"`.
+            mark: name of the scene to recall.
+            frames: frames that the host runs again.
+
+        Raises:
+            OptionError: there is no such mode, or the other arguments do not go with it.
+            StreamError: no video is running, there is no such mark, or a role cannot tell which of its frames
+                come again.
+            UnsupportedModelError: the adapter does not say where the host keeps the projected prompt.
+        """
+        switch = Switch(mode, tuple(keep), mark, frames)
+        stores = self._running("switch_prompt")
+        for store in stores:
+            store.check_switch(switch)
+        hear_prompts(self._model, self._plans)
+        for store in stores:
+            store.scenes.ask(switch)
 
     @contextmanager
     def stream(self, name: str) -> Iterator[None]:
@@ -141,6 +170,7 @@ class HeadForcing:
             _strip(module, plan)
             _restore(site.original, plan)
             site.put(site.original)
+        remove_hooks(self._model, self._plans[0].activity)
         self._timelines.clear()
 
     def __enter__(self) -> HeadForcing:
@@ -169,6 +199,16 @@ class HeadForcing:
             if isinstance(module, HeadForcingMixin) and module.__dict__.get("_headforcing") is plan:
                 yield site, module, plan
 
+    def _running(self, what: str) -> list[KVStore]:
+        """The memories of all videos that have begun."""
+        if self._plans[0].activity.depth:
+            raise StreamActiveError(f"{what}() inside an attention call: wait until the model returns")
+        stores = [stream.store for plan in self._plans for stream in list(plan.streams.values())]
+        running = [store for store in stores if store.frames_so_far]
+        if not running:
+            raise StreamError(f"{what}(): no video is running, call it between two chunks of one")
+        return running
+
     def _refuse_while_running(self, what: str) -> None:
         if self._plans and self._plans[0].activity.depth:
             raise StreamActiveError(f"{what}() inside an attention call: wait until the model returns")
@@ -196,7 +236,8 @@ def install(model: nn.Module, options: Options) -> HeadForcing:
         plan.own_forward = replacement.__dict__.pop("forward", None)
         replacement.__dict__["_headforcing"] = plan
         site.put(replacement)
-    return HeadForcing(sites, plans)
+    hear_phases(model, options.roles, options.adapter, activity)
+    return HeadForcing(model, sites, plans)
 
 
 def handles_of(model: nn.Module) -> list[HeadForcing]:
@@ -210,36 +251,9 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
         plans = [module._headforcing for module in modules]
         handle = plans[0].handle() if plans[0].handle is not None else None
         if not isinstance(handle, HeadForcing):
-            handle = HeadForcing(sites_of(model, modules), plans)
+            handle = HeadForcing(model, sites_of(model, modules), plans)
         handles.append(handle)
     return handles
-
-
-def sites_of(model: nn.Module, modules: Sequence[nn.Module]) -> list[Site]:
-    """Where the modules sit, with what belongs there when head forcing is out.
-
-    Raises:
-        UnsupportedModelError: the model is an attention module itself, which nothing could replace.
-    """
-    paths = {id(module): path for path, module in model.named_modules()}  # ids of living objects
-    places: dict[int, list[tuple[nn.Module, str]]] = {id(module): [] for module in modules}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if id(child) in places:
-                places[id(child)].append((parent, name))
-    if any(not found for found in places.values()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an attention module itself: pass the model that calls it"
-        )
-    return [Site(paths[id(m)], tuple(places[id(m)]), _original_of(m)) for m in modules]
-
-
-def _original_of(module: nn.Module) -> nn.Module:
-    if not isinstance(module, HeadForcingMixin):
-        return module
-    original = module._headforcing.original
-    held = None if original is None else original()
-    return held if isinstance(held, nn.Module) else with_class(module, original_class(module))
 
 
 def _check_patchable(site: Site) -> None:

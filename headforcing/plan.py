@@ -20,7 +20,7 @@ from headforcing.observation import Observer
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 from headforcing.stores import KVStore
-from headforcing.types import AttentionCall, Heads
+from headforcing.types import AttentionCall, Heads, Phase
 
 
 class Timeline:
@@ -43,12 +43,14 @@ class Stream:
         memo: the adapter's notes.
         released: bytes of the host's cache that are free meanwhile.
         behind: the same timeline in the layers after the first, as the last pass met them.
+        phase: of the last pass, where roles ask.
     """
 
     store: KVStore
     memo: dict[str, Any] = field(default_factory=dict)
     released: int = 0
     behind: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
+    phase: Phase | None = None
 
 
 class Activity:
@@ -59,8 +61,27 @@ class Activity:
         self.bypassed = 0
         self.depth = 0
         self.observers: list[Observer] = []
+        self.hears_phases = False
         self._lock = threading.Lock()
         self._pass = threading.local()
+
+    @property
+    def phase(self) -> Phase | None:
+        """Which pass this thread is in, where the host makes it known."""
+        return getattr(self._pass, "phase", None)
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._pass.phase = phase
+
+    def turned(self, layer: int) -> bool:
+        """Whether the last self-attention of a layer in this thread began a chunk behind a prompt switch."""
+        return layer in getattr(self._pass, "turned", ())
+
+    def note_turn(self, layer: int, turned: bool) -> None:
+        """Notes that down."""
+        before: set[int] = getattr(self._pass, "turned", set())
+        self._pass.turned = before | {layer} if turned else before - {layer}
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -29,10 +29,6 @@ class HeadRole(ABC):
     positions: PositionScheme = field(default="compact", kw_only=True)
     uses_phase: ClassVar[bool] = False
     """Whether `attend` depends on the phase; such a role needs a host that tells it."""
-    reads_per_query: ClassVar[bool] = False
-    """Whether what is visible, or where it sits, depends on the frame of the query."""
-    recalls: ClassVar[tuple[Tier, ...]] = ("sink",)
-    """Tiers that come back when a marked scene is recalled."""
 
     def __post_init__(self) -> None:
         if self.positions not in SCHEMES:
@@ -96,6 +92,16 @@ class HeadRole(ABC):
         """Whether positions stay in `[0, window)` for ever."""
         return self.positions != "absolute"
 
+    @property
+    def reads_per_query(self) -> bool:
+        """Whether what is visible, or where it sits, depends on the frame of the query; default no."""
+        return False
+
+    @property
+    def recalls(self) -> tuple[Tier, ...]:
+        """Tiers that come back when a marked scene is recalled; default the first frames."""
+        return ("sink",)
+
     def tier(self, frame: int | None, start: int) -> Tier:
         """Where it holds a frame when a chunk begins at `start`; decides what outlives a scene."""
         return "sink" if frame is not None and frame < getattr(self, "sink", 0) else "recent"
@@ -103,6 +109,10 @@ class HeadRole(ABC):
     def digest(self) -> Digest | None:
         """What it keeps beside whole frames, as a new and empty memory; default nothing."""
         return None
+
+    def sees_digest(self, phase: Phase) -> bool:
+        """Whether a pass sees what is kept beside whole frames; default every one."""
+        return True
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """The role with every number filled in for a model, checked against its window.

@@ -31,13 +31,15 @@ def decode_role(data: dict[str, Any], where: str) -> HeadRole:
 
 
 _T = TypeVar("_T")
+_INSIDE: dict[str, Any] = {"update": EpisodicUpdate, "role": HeadRole}
+"""Entries that hold an object, and what it describes."""
 _JSON = {list: "array", dict: "object"}
 
 
 def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
     """Builds the subclass of `base` that `data["type"]` names from the other entries."""
     for entry, value in data.items():
-        if isinstance(value, list) or (isinstance(value, dict) and entry != "update"):
+        if isinstance(value, list) or (isinstance(value, dict) and entry not in _INSIDE):
             raise RoleMapError(f"{where}/{entry} is a JSON {_JSON[type(value)]}: expected a single value")
     fields = dict(data)
     name = fields.pop("type", None)
@@ -52,8 +54,11 @@ def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
     known = {f.name for f in dataclasses.fields(kinds[name])}
     if unknown := sorted(set(fields) - known):
         raise RoleMapError(f"{where} has unknown entries {unknown}: {name} has {sorted(known)}")
-    if isinstance(fields.get("update"), dict):
-        fields["update"] = _decode(EpisodicUpdate, fields["update"], f"{where}/update")
+    for entry, kind in _INSIDE.items():
+        if isinstance(fields.get(entry), dict) and where.endswith(f"/{entry}"):
+            raise RoleMapError(f"{where}/{entry} is an object inside another {entry}: expected one at most")
+        if isinstance(fields.get(entry), dict):
+            fields[entry] = _decode(kind, fields[entry], f"{where}/{entry}")
     try:
         built: _T = kinds[name](**fields)
         return built
@@ -66,7 +71,7 @@ def encode_role(value: HeadRole | EpisodicUpdate) -> dict[str, Any]:
     entries: dict[str, Any] = {"type": type(value).__name__}
     for f in dataclasses.fields(value):
         entry = getattr(value, f.name)
-        entries[f.name] = encode_role(entry) if isinstance(entry, EpisodicUpdate) else entry
+        entries[f.name] = encode_role(entry) if isinstance(entry, EpisodicUpdate | HeadRole) else entry
     return entries
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headforcing import rope
 from headforcing.adapter import Adapter, Memo, bind, parameter_names
 from headforcing.errors import ExternalEditError, StreamShapeError, UnsupportedModelError
-from headforcing.types import AttentionCall
+from headforcing.types import AttentionCall, Phase
 
 FORWARD = (
     "x",
@@ -38,9 +38,16 @@ TRAINED_WINDOW = 21
 
 
 class SelfForcing(Adapter):
-    """The `CausalWanSelfAttention` skeleton."""
+    """The `CausalWanSelfAttention` skeleton.
+
+    Args:
+        context_noise: timestep of the clean pass that writes the cache, as in the host's configuration.
+    """
 
     name = "self_forcing"
+
+    def __init__(self, context_noise: float = 0) -> None:
+        self.context_noise = context_noise
 
     def why_not(self, model: nn.Module) -> str | None:
         """See `Adapter.why_not`."""
@@ -145,6 +152,35 @@ class SelfForcing(Adapter):
             index.fill_(value)
         memo["marks"] = [(index, _version(index)) for index in indices]
         return module.o(out.flatten(2))  # type: ignore[operator, no-any-return]
+
+    def clock(self, model: nn.Module) -> nn.Module | None:
+        """The transformer: it embeds the timestep and holds the blocks."""
+        parts = {"time_embedding", "blocks"}
+        found = [module for module in model.modules() if parts <= module._modules.keys()]
+        return found[0] if len(found) == 1 else None
+
+    def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
+        """The clean pass is the one whose timesteps are all `context_noise`; `t` is the second argument."""
+        times: Tensor = kwargs["t"] if "t" in kwargs else args[1]
+        return "commit" if bool((times == self.context_noise).all()) else "denoise"
+
+    def cross_attentions(self, model: nn.Module) -> list[nn.Module]:
+        """The neighbour of every self-attention.
+
+        Raises:
+            UnsupportedModelError: a block has none.
+        """
+        parents = [name.rpartition(".")[0] for name, _ in self.attentions(model)]
+        found = [getattr(model.get_submodule(parent), "cross_attn", None) for parent in parents]
+        if any(not isinstance(module, nn.Module) for module in found):
+            raise UnsupportedModelError("a block has no cross_attn: its prompt cannot be switched")
+        return found  # type: ignore[return-value]
+
+    def forget_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Upstream projects the prompt where `is_init` of the cache is false."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, dict) and "is_init" in value:
+                value["is_init"] = False
 
     def forget(self, memo: Memo) -> None:
         memo.pop("ends", None)

@@ -23,7 +23,8 @@ FLOORS = [
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
     | {"budget"},
     {"observation", "plan"},
-    {"attention", "status", "metrics"},
+    {"attention", "status", "metrics", "hooks"},
+    {"sites"},
     {"handle"},
     {"apply"},
     {"meter"},

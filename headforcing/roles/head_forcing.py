@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from headforcing.episodic import EpisodicUpdate, MaxMin, Uniform
 from headforcing.errors import RoleError, WindowError
@@ -83,7 +82,6 @@ class Memory(HeadRole):
     episodic: int | None = None
     recent: int | None = None
     update: EpisodicUpdate = field(default_factory=MaxMin)
-    recalls: ClassVar[tuple[Tier, ...]] = ("sink", "episodic", "recent")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +114,11 @@ class Memory(HeadRole):
             return (*range(sinks), *spread, *range(rows - recents, rows))
         chosen = self.update.choose(table.keys(contest), stored, episodic)
         return Selection(tuple(range(sinks)), sinks + chosen, tuple(range(rows - recents, rows)))
+
+    @property
+    def recalls(self) -> tuple[Tier, ...]:
+        """All it held: what was recent comes back as well."""
+        return ("sink", "episodic", "recent")
 
     def tier(self, frame: int | None, start: int) -> Tier:
         """Frames chosen by content are episodic, and all between the first and the last ones."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from headforcing.digest import Digest
 from headforcing.errors import RoleError, WindowError
@@ -40,7 +39,6 @@ class _Clamped(HeadRole):
     recent: int = 1
     near: int = 18
     far: int = 21
-    reads_per_query: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +46,11 @@ class _Clamped(HeadRole):
             raise RoleError(f"{self}: positions follow near and far, leave positions alone")
         if self.near > self.far:
             raise RoleError(f"{self}: expected near <= far")
+
+    @property
+    def reads_per_query(self) -> bool:
+        """True: places follow the query frame, and so do the frames of a wave."""
+        return True
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """The role, if no frame that it sees can be older than what sits at position 0.

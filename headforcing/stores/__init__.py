@@ -77,7 +77,7 @@ class KVStore(ABC):
             )
         shape = Shape.of(chunk)
         self.digests.check(chunk.grid, self._grid if chunk.start else None)
-        self.turned, again = False, self.scenes.rerun(self._stop)
+        self.turned, again = False, self.scenes.rerun(self.frames_so_far)
         if self._begins_video(chunk, shape) and again != 0:
             self._check_roles(shape.frames)
             self.reset()
@@ -88,7 +88,7 @@ class KVStore(ABC):
             check_order(chunk.frames, self._pending, self._end, again, self.layer)
             self._check_shape(shape)
             self._check_roles(shape.frames)
-            self._commit_before(chunk.start if again is None else self._stop)
+            self._commit_before(chunk.start if again is None else self.frames_so_far)
             self._turn(chunk.start)
             self._make_room(chunk.frames)
         self._stage(chunk)
@@ -144,7 +144,7 @@ class KVStore(ABC):
         Raises:
             StreamError: there is no such mark, or frames that come again cannot be told from others.
         """
-        self.scenes.check(switch, self._stop, self._held, self.layer)
+        self.scenes.check(switch, self.frames_so_far, self._held, self.layer)
 
     @property
     def pending(self) -> range | None:
@@ -228,7 +228,7 @@ class KVStore(ABC):
         return self._pending is None or self._pending != chunk.frames or self._shape != shape
 
     @property
-    def _stop(self) -> int:
+    def frames_so_far(self) -> int:
         """Frames of the video so far, the pending chunk included."""
         return self._end if self._pending is None else self._pending.stop
 

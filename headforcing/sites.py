@@ -1,0 +1,64 @@
+"""Where the attention modules of a model sit, and what belongs there when head forcing is out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from headforcing.attention import HeadForcingMixin, original_class, with_class
+from headforcing.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module, and every place where the model holds it.
+
+    Attributes:
+        path: dotted name, for messages.
+        places: parents and names; a module can be registered more than once.
+        original: what belongs there when head forcing is out.
+    """
+
+    path: str
+    places: tuple[tuple[nn.Module, str], ...]
+    original: nn.Module
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What sits there now."""
+        parent, name = self.places[0]
+        return parent._modules.get(name)
+
+    def put(self, module: nn.Module) -> None:
+        """Makes `module` the one the model calls here."""
+        for parent, name in self.places:
+            parent._modules[name] = module
+
+
+def sites_of(model: nn.Module, modules: Sequence[nn.Module]) -> list[Site]:
+    """Where the modules sit, with what belongs there when head forcing is out.
+
+    Raises:
+        UnsupportedModelError: the model is an attention module itself, which nothing could replace.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}  # ids of living objects
+    places: dict[int, list[tuple[nn.Module, str]]] = {id(module): [] for module in modules}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if id(child) in places:
+                places[id(child)].append((parent, name))
+    if any(not found for found in places.values()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an attention module itself: pass the model that calls it"
+        )
+    return [Site(paths[id(m)], tuple(places[id(m)]), _original_of(m)) for m in modules]
+
+
+def _original_of(module: nn.Module) -> nn.Module:
+    if not isinstance(module, HeadForcingMixin):
+        return module
+    original = module._headforcing.original
+    held = None if original is None else original()
+    return held if isinstance(held, nn.Module) else with_class(module, original_class(module))
