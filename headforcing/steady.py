@@ -34,7 +34,8 @@ class Steady:
     """One head of a role in steady state, own chunk included; means over whole cycles.
 
     Attributes:
-        stored: frames held, a part of a frame as such; without copies that a store makes for looking.
+        stored: frames held, a part of a frame as such; without copies that a store makes for looking, what
+            waits to be cut, and numbers that do not grow with a frame.
         attended: frames seen by a query in a noisy pass: tokens seen over tokens per frame.
         most: the same in the chunk that sees most.
         cycle: chunks after which it repeats.
@@ -53,16 +54,19 @@ class Bytes:
     Attributes:
         each: bytes per head for one number per token, chunk by chunk: multiply by heads, tokens per frame
             and channels per head.
+        flat: bytes per head and channel whatever the tokens, such as those of averages, likewise.
         once: bytes that do not depend on any of these, likewise.
     """
 
     each: tuple[Fraction, ...]
+    flat: tuple[int, ...]
     once: tuple[int, ...]
 
     def of(self, heads: int, tokens_per_frame: int, head_dim: int) -> list[Fraction]:
         """Bytes held, chunk by chunk."""
-        size = heads * tokens_per_frame * head_dim
-        return [size * each + once for each, once in zip(self.each, self.once, strict=True)]
+        size, channels = heads * tokens_per_frame * head_dim, heads * head_dim
+        parts = zip(self.each, self.flat, self.once, strict=True)
+        return [size * each + channels * flat + once for each, flat, once in parts]
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,11 @@ def steady(role: HeadRole, window: int, chunk: int) -> Steady | None:
     rows = _run("reference", role, window, chunk, tiny)
     cycle = _cycle(rows, role)
     last = rows[-cycle:]
-    per_frame = 2 * tiny.size * tiny.itemsize
-    stored = [Fraction(row.kept, per_frame) for row in last]
+    if keeps_beside(role):
+        kept = held_bytes(None, role, window, chunk, tiny.itemsize).each[-cycle:]
+    else:
+        kept = tuple(Fraction(row.kept, tiny.size) for row in last)
+    stored = [each / (2 * tiny.itemsize) for each in kept]
     attended = [row.seen for row in last]
     return Steady(_mean(stored), _mean(attended), max(attended), cycle)
 
@@ -115,7 +122,7 @@ def held_bytes(store: str | None, role: HeadRole, window: int, chunk: int, items
 
     Args:
         store: name of the store, at the end of a chunk; `None`: the `reference` store without what it
-            copied for looking, which is what the role keeps.
+            copied for looking and what waits to be cut, which is what the role keeps.
         role: fitted to the window.
         window: frames the model was trained on.
         chunk: frames of a chunk.
@@ -128,13 +135,15 @@ def held_bytes(store: str | None, role: HeadRole, window: int, chunk: int, items
     if itemsize not in DTYPES:
         raise OptionError(f"numbers of {itemsize} bytes: what {role} holds is known for 2 and 4 only")
     small = _Tiny(itemsize=itemsize)
-    others = _Tiny(itemsize=itemsize, head_dim=2), _Tiny(2, (12, 24), itemsize=itemsize)
-    rows = [_run(store or "reference", role, window, chunk, tiny) for tiny in (small, *others)]
-    one, two, check = ([row.held if store else row.kept for row in run] for run in rows)
-    each = tuple(Fraction(b - a, small.size) for a, b in zip(one, two, strict=True))
-    once = tuple(int(a - small.size * e) for a, e in zip(one, each, strict=True))
-    found = Bytes(each, once)
-    if found.of(2, others[1].tokens, 1) != check:
+    wide, tall = _Tiny(itemsize=itemsize, head_dim=2), _Tiny(grid=(12, 24), itemsize=itemsize)
+    large = _Tiny(2, (24, 12), 3, itemsize)
+    runs = [_run(store or "reference", role, window, chunk, tiny) for tiny in (small, wide, tall, large)]
+    one, two, more, check = ([row.held if store else row.kept for row in run] for run in runs)
+    each = tuple(Fraction(b - a, tall.size - small.size) for a, b in zip(one, more, strict=True))
+    flat = tuple(int(b - a - small.size * e) for a, b, e in zip(one, two, each, strict=True))
+    once = tuple(int(a - small.size * e - f) for a, e, f in zip(one, each, flat, strict=True))
+    found = Bytes(each, flat, once)
+    if found.of(large.heads, large.tokens, large.head_dim) != check:
         raise OptionError(f"{role}: what a store holds for it cannot be told from its size alone")
     _cycle(one, role)
     return found
@@ -145,7 +154,11 @@ def _mean(frames: Sequence[Fraction]) -> Fraction:
 
 
 class _Row(NamedTuple):
-    """One chunk: bytes held before anybody looked and after, and frames seen."""
+    """One chunk: bytes kept, bytes held after looking, and frames seen.
+
+    Kept are those held before anybody looked or after, whichever are less: a store copies for looking, and
+    a role may only know then what it does not need.
+    """
 
     kept: int
     held: int
@@ -171,7 +184,8 @@ def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> lis
         if role.uses_phase:  # a store may keep what the last pass looked at
             for query in queries:
                 _tokens(store, role, query, "commit")
-        rows.append(_Row(kept, store.nbytes(), Fraction(sum(seen), len(seen) * tiny.tokens)))
+        held = store.nbytes()
+        rows.append(_Row(min(kept, held), held, Fraction(sum(seen), len(seen) * tiny.tokens)))
     return rows[chunks // 2 :]
 
 

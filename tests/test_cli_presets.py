@@ -18,6 +18,8 @@ from headforcing.errors import OptionError
 from headforcing.footprint import MODELS, ModelSize
 from headforcing.presets import PRESETS
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.steady import _Row, held_bytes, steady
 from headforcing.testing import Rig
@@ -44,12 +46,15 @@ def frames(role, window=21, chunk=3):
         (Wave(), 29, 9),
         (Strided(), 11, 11),
         (Veil(), 8 + 3 / 4 * 1 / 4, 7 + 3.75 / 4),
+        (Dynamic(), 1 + 1 + 1 + 1 + 3, 6),
+        (Averaging(), 3 + 4 + 3, 12),
     ],
     ids=str,
 )
 def test_frames_by_hand(role, stored, attended):
     """Veil: three blocks of a quarter frame while a chunk begins at a multiple of 12, else four; and a block
-    is under way in three chunks of four."""
+    is under way in three chunks of four. Dynamic: pieces of one frame, and a copy of the last one. Averages
+    are no frames, but are seen as two."""
     assert frames(role) == (stored, attended)
 
 
@@ -108,6 +113,8 @@ class TwoFaced(SlidingWindow):
 ROWS = {
     "pyramid": (Wave(), Strided(), Veil(), Veil()),
     "veils": (Veil(), Veil(blocks=2, block=5), Local(1), Local(1)),
+    "pieces": (Dynamic(pieces=4), Local(1, sink=1), Dynamic(2, 2), Dynamic(pieces=4)),
+    "averages": (Averaging(), Averaging(9, sink=1), Local(1), Averaging()),
 }
 PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 
@@ -117,9 +124,11 @@ PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
     [
         ("ring", ROWS["pyramid"]),
         ("ring", ROWS["veils"]),
+        ("ring", ROWS["pieces"]),
+        ("ring", ROWS["averages"]),
         ("reference", (Wave(), Strided(), *PLAIN[:2])),
     ],
-    ids=["pyramid", "veils", "reference"],
+    ids=["pyramid", "veils", "pieces", "averages", "reference"],
 )
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
@@ -149,6 +158,14 @@ def test_what_merged_blocks_take_by_hand():
     assert size.kv_bytes(hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 2 + 4 // 4)
     again = dataclasses.replace(size, itemsize=4)
     assert again.kv_bytes(hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 4 + 4 // 4)
+
+
+def test_what_averages_take_by_hand():
+    """Ten frames, and two averages in float32, keys and values, however many tokens a frame has."""
+    for tokens in (1, 16, 1560):
+        size = ModelSize(2, 3, 8, window=21, chunk=3, tokens_per_frame=tokens)
+        said = size.kv_bytes(hf.RoleMap.uniform(Averaging(), 2, 3))
+        assert said == 2 * 3 * 2 * 8 * (10 * tokens * 2 + 2 * 4)
 
 
 def test_plain_roles_are_counted_as_they_are_simulated():
@@ -194,6 +211,23 @@ def test_pyramid_forcing_over_its_published_heads():
     assert round(most, 2) == 9.87  # what the project's own count gives: a veil never sees more than 8
     assert round(row["stored"], 2) == 18.55  # the block under way among them
     assert round(row["of_window"], 2) == 0.88
+
+
+def test_forcing_kv_over_its_published_heads():
+    """Without the own chunk 3.22 frames are stored: a frame more per dynamic head than is published."""
+    row = row_of(told(), "forcing_kv")
+    assert {role["label"]: role["attended"] for role in row["roles"]} == {"static": 5, "dynamic": 6}
+    assert {role["label"]: role["stored"] for role in row["roles"]} == {"static": 5, "dynamic": 7}
+    assert round(row["attended"], 2) == 5.61
+    assert round(row["stored"] - 3 - 219 / 360, 2) == 2.61
+    assert row["bytes"] < row["ring_bytes"]
+
+
+def test_memrope_is_counted():
+    row = row_of(told(), "memrope")
+    assert (row["stored"], row["attended"]) == (10, 12)
+    heads = 30 * 12 * 2 * 128
+    assert row["bytes"] == heads * (10 * 1560 * 2 + 2 * 4)
 
 
 def test_dummy_forcing_has_no_mean_because_its_split_is_not_published():

@@ -18,6 +18,7 @@ from headforcing import importers, role_file
 from headforcing.errors import OptionError, RoleMapError
 from headforcing.importers import forcing_kv, import_roles, pyramid_forcing
 from headforcing.lookup import module_names
+from headforcing.presets import PRESETS
 from headforcing.roles import Full, Local
 from headforcing.roles.pyramid_forcing import Wave
 
@@ -113,6 +114,11 @@ def test_a_profile_of_forcing_kv_becomes_a_map(tmp_path):
     path.write_bytes(text_of(PROFILE))
     role_map = import_roles(str(path), "forcing_kv")
     assert role_map == hf.RoleMap.from_labels(LABELS, forcing_kv.ROLES)
+    preset = PRESETS["forcing_kv"]
+    assert forcing_kv.ROLES == preset.roles(21, 3)
+    assert preset.labelled(role_map.labels).layers == ((forcing_kv.ROLES[STATIC],) * 4, *role_map.layers[1:])
+    given = import_roles(path, "forcing_kv", {DYNAMIC: Local(3)})
+    assert given == hf.RoleMap.from_labels(LABELS, {**forcing_kv.ROLES, DYNAMIC: Local(3)})
     assert role_map.origin.notes["file_says_profile"] == "tiny"
     assert role_map.origin.notes["file_says_description"] == "mass"
     assert hf.RoleMap.from_json(role_map.to_json()).origin == role_map.origin

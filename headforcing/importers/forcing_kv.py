@@ -4,9 +4,8 @@ Three layouts are in use: an object whose `layers` is a list of records or an ob
 such an object without a header; and a bare list of records. Every layer must be there and name every head
 once: the project's own reader drops what it does not understand and makes missing layers all dynamic.
 
-The method's own retention (segments of moving frames) is not part of this package yet. The nearest roles
-keep what it keeps at both ends, static 1 first + 1 last, dynamic 1 first + 1 last and, instead of segments,
-the two frames that differ most. Labels of layer 0 are taken as they stand; the project never uses them.
+The labels get the roles of its preset (`headforcing.presets`). Labels of layer 0 are taken as they stand;
+the project never uses them, all its heads are static there: `PRESETS["forcing_kv"].labelled(map.labels)`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from typing import Any
 from headforcing import strict_json
 from headforcing.errors import RoleMapError
 from headforcing.importers import Imported
+from headforcing.presets import PRESETS
 from headforcing.role_file import MAX_BYTES
-from headforcing.roles import Local, Memory
 
 NAMES = {
     "static": ("static_head", "static_heads", "local_head", "local_heads", "spatial_head", "spatial_heads"),
     "dynamic": ("dynamic_head", "dynamic_heads", "temporal_head", "temporal_heads"),
 }
-ROLES = {"static": Local(recent=1, sink=1), "dynamic": Memory(sink=1, episodic=2, recent=1)}
+ROLES = PRESETS["forcing_kv"].roles(21, 3)
 TEXTS, COUNTS = ("format", "profile", "description"), ("num_layers", "num_heads")
 
 

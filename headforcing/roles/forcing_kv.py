@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headforcing.digest import Digest, Past, Tokens
-from headforcing.errors import RoleError, StreamShapeError
+from headforcing.errors import RoleError, StreamShapeError, WindowError
 from headforcing.positions import PositionScheme
 from headforcing.role import HeadRole, ends
 from headforcing.types import Encode, FrameTable, Grid
@@ -55,9 +55,13 @@ class Dynamic(HeadRole):
         return ends(len(table), self.sink, 1)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
-        """Where positions are compact, every frame that was cut takes a place."""
+        """Where positions are compact, every frame that was cut takes a place.
+
+        Raises:
+            WindowError: there are fewer places.
+        """
         if self.positions == "compact" and self.sink + 1 + 2 * chunk > window:
-            raise RoleError(f"{self} takes {self.sink + 1 + 2 * chunk} places of {window}: lower sink")
+            raise WindowError(f"{self} takes {self.sink + 1 + 2 * chunk} places of {window}: lower sink")
         return super().fit(window, chunk)
 
     def digest(self) -> Digest | None:
@@ -134,7 +138,7 @@ class Pieces(Digest):
         frames = tuple(past.frames)
         before: _Choice | None = past.notes.get(self.role)
         if before is not None and before.layer < past.layer and before.frames == frames:
-            return before.pieces
+            return before.pieces.to(k.device)
         spots = k.flatten(3).float()
         alike = torch.cosine_similarity(spots[:, :-1], spots[:, 1:], dim=-1)  # [B, n - 1, P]
         scores = alike.unflatten(2, (self.role.pieces, -1)).mean(-1).flatten(1)
