@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from typing import Annotated, Literal
 
@@ -15,10 +16,14 @@ from headforcing.errors import OptionError, RoleMapError
 from headforcing.origin import Facts, Measurement, ModelFacts, Origin, first_error
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
+from headforcing.roles import HeadRole
+from headforcing.roles.forcing_kv import Dynamic
 
 FILE = "labels.json"
 MAX_BYTES = 1 << 20
 """Largest file that is read, checked before anything is parsed."""
+PIECES = 4
+"""Bands of a frame for the dynamic heads of Forcing-KV: its 6 do not divide the 16 patches of the demo."""
 
 
 class Labelled(Facts):
@@ -88,6 +93,9 @@ def labels(preset: str) -> Labels:
 def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
     """A preset for the demo model, with its labels where heads differ; how they were found is in `origin`.
 
+    As published but for one number: the dynamic heads of Forcing-KV cut a frame to 4 bands, each a row of the
+    demo's 4 x 4 patches, because the 6 of the source do not divide them.
+
     Args:
         name: of the preset.
         window: frames the model was trained on.
@@ -105,4 +113,10 @@ def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
     origin = Origin(
         model=file.model, measurement=file.presets[name].measurement, notes=dict(found.origin.notes)
     )
-    return RoleMap(found.layers, origin, found.labels)
+    layers = tuple(tuple(_divided(role) for role in layer) for layer in found.layers)
+    return RoleMap(layers, origin, found.labels)
+
+
+def _divided(role: HeadRole) -> HeadRole:
+    """The role, cut to pieces that divide the demo's patches."""
+    return replace(role, pieces=PIECES) if isinstance(role, Dynamic) else role
