@@ -115,7 +115,7 @@ def test_a_profile_of_forcing_kv_becomes_a_map(tmp_path):
     role_map = import_roles(str(path), "forcing_kv")
     assert role_map == hf.RoleMap.from_labels(LABELS, forcing_kv.ROLES)
     preset = PRESETS["forcing_kv"]
-    assert forcing_kv.ROLES == preset.roles(21, 3)
+    assert preset.roles(21, 3) == forcing_kv.ROLES
     assert preset.labelled(role_map.labels).layers == ((forcing_kv.ROLES[STATIC],) * 4, *role_map.layers[1:])
     given = import_roles(path, "forcing_kv", {DYNAMIC: Local(3)})
     assert given == hf.RoleMap.from_labels(LABELS, {**forcing_kv.ROLES, DYNAMIC: Local(3)})

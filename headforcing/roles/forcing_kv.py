@@ -106,11 +106,14 @@ class Pieces(Digest):
             )
 
     def add(self, past: Past) -> None:
-        """Takes the frames of a chunk; those before the last one can be cut."""
+        """Takes the frames of a chunk; those before the last one can be cut, unless they are first frames."""
         before = self._past
         self._chunks += 1
-        self._past = _joined(past) if before is None else _joined(_last(before), past)
-        self._cut = 0 if before is None or self._chunks <= self.role.skip else len(self._past.frames) - 1
+        self._past = _behind(
+            self.role.sink, _joined(past) if before is None else _joined(_last(before), past)
+        )
+        early = before is None or self._chunks <= self.role.skip
+        self._cut = 0 if early else max(0, len(self._past.frames) - 1)
         self._seen = None
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
@@ -152,6 +155,12 @@ def _joined(*pasts: Past) -> Past:
     """Copies of frames, one after the other."""
     k, v = torch.cat([past.k for past in pasts], 1), torch.cat([past.v for past in pasts], 1)
     return replace(pasts[-1], frames=[frame for past in pasts for frame in past.frames], k=k, v=v)
+
+
+def _behind(sink: int, past: Past) -> Past:
+    """Without the first frames of the video."""
+    first = sum(frame is not None and frame < sink for frame in past.frames)
+    return replace(past, frames=past.frames[first:], k=past.k[:, first:], v=past.v[:, first:])
 
 
 def _last(past: Past) -> Past:
