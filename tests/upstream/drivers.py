@@ -16,6 +16,7 @@ from .bench import Bench, Caches, Outcome
 from .scenarios import Case
 
 PROMPT = "a red cube rolls down the stairs"
+OTHER_PROMPT = "two blue spheres in the rain"
 SAMPLING_SEED = 0
 OVERLAPPING_STARTS = (0, 2, 5, 8, 11)
 
@@ -63,6 +64,50 @@ def _overlap(bench: Bench) -> Outcome:
                 chunk = _denoise(wrapper, chunk, timestep, start, caches)[1]
                 results.append(chunk)
     return bench.outcome(video=torch.cat(results, dim=1))
+
+
+def _new_prompt(bench: Bench) -> Outcome:
+    """Change the prompt behind six frames; upstream is made to hear it by hand, as LongLive does."""
+
+    def switch(caches: Caches) -> None:
+        if bench.handle is not None:
+            bench.handle.switch_prompt("continue")
+            return
+        for layer in caches[1]:
+            layer["is_init"] = False
+
+    wrapper, caches, noise = bench.wrapper(), bench.allocate(), bench.noise()
+    before = _chunks(wrapper, noise[:, :6], 0, caches)
+    switch(caches)
+    after = _chunks(wrapper, noise[:, 6:], 6, caches, OTHER_PROMPT)
+    return bench.outcome(video=torch.cat([before, after], dim=1))
+
+
+def _cut(bench: Bench) -> Outcome:
+    """Cut behind six frames; upstream begins another video instead."""
+    wrapper, caches, noise = bench.wrapper(), bench.allocate(), bench.noise()
+    start = 6
+    before = _chunks(wrapper, noise[:, :6], 0, caches)
+    if bench.handle is not None:
+        bench.handle.switch_prompt("cut")
+    else:
+        start, caches = 0, bench.allocate()
+    after = _chunks(wrapper, noise[:, 6:], start, caches, OTHER_PROMPT)
+    outcome = bench.outcome(video=torch.cat([before, after], dim=1))
+    del outcome.tensors["indices"]  # of one cache here, of two there
+    return outcome
+
+
+def _chunks(wrapper: Any, noise: Tensor, start: int, caches: Caches, prompt: str = PROMPT) -> Tensor:
+    """Make chunks of three frames, a noisy and a clean pass each."""
+    results = []
+    with torch.no_grad():
+        for offset in range(0, noise.shape[1], 3):
+            chunk = noise[:, offset : offset + 3]
+            for timestep in (1000, 0):
+                chunk = _denoise(wrapper, chunk, timestep, start + offset, caches, prompt)[1]
+            results.append(chunk)
+    return torch.cat(results, dim=1)
 
 
 def _no_cache(bench: Bench) -> Outcome:
@@ -128,9 +173,10 @@ def _denoise(
     timestep: int,
     start: int = 0,
     caches: Caches | None = None,
+    prompt: str = PROMPT,
 ) -> tuple[Tensor, Tensor]:
     """Make one pass; return the flow and the clean prediction."""
-    condition = tiny.TextEncoder().to(noisy.dtype)([PROMPT] * noisy.shape[0])
+    condition = tiny.TextEncoder().to(noisy.dtype)([prompt] * noisy.shape[0])
     kv_cache, text_cache = caches or (None, None)
     flow, clean = wrapper(
         noisy_image_or_video=noisy,
@@ -182,4 +228,6 @@ DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "gradients": _gradients,
     "gradients_midway": _gradients_midway,
     "removal": _removal,
+    "new_prompt": _new_prompt,
+    "cut": _cut,
 }

@@ -10,8 +10,9 @@ from torch import nn
 
 import headforcing as hf
 from headforcing.roles import Full, HeadRole, SlidingWindow
+from headforcing.roles.commit_forcing import CommitForcing
 
-from .scenarios import EQUAL, GROUPS, HEADS, LAYERS, REFERENCE, WRAPPER, Scenario
+from .scenarios import COMMIT, EQUAL, GROUPS, HEADS, LAYERS, REFERENCE, WRAPPER, Scenario
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,18 @@ def _budgets(scenario: Scenario) -> list[HeadRole]:
     return [wide, replace(wide, window=6), replace(wide, window=4, sink=1), wide]
 
 
+def _commit(scenario: Scenario) -> HeadRole:
+    """A clean pass that could see less, but sees all."""
+    return CommitForcing(_equal(scenario), window=scenario.frames + 1)
+
+
 POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     EQUAL: _equal,
     WRAPPER: _equal,
     REFERENCE: _equal,
     GROUPS: _groups,
+    COMMIT: _commit,
+    "last frames in the clean pass": lambda scenario: CommitForcing(_equal(scenario), scenario.chunk),
     "no sink": lambda scenario: replace(_window(scenario), sink=0),
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),
     "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),

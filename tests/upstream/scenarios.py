@@ -15,7 +15,15 @@ EQUAL = "equal"
 WRAPPER = "equal, applied to the wrapper"
 REFERENCE = "equal, in the reference store"
 GROUPS = "equal, in three head groups"
-CONTROLS = ("no sink", "window one frame short", "compact positions", "unlimited", "head budgets")
+COMMIT = "equal, in commit forcing"
+CONTROLS = (
+    "last frames in the clean pass",
+    "no sink",
+    "window one frame short",
+    "compact positions",
+    "unlimited",
+    "head budgets",
+)
 BASELINES = (UNTOUCHED, AGAIN)
 
 
@@ -100,8 +108,14 @@ PASS_THROUGH = (
 REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50)
 
 GRADIENTS_MIDWAY = Scenario("gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3)
+SWITCHES = (
+    Scenario("new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10),
+    Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10),
+)
 
-SCENARIOS = {item.name: item for item in (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY)}
+SCENARIOS = {
+    item.name: item for item in (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
+}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
@@ -126,10 +140,10 @@ def sliding_cases(*policies: str) -> list[Case]:
 
 def parity_cases() -> list[Case]:
     """Return the runs whose output must equal the untouched run's."""
-    return [*cases_of(*PARITY), *sliding_cases(GROUPS, WRAPPER, REFERENCE), *first_chunk_cases()]
+    return [*cases_of(*PARITY), *sliding_cases(GROUPS, WRAPPER, REFERENCE, COMMIT), *first_chunk_cases()]
 
 
 def every_case(policy: str) -> list[Case]:
     """Return every scenario of every repository and dtype under one policy."""
-    scenarios = (*PARITY, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY)
+    scenarios = (*PARITY, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
     return [*cases_of(*scenarios, policy=policy), *first_chunk_cases(policy)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .harness import MARKS, Upstream, assert_identical
-from .scenarios import GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVAL, Case, cases_of
+from .scenarios import GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVAL, SWITCHES, Case, cases_of
 
 pytestmark = MARKS
 
@@ -32,4 +32,11 @@ def test_removal_leaves_no_trace(case: Case, upstream: Upstream) -> None:
     assert applied.calls == case.scenario.passes // 2 * LAYERS
     for fact, value in untouched.facts.items():
         assert applied.facts[fact] == value, fact
+    assert_identical(untouched, applied)
+
+
+@pytest.mark.parametrize("case", cases_of(*SWITCHES), ids=str)
+def test_a_prompt_switch_does_what_is_done_by_hand_upstream(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    assert applied.calls == case.scenario.passes * LAYERS
     assert_identical(untouched, applied)

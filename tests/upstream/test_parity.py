@@ -9,7 +9,7 @@ from .harness import MARKS, Upstream, assert_identical, largest_difference
 from .scenarios import CONTROLS, LAYERS, Case, parity_cases, sliding_cases
 
 pytestmark = MARKS
-SMALLEST_CHANGE = 0.05
+SMALLEST_CHANGE = 0.02
 
 
 @pytest.mark.parametrize("case", parity_cases(), ids=str)
