@@ -37,7 +37,7 @@ def turn(x: torch.Tensor, positions: Any, *_: int) -> torch.Tensor:
 
 
 def least_alike(keys: torch.Tensor, pieces: int) -> list[list[tuple[int, int]]]:
-    """Per sample, frame and band of the bands least like the next frame's, of rotated keys `[B, n, P, H, D]`."""
+    """Per sample, frame and band of those least like the next frame, of rotated keys `[B, n, P, H, D]`."""
     found = []
     size = keys.shape[2] // pieces
     for sample in keys.double():
@@ -89,12 +89,12 @@ def expected_places(
 
 
 def check_pieces(role: Dynamic, lengths: list[tuple[int, int]], batch: int, heads: int, store: str) -> int:
-    """A noisy run against the definition; `lengths` are steps and overlaps. Says how often pieces were seen."""
+    """A noisy run against the definition, by steps and overlaps of chunks; says how often it saw pieces."""
     made = store_class(store)({role: Heads(range(heads), heads)}, window=WINDOW, layer=1)
-    starts, seen = [], 0
+    starts, seen, start = [], 0, 0
     for step, overlap in lengths:
-        starts.append(starts[-1] + last if starts else 0)
-        start, last, length = starts[-1], step, step + overlap
+        starts.append(start)
+        length = step + overlap
         k, v = (
             frame_tensor(range(start, start + length), seed, batch, heads, PATCHES, DIM) for seed in (0, 1)
         )
@@ -115,6 +115,7 @@ def check_pieces(role: Dynamic, lengths: list[tuple[int, int]], batch: int, head
             assert torch.equal(tokens[0], cut(turned, choice, role.pieces))
             assert torch.equal(tokens[1], cut(v_past, choice, role.pieces))
             seen += 1
+        start += step
     return seen
 
 
