@@ -48,7 +48,7 @@ class HeadForcingMixin(nn.Module):
             call = _heard(call, stream, plan)
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
-        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:])
+        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach())
         stream.store.write(chunk)
         plan.activity.note_turn(plan.layer, stream.store.turned)
         stream.released += adapter.release(call, stream.memo)

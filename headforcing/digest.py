@@ -27,6 +27,7 @@ class Past:
         grid: height and width of a frame in patches, where known.
         layer: number of the layer.
         notes: what the layers of one timeline share; empty where they are not told of each other.
+        q: queries before RoPE of frames that were committed just now, for digests that want them.
     """
 
     frames: Sequence[int | None]
@@ -35,6 +36,7 @@ class Past:
     grid: Grid | None
     layer: int
     notes: MutableMapping[Any, Any] = field(repr=False, compare=False)
+    q: Tensor | None = None
 
 
 Tokens = tuple[Tensor, Tensor]
@@ -46,6 +48,8 @@ class Digest(ABC):
 
     patch: int = 1
     """Side of the squares of patches that are merged; more than 1 asks more of an adapter."""
+    wants_queries: bool = False
+    """Whether it chooses by the queries of committed frames."""
 
     def check(self, grid: Grid | None, before: Grid | None) -> None:  # noqa: B027 - optional on purpose
         """Refuses frames of a grid, or of another grid than before, before anything changes."""

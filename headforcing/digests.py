@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from headforcing.digest import Digest, Past, Tokens
-from headforcing.errors import RoleError
+from headforcing.errors import RoleError, StreamShapeError
 from headforcing.role import HeadRole
-from headforcing.types import Encode, FrameTable, Grid, Selection
+from headforcing.types import Chunk, Encode, FrameTable, Grid, Selection
 
 
 class Digests:
@@ -34,16 +34,29 @@ class Digests:
         """The digest of a role."""
         return self._digests.get(role)
 
-    def check(self, grid: Grid | None, before: Grid | None) -> None:
-        """Refuses frames that cannot be digested, before anything changes."""
-        for digest in self._digests.values():
-            digest.check(grid, before)
+    @property
+    def want_queries(self) -> bool:
+        """Whether any of them chooses by queries."""
+        return any(digest.wants_queries for digest in self._digests.values())
 
-    def add(self, role: HeadRole, frames: range, k: Tensor, v: Tensor, grid: Grid | None) -> None:
-        """Shows a role's digest the first of the frames `[B, F, P, Hr, D]`, which are committed now."""
+    def check(self, chunk: Chunk, before: Grid | None) -> None:
+        """Refuses a chunk that cannot be digested, before anything changes.
+
+        Raises:
+            StreamShapeError: its grid does not go, or it has no queries where a role chooses by them.
+        """
+        for role, digest in self._digests.items():
+            digest.check(chunk.grid, before)
+            if digest.wants_queries and chunk.q is None:
+                raise StreamShapeError(f"{role} chooses by queries, but the chunk has none: give it q=...")
+
+    def add(self, role: HeadRole, frames: range, chunk: Chunk) -> None:
+        """Shows a role's digest the first `frames` of its part of a chunk, which are committed now."""
         if role in self._digests:
             done = slice(len(frames))
-            self._digests[role].add(Past(frames, k[:, done], v[:, done], grid, self._layer, self.notes))
+            q = None if chunk.q is None else chunk.q[:, done]
+            k, v = chunk.k[:, done], chunk.v[:, done]
+            self._digests[role].add(Past(frames, k, v, chunk.grid, self._layer, self.notes, q))
 
     def let_go(
         self,
@@ -86,8 +99,8 @@ class Digests:
             digest.clear()
 
     def tensors(self) -> Iterator[Tensor]:
-        """What is held, and what was rotated."""
-        for digest in self._digests.values():
-            yield from digest.tensors()
+        """What is held, and what was rotated; each once."""
+        held = [tensor for digest in self._digests.values() for tensor in digest.tensors()]
+        yield from held
         for tokens in self._seen.values():
-            yield from tokens or ()
+            yield from (x for x in tokens or () if not any(x is tensor for tensor in held))

@@ -38,12 +38,14 @@ class Chunk:
         k: keys after normalisation and before RoPE, `[B, F, P, H, D]`.
         v: values, `[B, F, P, H, D]`.
         grid: height and width of a frame in patches, for roles that merge patches.
+        q: queries before RoPE, likewise, for roles that choose by what is asked for.
     """
 
     start: int
     k: Tensor
     v: Tensor
     grid: Grid | None = None
+    q: Tensor | None = None
 
     @property
     def frames(self) -> range:

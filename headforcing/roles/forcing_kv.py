@@ -131,6 +131,7 @@ class Pieces(Digest):
         """Frames that were not cut yet, and pieces."""
         if self._past is not None:
             yield from (self._past.k, self._past.v)
+        yield from self._seen or ()
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -48,6 +48,7 @@ class KVStore(ABC):
         self.scenes = Scenes(heads)
         self.digests = Digests(heads, layer)
         self._grid: Grid | None = None
+        self._queries: Tensor | None = None
         self.window = window
         self.layer = layer
         self._pending: range | None = None
@@ -76,7 +77,7 @@ class KVStore(ABC):
                 "history is lost: reset the stream and start the video again"
             )
         shape = Shape.of(chunk)
-        self.digests.check(chunk.grid, self._grid if chunk.start else None)
+        self.digests.check(chunk, self._grid if chunk.start else None)
         self.turned, again = False, self.scenes.rerun(self.frames_so_far)
         if self._begins_video(chunk, shape) and again != 0:
             self._check_roles(shape.frames)
@@ -93,7 +94,7 @@ class KVStore(ABC):
             self._make_room(chunk.frames)
         self._stage(chunk)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
-        self._grid = chunk.grid
+        self._grid, self._queries = chunk.grid, chunk.q if self.digests.want_queries else None
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -184,7 +185,8 @@ class KVStore(ABC):
 
     def nbytes(self) -> int:
         """Bytes held, counted from the tensors; marks included."""
-        return self._nbytes() + nbytes([*self.digests.tensors(), *self.scenes.tensors()])
+        queries = [] if self._queries is None else [self._queries]
+        return self._nbytes() + nbytes([*self.digests.tensors(), *self.scenes.tensors(), *queries])
 
     @abstractmethod
     def _nbytes(self) -> int:
@@ -273,7 +275,8 @@ class KVStore(ABC):
         done = range(self._pending.start, start)
         self._moving = True
         for role, k, v in self._staged():
-            self.digests.add(role, self.scenes.inside(role, done), k, v, self._grid)
+            q = None if self._queries is None else self.heads[role].take(self._queries)
+            self.digests.add(role, self.scenes.inside(role, done), Chunk(done.start, k, v, self._grid, q))
         self.digests.refresh()
         self._append(done)
         self._end, self._pending = start, None
