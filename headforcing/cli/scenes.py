@@ -1,0 +1,72 @@
+"""`headforcing scenes`: many prompts in one video, scenes that return, and who remembers them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
+
+EXAMPLES = examples(
+    "scenes --out runs/scenes",
+    'scenes --prompts "sea clear slow disc red" --prompts "dusk clear slow cross blue" '
+    '--prompts "sea clear slow disc red"',
+    "scenes --preset streaming_llm --json",
+)
+DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to show."""
+
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='One scene, such as "sea clear slow disc red"; give it once per scene. A prompt that was '
+            "there before is a scene that returns. [default: six scenes, A B C A D B]",
+        ),
+    ] = None
+    chunks: Annotated[int, typer.Option(min=2, max=200, help="Chunks of 3 frames of each scene.")] = 8
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0
+    out: Annotated[Path, typer.Option(help="Folder for the files, made if missing.")] = Path(
+        "headforcing-scenes"
+    )
+    roles: Annotated[Path | None, typer.Option(help="Role-map file. [default: in the package]")] = None
+    preset: Annotated[
+        str | None, typer.Option(help="A preset instead of a role map; `headforcing presets` lists them.")
+    ] = None
+    as_json: AsJson = False
+
+
+def scenes(options: Options) -> None:
+    """Make one video of many prompts in every mode of switching, and compare what returns.
+
+    A scene that ends is marked; when its prompt comes again, it is recalled. Cut, smooth and continue
+    everywhere, from the same noise, are there to compare with. Writes a video, a contact sheet, the timeline
+    of who remembers what, and a report. Runs on the CPU in about a minute, without any download.
+    """
+    require(DRAWING, "demo", "this command")
+    with clean_errors():
+        from headforcing.demo.scenes import PROMPTS
+        from headforcing.demo.scenes_show import Request, show_scenes
+
+        request = Request(
+            prompts=tuple(options.prompts or PROMPTS),
+            chunks=options.chunks,
+            seed=options.seed,
+            out=options.out,
+            roles=options.roles,
+            preset=options.preset,
+        )
+        with progress(quiet=options.as_json) as tell:
+            report = show_scenes(request, tell)
+    if options.as_json:
+        print_json(report.to_dict())
+    else:
+        print_parts(report.table(), report.reading())
+        for file in report.files:
+            typer.echo(file)
