@@ -14,6 +14,7 @@ from headforcing.errors import RoleMapError
 from headforcing.origin import Origin
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
@@ -180,14 +181,14 @@ def _memrope(window: int, chunk: int) -> Roles:
 
 
 def _deep_forcing(window: int, chunk: int) -> Roles:
-    """Every head sees the first ten frames and the last ones, `window` in all, at neighbouring positions.
+    """Every head sees ten first frames, tokens that recent queries ask for, and last frames.
 
-    Its deep sink (paper; 10 of 21 frames). Not taken over: its second part, which once the window is full
-    keeps two frames' worth of single tokens, those that the queries of the last four frames agree with most;
-    tokens that leave their frames have no place in our memory of frames. The source has an ablation without
-    it.
+    From the paper; the numbers are for its window of 21 frames and follow another window. Which edges are our
+    choice is said in `headforcing.roles.deep_forcing`: above all, queries are those of finished frames, where
+    the source takes the noisy chunk's as well.
     """
-    return {ALL: SlidingWindow(window, sink=10 * window // 21)}
+    sink, recent, chosen = (max(1, part * window // 21) for part in (10, 4, 2))
+    return {ALL: Participating(window, sink, recent, chosen)}
 
 
 _ALL_PRESETS = (

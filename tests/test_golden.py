@@ -15,6 +15,7 @@ import torch
 
 from headforcing.presets import PRESETS, Preset
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
@@ -174,6 +175,24 @@ def averages(past: Past, query: int) -> Sees:
     return Sees([*range(3), *range(past.start - recent, past.start)], beside.float())
 
 
+def asked_for(past: Past, query: int) -> Sees:
+    """Ten first frames, two frames of tokens, last ones; tokens are chosen whenever 21 frames are too few."""
+    whole: list[int] = []
+    chosen: list[tuple[int, int]] = []
+    for start in range(0, past.start + 1, past.chunk):
+        if len(whole) + (2 if chosen else 0) + past.chunk > 21:
+            last = whole[len(whole) - max(4 - past.chunk, 0) :]
+            gone = [f for f in whole if f >= 10 and f not in last]
+            asked = past.video[start - 4 : start].double().sum((0, 1))
+            among = chosen + [(f, p) for f in gone for p in range(PATCHES)]
+            scores = {(f, p): float(past.video[f, p].double() @ asked) for f, p in among}
+            chosen = sorted(sorted(among, key=lambda at: -scores[at])[: 2 * PATCHES])
+            whole = [*range(10), *last]
+        if start < past.start:
+            whole = [*whole, *range(start, start + past.chunk)]
+    return Sees(whole, torch.stack([past.video[f, p] for f, p in chosen])) if chosen else Sees(whole)
+
+
 def memory_of(chunk: int) -> Rule:
     """First frame, last ones, and between them those chosen one by one as frames leave the last ones.
 
@@ -207,7 +226,7 @@ RULES: dict[tuple[str, str], Callable[[int], Rule]] = {
     ("streaming_llm", "all"): lambda _: streaming,
     ("infinity_rope", "all"): lambda _: infinity_rope,
     ("memrope", "all"): lambda _: averages,
-    ("deep_forcing", "all"): lambda _: sink_and_last(10, 21),
+    ("deep_forcing", "all"): lambda _: asked_for,
     ("head_forcing", "anchor"): lambda _: first_frame,
     ("head_forcing", "local"): lambda _: last_frame,
     ("head_forcing", "memory"): memory_of,
@@ -245,7 +264,7 @@ def shown(role: HeadRole, chunk: int, store: Any, chunks: int = CHUNKS) -> Itera
         own = x[None, start : start + chunk, :, None]
         for noise in (2.0, -1.0, 0.0):
             k, v = own + noise, own + noise**2
-            made.write(Chunk(start, k, v, GRID))
+            made.write(Chunk(start, k, v, GRID, k))
             for query in range(start, start + chunk):
                 asked = query if role.reads_per_query else None
                 view = made.view(role, "denoise", as_it_is, asked)
@@ -366,7 +385,13 @@ WRONG: dict[tuple[str, str], list[HeadRole]] = {
     ("streaming_llm", "all"): [SlidingWindow(21, sink=2), SlidingWindow(20, sink=3)],
     ("infinity_rope", "all"): [SlidingWindow(6, sink=2), SlidingWindow(7, sink=1)],
     ("memrope", "all"): [Averaging(slow=0.02), Averaging(fast=0.2), Averaging(sink=2), Averaging(13)],
-    ("deep_forcing", "all"): [SlidingWindow(21, sink=9)],
+    ("deep_forcing", "all"): [
+        SlidingWindow(21, sink=10),
+        Participating(sink=9),
+        Participating(recent=5),
+        Participating(chosen=3),
+        Participating(20),
+    ],
     ("head_forcing", "anchor"): [Anchor(2), Anchor(1, 1)],
     ("head_forcing", "local"): [Local(2), Local(1, sink=1)],
     ("head_forcing", "memory"): [Memory(1, 9, 8), Memory(2, 8, 8)],
@@ -402,7 +427,7 @@ SIXTY = {
     ("streaming_llm", "all"): [0, 1, 2, *range(45, 60)],
     ("infinity_rope", "all"): [0, 58, 59],
     ("memrope", "all"): [0, 1, 2, 56, 57, 58, 59],
-    ("deep_forcing", "all"): [*range(10), *range(52, 60)],
+    ("deep_forcing", "all"): [*range(10), 56, 57, 58, 59],
     ("head_forcing", "anchor"): [0],
     ("head_forcing", "local"): [59],
     ("pyramid_forcing", "anchor"): [0, 1, 2, 36, 42, 48, 54, 59],
@@ -531,7 +556,6 @@ def test_the_published_means_of_forcing_kv():
         ("pyramid_forcing", "anchor", 8, 11),
         ("infinity_rope", "all", 3, 6),
         ("memrope", "all", 7, 12),
-        ("deep_forcing", "all", 18, 21),
         ("streaming_llm", "all", 18, 21),
     ],
 )
@@ -539,3 +563,8 @@ def test_the_table_of_frames_stored_and_seen(name, label, stored, attended):
     """Stored without the own chunk of three, seen with it; 29 and 11 frames are published with it."""
     assert means(name, "stored", {label: 1}) == stored + 3
     assert means(name, "attended", {label: 1}) == attended
+
+
+def test_deep_forcing_sees_sixteen_and_nineteen_frames_in_turn():
+    assert means("deep_forcing", "attended", {"all": 1}) == (16 + 19) / 2
+    assert means("deep_forcing", "most", {"all": 1}) == 19
