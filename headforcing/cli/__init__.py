@@ -1,4 +1,4 @@
-"""The command line: `headforcing demo`, `profile`, `presets` and `roles ...`.
+"""The command line: `headforcing demo`, `scenes`, `compare`, `profile`, `presets` and `roles ...`.
 
 Torch and the drawing libraries are imported inside the commands. Exit codes: 0 fine, 1 a file is not
 valid, 2 the command could not be carried out.
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli import demo, presets, profile, roles
+from headforcing.cli import contest, demo, presets, profile, roles, scenes
 from headforcing.cli.console import command_of
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # help is plain text: brackets and line breaks stay as they are
 )
 app.command("demo", epilog=demo.EXAMPLES)(command_of(demo.demo, demo.Options))
+app.command("scenes", epilog=scenes.EXAMPLES)(command_of(scenes.scenes, scenes.Options))
+app.command("compare", epilog=contest.EXAMPLES)(command_of(contest.contest, contest.Options))
 app.command("profile", epilog=profile.EXAMPLES)(command_of(profile.profile, profile.Options))
 app.command("presets", epilog=presets.EXAMPLES)(command_of(presets.presets, presets.Options))
 app.add_typer(roles.app, name="roles")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headforcing.plots.ages import mass_by_age
     from headforcing.plots.crosstab import compare_table
+    from headforcing.plots.drift import drift_curves, drift_panels
     from headforcing.plots.frames import frames_kept
     from headforcing.plots.grid import head_map
     from headforcing.plots.layers import roles_per_layer
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "budget_curve",
     "compare_table",
+    "drift_curves",
+    "drift_panels",
     "frames_kept",
     "head_map",
     "mass_by_age",
@@ -35,6 +38,8 @@ __all__ = [
 _HOME = {
     "budget_curve": "tradeoff",
     "compare_table": "crosstab",
+    "drift_curves": "drift",
+    "drift_panels": "drift",
     "frames_kept": "frames",
     "head_map": "grid",
     "mass_by_age": "ages",
