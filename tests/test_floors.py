@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"},
     {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "adapter", "fingerprint", "presets"},
+    | {"rope", "adapter", "fingerprint", "preset", "presets"},
     {"health", "scene", "digests"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from headforcing.presets import PRESETS, Preset
+from headforcing.preset import Preset
+from headforcing.presets import PRESETS
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic

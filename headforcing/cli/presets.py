@@ -16,7 +16,7 @@ from headforcing.errors import OptionError, WindowError
 from headforcing.footprint import ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
-    from headforcing.presets import Preset
+    from headforcing.preset import Preset
     from headforcing.role_map import RoleMap
     from headforcing.roles import HeadRole
 

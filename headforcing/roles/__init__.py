@@ -1,7 +1,26 @@
 """Roles, one family per file; a new file here is found by its folder."""
 
 from headforcing.role import HeadRole
+from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.head_forcing import Anchor, Local, Memory
+from headforcing.roles.memrope import Averaging
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.roles.windows import Full, SlidingWindow
 
-__all__ = ["Anchor", "Full", "HeadRole", "Local", "Memory", "SlidingWindow"]
+__all__ = [
+    "Anchor",
+    "Averaging",
+    "CommitForcing",
+    "Dynamic",
+    "Full",
+    "HeadRole",
+    "Local",
+    "Memory",
+    "Participating",
+    "SlidingWindow",
+    "Strided",
+    "Veil",
+    "Wave",
+]

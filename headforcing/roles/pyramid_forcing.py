@@ -1,8 +1,9 @@
 """Roles of Pyramid Forcing (arXiv:2605.13111): wave, strided (which it calls anchor) and veil heads.
 
-Budgets and positions are those of its released configuration (code). Two edges that its two execution
-paths leave open are our choice: the last frames are counted once per chunk, not per query frame, and a
-chunk is committed when the next one begins, so the clean pass sees what the denoising passes see.
+Budgets and positions are those of its released configuration (code). Two edges are our choice. The last
+frames are counted once per chunk, not per query frame: its two execution paths differ there, and a chunk
+sees one past in all its frames. A chunk is committed when the next one begins, so the clean pass sees what
+the denoising passes see; there it sees what committing leaves, one frame of a full cycle less.
 `Anchor` is a role of Head Forcing, therefore `Strided`.
 """
 
