@@ -37,9 +37,9 @@ def _streaming_llm(window: int, chunk: int) -> Roles:
 def _infinity_rope(window: int, chunk: int) -> Roles:
     """Every head sees the first frame and the last five, own chunk included.
 
-    Read in its released code: a window of 6 frames with a sink of 1, keys kept before RoPE and placed from 0 in
-    every pass. Its flush at a new prompt keeps just these frames, which is `switch_prompt("continue")` here.
-    Not taken over: at its hard cut the first chunk of the new scene sits at 45 and after.
+    Read in its released code: a window of 6 frames with a sink of 1, keys kept before RoPE and placed from 0
+    in every pass. Its flush at a new prompt keeps just these frames: `switch_prompt("continue")` here. Not
+    taken over: at its hard cut the first chunk of the new scene sits at 45 and after.
     """
     return {ALL: SlidingWindow(6, sink=1)}
 
