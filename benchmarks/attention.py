@@ -8,6 +8,7 @@ the machine does falls on all of them. See README.md in this folder.
 
     python benchmarks/attention.py --quick
     python benchmarks/attention.py --grids 30x52 --dtypes float32 --profile --out runs/bench/attention.json
+    python benchmarks/attention.py --presets --grids 15x26 --repeats 8 --threads 1
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from attention_presets import cycle_of, preset_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ from headforcing.stores.ring import RingStore
 
 WINDOW, CHUNK, HEADS, HEAD_DIM = 21, 3, 12, 128
 PASSES = 5
-FILL = 8  # chunks before the first timed one: 24 frames, so every memory is full and has evicted
+FILL = 12  # chunks before the first timed one: 36 frames, so every memory is full and has evicted
 TARGET = 1.2
 SDPA = "scaled_dot_product_attention"
 
@@ -96,7 +98,8 @@ class Variant:
             self.cache[index] = torch.zeros(1, dtype=torch.long, device=case.device)
         self.grid = torch.tensor([[CHUNK, case.height, case.width]])
         self.freqs = demo.rope_table(config).to(case.device)
-        self.attended = float(WINDOW)
+        self.seen: list[float] = []
+        self.cycle = cycle_of(list(roles), WINDOW, CHUNK)
         self.handle: Any = None
         if roles:
             self.backend = find_backend("sdpa")
@@ -104,6 +107,12 @@ class Variant:
                 model, [roles], window=WINDOW, backend=self._attend, **options
             )
         self.module, self.chunk = model[0], 0
+
+    @property
+    def attended(self) -> float:
+        """Frames that a query saw, mean over heads and over the passes of whole cycles that were run last."""
+        last = self.seen[-PASSES * self.cycle :]
+        return sum(last) / len(last) if last else float(WINDOW)
 
     @property
     def stored(self) -> int:
@@ -124,8 +133,9 @@ class Variant:
         return out
 
     def _attend(self, parts: Sequence[Part], num_heads: int) -> Tensor:
-        tokens = sum(len(part.heads) * part.k.shape[1] for part in parts)
-        self.attended = tokens / num_heads / self.case.tokens
+        pairs = sum(len(part.heads) * part.q.shape[1] * part.k.shape[1] for part in parts)
+        queries = sum(len(part.heads) * part.q.shape[1] for part in parts)
+        self.seen.append(pairs / queries / self.case.tokens)
         return self.backend(parts, num_heads)
 
 
@@ -142,8 +152,19 @@ def finish(device: str) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def variants(case: Case, contiguous: bool, options: dict[str, Any]) -> list[Variant]:
-    """Dense attention first, then what is compared to it."""
+def variants(case: Case, args: argparse.Namespace, options: dict[str, Any]) -> list[Variant]:
+    """Dense attention first, then what is compared to it, and what must equal it last."""
+    rows = preset_rows(HEADS, WINDOW, CHUNK, args.contiguous) if args.presets else mixes(args.contiguous)
+    table: dict[str, list[HeadRole]] = {
+        "dense": [],
+        **rows,
+        "identity": [SlidingWindow(WINDOW, positions="absolute")] * HEADS,
+    }
+    return [Variant(name, roles, case, options) for name, roles in table.items()]
+
+
+def mixes(contiguous: bool) -> dict[str, list[HeadRole]]:
+    """Roles of Head Forcing in two mixes, and StreamingLLM at as many frames as the first."""
     memory = Memory(sink=1, episodic=8, recent=9)
     mix = [*[Anchor(1)] * 3, *[Local(1)] * 2, *[memory] * 7]
     short = [*[Anchor(1)] * 6, *[Local(1)] * 6]
@@ -151,14 +172,11 @@ def variants(case: Case, contiguous: bool, options: dict[str, Any]) -> list[Vari
         for row in (mix, short):
             random.Random(0).shuffle(row)  # noqa: S311 - a fixed order, no secret
     frames = round(sum(min((role.capacity(CHUNK) or 0) + CHUNK, WINDOW) for role in mix) / HEADS)
-    table: dict[str, list[HeadRole]] = {
-        "dense": [],
+    return {
         "anchor 3, local 2, memory 7": mix,
         "anchor 6, local 6": short,
         f"StreamingLLM, {frames} frames": [SlidingWindow(frames, sink=CHUNK)] * HEADS,
-        "identity": [SlidingWindow(WINDOW, positions="absolute")] * HEADS,
     }
-    return [Variant(name, roles, case, options) for name, roles in table.items()]
 
 
 def without_softmax_attention() -> Any:
@@ -207,13 +225,15 @@ def agreement(chosen: Sequence[Variant]) -> float:
     return float((dense - identity).abs().max())
 
 
-def best(chunks: Sequence[Sequence[Sample]], clock: str) -> float:
-    """Seconds of a chunk, of every pass the best."""
-    return sum(min(getattr(chunk[i], clock) for chunk in chunks) for i in range(PASSES))
+def best(chunks: Sequence[Sequence[Sample]], clock: str, cycle: int = 1) -> float:
+    """Seconds of a chunk, of every pass the best; mean over the chunks of a cycle."""
+    turns = [chunks[turn::cycle] for turn in range(min(cycle, len(chunks)))]
+    bests = [sum(min(getattr(chunk[i], clock) for chunk in turn) for i in range(PASSES)) for turn in turns]
+    return sum(bests) / len(bests)
 
 
-def median(chunks: Sequence[Sequence[Sample]], clock: str) -> float:
-    """Seconds of the median chunk."""
+def median(chunks: Sequence[Sequence[Sample]], clock: str, cycle: int = 1) -> float:
+    """Seconds of the median chunk, whatever its place in the cycle."""
     return statistics.median(sum(getattr(sample, clock) for sample in chunk) for chunk in chunks)
 
 
@@ -228,11 +248,14 @@ def summary(chosen: Sequence[Variant], taken: Samples, rest: Samples) -> list[di
         row: dict[str, Any] = {"variant": variant.name, "frames": variant.attended, "ideal": ideal}
         for clock in ("wall", "cpu"):
             for how in (best, median):
-                seconds, dense = how(chunks, clock), how(taken[0], clock)
+                seconds, dense = how(chunks, clock, variant.cycle), how(taken[0], clock)
                 key = f"{how.__name__}_{clock}"
                 row |= {key: seconds, f"{key}_ratio": seconds / dense}
                 row[f"{key}_over_ideal"] = seconds / dense / ideal
-        row["rest_wall"], row["rest_cpu"] = best(others, "wall"), best(others, "cpu")
+        row["rest_wall"], row["rest_cpu"] = (
+            best(others, "wall", variant.cycle),
+            best(others, "cpu", variant.cycle),
+        )
         row["stored_bytes"] = variant.stored
         row["roles"] = [str(role) for role in variant.roles]
         row["passes"] = [[sample.wall for sample in chunk] for chunk in chunks]
@@ -288,13 +311,13 @@ PHASES = {
 }
 
 
-def profile(case: Case, contiguous: bool, repeats: int) -> list[dict[str, Any]]:
+def profile(case: Case, args: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds per phase, of the first pass over a chunk and of a later one."""
     clock = Clock()
     store = type("Store", (RingStore,), {n: clock.wrap(getattr(RingStore, n), p) for n, p in PHASES.items()})
     rotate = clock.wrap(SelfForcing.rotate, "rotate queries")
     adapter = type("Rotating", (SelfForcing,), {"rotate": rotate})()
-    chosen = variants(case, contiguous, {"store": store, "adapter": adapter})
+    chosen = variants(case, args, {"store": store, "adapter": adapter})
     fill(chosen)
     dense: Any = demo.DemoCausalSelfAttention
     rows = []
@@ -396,6 +419,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="default: what torch chooses")
+    parser.add_argument("--presets", action="store_true", help="a row per preset instead of the mixes")
     parser.add_argument("--contiguous", action="store_true", help="heads of one role are neighbours")
     parser.add_argument("--profile", action="store_true", help="also show where the time goes")
     parser.add_argument(
@@ -419,7 +443,7 @@ def main() -> None:
         height, width = map(int, grid.split("x"))
         for dtype in args.dtypes:
             case = Case(height, width, getattr(torch, dtype), args.device)
-            chosen = variants(case, args.contiguous, {})
+            chosen = variants(case, args, {})
             fill(chosen)
             repeats = max(2, round(args.repeats * min(1.0, 390 / case.tokens)))
             taken = measure(chosen, repeats)
@@ -437,7 +461,7 @@ def main() -> None:
                 f"load {found['load_average'][0]:.1f}\n"
             )
             if args.profile:
-                found["profile"] = profile(case, args.contiguous, 2)
+                found["profile"] = profile(case, args, 2)
                 show_profile(console, found["profile"])
             report["cases"].append(found)
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,204 @@
+"""Turns the numbers of `presets.py` into a page and a picture; every judgement is decided by an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from quality_page import SCENARIOS, decided, difference, markdown_table, mean_of, values_of
+
+from headforcing.demo.intervals import Interval, bootstrap_interval, paired_difference
+from headforcing.plots import style
+from headforcing.presets import PRESETS
+
+OWN = "demo map"
+BASE = "sliding_window"
+AGAINST = {
+    "streaming": "StreamingLLM at as many frames",
+    "shuffled": "its roles shuffled in each layer",
+    "random": "its roles on random heads",
+}
+MARKS = {"streaming": ("D", "#D55E00"), "shuffled": ("v", "#009E73"), "random": ("x", "#CC79A7")}
+MEASURES = {"psnr_late": "late background, dB", "identity_late": "sprites"}
+
+INTRO = """# Presets on the demo model
+
+<!-- Written by benchmarks/presets.py; do not edit. -->
+
+Every preset on the demo model, which is trained on {trained} frames and makes {frames} here, {times:.1f}
+times as many, from the same scenes and the same noise: seeds {first} to {last}, those of
+[What the demo model shows](demo-results.md), which also says what is measured. Labels of presets whose
+heads differ were measured on seeds {labels[0]} to {labels[1]} with the classifiers that the presets name,
+with their defaults; nothing was chosen on the videos of this page. Numbers behind it:
+[{data}](data/{data}). `python benchmarks/presets.py` makes both again.
+
+* **Kept** and **seen**: frames that a head stores, and that a query sees in a noisy pass, mean over the
+  heads, own chunk included, once a video is long. **MB** of one video, counted from the tensors; our store
+  holds keys twice, and what some roles pack for looking.
+* **Late** and **early**: background PSNR in dB, as there; 95 % bootstrap interval over videos.
+* **Sprites** and **motion**: as there, late; 1 is right.
+* **Controls**: *StreamingLLM at as many frames*: for all heads the first and the last frames, as many as the
+  preset sees, rounded. *Shuffled*: its roles on other heads of their layer; *random*: on any heads. {draws}
+  draws each, and every draw makes its share of the videos, so that intervals know of both.
+* A difference is the preset minus its control, paired by video; bold: its interval excludes 0. Intervals are
+  not corrected for the number of comparisons.
+* **\\***: its positions leave the range that the model was trained on, as they do at the source.
+"""
+
+LIMITS = """## What this does not show
+
+* The presets are methods for models of 1.3 B parameters and more, with numbers chosen there. Here they run on
+  1.5 M parameters, 24 heads and a synthetic world of 24×24 pixels. A preset that does badly here may do well
+  there, and the other way round: this page tests our implementation and its controls, not the papers.
+* What is not taken over from a source is said in `headforcing.presets`. One number had to change: Forcing-KV
+  cuts frames into 6 pieces, which do not divide 16 patches; here 4, one per row of patches.
+* Labels are measured by our reading of each rule; some sources label heads anew in every video.
+* Background PSNR rewards who remembers the start. It does not judge what people judge in a video, and a still
+  background is as good as a live one: see sprites and motion.
+* One model, one training run. A shuffle inside a layer of four heads leaves some heads their own label.
+* At 16 tokens per frame, nothing here is about speed: [Speed](performance.md).
+"""
+
+
+def page(results: Mapping[str, Any], data: str, picture: str) -> str:
+    """The page in Markdown."""
+    settings = results["settings"]
+    first, last = settings["seeds"]
+    intro = INTRO.format(
+        **{name: settings[name] for name in ("trained", "frames", "labels", "draws")},
+        times=settings["frames"] / settings["trained"],
+        first=first,
+        last=last,
+        data=data,
+    )
+    parts = [intro, f"![Late PSNR of every preset and of its controls](assets/{picture})"]
+    for camera, text in SCENARIOS.items():
+        parts += [f"## Camera: {camera}", text, _table(results, camera)]
+        if labelled := _labelled(results, camera):
+            parts += [labelled]
+    parts += ["## What the intervals say", _verdicts(results), "## What the roles were", _roles(results)]
+    return "\n\n".join(part.strip() for part in [*parts, LIMITS]) + "\n"
+
+
+def draw(results: Mapping[str, Any]) -> Any:
+    """Late PSNR of every preset with its interval, and its controls: a panel per camera."""
+    from matplotlib.lines import Line2D
+
+    names = [one for one in (*results["entrants"], OWN) if one in results["scenarios"]["pan"]]
+    figure = style.new_figure(6.9, 0.3 * len(names) + 1.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, camera in zip(panels, SCENARIOS, strict=True):
+        records = results["scenarios"][camera]
+        for row, name in enumerate(names):
+            if name not in records:
+                continue
+            found = bootstrap_interval(values_of(records[name], "psnr_late"))
+            ax.plot([found.low, found.high], [row, row], color="#0072B2", lw=2.2, zorder=3)
+            ax.plot([found.mean], [row], "o", color="#0072B2", ms=5, zorder=4)
+            for kind, key in _controls(results, name).items():
+                if key in records:
+                    mark, colour = MARKS[kind]
+                    late = float(values_of(records[key], "psnr_late").nanmean())
+                    ax.plot([late], [row], mark, color=colour, ms=5, mew=1.4, zorder=2)
+        ax.set_title(f"camera: {camera}", loc="left", fontsize=style.TEXT, color=style.INK)
+        ax.set(xlabel="late background PSNR, dB", ylim=(len(names) - 0.5, -0.5))
+        style.dress(ax, grid="x")
+    panels[0].set_yticks(range(len(names)), [_name(results, name).replace("\\*", "*") for name in names])
+    looks: list[Any] = [Line2D([], [], color="#0072B2", marker="o", ms=5, label="preset, 95 % interval")]
+    for kind, (mark, colour) in MARKS.items():
+        looks.append(Line2D([], [], ls="none", marker=mark, color=colour, ms=5, mew=1.4, label=AGAINST[kind]))
+    size: Any = {"fontsize": style.TICK, "frameon": False, "handlelength": 1.6}
+    figure.legend(handles=looks, loc="outside upper left", ncols=2, **size)
+    return panels[0]
+
+
+def _controls(results: Mapping[str, Any], name: str) -> Mapping[str, str]:
+    facts = results["entrants"].get(name)
+    return {} if facts is None else facts["controls"]
+
+
+def _name(results: Mapping[str, Any], name: str) -> str:
+    facts = results["entrants"].get(name)
+    return name if facts is None or facts["bounded"] else f"{name} \\*"
+
+
+def _paired(records: Mapping[str, Any], name: str, key: str | None, measure: str = "psnr_late") -> Interval:
+    """An entrant minus somebody else; without videos where one of them was not run."""
+    if key is None or not {name, key} <= records.keys():
+        return Interval(torch.nan, torch.nan, torch.nan, 0)
+    return paired_difference(values_of(records[name], measure), values_of(records[key], measure))
+
+
+def _late(record: Mapping[str, Any]) -> str:
+    found = bootstrap_interval(values_of(record, "psnr_late"))
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+
+def _table(results: Mapping[str, Any], camera: str) -> str:
+    """Every preset, and StreamingLLM at as many frames."""
+    records, frames = results["scenarios"][camera], results["settings"]["frames"]
+    rows = [["preset", "kept", "seen", "MB", "early", "late", "minus StreamingLLM", "sprites", "motion"]]
+    for name in [*results["entrants"], OWN]:
+        if name not in records:
+            continue
+        record, facts = records[name], results["entrants"].get(name, {})
+        counts = [facts.get(key, record["attended_frames"]) for key in ("stored", "attended")]
+        shown = [f"{frames if count is None else count:.1f}" for count in counts]
+        row = [_name(results, name), *shown, f"{record['bytes'] / 1e6:.2f}"]
+        row += [mean_of(record, "psnr_early"), _late(record)]
+        key = _controls(results, name).get("streaming")
+        row += [difference(_paired(records, name, key))]
+        rows.append([*row, mean_of(record, "identity_late", 2), mean_of(record, "motion_late", 2)])
+    note = f"`{OWN}` is the role map of the package, by ablation; its videos are those of [Demo results]"
+    return f"{markdown_table(rows, right=True)}\n\n" + (f"{note}(demo-results.md)." if OWN in records else "")
+
+
+def _labelled(results: Mapping[str, Any], camera: str) -> str:
+    """Presets whose heads differ, against the same roles on other heads."""
+    records = results["scenarios"][camera]
+    rows = [["preset", "late", "minus shuffled", "each draw", "minus random", "each draw"]]
+    for name in results["entrants"]:
+        keys = [_controls(results, name).get(kind) for kind in ("shuffled", "random")]
+        if name not in records or not any(key in records for key in keys):
+            continue
+        row = [_name(results, name), _late(records[name])]
+        for key in keys:
+            draws = records[key]["draws"] if key in records else []
+            row += [difference(_paired(records, name, key)), ", ".join(f"{one:.1f}" for one in draws) or "–"]
+        rows.append(row)
+    if len(rows) == 1:
+        return ""
+    head = "Labels against the same roles on other heads; a draw is the mean over its own videos:"
+    return f"{head}\n\n{markdown_table(rows, right=True)}"
+
+
+def _verdicts(results: Mapping[str, Any]) -> str:
+    """Which presets are ahead of their controls, behind, or cannot be told apart."""
+    lines = []
+    for kind, told in {**AGAINST, BASE: f"`{BASE}`, what the model does by itself"}.items():
+        lines.append(f"Against {told}:\n")
+        for camera, records in results["scenarios"].items():
+            for measure, unit in MEASURES.items():
+                groups: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": []}
+                for name in results["entrants"]:
+                    key = kind if kind == BASE else _controls(results, name).get(kind)
+                    found = _paired(records, name, key, measure)
+                    if name == key or not found.count:
+                        continue
+                    word = "ahead" if found.mean > 0 else "behind"
+                    digits = 1 if "psnr" in measure else 2
+                    said = f"{name} ({found.mean:+.{digits}f})"
+                    groups[word if decided(found) else "not told apart"].append(said)
+                said = "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
+                lines += [f"* *{camera}, {unit}*: {said}."] if said else []
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _roles(results: Mapping[str, Any]) -> str:
+    rows = [["preset", "source", "roles on the demo model"]]
+    for name, facts in results["entrants"].items():
+        roles = "; ".join(f"{count} × `{role}`" for role, count in facts["roles"].items())
+        rows.append([name, PRESETS[name].source, roles])
+    return markdown_table(rows)
