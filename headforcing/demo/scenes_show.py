@@ -18,12 +18,12 @@ from headforcing.demo.model import DemoModel
 from headforcing.demo.report import RoleRow, describe
 from headforcing.demo.scenes import MODES, PROMPTS, Found, Played, Script, alike, background, measure, play
 from headforcing.demo.scenes_draw import SIZE, Tale, draw_sheet, draw_video, pixels
-from headforcing.demo.scenes_timeline import draw_timeline
+from headforcing.demo.scenes_timeline import draw_modes, draw_timeline
 from headforcing.demo.story import Held, Pixels
 from headforcing.role_map import RoleMap
 
 REPORT = "scenes.json"
-FILES = ("scenes.mp4", "scenes_sheet.png", "timeline.png", REPORT)
+FILES = ("scenes.mp4", "scenes_sheet.png", "timeline.png", "modes.png", REPORT)
 MADE_BY = "headforcing scenes"
 
 
@@ -217,6 +217,13 @@ def timeline(script: Script, played: Played, who: str) -> Any:
     )
 
 
+def modes(script: Script, played: Sequence[Played]) -> Any:
+    """What the head with the largest memory remembers in every mode, a matplotlib figure."""
+    held = {f"mode {each.mode}": by_size(each.memories)[0] for each in played}
+    who = by_size(played[0].memories)[0].name
+    return draw_modes(script, held, f"What one head remembers in every mode: {who}")
+
+
 def write(
     request: Request, report: Report, played: Sequence[Played], who: str, progress: show.Progress
 ) -> None:
@@ -235,6 +242,7 @@ def write(
     replace_file(paths["scenes.mp4"], lambda path: write_mp4(path, drawn(), SIZE, show.FPS))
     replace_file(paths["scenes_sheet.png"], lambda path: draw_sheet(told).save(path))
     replace_file(paths["timeline.png"], lambda path: timeline(script, played[0], who).savefig(path))
+    replace_file(paths["modes.png"], lambda path: modes(script, played).savefig(path))
 
 
 def check_folder(out: Path) -> None:
@@ -260,4 +268,4 @@ def check_folder(out: Path) -> None:
 
 def number(value: float | None) -> str:
     """A number with two digits, or a dash."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}".replace("-0.00", "0.00")

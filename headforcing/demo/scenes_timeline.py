@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headforcing.demo.camera import CHUNK
@@ -59,6 +59,33 @@ def draw_timeline(script: Script, memories: Sequence[Held], title: str, note: st
         last = number == len(memories)
         axes.set_xlabel("frame being made" if last else "")
         axes.tick_params(labelbottom=last)
+    return figure
+
+
+def draw_modes(script: Script, memories: Mapping[str, Held], title: str) -> Any:
+    """A matplotlib figure: what one head remembers in every mode, side by side.
+
+    Args:
+        script: the scenes.
+        memories: the head's frames, by mode.
+        title: the large line.
+    """
+    from matplotlib.figure import Figure
+
+    rows = (len(memories) + 1) // 2
+    size = (12.4, 1.0 + 3.0 * rows)
+    figure = Figure(figsize=size, dpi=110, facecolor=PAPER)
+    figure.text(0.055, 1 - 0.36 / size[1], title, color=INK, fontsize=15, fontweight="bold", va="center")
+    grid = figure.add_gridspec(
+        rows, 2, left=0.055, right=0.98, top=1 - 0.95 / size[1], bottom=0.5 / size[1], wspace=0.1, hspace=0.2
+    )
+    for number, (mode, memory) in enumerate(memories.items()):
+        axes = figure.add_subplot(grid[number // 2, number % 2])
+        _panel(axes, script, Held(mode, memory.held))
+        below = number + 2 >= len(memories)
+        axes.set_xlabel("frame being made" if below else "")
+        axes.set_ylabel("" if number % 2 else "frame remembered")
+        axes.tick_params(labelbottom=below)
     return figure
 
 

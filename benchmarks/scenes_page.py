@@ -1,0 +1,134 @@
+"""Turns the numbers of `scenes.py` into a page; every judgement on it is decided by an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quality_page import difference, markdown_table, mean_of, values_of
+
+from headforcing.demo.intervals import bootstrap_interval, paired_difference
+from headforcing.demo.scenes import WRONG
+
+HERE = "Head Forcing"
+
+INTRO = """# Scenes that return
+
+<!-- Written by benchmarks/scenes.py; do not edit. -->
+
+One video of {scenes} prompts on the demo model, **{names}**, {chunks} chunks each, {frames} frames in all:
+two scenes return. A prompt names a palette and a sprite; the texture behind the sprite is invented by the
+model, anew in every scene. So a returning scene can only look as it did if some head still holds its
+frames. What the modes do is on [Prompt switching](prompt-switching.md). Every mode and map plays the same
+noise, seeds {first} to {last}, one video each; the numbers of the roles were chosen on other scenarios.
+Numbers behind this page: [{data}](data/{data}). `python benchmarks/scenes.py` makes both again;
+`headforcing scenes` makes one such video.
+
+* **Return**: correlation of the background of a returning scene with its first appearance. **Leak**: the
+  same for scenes of different prompts, mean over all pairs: they should have nothing in common.
+  **Distance**: return minus leak. Mean colours are taken out; the background is the median over time of
+  what is not as saturated as a sprite; the first two chunks of a scene are not judged.
+* **Within**: the same of the two halves of one scene, which never left.
+* **Sprites**: share of the judged frames whose sprite has the colour and about the size asked for.
+* **MB** per video at the end, marks included, counted from the tensors.
+* In brackets 95 % bootstrap intervals over the videos. *Difference*: distance of mode recall under the same
+  map minus this one, paired by video, bold where the interval excludes 0. Not corrected for the number of
+  comparisons.
+"""
+
+PICTURES = """![What the heads remember in mode recall](assets/scenes-timeline.png)
+
+*Mode recall, the first seed: after a cut no head holds a frame of before; behind a recall the memory head
+holds those of the mark and gives up some to new ones. Local heads recall nothing.*
+
+![What the memory head remembers in every mode](assets/scenes-modes.png)"""
+
+CONTROLS = (
+    "The same script with one role for all heads. What comes back at a recall is up to the role: all of a "
+    "memory head's frames, the first frames of a window with a sink, nothing of a local head."
+)
+
+LIMITS = """## What this does not show
+
+* One small model, one training run, a synthetic world, one script. The model was trained on videos of one
+  texture each; how a real model takes a cut, a smooth switch or a recall is not known from this.
+* Here the prompt decides colour and sprite so strongly that they follow it in every mode. On real models,
+  what is left of the old prompt in the cache is the very problem that LongLive's recache is made for; this
+  page says nothing about it, nor about `recache`, which needs a host that runs frames again.
+* How smooth a transition looks is not measured. That the setting stays the same is what one may want of
+  smooth and continue: their leak is a fault only where the prompt asks for another place.
+* A return is easy here: the camera stands still, and one scene fits the memory of one head.
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The page in Markdown."""
+    settings = results["settings"]
+    first, last = settings["seeds"]
+    intro = INTRO.format(
+        scenes=len(settings["prompts"]),
+        names=" ".join(settings["names"]),
+        chunks=settings["chunks"],
+        frames=settings["frames"],
+        first=first,
+        last=last,
+        data=settings["data"],
+    )
+    records = {(record["map"], record["mode"]): record for record in results["records"]}
+    roles = ", ".join(f"{count} heads `{role}`" for role, count in settings["roles"].items())
+    parts = [
+        intro,
+        "## Head Forcing",
+        f"The role map of the package: {roles}.",
+        _table(records, HERE),
+        _verdict(records),
+        PICTURES,
+        "## Other memories",
+        CONTROLS,
+    ]
+    for name in dict.fromkeys(record["map"] for record in results["records"]):
+        if name != HERE:
+            parts += [f"### {name[0].upper()}{name[1:]}", _table(records, name)]
+    return "\n\n".join(part.strip() for part in [*parts, LIMITS]) + "\n"
+
+
+def _table(records: Mapping[tuple[str, str], Any], name: str) -> str:
+    rows = [["mode", "return", "leak", "distance", "difference", "within", "sprites", "MB"]]
+    ours = records[name, "recall"]
+    for (where, mode), record in records.items():
+        if where != name:
+            continue
+        paired = paired_difference(values_of(ours, "distance"), values_of(record, "distance"))
+        rows.append(
+            [
+                f"**{mode}**" if mode == "recall" else mode,
+                _between(record, "returned"),
+                _between(record, "leaked"),
+                _between(record, "distance"),
+                "" if mode == "recall" else difference(paired, 2),
+                mean_of(record, "halves", 2),
+                mean_of(record, "sprites", 2),
+                f"{record['bytes'] / 1e6:.2f}",
+            ]
+        )
+    return markdown_table(rows, right=True)
+
+
+def _between(record: Mapping[str, Any], measure: str) -> str:
+    found = bootstrap_interval(values_of(record, measure))
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _verdict(records: Mapping[tuple[str, str], Any]) -> str:
+    """What the intervals say of Head Forcing's modes."""
+    ours = records[HERE, "recall"]
+    lines = []
+    for name, measure in (("return", "returned"), ("leak", "leaked"), ("sprites", "sprites")):
+        said = []
+        for mode in ("cut", "smooth", "continue", WRONG):
+            found = paired_difference(values_of(ours, measure), values_of(records[HERE, mode], measure))
+            said.append(f"{mode} {difference(found, 2)}")
+        lines.append(f"* *{name}*, recall minus {'; '.join(said)}")
+    gap = paired_difference(values_of(ours, "returned"), values_of(ours, "halves"))
+    lines.append(f"* *recall*, return minus within {difference(gap, 3)}")
+    return "Paired by video:\n\n" + "\n".join(lines)
