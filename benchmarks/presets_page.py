@@ -84,6 +84,7 @@ def page(results: Mapping[str, Any], data: str, picture: str) -> str:
 def draw(results: Mapping[str, Any]) -> Any:
     """Late PSNR of every preset with its interval, and its controls: a panel per camera."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     names = [one for one in (*results["entrants"], OWN) if one in results["scenarios"]["pan"]]
     figure = style.new_figure(6.9, 0.3 * len(names) + 1.2)
@@ -103,6 +104,7 @@ def draw(results: Mapping[str, Any]) -> Any:
                     ax.plot([late], [row], mark, color=colour, ms=5, mew=1.4, zorder=2)
         ax.set_title(f"camera: {camera}", loc="left", fontsize=style.TEXT, color=style.INK)
         ax.set(xlabel="late background PSNR, dB", ylim=(len(names) - 0.5, -0.5))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         style.dress(ax, grid="x")
     panels[0].set_yticks(range(len(names)), [_name(results, name).replace("\\*", "*") for name in names])
     looks: list[Any] = [Line2D([], [], color="#0072B2", marker="o", ms=5, label="preset, 95 % interval")]

@@ -24,13 +24,14 @@ def drift(found: Contest) -> Any:
     """A matplotlib figure: one picture for a few, else a panel each; with a control where there are some."""
     values = {result.entrant.name: result.psnr.numpy() for result in found.entrants}
     beside = {
-        result.entrant.name: found.beside(result)[0].psnr.numpy()
+        result.entrant.name: control.psnr.numpy()
         for result in found.entrants
-        if found.beside(result)
+        for control in found.beside(result)
+        if "attended" in control.entrant.kind
     }
     if len(values) <= FEW and not beside:
         return drift_curves(values, found.trained, LABEL).figure
-    what = "first and last frames, as many attended"
+    what = "first and last frames, as many seen"
     return drift_panels(values, found.trained, LABEL, beside or None, what)[0].figure
 
 
