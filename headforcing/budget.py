@@ -4,7 +4,7 @@ Ours. Every head has a trade-off, frames kept against measured error, over the c
 profile. Of each the lower convex hull counts, and steps along the hulls are bought in the order of the
 error they save per frame. What is bought in that order is the smallest total error that its number of
 frames can buy. Errors of single heads are added up, which is our choice: what heads do to each other is
-not measured. Sums are exact, so that neither ties nor the order of heads hang on rounding.
+not measured.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
-from operator import itemgetter
-from typing import NamedTuple
 
 import torch
 
@@ -30,6 +27,7 @@ from headforcing.classifiers import (
 )
 from headforcing.errors import OptionError, ProfileError
 from headforcing.footprint import ModelSize, packs
+from headforcing.hull import Choice, buy, curve, lower_hull, together
 from headforcing.measured import measured_map
 from headforcing.origin import ModelFacts, Scalar
 from headforcing.profile import HeadProfile
@@ -84,23 +82,6 @@ class Budget:
         return measured_map(self.found, self.profile, stability=stability, notes={**spent, **(notes or {})})
 
 
-class Choice(NamedTuple):
-    """What a head can have: frames kept, its error then, and the role."""
-
-    frames: int
-    error: Fraction
-    role: HeadRole
-
-
-class _Step(NamedTuple):
-    """From one choice of a head to the next on its hull."""
-
-    head: int
-    number: int
-    frames: int
-    saved: Fraction
-
-
 def fit_budget(
     profile: HeadProfile,
     *,
@@ -110,6 +91,7 @@ def fit_budget(
     itemsize: int = 2,
     held: bool = False,
     by: str = "output_regret.p95",
+    groups: RoleMap | None = None,
 ) -> Budget:
     """A role for every head, chosen by measured error, within a budget over all heads.
 
@@ -132,10 +114,12 @@ def fit_budget(
         itemsize: bytes of one number, with `bytes`; default: that of bf16.
         held: whether `bytes` are what the `ring` store holds.
         by: the error, one of `COLUMNS`; the mean over the noisy passes.
+        groups: a map of the same shape; heads with the same label get the same role. Default: every head
+            is on its own.
 
     Raises:
         OptionError: not exactly one budget is given, or it is too small for the cheapest roles, or `held`
-            goes with candidates that see a part of what they keep.
+            goes with candidates that see a part of what they keep, or groups have another shape.
         ProfileError: the errors were not measured, or no candidate fits the window.
     """
     if (frames is None) == (bytes is None):
@@ -151,9 +135,13 @@ def fit_budget(
     roles = _roles(profile, by)
     if held and (packed := [role for role in roles if packs(role)]):
         raise OptionError(f"held does not count what the ring store packs for {packed[0]}: leave it out")
-    hulls = [_hull(choices) for choices in _choices(profile, by, roles)]
+    if groups is not None:
+        settings["groups"] = groups.hash
+    choices, members = _choices(profile, by, roles), _members(groups, profile)
+    hulls = [lower_hull(together([choices[head] for head in heads])) for heads in members]
     budget = _frames(frames, bytes, size, held, sum(hull[0].frames for hull in hulls))
-    bought = _buy(hulls, budget)
+    chosen = {head: c.role for heads, c in zip(members, buy(hulls, budget), strict=True) for head in heads}
+    bought = [{c.role: c for c in own}[chosen[head]] for head, own in enumerate(choices)]
     spent = sum(choice.frames for choice in bought)
     names = short_names(sorted(roles, key=lambda role: frames_kept(role, profile.facts.model.chunk)))
     found = Classification(
@@ -167,7 +155,7 @@ def fit_budget(
     flat = tuple(float(choice.error) for choice in bought)
     errors = tuple(flat[first : first + profile.shape[1]] for first in range(0, len(flat), profile.shape[1]))
     total = float(sum(choice.error for choice in bought))
-    return Budget(found, spent, budget - spent, total, errors, _curve(hulls), profile)
+    return Budget(found, spent, budget - spent, total, errors, curve(hulls), profile)
 
 
 def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
@@ -206,60 +194,6 @@ def _choices(profile: HeadProfile, by: str, roles: Sequence[HeadRole]) -> list[l
     ]
 
 
-def _hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull from the fewest frames to the smallest error, points on its edges included.
-
-    Of choices that keep as many frames, the best counts; of equally good ones the first.
-    """
-    best: dict[int, Choice] = {}
-    for choice in choices:
-        if choice.frames not in best or choice.error < best[choice.frames].error:
-            best[choice.frames] = choice
-    hull: list[Choice] = []
-    for choice in sorted(best.values(), key=itemgetter(0)):
-        if hull and choice.error >= hull[-1].error:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) < _slope(hull[-1], choice):
-            hull.pop()
-        hull.append(choice)
-    return hull
-
-
-def _slope(a: Choice, b: Choice) -> Fraction:
-    """Error saved per frame."""
-    return (a.error - b.error) / (b.frames - a.frames)
-
-
-def _steps(hulls: Sequence[Sequence[Choice]]) -> list[_Step]:
-    """All steps of all heads, the most error saved per frame first."""
-    steps = [
-        _Step(head, number, b.frames - a.frames, a.error - b.error)
-        for head, hull in enumerate(hulls)
-        for number, (a, b) in enumerate(pairwise(hull))
-    ]
-    return sorted(steps, key=lambda step: (-step.saved / step.frames, step.head, step.number))
-
-
-def _buy(hulls: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
-    """What every head gets."""
-    chosen, spent = [0] * len(hulls), sum(hull[0].frames for hull in hulls)
-    for step in _steps(hulls):
-        if chosen[step.head] == step.number and spent + step.frames <= budget:
-            chosen[step.head] += 1
-            spent += step.frames
-    return [hull[number] for hull, number in zip(hulls, chosen, strict=True)]
-
-
-def _curve(hulls: Sequence[Sequence[Choice]]) -> tuple[tuple[int, float], ...]:
-    """Frames and total error after every step."""
-    frames, error = sum(hull[0].frames for hull in hulls), sum((hull[0].error for hull in hulls), Fraction())
-    points = [(frames, float(error))]
-    for step in _steps(hulls):
-        frames, error = frames + step.frames, error - step.saved
-        points.append((frames, float(error)))
-    return tuple(points)
-
-
 def _frames(frames: int | None, bytes: int | None, size: ModelSize | None, held: bool, least: int) -> int:
     """The budget in frames beside the own chunk.
 
@@ -279,6 +213,18 @@ def _frames(frames: int | None, bytes: int | None, size: ModelSize | None, held:
             f"over all heads: give at least {needed}"
         )
     return budget
+
+
+def _members(groups: RoleMap | None, profile: HeadProfile) -> list[list[int]]:
+    """Heads of every group, counted layer by layer."""
+    if groups is None:
+        return [[head] for head in range(profile.shape[0] * profile.shape[1])]
+    if groups.shape != profile.shape:
+        raise OptionError(f"groups are for {groups.shape} layers and heads, the profile for {profile.shape}")
+    members: dict[str, list[int]] = {}
+    for head, label in enumerate(label for row in groups.labels for label in row):
+        members.setdefault(label, []).append(head)
+    return list(members.values())
 
 
 def _count(value: object, what: str) -> int:

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 import headforcing as hf
 from headforcing import budget as module
 from headforcing import controls
+from headforcing import hull as maths
 from headforcing.budget import COLUMNS, fit_budget
 from headforcing.classifiers import find_classifier, unrestricted
 from headforcing.errors import OptionError, ProfileError
 from headforcing.footprint import MODELS, ModelSize
 from headforcing.measured import measured_map
 from headforcing.role_json import encode_role
+from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.pyramid_forcing import Strided, Veil
 from headforcing.stability import stability
@@ -155,21 +157,21 @@ def test_the_checks_find_planted_bugs(monkeypatch):
         return dataclasses.replace(found, left=found.left - 1)
 
     def first_come(profile, *, frames):
-        monkeypatch.setattr(module, "_steps", lambda hulls: sorted(steps(hulls), key=lambda step: step.head))
+        monkeypatch.setattr(maths, "_steps", lambda hulls: sorted(steps(hulls), key=lambda step: step.group))
         found = fit_budget(profile, frames=frames)
-        monkeypatch.setattr(module, "_steps", steps)
+        monkeypatch.setattr(maths, "_steps", steps)
         return found
 
     def no_hull(profile, *, frames):
-        monkeypatch.setattr(module, "_hull", sorted)
+        monkeypatch.setattr(module, "lower_hull", sorted)
         found = fit_budget(profile, frames=frames)
-        monkeypatch.setattr(module, "_hull", hull)
+        monkeypatch.setattr(module, "lower_hull", hull)
         return found
 
     def upside_down(profile, *, frames):
         return fit_budget(profile, frames=max(3, 54 - frames))
 
-    steps, hull = module._steps, module._hull
+    steps, hull = maths._steps, module.lower_hull
     profile = profile_with(ERRORS)
     for check, planted, given_ in (
         (check_within, spends_one_more, (profile, 4)),
@@ -181,6 +183,42 @@ def test_the_checks_find_planted_bugs(monkeypatch):
         with pytest.raises(AssertionError):
             check(planted, *given_)
         check(fit_budget, *given_)
+
+
+@given(errors=real, cut=st.integers(1, 3), frames=st.integers(4, 80))
+def test_heads_of_one_group_get_the_same_and_single_groups_change_nothing(errors, cut, frames):
+    profile = profile_with(errors)
+    heads = profile.shape[1]
+    labels = [["a" if head < cut else f"b{head}" for head in range(heads)]]
+    kinds = {label: Local(number) for number, label in enumerate(dict.fromkeys(labels[0]))}
+    groups = RoleMap.from_labels(labels, kinds)
+    found = fit_budget(profile, frames=frames, groups=groups)
+    assert len({label for label, group in zip(found.labels[0], labels[0], strict=True) if group == "a"}) == 1
+    assert found.frames <= frames
+    alone = fit_budget(profile, frames=frames)
+    assert found.curve[-1][1] >= alone.curve[-1][1] - 1e-12
+    if cut == 1:
+        assert (found.labels, found.curve, found.error) == (alone.labels, alone.curve, alone.error)
+
+
+def test_a_group_is_bought_as_a_whole():
+    """Two heads that gain little each from 12 frames against one that gains more from as many in all."""
+    profile = profile_with([[2.0, 1.0, 0.75, 0.5, 0.0], [2.0, 2.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]])
+    groups = RoleMap.from_labels([["near", "near", "far"]], {"near": Local(1), "far": Memory()})
+    found = fit_budget(profile, frames=13, groups=groups)
+    best = min(
+        (sum(errors), frames)
+        for frames, errors in (
+            (a + a + b, (x, y, z))
+            for a, x, y in zip(KEPT, ERRORS[0], ERRORS[1], strict=True)
+            for b, z in zip(KEPT, ERRORS[2], strict=True)
+        )
+        if frames <= 13
+    )
+    assert found.error == best[0]
+    assert found.found.settings["groups"] == groups.hash
+    with pytest.raises(OptionError, match="groups are for"):
+        fit_budget(profile, frames=13, groups=RoleMap.uniform(Local(1), 2, 3))
 
 
 # --- examples -----------------------------------------------------------------------------------------

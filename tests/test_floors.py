@@ -21,7 +21,7 @@ FLOORS = [
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
-    | {"budget"},
+    | {"budget", "hull"},
     {"observation", "plan"},
     {"attention", "status", "metrics", "hooks"},
     {"sites"},

@@ -52,6 +52,9 @@ class Options:
     by: Annotated[str, typer.Option(help="output_regret.p95, output_regret.mean or ablation.increase.")] = (
         "output_regret.p95"
     )
+    groups: Annotated[
+        Path | None, typer.Option(help="A role map: heads with the same label there get the same role.")
+    ] = None
     out: Annotated[Path | None, typer.Option(help="Where to write the role map. [default: show it only]")] = (
         None
     )
@@ -67,11 +70,13 @@ def fit(options: Options) -> None:
     with clean_errors():
         from headforcing.budget import fit_budget
         from headforcing.profile import HeadProfile
+        from headforcing.role_map import RoleMap
 
         spend = _spend(options)
         check_files(options.profile, {"--out": options.out})
         profile = HeadProfile.load(options.profile)
-        found = fit_budget(profile, by=options.by, **spend)
+        groups = None if options.groups is None else RoleMap.load(options.groups)
+        found = fit_budget(profile, by=options.by, groups=groups, **spend)
         role_map = found.role_map()
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
