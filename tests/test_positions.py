@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.positions import place
-from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
-from headforcing.testing.strategies import roles
+from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
+from headforcing.testing.strategies import kinds, roles
 
 WINDOW = 21
 
@@ -58,20 +60,79 @@ def test_only_compact_works_without_knowing_the_frames():
         place("clamped", (0, None, None, 7), 1, WINDOW)
 
 
+def places_beside(role: HeadRole, now: int) -> list[int]:
+    """Places that what a role keeps beside whole frames may take before a chunk that begins at `now`."""
+    inside = getattr(role, "role", role)
+    if isinstance(inside, Dynamic):
+        return [0, 3] if now >= 9 + inside.sink else [0]
+    if isinstance(inside, Averaging):
+        return [2] if now + 3 > inside.window else [0]
+    return [0]
+
+
+def check_stays(role: HeadRole, index: int) -> None:
+    """Positions of a chunk far into a video stay in the window, or are true; those of a digest stay free."""
+    role = role.fit(WINDOW, 3)
+    inside = getattr(role, "role", role)
+    capacity, now = role.capacity(3), 3 * index
+    for beside in places_beside(role, now):
+        taken = beside if isinstance(inside, Averaging) else 0
+        held = min(now, 30 if capacity is None else capacity - taken)
+        sink = min(getattr(inside, "sink", 0), held)
+        frames = (*range(sink), *range(now - held + sink, now), *range(now, now + 3))
+        placed = role.place(frames, 3, WINDOW, digested=beside)
+        if not role.bounded:
+            assert placed == frames
+            continue
+        assert list(placed) == sorted(set(placed))
+        assert 0 <= placed[0] <= placed[-1] < WINDOW
+        assert list(placed[-3:]) == list(range(placed[-3], placed[-3] + 3))
+        if beside:
+            assert placed == (*range(sink), *range(sink + beside, len(frames) + beside))
+
+
 @given(roles(WINDOW, 3), st.integers(0, 10**6))
 def test_a_fitted_role_stays_in_the_window_at_any_chunk_number(role, index):
     assume(not role.reads_per_query)  # those are tested on their own
-    role = role.fit(WINDOW, 3)
-    capacity = role.capacity(3)
-    now = 3 * index
-    held = min(now, 30 if capacity is None else capacity)
-    sink = min(getattr(role, "sink", 0), held)
-    frames = (*range(sink), *range(now - held + sink, now), *range(now, now + 3))
-    placed = role.place(frames, 3, WINDOW)
-    if role.bounded:
-        assert placed[-1] < WINDOW
-    else:
-        assert placed == frames
+    check_stays(role, index)
+
+
+@pytest.mark.parametrize("kind", [Dynamic, Averaging], ids=lambda kind: kind.__name__)
+def test_so_does_a_role_that_leaves_room_for_what_it_keeps_beside_frames(kind):
+    @given(kinds(WINDOW, 3)[kind], st.integers(0, 30))
+    def check(role, index):
+        check_stays(role, index)
+
+    check()
+
+
+class NoRoom(Averaging):
+    """With a bug: averages sit where frames sit."""
+
+    def place(self, frames, chunk, window, query=None, digested=0):
+        return super().place(frames, chunk, window, query)
+
+
+class Behind(Averaging):
+    """With a bug: room is left behind the last frames."""
+
+    def place(self, frames, chunk, window, query=None, digested=0):
+        placed = super().place(frames, chunk, window, query)
+        return (*placed[:-chunk], *(place + digested for place in placed[-chunk:]))
+
+
+class Absent(SlidingWindow):
+    """With a bug: says that it is bounded, and is not."""
+
+    bounded = True
+
+
+@pytest.mark.parametrize(
+    "broken", [NoRoom(), Behind(), Absent(9, positions="absolute")], ids=lambda role: type(role).__name__
+)
+def test_planted_bugs_in_positions_are_found(broken):
+    with pytest.raises((AssertionError, WindowError)):
+        check_stays(broken, 20)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.health import HostFlag
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores.ring import RingStore
 
@@ -47,8 +49,14 @@ ROLES: dict[str, HeadRole] = {
     "streaming": SlidingWindow(WINDOW, sink=3),
     "absolute": SlidingWindow(WINDOW, positions="absolute"),
 }
+BESIDE: dict[str, HeadRole] = {
+    "dynamic": Dynamic(pieces=TOKENS),
+    "dynamic, compact": Dynamic(2, pieces=1, positions="compact"),
+    "averages": Averaging(WINDOW),
+}
+"""Roles that keep something beside whole frames: what they see is put together for every pass."""
 EVERY_ROLE = (*ROLES.values(), Anchor(1))  # the heads of the anchor role are not neighbours
-ROWS = {**{name: (role, role) for name, role in ROLES.items()}, "every role": EVERY_ROLE}
+ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "every role": EVERY_ROLE}
 FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "every role")]
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 
@@ -73,12 +81,14 @@ class Layer:
         store: type[stores.KVStore] = RingStore,
         device: str = "cpu",
         passes: int = 3,
+        addresses: bool = True,
     ) -> None:
         config = DemoConfig(
             dim=DIM * len(row), heads=len(row), chunk=CHUNK, window=WINDOW, rope_rows=ROPE_ROWS
         )
         model = nn.ModuleList([DemoCausalSelfAttention(config)]).eval().requires_grad_(False).to(device)
         self.buffers: set[tuple[int, ...]] = set()
+        self.addresses = addresses
         self.handle = hf.apply_head_forcing(
             model, [row], adapter=adapter, window=WINDOW, store=store, backend=self._attend
         )
@@ -113,7 +123,8 @@ class Layer:
         return self
 
     def _attend(self, parts: Any, num_heads: int) -> Tensor:
-        self.buffers |= {(*x.shape, x.data_ptr()) for part in parts for x in (part.k, part.v)}
+        at = {(*x.shape, x.data_ptr() if self.addresses else 0) for part in parts for x in (part.k, part.v)}
+        self.buffers |= at
         return sdpa(parts, num_heads)
 
 
@@ -259,9 +270,15 @@ def turned(layer: Layer, turns: Turns) -> list[int]:
     return found
 
 
+TURNED = {Dynamic: CHUNK + 1, Averaging: AVERAGES}
+"""Frames that are rotated beside whole ones: those that are cut and the next one, and averages."""
+
+
 def check_history_is_rotated_once_per_chunk(layer: Layer, turns: Turns) -> None:
     layer.run(WARM_UP)
-    held = sum(role.capacity(CHUNK) or 0 for role in layer.handle.roles.counts())
+    held = sum(
+        (role.capacity(CHUNK) or 0) + TURNED.get(type(role), 0) for role in layer.handle.roles.counts()
+    )
     for _ in range(6):
         first, *others = turned(layer, turns)
         assert 0 <= first <= held
@@ -327,6 +344,13 @@ def test_compact_history_is_rotated_in_the_first_pass_of_a_chunk():
 
 def test_no_tensor_stays():
     check_no_tensor_stays(Layer(), chunks=60)
+
+
+@pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
+def test_nothing_stays_of_what_is_kept_beside_frames(role):
+    layer = Layer([role, role], passes=2, addresses=False)
+    check_no_tensor_stays(layer, chunks=60)
+    check_no_object_stays(layer, chunks=100, allowed=SOME_BYTES)
 
 
 def test_no_object_stays():

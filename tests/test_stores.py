@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+import inspect
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -23,18 +25,23 @@ from headforcing.episodic import MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.errors import ChunkOrderError, NonFiniteKVError, StreamError, StreamShapeError, WindowError
 from headforcing.lookup import module_names
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.pyramid_forcing import Strided, Wave
+from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
-from headforcing.testing.strategies import frame_tensor, queries, roles
+from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
 
 WINDOW, CHUNK = 12, 4
+PATCHES = GRID[0] * GRID[1]
 FAST_STORES = [store_class(name) for name in module_names("headforcing.stores") if name != "reference"]
 
 
-def encode(x: torch.Tensor, positions: Any) -> torch.Tensor:
+def encode(x: torch.Tensor, positions: Any, patch: int = 1) -> torch.Tensor:
     """Stands for RoPE: exact, and different for every position."""
     return x + 1000.0 * torch.tensor(positions, dtype=x.dtype)[:, None, None, None]
 
@@ -50,7 +57,10 @@ class Definition:
     """What a role keeps, written on frame numbers and Python lists only, for one sample."""
 
     def __init__(self, role: HeadRole) -> None:
-        self.role, self.kept, self.episodic = role, [], []
+        self.role = role.role if isinstance(role, CommitForcing) else role
+        self.kept, self.episodic = [], []
+        self.chunks, self.last, self.cut = 0, None, []
+        self.fits, self.averages, self.gone = True, None, []
 
     def begin(self, new: list[int], own: range, keys: dict[int, torch.Tensor]) -> None:
         role, frames = self.role, self.kept + new
@@ -63,6 +73,19 @@ class Definition:
             )
         elif isinstance(role, Local | Anchor):
             self.kept = self._sinks(frames) + self._last(frames, role.recent)
+        elif isinstance(role, Veil):
+            self.kept = [f for f in frames if f < role.sink or f >= own.start - role.recent]
+        elif isinstance(role, Dynamic):
+            self.kept = self._sinks(frames) + self._last(frames, 1)
+            self._pieces(role, new)
+        elif isinstance(role, Averaging):
+            self._average(role, frames, len(own), keys)
+        elif isinstance(role, Participating):
+            taken = len(frames) + len(own) + (0 if self.fits else role.chosen)
+            self.fits = self.fits and taken <= role.window
+            recent = len(frames) if taken <= role.window else max(0, role.recent - len(own))
+            self.kept = self._sinks(frames) + self._last(frames, recent)
+            self.gone += [f for f in frames if f not in self.kept]
         elif isinstance(role, Memory):
             self._memory(role, frames, keys)
         else:
@@ -82,6 +105,59 @@ class Definition:
             if len(self.episodic) > role.episodic:
                 self.episodic.remove(self._victim(role, keys))
         self.kept = sinks + self.episodic + recent
+
+    def _pieces(self, role: Dynamic, new: list[int]) -> None:
+        """Frames that are cut: the last one of the chunk before, and all of this one but the last."""
+        if not new:
+            return
+        before, self.last, self.chunks = self.last, new[-1], self.chunks + 1
+        early = before is None or self.chunks <= role.skip
+        self.cut = [] if early else [f for f in (before, *new[:-1]) if f >= role.sink]
+
+    def _average(self, role: Averaging, frames: list[int], chunk: int, keys: dict[int, torch.Tensor]) -> None:
+        self.fits = self.fits and len(frames) + chunk <= role.window
+        recent = len(frames) if self.fits else role.window - chunk - 2 - role.sink
+        self.kept = self._sinks(frames) + self._last(frames, recent)
+        gone = [f for f in frames if f not in self.kept]
+        if not gone:
+            return
+        if self.averages is None:
+            gone = gone[2:] or gone[-1:]
+        mean = torch.stack([keys[f] for f in gone]).double().mean((0, 1))
+        olds = [mean, mean] if self.averages is None else self.averages
+        self.averages = [
+            w * mean + (1 - w) * old for w, old in zip((role.slow, role.fast), olds, strict=True)
+        ]
+
+    def check_beside(self, values: torch.Tensor | None, start: int, keys: Any) -> None:
+        """Values `[m, Hr, D]` that are seen beside whole frames; a value is its key with another sign."""
+        role = self.role
+        if isinstance(role, Veil) and role.blocks:
+            complete = [b for b in range(0, start, role.block) if b + role.block <= start][-role.blocks :]
+            read = [b for b in complete if b + role.block <= start - role.recent]
+            expected = [torch.stack([keys(f) for f in range(b, b + role.block)]) for b in read]
+            expected = [-_squares(x, role.patch) for x in expected]
+        elif isinstance(role, Averaging) and self.averages is not None:
+            expected = [-average.expand(PATCHES, -1, -1) for average in self.averages]
+        elif isinstance(role, Dynamic) and self.cut:
+            bands = [-band for f in self.cut for band in keys(f).unflatten(0, (role.pieces, -1))]
+            seen = values.unflatten(0, (role.pieces, -1))
+            rows = [[torch.equal(band, piece) for band in bands].index(True) for piece in seen]
+            assert rows == sorted(set(rows)), "in order, none twice"
+            return
+        elif isinstance(role, Participating) and self.gone:
+            past = torch.cat([-keys(f) for f in self.gone])
+            found = (values[:, None] == past).all((2, 3))
+            assert found.any(1).all(), "tokens of frames that went"
+            rows = found.int().argmax(1).tolist()
+            assert rows == sorted(set(rows)), "in order, none twice"
+            assert len(rows) == min(role.chosen * PATCHES, len(past))
+            return
+        else:
+            expected = []
+        assert (values is None) == (not expected), role
+        if expected:
+            torch.testing.assert_close(values.double(), torch.cat(expected).double(), atol=1e-4, rtol=1e-4)
 
     def _sinks(self, frames: list[int]) -> list[int]:
         return [f for f in frames if f < self.role.sink]
@@ -113,6 +189,13 @@ class Definition:
         return a if second[0] > second[1] else b
 
 
+def _squares(frames: torch.Tensor, side: int) -> torch.Tensor:
+    """The mean over frames `[n, P, Hr, D]` and squares of patches."""
+    rows, columns = (range(0, length, side) for length in GRID)
+    grid = frames.double().unflatten(1, GRID)
+    return torch.stack([grid[:, r : r + side, c : c + side].mean((0, 1, 2)) for r in rows for c in columns])
+
+
 class StoreMachine(RuleBasedStateMachine):
     """One final write per chunk into the reference, any number of noisy ones into the other."""
 
@@ -138,18 +221,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.oracle = {role: [Definition(role) for _ in range(batch)] for role in self.heads}
 
     def _tensor(self, frames: range, salt: int = 0) -> torch.Tensor:
-        return frame_tensor(frames, self.seed + salt, self.batch, self.num_heads)
+        return frame_tensor(frames, self.seed + salt, self.batch, self.num_heads, PATCHES)
 
     def _write(self, frames: range, noisy_passes: int) -> None:
-        k, v = self._tensor(frames), -self._tensor(frames)
+        k, v, q = self._tensor(frames), -self._tensor(frames), self._tensor(frames, salt=7)
         for salt in range(1, noisy_passes + 1):
             noise = self._tensor(frames, salt=100 * salt)
-            self.noisy.write(Chunk(frames.start, noise, noise))
+            self.noisy.write(Chunk(frames.start, noise, noise, GRID, noise))
             for role in self.heads:
                 for query in queries(role, frames):
                     self.noisy.view(role, "denoise", encode, query)
+                    self.noisy.view_digest(role, encode, query)
         for store in (self.noisy, self.clean):
-            store.write(Chunk(frames.start, k, v))
+            store.write(Chunk(frames.start, k, v, GRID, q))
         new = [] if self.pending is None else [f for f in self.pending if f < frames.start]
         for role, samples in self.oracle.items():
             heads = list(self.heads[role].indices)
@@ -173,9 +257,10 @@ class StoreMachine(RuleBasedStateMachine):
         frames = self.pending
         for salt in range(passes):
             noise = self._tensor(frames, salt=100 * salt + 50)
-            self.noisy.write(Chunk(frames.start, noise, noise))
+            self.noisy.write(Chunk(frames.start, noise, noise, GRID, noise))
+        k, q = self._tensor(frames), self._tensor(frames, salt=7)
         for store in (self.noisy, self.clean):
-            store.write(Chunk(frames.start, self._tensor(frames), -self._tensor(frames)))
+            store.write(Chunk(frames.start, k, -k, GRID, q))
 
     @precondition(lambda self: self.pending is not None and self.pending.start > 0)
     @rule(batch=st.integers(1, 2), length=st.integers(1, CHUNK), explicit=st.booleans())
@@ -193,28 +278,51 @@ class StoreMachine(RuleBasedStateMachine):
         now = self.pending
         for role, heads in self.heads.items():
             for query in queries(role, now):
-                expected = self.clean.view(role, "denoise", encode, query)
-                view = self.noisy.view(role, "denoise", encode, query)
-                assert view.frames == expected.frames
-                assert view.positions == expected.positions
-                assert torch.equal(view.k, expected.k), role
-                assert torch.equal(view.v, expected.v), role
-                placed = torch.tensor(view.positions, dtype=view.k.dtype)[:, None, None, None]
-                assert torch.allclose(view.k - 1000.0 * placed, -view.v, atol=1e-2), (
-                    "K and V are of one frame"
-                )
+                view = self._same_view(role, "denoise", query)
                 assert view.k.shape[3] == len(heads)
-                self._check_bounds(role, view.positions)
-                if query is not None:
-                    phase = query % role.period if isinstance(role, Wave) else 0
+                inside = self.oracle[role][0].role
+                if isinstance(inside, Wave | Strided):
+                    phase = query % inside.period if isinstance(inside, Wave) else 0
                     read = self.oracle[role][0].cycle(range(now.start), now.start, phase)
                     assert view.frames == (*read, *now)
+                if isinstance(role, CommitForcing):
+                    newest = [f for f in view.frames if f is not None and f >= now.stop - role.window]
+                    assert list(self._same_view(role, "commit", query).frames) == newest
+                self._check_beside(role, query)
             held = self.noisy.frames(role)
             assert held == self.clean.frames(role)
             assert held == [definition.kept for definition in self.oracle[role]], role
             for sample in held:
                 assert sample == sorted(set(sample)), "no frame twice"
                 assert all(frame < now.start for frame in sample), "none from the future"
+
+    def _same_view(self, role: HeadRole, phase: Phase, query: int | None) -> Any:
+        expected = self.clean.view(role, phase, encode, query)
+        view = self.noisy.view(role, phase, encode, query)
+        assert view.frames == expected.frames
+        assert view.positions == expected.positions
+        assert torch.equal(view.k, expected.k), role
+        assert torch.equal(view.v, expected.v), role
+        placed = torch.tensor(view.positions, dtype=view.k.dtype)[:, None, None, None]
+        assert torch.allclose(view.k - 1000.0 * placed, -view.v, atol=1e-2), "K and V are of one frame"
+        self._check_bounds(role, view.positions)
+        return view
+
+    def _check_beside(self, role: HeadRole, query: int | None) -> None:
+        expected, seen = (store.view_digest(role, encode, query) for store in (self.clean, self.noisy))
+        assert (expected is None) == (seen is None)
+        if seen is not None:
+            assert torch.equal(seen[0], expected[0]), role
+            assert torch.equal(seen[1], expected[1]), role
+            off = (seen[0] + seen[1]) / 1000.0
+            assert torch.allclose(off, off.round(), atol=1e-4), "keys and values are of the same frames"
+        heads = list(self.heads[role].indices)
+        for sample, definition in enumerate(self.oracle[role]):
+
+            def keys(f: int, sample: int = sample) -> torch.Tensor:
+                return self._tensor(range(f, f + 1))[sample, 0][:, heads]
+
+            definition.check_beside(None if seen is None else seen[1][sample], self.pending.start, keys)
 
     def _check_bounds(self, role: HeadRole, positions: tuple[int, ...]) -> None:
         assert list(positions) == sorted(positions)
@@ -224,6 +332,44 @@ class StoreMachine(RuleBasedStateMachine):
             assert positions[-1] < WINDOW
         capacity = role.capacity(len(self.pending))
         assert capacity is None or len(positions) <= capacity + len(self.pending)
+
+
+def built_in() -> set[type[HeadRole]]:
+    """Classes of roles that the folder `headforcing/roles` defines."""
+    package, found, todo = "headforcing.roles", set(), [HeadRole]
+    for name in module_names(package):
+        importlib.import_module(f"{package}.{name}")
+    while todo:
+        subclasses = todo.pop().__subclasses__()
+        todo += subclasses
+        found |= {cls for cls in subclasses if cls.__module__.startswith(f"{package}.")}
+    return {cls for cls in found if not inspect.isabstract(cls)}
+
+
+def check_drawn(classes: set[type[HeadRole]]) -> None:
+    assert classes == set(kinds(WINDOW, CHUNK))
+
+
+def test_every_role_in_the_folder_is_drawn():
+    check_drawn(built_in())
+
+
+def test_a_role_that_is_not_drawn_is_found():
+    with pytest.raises(AssertionError):
+        check_drawn({*built_in(), EverySecond})
+    with pytest.raises(AssertionError):
+        check_drawn(built_in() - {Full})
+
+
+@pytest.mark.parametrize("kind", kinds(WINDOW, CHUNK), ids=lambda kind: kind.__name__)
+def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
+    @settings(max_examples=30)
+    @given(kinds(WINDOW, CHUNK)[kind], st.integers(1, CHUNK))
+    def check(role: HeadRole, chunk: int) -> None:
+        assert type(role) is kind
+        role.fit(WINDOW, chunk)
+
+    check()
 
 
 SETTINGS = settings(stateful_step_count=20, max_examples=2 * settings.default.max_examples)
@@ -267,7 +413,7 @@ class Mixed(RingStore):
         if chunk.frames != getattr(self, "seen", None):
             self.values = chunk.v
         self.seen = chunk.frames
-        super()._stage(Chunk(chunk.start, chunk.k, self.values))
+        super()._stage(replace(chunk, v=self.values))
 
 
 class Frozen(RingStore):
@@ -283,7 +429,46 @@ class Frozen(RingStore):
         return super().view(role, phase, encode, query)
 
 
-@pytest.mark.parametrize("store", [Leaky, Sticky, Greedy, Mixed, Frozen], ids=lambda store: store.__name__)
+class Lasting(RingStore):
+    """Shows what was merged, averaged or cut for the first chunk that saw any."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.digests.refresh = lambda: None
+
+
+class Withholding(RingStore):
+    """Does not say which frames go."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.digests.let_go = lambda *_: None
+
+
+class Hasty(RingStore):
+    """Merges, averages and cuts what the first pass wrote."""
+
+    def _stage(self, chunk: Chunk) -> None:
+        if chunk.frames != getattr(self, "_seen", None):
+            self._first, self._seen = chunk, chunk.frames
+        super()._stage(chunk)
+
+    def _commit_before(self, start: int) -> None:
+        add = self.digests.add
+        self.digests.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
+        super()._commit_before(start)
+        self.digests.add = add
+
+    def _instead(self, role: HeadRole, chunk: Chunk) -> Chunk:
+        k, v = self.heads[role].take(self._first.k), self.heads[role].take(self._first.v)
+        return replace(chunk, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    "store",
+    [Leaky, Sticky, Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
+    ids=lambda store: store.__name__,
+)
 def test_the_state_machine_catches_a_planted_bug(store):
     machine = type("Planted", (StoreMachine,), {"store": store})
     quick = settings(SETTINGS, phases=[Phase_.generate], report_multiple_bugs=False)

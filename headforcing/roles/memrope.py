@@ -118,5 +118,5 @@ class Averages(Digest):
         mean = x.mean((1, 2), dtype=torch.float32)[:, None].expand(-1, AVERAGES, -1, -1)
         if held is None:
             return mean.clone()
-        weights = mean.new_tensor((self.role.slow, self.role.fast))[:, None, None]
-        return held.lerp(mean, weights)
+        weights = (self.role.slow, self.role.fast)
+        return torch.stack([held[:, at].lerp(mean[:, at], weight) for at, weight in enumerate(weights)], 1)

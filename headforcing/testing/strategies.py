@@ -7,41 +7,106 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headforcing.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
+from headforcing.errors import WindowError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.pyramid_forcing import Strided, Wave
+from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import AVERAGES, Averaging
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.types import Grid
 
 UPDATES: tuple[EpisodicUpdate, ...] = (MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform())
+GRID: Grid = (2, 6)
+"""Patches of a frame that every role drawn here can merge and cut."""
 
 
 def roles(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
     """Any built-in role that fits a model with this window and chunks of up to `chunk` frames."""
+    return st.one_of(*kinds(window, chunk).values())
+
+
+def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[HeadRole]]:
+    """A strategy for every class of built-in roles; those wrapped in another are drawn of all the others."""
     room = st.integers(0, window - chunk)
     pair = room.flatmap(lambda total: st.integers(0, total).map(lambda first: (first, total - first)))
     ends = st.sampled_from(["compact", "clamped", "absolute"])
+    two = st.sampled_from(["compact", "absolute"])
     sliding = st.builds(
         lambda size, sink, positions: SlidingWindow(size, min(sink, size - chunk), positions=positions),
         st.integers(max(chunk, 1), window),
         st.integers(0, 3),
-        st.sampled_from(["compact", "absolute"]),
+        two,
     )
-    return st.one_of(
-        st.just(Full()),
-        sliding,
-        st.builds(lambda p, s: Local(recent=p[0], sink=p[1], positions=s), pair, ends),
-        st.builds(lambda p, s: Anchor(sink=p[0], recent=p[1], positions=s), pair, ends),
-        memories(window, chunk),
-        waves(),
-    )
+    plain: dict[type[HeadRole], st.SearchStrategy[HeadRole]] = {
+        Full: st.just(Full()),
+        SlidingWindow: sliding,
+        Local: st.builds(lambda p, s: Local(recent=p[0], sink=p[1], positions=s), pair, ends),
+        Anchor: st.builds(lambda p, s: Anchor(sink=p[0], recent=p[1], positions=s), pair, ends),
+        Memory: memories(window, chunk),
+        Wave: _cycles(Wave),
+        Strided: _cycles(Strided),
+        Veil: _veils(),
+        Dynamic: st.builds(
+            lambda sink, pieces, skip, positions: Dynamic(sink, pieces, skip, positions=positions),
+            *(st.integers(0, 4), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 3), two),
+        ),
+        Averaging: _averagings(window, chunk),
+        Participating: _participating(window, chunk),
+    }
+    fitting = {
+        kind: strategy.filter(lambda role: _fits(role, window, chunk)) for kind, strategy in plain.items()
+    }
+    wrapped = st.builds(CommitForcing, st.one_of(*fitting.values()), st.integers(max(chunk, 1), window))
+    return {**fitting, CommitForcing: wrapped}
 
 
-def waves() -> st.SearchStrategy[HeadRole]:
-    """The roles of Pyramid Forcing, which see something else for every query frame."""
+def _fits(role: HeadRole, window: int, chunk: int) -> bool:
+    try:
+        role.fit(window, chunk)
+    except WindowError:
+        return False
+    return True
+
+
+def _cycles(kind: type[Wave] | type[Strided]) -> st.SearchStrategy[HeadRole]:
+    """Heads of Pyramid Forcing that read by cycles, for every query frame another one."""
     few = st.integers(0, 4)
     return st.builds(
-        lambda kind, sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
-        st.sampled_from([Wave, Strided]),
+        lambda sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
         *(few, st.integers(1, 7), few, few),
     )
+
+
+def _veils() -> st.SearchStrategy[HeadRole]:
+    few = st.integers(0, 4)
+    return st.builds(
+        lambda sink, recent, blocks, block, patch: Veil(
+            sink, recent, blocks=blocks, block=block, patch=patch
+        ),
+        *(few, few, few, st.integers(1, 5), st.integers(1, 2)),
+    )
+
+
+def _averagings(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
+    weight = st.floats(0.001, 1.0)
+
+    def build(size: int, sink: int, slow: float, fast: float) -> Averaging:
+        return Averaging(size, max(0, min(sink, size - AVERAGES - chunk)), slow, fast)
+
+    return st.builds(
+        build, st.integers(min(AVERAGES + chunk, window), window), st.integers(0, 4), weight, weight
+    )
+
+
+def _participating(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
+    def build(size: int, sink: int, recent: int, chosen: int) -> Participating:
+        recent = min(recent, size - 1)
+        chosen = max(1, min(chosen, size - max(recent, chunk)))
+        return Participating(size, max(0, min(sink, size - chosen - max(recent, chunk))), recent, chosen)
+
+    sizes = st.integers(min(chunk + 1, window), window)
+    return st.builds(build, sizes, st.integers(0, 4), st.integers(1, 5), st.integers(1, 3))
 
 
 def queries(role: HeadRole, chunk: range) -> list[int | None]:
