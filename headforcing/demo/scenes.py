@@ -130,12 +130,14 @@ class Found:
         leaked: the same of scenes with different prompts, mean over all pairs.
         halves: the same of the two halves of one scene, mean: more is hardly possible.
         sprites: share of the judged frames with a sprite of the colour and about the size asked for.
+        at_once: the same in the first chunk of every scene but the first.
     """
 
     returned: Tensor
     leaked: Tensor
     halves: Tensor
     sprites: Tensor
+    at_once: Tensor
 
     @property
     def distance(self) -> Tensor:
@@ -218,11 +220,14 @@ def measure(video: Tensor, script: Script) -> Found:
     others = [pair for pair in combinations(range(len(scenes)), 2) if _differ(script, *pair)]
     back = [alike(scenes[scene], scenes[first]) for scene, first in script.returns.items()]
     halves = [[background(half) for half in span.chunk(2, 2)] for span in spans]
+    begins = [scene * script.chunks * CHUNK for scene in range(len(script.prompts))]
+    at_once = [(video[:, :, begin : begin + CHUNK], script.prompts[n]) for n, begin in enumerate(begins) if n]
     return Found(
         returned=torch.stack(back).mean(0) if back else nothing,
         leaked=torch.stack([alike(scenes[a], scenes[b]) for a, b in others]).mean(0),
         halves=torch.stack([alike(a, b) for a, b in halves]).mean(0),
         sprites=torch.stack([_sprites(*each) for each in zip(spans, script.prompts, strict=True)]).nanmean(0),
+        at_once=torch.stack([_sprites(*each) for each in at_once]).nanmean(0),
     )
 
 

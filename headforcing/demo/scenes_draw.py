@@ -24,7 +24,7 @@ BANDS = (640, 44)
 CELL, SPACE, ROW, SHEET_LEFT, SHEET_TOP = 132, 10, 172, 224, 172
 MANY = 7
 """More scenes than this have one column of the sheet each instead of two."""
-LIKENESS = "alike: correlation of the background with the first time, 1 is the same texture"
+LIKENESS = "alike: correlation of the background with the scene's first time; 1: the same, 0: unrelated"
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,12 @@ def draw_sheet(tale: Tale) -> Any:
     script, length = tale.script, tale.script.chunks * CHUNK
     parts = (0.25, 0.92) if len(script.prompts) <= MANY else (0.92,)
     wide = len(parts) * (CELL + SPACE)
-    size = (SHEET_LEFT + len(script.prompts) * wide + 22, SHEET_TOP + len(tale.videos) * ROW + 8)
+    size = (SHEET_LEFT + len(script.prompts) * wide + 22, SHEET_TOP + len(tale.videos) * ROW + 30)
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     draw.text((32, 44), tale.headline, INK, _font(26, "bold"), anchor="ls")
-    draw.text((32, 72), f"{tale.byline} · {LIKENESS}", FAINT, _font(16), anchor="ls")
+    draw.text((32, 72), tale.byline, FAINT, _font(16), anchor="ls")
+    draw.text((32, size[1] - 16), LIKENESS, FAINT, _font(14), anchor="ls")
     colours = scene_colours(script.names)
     for scene, name in enumerate(script.names):
         x, y = SHEET_LEFT + scene * wide, SHEET_TOP - 72

@@ -60,6 +60,7 @@ class ModeRow:
         distance: returned minus leaked.
         halves: the same between the two halves of a scene, mean.
         sprites: share of the frames with a sprite of the colour and about the size asked for.
+        at_once: the same in the first chunk of every scene but the first.
     """
 
     mode: str
@@ -69,6 +70,7 @@ class ModeRow:
     distance: float | None
     halves: float | None
     sprites: float | None
+    at_once: float | None
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ class Report:
 
         title = f"{len(self.prompts)} scenes: {' '.join(self.names)}, {self.frames} frames, seed {self.seed}"
         table = Table(title=title, title_style="bold")
-        for column in ("", "return", "leak", "distance", "within", "sprites", "stored"):
+        for column in ("", "return", "leak", "distance", "within", "sprites", "at once", "stored"):
             table.add_column(column, justify="right" if column else "left")
         for row in self.modes:
-            values = (row.returned, row.leaked, row.distance, row.halves, row.sprites)
+            values = (row.returned, row.leaked, row.distance, row.halves, row.sprites, row.at_once)
             table.add_row(row.mode, *map(number, values), f"{row.stored_bytes / 1e6:.2f} MB")
         return table
 
@@ -170,7 +172,7 @@ def play_all(
 
 def mode_row(played: Played, found: Found) -> ModeRow:
     """Means over the videos of a mode."""
-    values = (found.returned, found.leaked, found.distance, found.halves, found.sprites)
+    values = (found.returned, found.leaked, found.distance, found.halves, found.sprites, found.at_once)
     means = [None if math.isnan(value) else value for value in (float(each.mean()) for each in values)]
     return ModeRow(played.mode, played.stored_bytes, *means)
 

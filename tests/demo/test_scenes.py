@@ -79,6 +79,8 @@ def test_a_planted_return_is_found_and_a_planted_leak():
     leaking = measure(video_of(script, (0, 0, 0, 0)), script)
     assert (leaking.leaked > 0.99).all()
     assert (leaking.distance.abs() < 0.01).all()
+    assert returning.sprites.tolist() == pytest.approx([2 / 4] * 2)  # all are red, as A asks
+    assert returning.at_once.tolist() == pytest.approx([1 / 3] * 2)
     forgotten = measure(video_of(script, (0, 1, 3, 2)), script)
     assert (forgotten.returned < 0.5).all()
 
