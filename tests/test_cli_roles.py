@@ -441,7 +441,7 @@ def test_labels_of_another_project_are_imported(tmp_path):
     assert told["hash"] == RoleMap.load(out).hash
     said = run("import", tmp_path / "labels.csv", *options)
     assert said.exit_code == 0
-    assert "the nearest role" in " ".join(said.stdout.split())
+    assert "the role of its preset" in " ".join(said.stdout.split())
 
 
 def test_what_cannot_be_imported(tmp_path):

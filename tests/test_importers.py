@@ -104,7 +104,7 @@ def test_a_table_of_pyramid_forcing_becomes_a_map(tmp_path):
     notes = role_map.origin.notes
     assert notes["file_sha256"] == hashlib.sha256(CSV.encode()).hexdigest()
     assert (notes["imported"], notes["file"]) == ("pyramid_forcing", "labels.csv")
-    assert notes["wave_became"] == f"{wave}, the nearest role of this package"
+    assert notes["wave_became"] == f"{wave}, the role of its preset"
     assert hf.RoleMap.from_json(role_map.to_json()) == role_map
     assert role_map.fit(3, 4, 21, 3).shape == (3, 4)
 

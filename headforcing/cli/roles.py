@@ -96,7 +96,7 @@ def import_file(
 ) -> None:
     """Make a role map from the head labels of another project.
 
-    Labels are taken exactly or not at all. What they mean here are the nearest roles of this package;
+    Labels are taken exactly or not at all. What they mean are the roles of the preset of that name;
     the notes of the map say which.
     """
     with clean_errors():

@@ -1,8 +1,7 @@
 """Importers: head labels that other projects published, as role maps. One file each; the folder is the list.
 
-The labels are taken exactly or not at all. What they mean is not: these methods keep and read frames in
-their own ways, and an importer stands in the nearest roles of this package, says which in the notes of the
-map, and takes better ones from the caller.
+The labels are taken exactly or not at all. What they mean are the roles of the preset of that name
+(`headforcing.presets`), or others from the caller; the notes of the map say which.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Imported:
 
     Attributes:
         labels: name of the role of every head, `labels[layer][head]`.
-        roles: the nearest roles of this package, by name.
+        roles: the roles of the preset of that name, by label.
         says: what the file says about itself, such as a profile name and a description.
     """
 
@@ -42,7 +41,7 @@ def import_roles(path: str | Path, format: str, roles: Mapping[str, HeadRole] | 
     Args:
         path: the file.
         format: name of the importer, such as `pyramid_forcing`.
-        roles: what the labels mean, where it is not to be the importer's nearest role.
+        roles: what the labels mean, where it is not to be the role of the preset.
 
     Raises:
         OptionError: there is no such importer, or it knows no label of a name in `roles`.
@@ -63,5 +62,5 @@ def import_roles(path: str | Path, format: str, roles: Mapping[str, HeadRole] | 
         **{f"file_says_{name}": value for name, value in found.says.items()},
     }
     for name, role in meaning.items():
-        notes[f"{name}_became"] = f"{role}" + ("" if name in given else ", the nearest role of this package")
+        notes[f"{name}_became"] = f"{role}" + ("" if name in given else ", the role of its preset")
     return RoleMap.from_labels(found.labels, meaning, Origin(notes=notes))
