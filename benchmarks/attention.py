@@ -8,7 +8,7 @@ the machine does falls on all of them. See README.md in this folder.
 
     python benchmarks/attention.py --quick
     python benchmarks/attention.py --grids 30x52 --dtypes float32 --profile --out runs/bench/attention.json
-    python benchmarks/attention.py --presets --grids 15x26 --repeats 8 --threads 1
+    python benchmarks/attention.py --presets --grids 16x24 --repeats 8 --threads 1
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ from headforcing.demo.entrants import (
 from headforcing.demo.files import replace_file
 from headforcing.demo.profiled import SEED, VIDEOS
 from headforcing.presets import PRESETS
+from headforcing.role_map import RoleMap
+from headforcing.roles import SlidingWindow
+from headforcing.roles.deep_forcing import Participating
 
 DRAWS = 4
 """Of labels; each draw makes its share of the videos, so that the intervals know of them."""
@@ -66,6 +69,11 @@ def contest(config: DemoConfig) -> tuple[dict[str, list[Policy]], dict[str, dict
             key = by_roles.setdefault(roles, f"sink + recent, {frames} frames")
             policies.setdefault(key, [Policy(key, roles)])
             fact["controls"] |= {} if key == one.name else {"streaming": key}
+        if sinks := {role.sink for role in one.roles.counts() if isinstance(role, Participating)}:
+            role = SlidingWindow(config.window, sink=max(sinks))
+            key = f"sink of {one.name}, {config.window} frames"
+            policies[key] = [Policy(key, RoleMap.uniform(role, config.layers, config.heads))]
+            fact["controls"]["sink"] = key
         if len(one.roles.counts()) > 1:
             for name, draw in (("shuffled", shuffled), ("random", scattered)):
                 key = f"{one.name}, {name}"
@@ -77,7 +85,7 @@ def contest(config: DemoConfig) -> tuple[dict[str, list[Policy]], dict[str, dict
 def jobs_of(
     policies: Mapping[str, Sequence[Policy]], seeds: Sequence[int], chunks: int, batch: int
 ) -> list[Job]:
-    """Every policy on both cameras; draws share the videos among them and come last, moving camera first."""
+    """Every policy on both cameras; draws share the videos among them and come last."""
     found = []
     for key, draws in policies.items():
         each = -(-len(seeds) // len(draws))
@@ -85,7 +93,11 @@ def jobs_of(
         for camera in CAMERAS:
             for policy, share in zip(draws, shares, strict=False):
                 found.append(Job(key, policy, camera, share, chunks, batch))
-    return sorted(found, key=lambda job: (len(policies[job.key]) > 1, job.camera == "still"))
+
+    def turn(job: Job) -> tuple[bool, bool, bool]:
+        return len(policies[job.key]) > 1, job.camera == "still", job.key.endswith("random")
+
+    return sorted(found, key=turn)
 
 
 def evaluate_all(

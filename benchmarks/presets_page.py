@@ -16,10 +16,16 @@ OWN = "demo map"
 BASE = "sliding_window"
 AGAINST = {
     "streaming": "StreamingLLM at as many frames",
+    "sink": "its sink and the last frames, a window in all",
     "shuffled": "its roles shuffled in each layer",
     "random": "its roles on random heads",
 }
-MARKS = {"streaming": ("D", "#D55E00"), "shuffled": ("v", "#009E73"), "random": ("x", "#CC79A7")}
+MARKS = {
+    "streaming": ("D", "#D55E00"),
+    "sink": ("s", "#E69F00"),
+    "shuffled": ("v", "#009E73"),
+    "random": ("x", "#CC79A7"),
+}
 MEASURES = {"psnr_late": "late background, dB", "identity_late": "sprites"}
 
 INTRO = """# Presets on the demo model
@@ -39,8 +45,10 @@ with their defaults; nothing was chosen on the videos of this page. Numbers behi
 * **Late** and **early**: background PSNR in dB, as there; 95 % bootstrap interval over videos.
 * **Sprites** and **motion**: as there, late; 1 is right.
 * **Controls**: *StreamingLLM at as many frames*: for all heads the first and the last frames, as many as the
-  preset sees, rounded. *Shuffled*: its roles on other heads of their layer; *random*: on any heads. {draws}
-  draws each, and every draw makes its share of the videos, so that intervals know of both.
+  preset sees, rounded. *Sink*: where a preset has more first frames than a chunk, those and the last frames,
+  {trained} in all, and nothing that is chosen. *Shuffled*: its roles on other heads of their layer;
+  *random*: on any heads. {draws} draws each, and every draw makes its share of the videos, so that intervals
+  know of both.
 * A difference is the preset minus its control, paired by video; bold: its interval excludes 0. Intervals are
   not corrected for the number of comparisons.
 * **\\***: its positions leave the range that the model was trained on, as they do at the source.
