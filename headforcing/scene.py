@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from headforcing.errors import StreamError
+from headforcing.errors import OptionError, StreamError
 from headforcing.role import HeadRole
 from headforcing.switch import Switch
 from headforcing.types import Tier
@@ -101,14 +101,21 @@ class Scenes:
         return self._scenes[role].outside(frames)
 
     def mark(self, name: str) -> None:
-        """Names what the heads hold when the next chunk begins."""
+        """Names what the heads hold when the next chunk begins.
+
+        Raises:
+            OptionError: the name is no text.
+        """
+        if not isinstance(name, str):
+            raise OptionError(f"a mark is named {name!r}: expected a text")
         self._due.append(name)
 
     def check(self, switch: Switch, stop: int, held: Held, layer: int) -> None:
         """Looks whether a switch is possible behind frame `stop`.
 
         Raises:
-            StreamError: there is no such mark, or frames that come again cannot be told from others.
+            StreamError: there is no such mark, or frames that come again lie before the last restart of time
+                or cannot be told from others.
         """
         if switch.mark is not None and switch.mark not in self.marks:
             known = ", ".join(self.marks) if self.marks else "none"
@@ -118,6 +125,11 @@ class Scenes:
         if switch.frames > stop:
             raise StreamError(f"layer {layer}: {switch.frames} of {stop} frames cannot come again")
         for role, scene in self._scenes.items():
+            if stop - switch.frames < scene.begin:
+                raise StreamError(
+                    f"layer {layer}: time restarted at frame {scene.begin}, so of {stop} frames only the "
+                    f"last {stop - scene.begin} can come again: pass frames={stop - scene.begin} or fewer"
+                )
             frames, first = held(role), scene.inside(stop - switch.frames)
             unknown = [row for row, frame in enumerate(frames) if frame is None]
             later = [f for f in frames[unknown[-1] :] if f is not None] if unknown else []
@@ -178,8 +190,8 @@ class Scenes:
         scene = self._scenes[role]
         first = scene.inside(start)
         if switch.mode == "recache":
-            before = [row for row, f in enumerate(held(role)) if f is None or f < first]
-            return take(role, before)
+            self._scenes[role] = replace(scene, since=min(scene.since, first))
+            return take(role, _rows_before(held(role), first))
         if switch.mark is not None:
             kept, names = self._marks[switch.mark][role]
         else:
@@ -189,6 +201,12 @@ class Scenes:
             return kept.restarted()
         self._scenes[role] = replace(scene, since=first)
         return kept
+
+
+def _rows_before(frames: Sequence[int | None], first: int) -> list[int]:
+    """Rows of ascending frames that lie before `first` for sure, those chosen by content included."""
+    known = [row for row, frame in enumerate(frames) if frame is not None and frame <= first]
+    return [row for row in range(max(known, default=-1) + 1) if frames[row] != first]
 
 
 _Named = tuple[Kept, tuple[int | None, ...]]

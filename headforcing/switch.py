@@ -43,11 +43,11 @@ class Switch:
             ("frames", self.frames, "recache"),
         ):
             if given and self.mode != mode:
-                raise OptionError(f"{what} goes with mode 'cut', 'recall' or 'recache': got {self.mode!r}")
+                raise OptionError(f"{what} goes with mode {mode!r}: got mode {self.mode!r}")
             if not given and self.mode == mode != "cut":
                 raise OptionError(f"mode {mode!r} needs {what}: pass {what}=...")
-        if wrong := set(self.keep) - set(LASTING):
-            raise OptionError(f"keep has {sorted(wrong)}: expected some of {', '.join(LASTING)}")
+        if wrong := [tier for tier in self.keep if tier not in LASTING]:
+            raise OptionError(f"keep has {wrong}: expected some of {', '.join(LASTING)}")
         if type(self.frames) is not int or self.frames < 0:
             raise OptionError(f"frames is {self.frames!r}: expected a number of frames, at least 1")
 

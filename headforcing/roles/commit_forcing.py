@@ -79,11 +79,13 @@ class CommitForcing(HeadRole):
         query: int | None = None,
         digested: int = 0,
     ) -> tuple[int, ...]:
-        """As the role inside."""
+        """As the role inside; places of a digest come behind first frames, also where those are not seen."""
         more = {"query": query} if query is not None else {}
-        if digested:
-            more["digested"] = digested
-        return self.role.place(frames, chunk, window, **more)
+        if not digested:
+            return self.role.place(frames, chunk, window, **more)
+        unseen = [frame for frame in range(getattr(self.role, "sink", 0)) if frame not in frames]
+        placed = self.role.place((*unseen, *frames), chunk, window, **more, digested=digested)
+        return placed[len(unseen) :]
 
     @property
     def bounded(self) -> bool:
