@@ -1,114 +1,38 @@
 """Self Forcing (arXiv:2506.08009) and the repositories that share its attention skeleton.
 
-Causal Forcing and minimal-self-forcing use the same interface. Its facts: the pipeline owns one dict
-per layer with `k`, `v` `[B, tokens, H, D]`, `global_end_index` and `local_end_index`; denoise passes
-overwrite the same slots; keys are cached after RoPE at absolute frames; a full cache is rolled left
-behind its sink; a new video replaces the index tensors of the same dicts by zeros.
+Causal Forcing and minimal-self-forcing use the same interface. Its facts: cache dicts carry
+`global_end_index` and `local_end_index`; denoise passes overwrite the same slots; keys are cached after RoPE
+at absolute frames; a full cache is rolled left behind its sink; a new video replaces the index tensors of
+the same dicts by zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from headforcing import rope
-from headforcing.adapter import Adapter, Memo, bind, parameter_names
-from headforcing.errors import ExternalEditError, StreamShapeError, UnsupportedModelError
-from headforcing.types import AttentionCall, Phase
+from headforcing.adapter import Memo
+from headforcing.errors import ExternalEditError
+from headforcing.types import AttentionCall
+from headforcing.wan import WanAdapter
 
-FORWARD = (
-    "x",
-    "seq_lens",
-    "grid_sizes",
-    "freqs",
-    "block_mask",
-    "kv_cache",
-    "current_start",
-    "cache_start",
-)
-SUBMODULES = ("q", "k", "v", "o", "norm_q", "norm_k")
-NUMBERS = ("num_heads", "head_dim", "local_attn_size", "sink_size")
 INDICES = ("global_end_index", "local_end_index")
 
-TRAINED_WINDOW = 21
-"""Latent frames Self Forcing was trained on; a model with `local_attn_size=-1` does not carry it."""
 
-
-class SelfForcing(Adapter):
-    """The `CausalWanSelfAttention` skeleton.
-
-    Args:
-        context_noise: timestep of the clean pass that writes the cache, as in the host's configuration.
-    """
+class SelfForcing(WanAdapter):
+    """The `CausalWanSelfAttention` skeleton with two end indices."""
 
     name = "self_forcing"
-
-    def __init__(self, context_noise: float = 0) -> None:
-        self.context_noise = context_noise
-
-    def why_not(self, model: nn.Module) -> str | None:
-        """See `Adapter.why_not`."""
-        if any(True for _ in self.attentions(model)):
-            return None
-        return (
-            f"no module has {', '.join(SUBMODULES)}, {', '.join(NUMBERS)} and forward({', '.join(FORWARD)})"
-        )
-
-    def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """See `Adapter.attentions`."""
-        for name, module in model.named_modules():
-            if all(isinstance(getattr(module, part, None), nn.Module) for part in SUBMODULES) and (
-                all(isinstance(getattr(module, number, None), int) for number in NUMBERS)
-                and parameter_names(module) == FORWARD
-            ):
-                yield name, module
-
-    def heads(self, module: nn.Module) -> tuple[int, int]:
-        """See `Adapter.heads`."""
-        return int(module.num_heads), int(module.head_dim)  # type: ignore[arg-type]
-
-    def window(self, model: nn.Module) -> int:
-        """The model's local attention size, or what Self Forcing was trained on where it has none."""
-        sizes = {int(module.local_attn_size) for _, module in self.attentions(model)}  # type: ignore[arg-type]
-        if len(sizes) > 1:
-            raise UnsupportedModelError(
-                f"layers have different local_attn_size {sorted(sizes)}: pass window=..."
-            )
-        size = sizes.pop()
-        return TRAINED_WINDOW if size == -1 else size
-
-    def chunk(self, model: nn.Module) -> int:
-        """Frames per chunk, as the pipeline set them on the model."""
-        for module in model.modules():
-            if isinstance(frames := getattr(module, "num_frame_per_block", None), int):
-                return frames
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no num_frame_per_block, so the frames per chunk are unknown: "
-            "pass chunk=..."
-        )
-
-    def read(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> AttentionCall | None:
-        """See `Adapter.read`."""
-        arguments = bind(module, args, kwargs)
-        cache = arguments["kv_cache"]
-        if cache is None:
-            return None
-        grids = arguments["grid_sizes"].tolist()
-        if any(grid != grids[0] for grid in grids):
-            raise StreamShapeError(f"samples of one batch have different grids {grids}: expected one")
-        frames, height, width = grids[0]
-        start, rest = divmod(int(arguments["current_start"]), height * width)
-        if rest:
-            raise StreamShapeError(
-                f"current_start {arguments['current_start']} is no multiple of {height * width} tokens "
-                f"per frame ({height}x{width}): expected tokens, not frames"
-            )
-        return AttentionCall(arguments["x"], start, (frames, height, width), cache["k"], arguments)
+    forward = (
+        "x",
+        "seq_lens",
+        "grid_sizes",
+        "freqs",
+        "block_mask",
+        "kv_cache",
+        "current_start",
+        "cache_start",
+    )
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; reads the indices only when the host touched them."""
@@ -128,17 +52,6 @@ class SelfForcing(Adapter):
             "something outside edits the cache; reset the stream with handle.reset()"
         )
 
-    def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Adapter.project`."""
-        x, m = call.x, module
-        shape = (x.shape[0], call.grid[0], call.tokens_per_frame, *self.heads(module))
-        q, k, v = m.norm_q(m.q(x)), m.norm_k(m.k(x)), m.v(x)  # type: ignore[operator]
-        return q.view(shape), k.view(shape), v.view(shape)
-
-    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
-        """See `Adapter.rotate`."""
-        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch=patch)
-
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""
         cache, tokens = call.arguments["kv_cache"], out.shape[1]
@@ -151,74 +64,18 @@ class SelfForcing(Adapter):
         for index, value in zip(indices, memo["ends"], strict=True):
             index.fill_(value)
         memo["marks"] = [(index, _version(index)) for index in indices]
-        return module.o(out.flatten(2))  # type: ignore[operator, no-any-return]
-
-    def clock(self, model: nn.Module) -> nn.Module | None:
-        """The transformer: it embeds the timestep and holds the blocks."""
-        parts = {"time_embedding", "blocks"}
-        found = [module for module in model.modules() if parts <= module._modules.keys()]
-        return found[0] if len(found) == 1 else None
-
-    def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
-        """The clean pass is the one whose timesteps are all `context_noise`; `t` is the second argument."""
-        times: Tensor = kwargs["t"] if "t" in kwargs else args[1]
-        return "commit" if bool((times == self.context_noise).all()) else "denoise"
-
-    def cross_attentions(self, model: nn.Module) -> list[nn.Module]:
-        """The neighbour of every self-attention.
-
-        Raises:
-            UnsupportedModelError: a block has none.
-        """
-        parents = [name.rpartition(".")[0] for name, _ in self.attentions(model)]
-        found = [getattr(model.get_submodule(parent), "cross_attn", None) for parent in parents]
-        if any(not isinstance(module, nn.Module) for module in found):
-            raise UnsupportedModelError("a block has no cross_attn: its prompt cannot be switched")
-        return found  # type: ignore[return-value]
-
-    def forget_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Upstream projects the prompt where `is_init` of the cache is false."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, dict) and "is_init" in value:
-                value["is_init"] = False
+        return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def forget(self, memo: Memo) -> None:
         memo.pop("ends", None)
         memo.pop("marks", None)
 
-    def release(self, call: AttentionCall, memo: Memo) -> int:
-        """Leaves `k` and `v` their shape but no memory: one element, seen everywhere."""
-        cache = call.arguments["kv_cache"]
-        if "v" in memo:
-            return 0
-        memo["v"] = cache["v"]  # `k` is the anchor: holding it here would keep the stream alive
-        freed = sum(_exclusive_bytes(cache[name]) for name in ("k", "v"))
-        for name in ("k", "v"):
-            _restorage(cache[name], torch.zeros(1, dtype=cache[name].dtype, device=cache[name].device))
-        return freed
-
     def give_back(self, anchor: object, memo: Memo) -> None:
-        """Zeros for `k` and `v`, zeros for the indices: a cache nothing was written to."""
-        if not isinstance(anchor, Tensor) or "v" not in memo:
-            return
-        for tensor in (anchor, memo["v"]):
-            _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
-        for index, _ in memo.get("marks", ()):
+        """Zeros for the indices, too: a cache nothing was written to."""
+        super().give_back(anchor, memo)
+        for index, _ in memo.get("marks", ()) if "v" in memo else ():
             with torch.inference_mode(index.is_inference()):
                 index.zero_()
-
-
-def _restorage(tensor: Tensor, source: Tensor) -> None:
-    """Gives `tensor`, the object the host holds, the memory of `source`, keeping its shape."""
-    stride = source.stride() if source.shape == tensor.shape else (0,) * tensor.dim()
-    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-        tensor.set_(source.untyped_storage(), 0, tensor.shape, stride)
-
-
-def _exclusive_bytes(tensor: Tensor) -> int:
-    """Bytes that are free when the tensor lets go; a slice of a larger allocation frees none."""
-    size: int = tensor.untyped_storage().nbytes()
-    return size if size == tensor.numel() * tensor.element_size() else 0
 
 
 def _version(index: Tensor) -> int | None:

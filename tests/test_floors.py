@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"},
     {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "adapter", "fingerprint", "preset", "presets"},
+    | {"rope", "adapter", "wan", "fingerprint", "preset", "presets"},
     {"health", "scene", "digests"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
@@ -38,7 +38,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # One file each, so that a file can be added or removed alone: no imports between neighbours.
 ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrations"}
 ONLY = {
-    "integrations": {"types", "adapter", "rope", "errors"},
+    "integrations": {"types", "adapter", "rope", "wan", "errors"},
     "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
     | {"scene", "switch", "shape", "order", "stores"},
     "backends": {"types", "errors", "lookup", "backends"},
