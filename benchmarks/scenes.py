@@ -1,6 +1,6 @@
 """What prompt switching is worth on the demo model: scenes that return, mode by mode, video by video.
 
-Plays one script, six scenes of which two return, in every mode and from the same noise, under four role
+Plays one script, six scenes of which two return, in every mode and from the same noise, under five role
 maps, and writes a page, its numbers and its pictures. The roles' numbers were chosen without it.
 
     python benchmarks/scenes.py                                           # 16 seeds, some minutes
@@ -42,11 +42,13 @@ def maps(model: DemoModel) -> dict[str, tuple[RoleMap, tuple[str, ...]]]:
     shape, window, chunk = (model.config.layers, model.config.heads), model.config.window, model.config.chunk
     uniform = {
         "every head a memory head": Memory(chunk, 12, chunk),
-        "sink 3 + window, every head": SlidingWindow(window, sink=chunk),
+        "sink 3 + window, 21 frames": SlidingWindow(window, sink=chunk),
+        "sink 3 + window, 7 frames": SlidingWindow(7, sink=chunk),
         "every head a local head": Local(chunk),
     }
     plain = {name: (RoleMap.uniform(role, *shape), MODES) for name, role in uniform.items()}
-    plain["every head a local head"] = (plain["every head a local head"][0], ("recall", "continue"))
+    for name in ("sink 3 + window, 7 frames", "every head a local head"):
+        plain[name] = (plain[name][0], ("recall", "continue"))
     return {HERE: (demo_roles(), (*MODES, WRONG)), **plain}
 
 

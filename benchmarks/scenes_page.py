@@ -46,7 +46,8 @@ holds those of the mark and gives up some to new ones. Local heads recall nothin
 
 CONTROLS = (
     "The same script with one role for all heads. What comes back at a recall is up to the role: all of a "
-    "memory head's frames, the first frames of a window with a sink, nothing of a local head."
+    "memory head's frames, the first frames of a window with a sink, nothing of a local head. Seven frames "
+    "on every head are as many as Head Forcing has on average, own chunk included."
 )
 
 LIMITS = """## What this does not show
@@ -77,7 +78,9 @@ def page(results: Mapping[str, Any]) -> str:
         data=settings["data"],
     )
     records = {(record["map"], record["mode"]): record for record in results["records"]}
-    roles = ", ".join(f"{count} heads `{role}`" for role, count in settings["roles"].items())
+    roles = ", ".join(
+        f"{count} {'head' if count == 1 else 'heads'} `{role}`" for role, count in settings["roles"].items()
+    )
     parts = [
         intro,
         "## Head Forcing",
