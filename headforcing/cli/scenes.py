@@ -47,7 +47,7 @@ def scenes(options: Options) -> None:
 
     A scene that ends is marked; when its prompt comes again, it is recalled. Cut, smooth and continue
     everywhere, from the same noise, are there to compare with. Writes a video, a contact sheet, the timeline
-    of who remembers what, and a report. Runs on the CPU in about a minute, without any download.
+    of who remembers what, and a report. Runs on the CPU in about half a minute, without any download.
     """
     require(DRAWING, "demo", "this command")
     with clean_errors():
