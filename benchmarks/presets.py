@@ -94,8 +94,11 @@ def jobs_of(
             for policy, share in zip(draws, shares, strict=False):
                 found.append(Job(key, policy, camera, share, chunks, batch))
 
-    def turn(job: Job) -> tuple[bool, bool, bool]:
-        return len(policies[job.key]) > 1, job.camera == "still", job.key.endswith("random")
+    def turn(job: Job) -> int:
+        still, drawn = job.camera == "still", len(policies[job.key]) > 1
+        if not drawn:
+            return 2 if still and job.key not in PRESETS else 0
+        return 1 + 2 * job.key.endswith("random") + 3 * still
 
     return sorted(found, key=turn)
 
