@@ -72,7 +72,7 @@ def contest(options: Options) -> None:
 
     Where the heads of a preset differ, with labels measured on the demo model. Writes compare.json, the drift
     over time (compare-drift.png) and frames of the first video (compare-sheet.png); older ones are replaced.
-    Runs on the CPU: a preset takes about a minute per 8 videos of 15 seconds, and so does every control.
+    Runs on the CPU: 8 videos of 15 seconds take about half a minute per preset, and per control.
     """
     require(DRAWING, "demo", "comparing")
     with clean_errors():
