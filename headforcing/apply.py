@@ -21,8 +21,9 @@ from headforcing.errors import (
     UnsupportedModelError,
 )
 from headforcing.fingerprint import fingerprint
-from headforcing.handle import HeadForcing, handles_of, install
+from headforcing.handle import HeadForcing, handles_of
 from headforcing.hooks import check_phases
+from headforcing.install import install
 from headforcing.origin import ModelFacts
 from headforcing.plan import Options
 from headforcing.presets import PRESETS

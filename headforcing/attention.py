@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headforcing.backends import Part
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observation
-from headforcing.plan import LayerPlan, Stream
+from headforcing.plan import LayerPlan, Stream, check_clean
 from headforcing.roles import HeadRole
 from headforcing.types import AttentionCall, Chunk, Heads, KVView
 
@@ -50,7 +50,8 @@ class HeadForcingMixin(nn.Module):
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
         chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach())
         stream.store.write(chunk)
-        plan.activity.note_turn(plan.layer, stream.store.turned)
+        stream.phase = call.phase
+        plan.activity.note_turn(plan.layer, stream.store)
         stream.released += adapter.release(call, stream.memo)
 
         def encode(x: Tensor, positions: Sequence[int], *patch: int) -> Tensor:
@@ -103,13 +104,8 @@ def _heard(call: AttentionCall, stream: Stream, plan: LayerPlan) -> AttentionCal
         raise StreamError(
             f"layer {plan.layer}: roles ask for the phase, but attention ran outside the model that tells it"
         )
-    if pending is not None and call.start > pending.start and stream.phase != "commit":
-        raise StreamError(
-            f"layer {plan.layer}: frames {pending.start}..{pending.stop - 1} had no clean pass, their last "
-            "one was noisy: if the host writes its cache at another noise level, say so, as in "
-            "adapter=SelfForcing(context_noise=...)"
-        )
-    stream.phase = phase
+    if pending is not None and call.start > pending.start:
+        check_clean(stream, plan.layer)
     return dataclasses.replace(call, phase=phase)
 
 

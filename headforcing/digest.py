@@ -26,7 +26,8 @@ class Past:
         v: values, likewise.
         grid: height and width of a frame in patches, where known.
         layer: number of the layer.
-        notes: what the layers of one timeline share; empty where they are not told of each other.
+        notes: what the layers of one timeline share for the role, by name; theirs alone where they are not
+            told of each other.
         q: queries before RoPE of frames that were committed just now, for digests that want them.
     """
 
@@ -35,7 +36,7 @@ class Past:
     v: Tensor
     grid: Grid | None
     layer: int
-    notes: MutableMapping[Any, Any] = field(repr=False, compare=False)
+    notes: MutableMapping[str, Any] = field(repr=False, compare=False)
     q: Tensor | None = None
 
 

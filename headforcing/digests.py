@@ -56,7 +56,7 @@ class Digests:
             done = slice(len(frames))
             q = None if chunk.q is None else chunk.q[:, done]
             k, v = chunk.k[:, done], chunk.v[:, done]
-            self._digests[role].add(Past(frames, k, v, chunk.grid, self._layer, self.notes, q))
+            self._digests[role].add(Past(frames, k, v, chunk.grid, self._layer, self._notes(role), q))
 
     def let_go(
         self,
@@ -78,7 +78,7 @@ class Digests:
         gone = [row for row in range(len(table)) if row not in {*kept.before, *kept.after}]
         if gone:
             frames = [table.frames[row] for row in gone]
-            self._digests[role].let_go(Past(frames, *fetch(gone), grid, self._layer, self.notes))
+            self._digests[role].let_go(Past(frames, *fetch(gone), grid, self._layer, self._notes(role)))
 
     def see(self, role: HeadRole, start: int, query: int | None, encode: Encode) -> Tokens | None:
         """What the heads of a role see; rotated once for every query until `refresh`."""
@@ -87,6 +87,10 @@ class Digests:
         if (role, query) not in self._seen:
             self._seen[role, query] = self._digests[role].view(start, query, encode)
         return self._seen[role, query]
+
+    def _notes(self, role: HeadRole) -> MutableMapping[str, Any]:
+        notes: MutableMapping[str, Any] = self.notes.setdefault(role, {})
+        return notes
 
     def refresh(self) -> None:
         """Forgets what was rotated, because frames come or go."""

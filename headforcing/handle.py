@@ -6,17 +6,25 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 
-from headforcing.attention import HeadForcingMixin, patched_class, with_class
+from headforcing.attention import HeadForcingMixin
 from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
-from headforcing.hooks import hear_phases, hear_prompts, remove_hooks
+from headforcing.hooks import hear_prompts, remove_hooks
 from headforcing.observation import Observer
-from headforcing.plan import Activity, LayerPlan, Options, Timeline, open_stream
+from headforcing.plan import (
+    Activity,
+    LayerPlan,
+    Options,
+    Stream,
+    Timeline,
+    check_clean,
+    check_settled,
+    open_stream,
+)
 from headforcing.role_map import RoleMap
-from headforcing.sites import Site, sites_of
+from headforcing.sites import Site, is_own, sites_of
 from headforcing.status import Status, collect
 from headforcing.stores import KVStore
 from headforcing.switch import Mode, Switch
@@ -62,17 +70,18 @@ class HeadForcing:
     def reset(self) -> None:
         """Forgets every video; the next chunk of each stream must start at frame 0."""
         self._refuse_while_running("reset")
-        for plan in self._plans:
-            for stream in list(plan.streams.values()):
-                stream.store.reset()
-                plan.options.adapter.forget(stream.memo)
+        for plan, stream in list(self._streams()):
+            stream.store.reset()
+            plan.options.adapter.forget(stream.memo)
 
     def commit(self) -> None:
-        """Ends the pending chunk of every stream, which otherwise ends when the next one begins."""
+        """Ends the pending chunk of every stream, which otherwise ends when the next one begins.
+
+        Raises:
+            StreamError: roles ask for phases, and a chunk had no clean pass.
+        """
         self._refuse_while_running("commit")
-        for plan in self._plans:
-            for stream in list(plan.streams.values()):
-                stream.store.commit()
+        self._commit(list(self._streams()))
 
     def mark(self, name: str) -> None:
         """Names the scene up to here, the pending chunk included, so that it can be recalled in this video.
@@ -89,7 +98,7 @@ class HeadForcing:
     @property
     def marks(self) -> tuple[str, ...]:
         """Names of the scenes that every running video can recall."""
-        known = [stream.store.scenes.marks for plan in self._plans for stream in list(plan.streams.values())]
+        known = [stream.store.scenes.marks for _, stream in self._streams()]
         return tuple(name for name in (known[0] if known else ()) if all(name in names for names in known))
 
     def switch_prompt(
@@ -139,9 +148,8 @@ class HeadForcing:
         token = open_stream.set(timeline)
         try:
             yield
-            for plan in self._plans:
-                if timeline in plan.streams:
-                    plan.streams[timeline].store.commit()
+            mine = [(plan, plan.streams[timeline]) for plan in self._plans if timeline in plan.streams]
+            self._commit(mine)
         finally:
             open_stream.reset(token)
 
@@ -199,11 +207,25 @@ class HeadForcing:
             if isinstance(module, HeadForcingMixin) and module.__dict__.get("_headforcing") is plan:
                 yield site, module, plan
 
+    def _streams(self) -> Iterator[tuple[LayerPlan, Stream]]:
+        """All streams of all layers."""
+        for plan in self._plans:
+            for stream in list(plan.streams.values()):
+                yield plan, stream
+
+    def _commit(self, streams: Sequence[tuple[LayerPlan, Stream]]) -> None:
+        for plan, stream in streams:
+            if plan.activity.hears_phases:
+                check_clean(stream, plan.layer)
+        for _, stream in streams:
+            stream.store.commit()
+
     def _running(self, what: str) -> list[KVStore]:
         """The memories of all videos that have begun."""
         if self._plans[0].activity.depth:
             raise StreamActiveError(f"{what}() inside an attention call: wait until the model returns")
-        stores = [stream.store for plan in self._plans for stream in list(plan.streams.values())]
+        check_settled(self._plans[0], what)
+        stores = [stream.store for _, stream in self._streams()]
         running = [store for store in stores if store.frames_so_far]
         if not running:
             raise StreamError(f"{what}(): no video is running, call it between two chunks of one")
@@ -214,30 +236,6 @@ class HeadForcing:
             raise StreamActiveError(f"{what}() inside an attention call: wait until the model returns")
         if open_stream.get() in self._timelines.values():
             raise StreamActiveError(f"{what}() inside `with handle.stream(...)`: leave the block first")
-
-
-def install(model: nn.Module, options: Options) -> HeadForcing:
-    """Replaces every attention module of a model that carries no head forcing.
-
-    Raises:
-        PatchedModuleError: something else intercepts calls of one of them.
-    """
-    sites = sites_of(model, [module for _, module in options.adapter.attentions(model)])
-    for site in sites:
-        _check_patchable(site)
-    activity = Activity()
-    plans = [LayerPlan(layer, options, activity) for layer in range(len(sites))]
-    replacements = []
-    for site in sites:
-        cls: Any = type(site.original)
-        replacements.append(with_class(site.original, patched_class(cls)))
-    for site, plan, replacement in zip(sites, plans, replacements, strict=True):
-        plan.original = weakref.ref(site.original)
-        plan.own_forward = replacement.__dict__.pop("forward", None)
-        replacement.__dict__["_headforcing"] = plan
-        site.put(replacement)
-    hear_phases(model, options.roles, options.adapter, activity)
-    return HeadForcing(model, sites, plans)
 
 
 def handles_of(model: nn.Module) -> list[HeadForcing]:
@@ -256,30 +254,13 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
     return handles
 
 
-def _check_patchable(site: Site) -> None:
-    own = site.original.__dict__
-    forward = own.get("forward")
-    compiled = own.get("_compiled_call_impl") is not None
-    compiled = compiled or any(name == "_orig_mod" for _, name in site.places)
-    if compiled or not (forward is None or _is_own(forward, site.original)):
-        raise PatchedModuleError(
-            f"{site.path}: something wraps forward of this module (an accelerate hook, torch.compile?), "
-            "which would bypass head forcing: remove it, apply, then add it again"
-        )
-
-
 def _check_removable(ours: nn.Module, path: str) -> None:
     forward = ours.__dict__.get("forward")
-    if not (forward is None or _is_own(forward, ours)):
+    if not (forward is None or is_own(forward, ours)):
         raise PatchedModuleError(
             f"{path}: something wrapped forward after head forcing was applied (an accelerate hook?): "
             "remove it first, then remove head forcing"
         )
-
-
-def _is_own(forward: Any, module: nn.Module) -> bool:
-    """Whether a forward in the `__dict__` is just the module's own, as a removed hook leaves it."""
-    return getattr(forward, "__self__", None) is module
 
 
 def _strip(ours: nn.Module, plan: LayerPlan) -> None:

@@ -39,7 +39,7 @@ class NewPrompt:
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forgets the old prompt."""
-        if self.plan.activity.turned(self.plan.layer):
+        if self.plan.activity.heard_prompt(self.plan.layer):
             self.plan.options.adapter.forget_prompt(args, kwargs)
 
 

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from headforcing.adapter import Adapter
 from headforcing.backends import Attend
-from headforcing.errors import StreamError
+from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observer
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
@@ -74,14 +74,17 @@ class Activity:
     def phase(self, phase: Phase) -> None:
         self._pass.phase = phase
 
-    def turned(self, layer: int) -> bool:
-        """Whether the last self-attention of a layer in this thread began a chunk behind a prompt switch."""
-        return layer in getattr(self._pass, "turned", ())
+    def heard_prompt(self, layer: int) -> bool:
+        """Whether the last self-attention of a layer in this thread has a new prompt; told once."""
+        store: KVStore | None = getattr(self._pass, "turned", {}).pop(layer, lambda: None)()
+        if store is None or not store.turned:
+            return False
+        store.turned = False
+        return True
 
-    def note_turn(self, layer: int, turned: bool) -> None:
-        """Notes that down."""
-        before: set[int] = getattr(self._pass, "turned", set())
-        self._pass.turned = before | {layer} if turned else before - {layer}
+    def note_turn(self, layer: int, store: KVStore) -> None:
+        """Notes down whose prompt the cross-attention of a layer is about to hear."""
+        self._pass.turned = {**getattr(self._pass, "turned", {}), layer: weakref.ref(store)}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -127,13 +130,49 @@ class Activity:
         self.bypassed += 1
 
     def __reduce__(self) -> Any:
-        """A copy starts counting anew."""
-        return Activity, ()
+        """A copy starts counting anew; its hooks are copied with it."""
+        return _copied_activity, (self.hears_phases,)
+
+
+def _copied_activity(hears_phases: bool) -> Activity:
+    activity = Activity()
+    activity.hears_phases = hears_phases
+    return activity
 
 
 def _by_anchor() -> MutableMapping[object, Stream]:
     """Streams that die with their anchors: no id is ever stored, no cache object is kept alive."""
     return WeakIdKeyDictionary()
+
+
+def check_clean(stream: Stream, layer: int) -> None:
+    """Looks whether the pending chunk had its clean pass, where roles ask for phases.
+
+    Raises:
+        StreamError: its last pass was noisy.
+    """
+    pending = stream.store.pending
+    if pending is not None and stream.phase != "commit":
+        raise StreamError(
+            f"layer {layer}: frames {pending.start}..{pending.stop - 1} had no clean pass, their last one "
+            "was noisy: if the host writes its cache at another noise level, say so, as in "
+            "adapter=SelfForcing(context_noise=...)"
+        )
+
+
+def check_settled(plan: LayerPlan, what: str) -> None:
+    """Looks whether all layers stand at the same chunk, as between two passes; `plan` is the first one's.
+
+    Raises:
+        StreamActiveError: they do not.
+    """
+    for stream in list(plan.streams.values()):
+        ahead = stream.store.pending
+        if any(met.store.pending != ahead for met in stream.behind):
+            raise StreamActiveError(
+                f"{what}() between two layers of a pass, or after one that failed there: call it between two "
+                "chunks, run a failed one again first"
+            )
 
 
 @dataclass(frozen=True)

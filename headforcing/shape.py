@@ -34,9 +34,17 @@ class Shape:
         batch, frames, *rest = chunk.k.shape
         return cls(frames, (batch, *rest), (chunk.k.dtype, chunk.v.dtype), chunk.k.device)
 
-    def continues(self, other: Shape) -> bool:
-        """Whether they are alike but for the number of frames."""
-        return dataclasses.replace(self, frames=other.frames) == other
+    def check_follows(self, before: Shape | None, layer: int) -> None:
+        """Looks whether they are alike but for the number of frames.
+
+        Raises:
+            StreamShapeError: they are not.
+        """
+        if before is not None and dataclasses.replace(before, frames=self.frames) != self:
+            raise StreamShapeError(
+                f"layer {layer}: keys of this video were {before}, now they are {self}: start a new video "
+                "(frame 0) to change batch, resolution, dtype or device"
+            )
 
     def __str__(self) -> str:
         batch, *rest = self.sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -62,3 +63,8 @@ def _original_of(module: nn.Module) -> nn.Module:
     original = module._headforcing.original
     held = None if original is None else original()
     return held if isinstance(held, nn.Module) else with_class(module, original_class(module))
+
+
+def is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward in the `__dict__` is just the module's own, as a removed hook leaves it."""
+    return getattr(forward, "__self__", None) is module

@@ -169,7 +169,7 @@ NOT_ROLES: dict[str, tuple[Any, str]] = {
     "ragged": ([[Local()] * 4, [Local()] * 3], "[3, 4] heads ... expected the same number"),
     "a class inside": ([[Local(), Local(), Local(), Anchor]] * 2, "layer 0, head 3 ... is not a HeadRole"),
     "a name inside": ([[Local()] * 4, ["local"] * 4], "layer 1, head 0 ... 'local' is not a HeadRole"),
-    "unknown preset": ("head_forcin", "'head_forcin' ... preset (deep_forcing, ... dummy_forcing ... streaming_llm"),
+    "unknown preset": ("head_forcin", "'head_forcin' ... preset (deep_forcing, ... streaming_llm"),
     "no such file": ("roles.json", "roles.json ... cannot be read"),
 }
 

@@ -26,6 +26,7 @@ FLOORS = [
     {"attention", "status", "metrics", "hooks"},
     {"sites"},
     {"handle"},
+    {"install"},
     {"apply"},
     {"meter"},
     {"profiler", "ablation"},

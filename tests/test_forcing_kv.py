@@ -285,7 +285,7 @@ class Old(Pieces):
     """With a bug: takes any choice over, also its own of the last video."""
 
     def _choice(self, past, k):
-        before = past.notes.get(self.role)
+        before = past.notes.get("choice")
         return super()._choice(past, k) if before is None else before.pieces
 
 

@@ -477,7 +477,6 @@ def test_a_switch_and_a_clean_pass_go_together() -> None:
 # Known to be wrong ----------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="plan: a copied Activity forgets that it hears phases (__reduce__)")
 def test_a_deep_copy_sees_less_in_the_clean_pass_too() -> None:
     rig = Rig(9)
     role = CommitForcing(Local(6), 3)
@@ -489,9 +488,6 @@ def test_a_deep_copy_sees_less_in_the_clean_pass_too() -> None:
     assert watched(rig, own, rig.caches(), range(0, 9, 3)) == expected
 
 
-@pytest.mark.xfail(
-    strict=True, raises=StreamError, reason="attention: the phase is noted before the store takes the pass"
-)
 @pytest.mark.parametrize("how", ["wrong start", "failed pass"])
 def test_a_refused_or_failed_pass_does_not_count_as_the_last_one(how: str) -> None:
     rig = Rig(9)
@@ -513,9 +509,6 @@ def _fail(*_: Any) -> None:
     raise MemoryError
 
 
-@pytest.mark.xfail(
-    strict=True, reason="handle: commit(), and so `with stream`, does not ask for a clean pass"
-)
 def test_a_commit_by_hand_without_a_clean_pass_is_refused() -> None:
     rig = Rig(9)
     handle = hf.apply_head_forcing(rig.model, CommitForcing(Local(6), 3))
@@ -525,10 +518,6 @@ def test_a_commit_by_hand_without_a_clean_pass_is_refused() -> None:
         handle.commit()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="forcing_kv: layers share notes by the role inside, so two digests of a layer share one",
-)
 def test_pieces_of_a_role_and_of_the_same_one_inside_are_chosen_apart() -> None:
     inner, seen = Dynamic(1, 4, 0), []
     for beside in (CommitForcing(Local(), 3), CommitForcing(inner, 3)):

@@ -379,10 +379,10 @@ class SwitchMachine(RuleBasedStateMachine):
         for number in range(passes):
             self.noisy.write(self._noise(frames, number))
             self._view(self.noisy)
-        done = [] if pending is None else list(pending)
-        if switch is None or switch.mode != "recache":
-            done = [number for number in done if number < begin]
+        done = [number for number in pending or () if number < begin]
         self._everyone(lambda past: past.commit([(number, self.take) for number in done]))
+        if switch is None or switch.mode != "recache":
+            self._everyone(lambda past: past.make_room(begin, length))
         for name in self.due:
             marked = {role: [past.mark(begin) for past in samples] for role, samples in self.past.items()}
             self.marks[name] = marked
@@ -391,7 +391,8 @@ class SwitchMachine(RuleBasedStateMachine):
                 for sample, past in enumerate(samples):
                     mark = None if switch.mark is None else self.marks[switch.mark][role][sample]
                     past.turn(switch, begin, mark)
-        self._everyone(lambda past: past.make_room(begin, length))
+            if switch.mode != "continue":
+                self._everyone(lambda past: past.make_room(begin, length))
         self.due, self.switch = [], None
         self.pending, self.end = frames, begin
         self.take += 1
@@ -707,10 +708,6 @@ def test_a_commit_between_asking_and_running_again_brings_no_frame_back(store: s
     assert all(frame < 12 for frame in held.frames(role)[0])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="stores: tiers are read before the role chose what stays; commit() makes it choose first",
-)
 @pytest.mark.parametrize("mode", ["smooth", "recall"])
 def test_a_commit_by_hand_does_not_change_what_a_switch_keeps(mode: Any) -> None:
     role, found = Memory(1, 2, 1), []
@@ -1250,9 +1247,6 @@ def test_inside_an_attention_call_nothing_can_be_asked_for(what: str) -> None:
 # Known to be wrong ----------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="handle: between two layers of a pass no call is active, so the layers fall apart"
-)
 def test_between_two_layers_of_a_pass_nothing_can_be_asked_for() -> None:
     rig, handle = applied(TABLES["bounded"])
     caches = rig.caches()
@@ -1268,9 +1262,6 @@ def test_between_two_layers_of_a_pass_nothing_can_be_asked_for() -> None:
     assert seen[0] == seen[1], "every layer switches in the same chunk"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="stores: `turned` is of the last pass, so a first pass that failed takes it along"
-)
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_new_prompt_is_heard_also_where_the_first_pass_failed(layer: int) -> None:
     rig, handle = applied(TABLES["bounded"])
@@ -1293,11 +1284,6 @@ def test_the_new_prompt_is_heard_also_where_the_first_pass_failed(layer: int) ->
     assert equal(found, tell(rig, caches, range(6, 9, 3), prompt=1))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=NonFiniteKVError,
-    reason="stores, plan: a broken chunk that is run again is committed first, layer by layer",
-)
 def test_a_broken_chunk_can_run_again() -> None:
     rig, handle = applied(ALL, window=21)
     caches = rig.caches()
@@ -1309,9 +1295,6 @@ def test_a_broken_chunk_can_run_again() -> None:
     say(rig, caches, 6, prompt=1)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="plan: `serve` checks all layers only where a chunk begins behind the one before"
-)
 def test_a_broken_chunk_that_should_run_again_leaves_the_layers_alike() -> None:
     rig, handle = applied(ALL, window=21)
     caches = rig.caches()

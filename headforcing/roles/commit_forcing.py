@@ -2,8 +2,8 @@
 
 Read in its released code (October 2026, no paper yet): denoising passes see what they always see; the clean
 pass sees the newest frames, own chunk included, and the first frames only while they are among them.
-Positions do not change, and there is no pass more. There it is one number for all heads; here it is a role
-around any other, so that every head can have its own.
+Distances between the frames in view do not change, and there is no pass more. There it is one number for all
+heads; here it is a role around any other, so that every head can have its own.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Pieces(Digest):
     def _choice(self, past: Past, k: Tensor) -> Tensor:
         """The pieces that are least like their next frame, `[B, m]`, of rotated keys `[B, n, P, Hr, D]`."""
         frames = tuple(past.frames)
-        before: _Choice | None = past.notes.get(self.role)
+        before: _Choice | None = past.notes.get("choice")
         if before is not None and before.layer < past.layer and before.frames == frames:
             return before.pieces.to(k.device)
         spots = k.flatten(3).float()
@@ -148,7 +148,7 @@ class Pieces(Digest):
         scores = alike.unflatten(2, (self.role.pieces, -1)).mean(-1).flatten(1)
         least = torch.sort(scores, dim=1, stable=True).indices[:, : self.role.pieces]
         pieces: Tensor = torch.sort(least, dim=1).values
-        past.notes[self.role] = _Choice(past.layer, frames, pieces)
+        past.notes["choice"] = _Choice(past.layer, frames, pieces)
         return pieces
 
 

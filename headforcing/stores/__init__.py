@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headforcing.digest import Tokens, nbytes
 from headforcing.digests import Digests
-from headforcing.errors import StreamError, StreamShapeError
+from headforcing.errors import StreamError
 from headforcing.health import HostFlag
 from headforcing.lookup import named_class
 from headforcing.order import check_order
@@ -39,7 +39,7 @@ class KVStore(ABC):
     Attributes:
         digests: what roles keep beside whole frames.
         scenes: marks, and the prompt switch that was asked for.
-        turned: whether the last pass began a chunk behind a prompt switch.
+        turned: whether a chunk began behind a prompt switch, and its prompt was not projected since.
     """
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
@@ -78,20 +78,22 @@ class KVStore(ABC):
             )
         shape = Shape.of(chunk)
         self.digests.check(chunk, self._grid if chunk.start else None)
-        self.turned, again = False, self.scenes.rerun(self.frames_so_far)
+        again = self.scenes.rerun(self.frames_so_far)
         if self._begins_video(chunk, shape) and again != 0:
             self._check_roles(shape.frames)
             self.reset()
             self._make_room(chunk.frames)
         elif chunk.frames == self._pending and again != chunk.start:
-            self._check_shape(shape)
+            shape.check_follows(self._shape, self.layer)
         else:
             check_order(chunk.frames, self._pending, self._end, again, self.layer)
-            self._check_shape(shape)
+            shape.check_follows(self._shape, self.layer)
             self._check_roles(shape.frames)
-            self._commit_before(chunk.start if again is None else self.frames_so_far)
-            self._turn(chunk.start)
-            self._make_room(chunk.frames)
+            self._commit_before(chunk.start)
+            if again is None:  # roles choose first: a switch keeps what they would have kept
+                self._make_room(chunk.frames)
+            if self._turn(chunk.start):
+                self._make_room(chunk.frames)
         self._stage(chunk)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
         self._grid, self._queries = chunk.grid, chunk.q if self.digests.want_queries else None
@@ -133,7 +135,7 @@ class KVStore(ABC):
         """Forgets everything; buffers may stay for the next video."""
         self._pending = None
         self._end = 0
-        self._moving = False
+        self._moving = self.turned = False
         self._finite = None
         self.digests.clear()
         self.scenes.clear()
@@ -248,21 +250,16 @@ class KVStore(ABC):
             more["digested"] = digest.places
         return role.place(frames, len(self._pending), self.window, **more)
 
-    def _turn(self, start: int) -> None:
-        """Marks and switches that were asked for, because a chunk begins at `start`."""
+    def _turn(self, start: int) -> bool:
+        """Marks and switches that were asked for, because a chunk begins at `start`; whether frames went."""
         self._moving = True
         switch = self.scenes.turn(start, self._held, self._take, self._put)
-        if switch is not None and switch.mode != "continue":
+        went = switch is not None and switch.mode != "continue"
+        if went:
             self.digests.clear()
-        self._end, self.turned = start, switch is not None
+        self._end, self.turned = start, self.turned or switch is not None
         self._moving = False
-
-    def _check_shape(self, shape: Shape) -> None:
-        if self._shape is not None and not self._shape.continues(shape):
-            raise StreamShapeError(
-                f"layer {self.layer}: keys of this video were {self._shape}, now they are {shape}: start "
-                "a new video (frame 0) to change batch, resolution, dtype or device"
-            )
+        return went
 
     def _check_roles(self, chunk: int) -> None:
         for role in self.heads:
@@ -270,6 +267,9 @@ class KVStore(ABC):
 
     def _commit_before(self, start: int) -> None:
         if self._pending is None:
+            return
+        if start <= self._pending.start:  # it runs again as a whole
+            self._pending = None
             return
         self.check()
         done = range(self._pending.start, start)

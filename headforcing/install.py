@@ -1,0 +1,51 @@
+"""Putting head forcing into a model that carries none."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from headforcing.attention import patched_class, with_class
+from headforcing.errors import PatchedModuleError
+from headforcing.handle import HeadForcing
+from headforcing.hooks import hear_phases
+from headforcing.plan import Activity, LayerPlan, Options
+from headforcing.sites import Site, is_own, sites_of
+
+
+def install(model: nn.Module, options: Options) -> HeadForcing:
+    """Replaces every attention module of a model that carries no head forcing.
+
+    Raises:
+        PatchedModuleError: something else intercepts calls of one of them.
+    """
+    sites = sites_of(model, [module for _, module in options.adapter.attentions(model)])
+    for site in sites:
+        _check_patchable(site)
+    activity = Activity()
+    plans = [LayerPlan(layer, options, activity) for layer in range(len(sites))]
+    replacements = []
+    for site in sites:
+        cls: Any = type(site.original)
+        replacements.append(with_class(site.original, patched_class(cls)))
+    for site, plan, replacement in zip(sites, plans, replacements, strict=True):
+        plan.original = weakref.ref(site.original)
+        plan.own_forward = replacement.__dict__.pop("forward", None)
+        replacement.__dict__["_headforcing"] = plan
+        site.put(replacement)
+    hear_phases(model, options.roles, options.adapter, activity)
+    return HeadForcing(model, sites, plans)
+
+
+def _check_patchable(site: Site) -> None:
+    own = site.original.__dict__
+    forward = own.get("forward")
+    compiled = own.get("_compiled_call_impl") is not None
+    compiled = compiled or any(name == "_orig_mod" for _, name in site.places)
+    if compiled or not (forward is None or is_own(forward, site.original)):
+        raise PatchedModuleError(
+            f"{site.path}: something wraps forward of this module (an accelerate hook, torch.compile?), "
+            "which would bypass head forcing: remove it, apply, then add it again"
+        )
