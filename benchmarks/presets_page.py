@@ -26,7 +26,11 @@ MARKS = {
     "shuffled": ("v", "#009E73"),
     "random": ("x", "#CC79A7"),
 }
-MEASURES = {"psnr_late": "late background, dB", "identity_late": "sprites"}
+MEASURES = {
+    "psnr_late": "late background, dB",
+    "psnr_return": "returning background, dB",
+    "identity_late": "sprites",
+}
 
 INTRO = """# Presets on the demo model
 
@@ -43,7 +47,8 @@ with their defaults; nothing was chosen on the videos of this page. Numbers behi
   heads, own chunk included, once a video is long. **MB** of one video, counted from the tensors; our store
   holds keys twice, and what some roles pack for looking.
 * **Late** and **early**: background PSNR in dB, as there; 95 % bootstrap interval over videos.
-* **Sprites** and **motion**: as there, late; 1 is right.
+* **Return**: background that comes back after it was out of sight for longer than a window. **Sprites** and
+  **motion**: as there, late; 1 is right.
 * **Controls**: *StreamingLLM at as many frames*: for all heads the first and the last frames, as many as the
   preset sees, rounded. *Sink*: where a preset has more first frames than a chunk, those and the last frames,
   {trained} in all, and nothing that is chosen. *Shuffled*: its roles on other heads of their layer;
@@ -80,7 +85,12 @@ def page(results: Mapping[str, Any], data: str, picture: str) -> str:
         last=last,
         data=data,
     )
-    parts = [intro, f"![Late PSNR of every preset and of its controls](assets/{picture})"]
+    parts = [
+        intro,
+        "## In short",
+        _short(results),
+        f"![Late PSNR of every preset and of its controls](assets/{picture})",
+    ]
     for camera, text in SCENARIOS.items():
         parts += [f"## Camera: {camera}", text, _table(results, camera)]
         if labelled := _labelled(results, camera):
@@ -148,7 +158,9 @@ def _late(record: Mapping[str, Any]) -> str:
 def _table(results: Mapping[str, Any], camera: str) -> str:
     """Every preset, and StreamingLLM at as many frames."""
     records, frames = results["scenarios"][camera], results["settings"]["frames"]
-    rows = [["preset", "kept", "seen", "MB", "early", "late", "minus StreamingLLM", "sprites", "motion"]]
+    pan = ["return"] * (camera == "pan")
+    head = ["preset", "kept", "seen", "MB", "early", "late", "minus StreamingLLM"]
+    rows = [[*head, *pan, "sprites", "motion"]]
     for name in [*results["entrants"], OWN]:
         if name not in records:
             continue
@@ -158,7 +170,7 @@ def _table(results: Mapping[str, Any], camera: str) -> str:
         row = [_name(results, name), *shown, f"{record['bytes'] / 1e6:.2f}"]
         row += [mean_of(record, "psnr_early"), _late(record)]
         key = _controls(results, name).get("streaming")
-        row += [difference(_paired(records, name, key))]
+        row += [difference(_paired(records, name, key)), *[mean_of(record, "psnr_return") for _ in pan]]
         rows.append([*row, mean_of(record, "identity_late", 2), mean_of(record, "motion_late", 2)])
     note = f"`{OWN}` is the role map of the package, by ablation; its videos are those of [Demo results]"
     return f"{markdown_table(rows, right=True)}\n\n" + (f"{note}(demo-results.md)." if OWN in records else "")
@@ -187,7 +199,7 @@ def _verdicts(results: Mapping[str, Any]) -> str:
     """Which presets are ahead of their controls, behind, or cannot be told apart."""
     lines = []
     for kind, told in {**AGAINST, BASE: f"`{BASE}`, what the model does by itself"}.items():
-        lines.append(f"Against {told}:\n")
+        start = len(lines)
         for camera, records in results["scenarios"].items():
             for measure, unit in MEASURES.items():
                 groups: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": []}
@@ -202,7 +214,32 @@ def _verdicts(results: Mapping[str, Any]) -> str:
                     groups[word if decided(found) else "not told apart"].append(said)
                 said = "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
                 lines += [f"* *{camera}, {unit}*: {said}."] if said else []
-        lines.append("")
+        if len(lines) > start:
+            lines.insert(start, f"Against {told}:\n")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _short(results: Mapping[str, Any]) -> str:
+    """Who is ahead of a control on late PSNR, and who behind, by camera; from the intervals alone."""
+    lines = []
+    for kind, told in AGAINST.items():
+        for camera, records in results["scenarios"].items():
+            names = {name: _controls(results, name).get(kind) for name in results["entrants"]}
+            paired = {name: _paired(records, name, key) for name, key in names.items()}
+            found = {name: one for name, one in paired.items() if one.count}
+            if not found:
+                continue
+            sides = [
+                ", ".join(
+                    f"{name} ({one.mean:+.1f} dB)"
+                    for name, one in found.items()
+                    if decided(one) and side(one)
+                )
+                for side in (lambda one: one.mean > 0, lambda one: one.mean < 0)
+            ]
+            said = f"ahead {sides[0] or 'none'}; behind {sides[1] or 'none'}; of {len(found)}"
+            lines.append(f"* Against {told}, camera {camera}: {said}.")
     return "\n".join(lines)
 
 
