@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import tiny
-from .scenarios import BASELINES, LAYERS, WRAPPER, Case, Scenario
+from .scenarios import BASELINES, LAYERS, REPOSITORIES, WRAPPER, Case, Scenario
 
 NEGATIVE_PROMPT = "blurred"
 Caches = tuple[list[dict[str, Any]], list[dict[str, Any]]]
@@ -37,7 +38,13 @@ class Outcome:
 
 
 class Bench:
-    """One freshly built model inside the repository's own classes."""
+    """One freshly built model inside the repository's own classes, as in Self Forcing.
+
+    Attributes:
+        counted: Whether cache dicts hold end indices.
+    """
+
+    counted = True
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -71,7 +78,7 @@ class Bench:
         """Build the few-step pipeline with its caches allocated."""
         from pipeline.causal_inference import CausalInferencePipeline
 
-        pipeline = self._pipeline(CausalInferencePipeline)
+        pipeline = self.pipeline(CausalInferencePipeline)
         pipeline.kv_cache1, pipeline.crossattn_cache = self.allocate()
         return pipeline
 
@@ -79,7 +86,7 @@ class Bench:
         """Build the many-step pipeline with the caches of both its branches."""
         from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
 
-        pipeline = self._pipeline(CausalDiffusionInferencePipeline)
+        pipeline = self.pipeline(CausalDiffusionInferencePipeline)
         pipeline.sampling_steps = 4
         pipeline.kv_cache_pos, pipeline.crossattn_cache_pos = self.allocate()
         pipeline.kv_cache_neg, pipeline.crossattn_cache_neg = self.allocate()
@@ -88,7 +95,7 @@ class Bench:
     def allocate(self) -> Caches:
         """Allocate one stream's caches."""
         batch = self.scenario.batch
-        self.caches.append(tiny.kv_caches(self.scenario.window, batch, self.dtype))
+        self.caches.append(tiny.kv_caches(self.scenario.window, batch, self.dtype, self.counted))
         return self.caches[-1], tiny.text_caches(batch, self.dtype)
 
     def noise(self, seed: int = tiny.NOISE_SEED, frames: int = 0) -> Tensor:
@@ -98,9 +105,11 @@ class Bench:
 
     def indices(self) -> Tensor:
         """Return both end indices of every layer and stream, `[streams, layers, 2]`."""
-        names = ("global_end_index", "local_end_index")
         return torch.tensor(
-            [[[int(layer[name]) for name in names] for layer in stream] for stream in self.caches]
+            [
+                [[int(layer[name]) for name in tiny.INDICES if name in layer] for layer in stream]
+                for stream in self.caches
+            ]
         )
 
     def outcome(self, **tensors: Tensor) -> Outcome:
@@ -109,17 +118,19 @@ class Bench:
         tensors["indices"] = self.indices()
         return Outcome(tensors, self.facts, self.passes, calls)
 
-    def _pipeline(self, pipeline_class: Callable[..., Any]) -> Any:
+    def pipeline(self, pipeline_class: Callable[..., Any]) -> Any:
+        """Build a pipeline."""
         with self._tiny_model():
-            pipeline = pipeline_class(
-                _arguments(self.scenario),
-                device="cpu",
-                text_encoder=tiny.TextEncoder(),
-                vae=tiny.Decoder(),
-            )
+            pipeline = self.build(pipeline_class, arguments(self.scenario))
         pipeline.num_transformer_blocks = LAYERS
         pipeline.frame_seq_length = tiny.TOKENS_PER_FRAME
         return self._finish(pipeline, pipeline.generator)
+
+    def build(self, pipeline_class: Callable[..., Any], arguments: SimpleNamespace) -> Any:
+        """Call the class of a pipeline."""
+        return pipeline_class(
+            arguments, device="cpu", text_encoder=tiny.TextEncoder(), vae=tiny.Decoder()
+        )
 
     def _finish(self, whole: Any, wrapper: Any) -> Any:
         """Load the weights and cast the model after it was built, as the scripts do."""
@@ -135,22 +146,23 @@ class Bench:
     @contextmanager
     def _tiny_model(self) -> Iterator[None]:
         """Have `from_pretrained` build the tiny model and apply our library to it."""
-        from wan.modules.causal_model import CausalWanModel
+        name = REPOSITORIES[self.case.repository] + ("_infinity" if self.scenario.raw_keys else "")
+        model_class = importlib.import_module(name).CausalWanModel
 
-        def from_pretrained(path: str, local_attn_size: int, sink_size: int) -> Any:
+        def from_pretrained(path: str, **memory: int) -> Any:
             del path
-            model = tiny.build_model(CausalWanModel, local_attn_size, sink_size)
+            model = tiny.build_model(model_class, self.scenario.window, **memory)
             self._weights = tiny.seeded_weights(model)
             self.modules = dict(model.named_modules())
             if self.case.policy not in (*BASELINES, WRAPPER):
                 self._apply(model)
             return model
 
-        CausalWanModel.from_pretrained = staticmethod(from_pretrained)
+        model_class.from_pretrained = staticmethod(from_pretrained)
         try:
             yield
         finally:
-            del CausalWanModel.from_pretrained
+            del model_class.from_pretrained
 
     def _apply(self, model: Any) -> None:
         from .policies import apply
@@ -158,13 +170,15 @@ class Bench:
         self.handle = apply(model, self.scenario, self.case.policy)
 
 
-def _arguments(scenario: Scenario) -> SimpleNamespace:
+def arguments(scenario: Scenario) -> SimpleNamespace:
+    """Return what a pipeline is configured with."""
+    from easydict import EasyDict
+
+    longlive = {"use_infinite_attention": True} if scenario.raw_keys else {}
     return SimpleNamespace(
-        model_kwargs={
-            "timestep_shift": 5.0,
-            "local_attn_size": scenario.window,
-            "sink_size": scenario.sink,
-        },
+        model_kwargs=EasyDict(
+            timestep_shift=5.0, local_attn_size=scenario.window, sink_size=scenario.sink, **longlive
+        ),
         denoising_step_list=list(scenario.steps),
         denoising_step_list_first_chunk=scenario.first_steps and list(scenario.first_steps),
         warp_denoising_step=True,

@@ -1,8 +1,9 @@
 """The upstream tier: parity with checkouts that the environment names.
 
 `HEADFORCING_UPSTREAM` names a folder that holds `Self-Forcing` (guandeh17/Self-Forcing, known to
-work at 33593df) and `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc). Without it every test
-here is skipped. No weights are needed.
+work at 33593df), `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc), `CausVid` (tianweiy/CausVid,
+at ca21150) and `LongLive` (NVlabs/LongLive, branch v1.0, at e52d9ef). What is absent is skipped. No
+weights are needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ collect_ignore = [
     "bench.py",
     "drivers.py",
     "harness.py",
+    "hosts.py",
     "policies.py",
     "runner.py",
     "scenarios.py",

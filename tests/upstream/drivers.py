@@ -13,6 +13,7 @@ from headforcing.errors import HeadForcingError
 
 from . import tiny
 from .bench import Bench, Caches, Outcome
+from .hosts import HOSTS
 from .scenarios import Case
 
 PROMPT = "a red cube rolls down the stairs"
@@ -23,29 +24,47 @@ OVERLAPPING_STARTS = (0, 2, 5, 8, 11)
 
 def run(case: Case) -> Outcome:
     """Run one case on a fresh model."""
-    return DRIVERS[case.scenario.driver](Bench(case))
+    return DRIVERS[case.scenario.driver](HOSTS.get(case.repository, Bench)(case))
 
 
-def _video(pipeline: Any, noise: Tensor, image: Tensor | None = None) -> Tensor:
+def _video(pipeline: Any, noise: Tensor, **given: Tensor) -> Tensor:
     torch.manual_seed(SAMPLING_SEED)
     prompts = [f"{PROMPT} {index}" for index in range(noise.shape[0])]
     with torch.no_grad():
-        result: tuple[Tensor, Tensor] = pipeline.inference(
-            noise, prompts, initial_latent=image, return_latents=True
-        )
+        result: tuple[Tensor, Tensor] = pipeline.inference(noise, prompts, return_latents=True, **given)
     return result[1]
 
 
 def _few_step(bench: Bench) -> Outcome:
     pipeline = bench.few_step()
-    image = bench.noise(seed=8, frames=1) if bench.scenario.image else None
-    return bench.outcome(video=_video(pipeline, bench.noise(), image))
+    given = {"initial_latent": bench.noise(seed=8, frames=1)} if bench.scenario.image else {}
+    return bench.outcome(video=_video(pipeline, bench.noise(), **given))
 
 
 def _second_video(bench: Bench) -> Outcome:
     pipeline = bench.few_step()
     first = _video(pipeline, bench.noise())
     return bench.outcome(first=first, second=_video(pipeline, bench.noise(seed=9)))
+
+
+def _rollouts(bench: Bench) -> Outcome:
+    """Make a video and another that begins with its last chunk, on the same cache dicts."""
+    pipeline = bench.few_step()
+    first = _video(pipeline, bench.noise())
+    second = _video(pipeline, bench.noise(seed=9), start_latents=first[:, -bench.scenario.chunk :])
+    return bench.outcome(video=torch.cat([first, second], dim=1))
+
+
+def _past_the_end(bench: Bench) -> Outcome:
+    """Make a video that is longer than the cache."""
+    pipeline = bench.few_step()
+    try:
+        video = _video(pipeline, bench.noise())
+    except RuntimeError:
+        bench.facts["ended"] = True
+        return bench.outcome()
+    bench.facts["ended"] = False
+    return bench.outcome(video=video)
 
 
 def _cfg(bench: Bench) -> Outcome:
@@ -222,6 +241,8 @@ def _layout(cache: dict[str, Any]) -> dict[str, list[Any]]:
 DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "few_step": _few_step,
     "second_video": _second_video,
+    "rollouts": _rollouts,
+    "past_the_end": _past_the_end,
     "cfg": _cfg,
     "overlap": _overlap,
     "no_cache": _no_cache,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .scenarios import UNTOUCHED, Case
+from .scenarios import REPOSITORIES, UNTOUCHED, Case
 
 VARIABLE = "HEADFORCING_UPSTREAM"
 NEEDED = ("diffusers", "easydict", "einops", "ftfy", "regex", "tqdm", "transformers")
@@ -59,7 +59,7 @@ def checkout_of(repository: str) -> Path:
     if not root:
         pytest.skip(f"{VARIABLE} is not set; it names a folder with a checkout of {repository}")
     checkout = Path(root) / repository
-    if not (checkout / "wan" / "modules" / "causal_model.py").is_file():
+    if not (checkout / REPOSITORIES[repository].replace(".", "/")).with_suffix(".py").is_file():
         pytest.skip(f"{VARIABLE} has no checkout of {repository} at {checkout}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -9,10 +9,22 @@ from typing import Any
 from torch import nn
 
 import headforcing as hf
+from headforcing.positions import PositionScheme
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
 
-from .scenarios import COMMIT, EQUAL, GROUPS, HEADS, LAYERS, REFERENCE, WRAPPER, Scenario
+from .scenarios import (
+    COMMIT,
+    EQUAL,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    NINE_FRAMES,
+    PRESET,
+    REFERENCE,
+    WRAPPER,
+    Scenario,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class ThirdWindow(SlidingWindow):
 
 def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     """Apply the roles of a policy to a model, and return the handle."""
+    if policy == PRESET:
+        return hf.apply_head_forcing(model, PRESET, chunk=scenario.chunk)
     roles = POLICIES[policy](scenario)
     if isinstance(roles, HeadRole):
         roles = [roles] * HEADS
@@ -35,7 +49,8 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
 
 
 def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> SlidingWindow:
-    return role(window=scenario.window, sink=scenario.sink, positions="absolute")
+    positions: PositionScheme = "compact" if scenario.raw_keys else "absolute"
+    return role(window=scenario.window, sink=scenario.sink, positions=positions)
 
 
 def _equal(scenario: Scenario) -> HeadRole:
@@ -67,6 +82,7 @@ POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     "no sink": lambda scenario: replace(_window(scenario), sink=0),
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),
     "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),
+    NINE_FRAMES: lambda scenario: SlidingWindow(9, positions="absolute"),
     "unlimited": lambda scenario: Full(),
     "head budgets": _budgets,
 }

@@ -8,6 +8,7 @@ for the results: `tensors.safetensors` and `report.json`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -23,6 +24,8 @@ from torch import Tensor
 from . import shims
 from .scenarios import SCENARIOS, Case
 
+PIPELINES = {"CausVid": "causvid.models.wan.causal_inference"}
+
 
 def main(job_path: Path) -> None:
     """Run the cases of a job file."""
@@ -31,20 +34,15 @@ def main(job_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     report: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        _import(Path(job["checkout"]))
+        shims.make_importable(Path(job["checkout"]))
+        importlib.import_module(PIPELINES.get(job["repository"], "pipeline"))
+        shims.use_plain_attention()
         for name, dtype, policy in job["cases"]:
             case = Case(job["repository"], SCENARIOS[name], dtype, policy)
             report[str(case)] = _attempt(case, tensors)
     output = Path(job["output"])
     save_file(tensors, output / "tensors.safetensors")
     (output / "report.json").write_text(json.dumps(report))
-
-
-def _import(checkout: Path) -> None:
-    shims.make_importable(checkout)
-    import pipeline  # noqa: F401
-
-    shims.use_plain_attention()
 
 
 def _attempt(case: Case, tensors: dict[str, Tensor]) -> dict[str, Any]:

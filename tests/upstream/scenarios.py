@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 LAYERS = 3
 HEADS = 4
-REPOSITORIES = ("Self-Forcing", "Causal-Forcing")
+REPOSITORIES = {
+    "Self-Forcing": "wan.modules.causal_model",
+    "Causal-Forcing": "wan.modules.causal_model",
+    "CausVid": "causvid.models.wan.causal_model",
+    "LongLive": "wan.modules.causal_model",
+}
+"""The module of every repository that defines its causal model."""
+LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
+WITH_LONGLIVE = (*LIKE_SELF_FORCING, "LongLive")
 DTYPES = ("float32", "bfloat16")
 
 UNTOUCHED = "untouched"
@@ -24,6 +32,8 @@ CONTROLS = (
     "unlimited",
     "head budgets",
 )
+NINE_FRAMES = "the last nine frames"
+PRESET = "streaming_llm"
 BASELINES = (UNTOUCHED, AGAIN)
 
 
@@ -43,6 +53,8 @@ class Scenario:
         image: Whether one clean frame precedes the noise.
         first_steps: Denoising steps of the first chunk where they are its own.
         steps: Denoising steps of every other chunk, before the shift.
+        repositories: Which repositories can be driven so.
+        raw_keys: Whether upstream's model is the one that keeps keys before RoPE.
     """
 
     name: str
@@ -56,6 +68,8 @@ class Scenario:
     image: bool = False
     first_steps: tuple[int, ...] | None = None
     steps: tuple[int, ...] = (1000, 750, 500, 250)
+    repositories: tuple[str, ...] = LIKE_SELF_FORCING
+    raw_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,17 +90,51 @@ class Case:
         return replace(self, policy=policy)
 
 
-SLIDING = Scenario("w9 s3", "few_step", window=9, sink=3, frames=21, passes=35)
+SLIDING = Scenario(
+    "w9 s3", "few_step", window=9, sink=3, frames=21, passes=35, repositories=WITH_LONGLIVE
+)
+CAUSVID_STEPS = (1000, 757, 522, 0)
+ROLLOUTS = Scenario(
+    "rollouts",
+    "rollouts",
+    window=-1,
+    sink=0,
+    frames=21,
+    passes=7 * 4 + 1 + 6 * 4,
+    steps=CAUSVID_STEPS,
+    repositories=("CausVid",),
+)
+PAST_THE_END = replace(ROLLOUTS, name="past the end", driver="past_the_end", frames=27, passes=9 * 4)
 
 PARITY = (
-    Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30),
+    Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_LONGLIVE),
     SLIDING,
     Scenario("w9 s6", "few_step", window=9, sink=6, frames=21, passes=35),
     Scenario("w7 s1", "few_step", window=7, sink=1, frames=15, passes=25),
     Scenario("w7 s1 chunk 1", "few_step", window=7, sink=1, frames=12, passes=60, chunk=1),
     Scenario("image w7 s1", "few_step", window=7, sink=1, frames=18, passes=31, image=True),
-    Scenario("global", "few_step", window=-1, sink=0, frames=21, passes=35, batch=2),
-    Scenario("second video", "second_video", window=6, sink=1, frames=12, passes=40),
+    replace(SLIDING, name="batch 2", batch=2),
+    replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive",)),
+    ROLLOUTS,
+    Scenario(
+        "global",
+        "few_step",
+        window=-1,
+        sink=0,
+        frames=21,
+        passes=35,
+        batch=2,
+        repositories=WITH_LONGLIVE,
+    ),
+    Scenario(
+        "second video",
+        "second_video",
+        window=6,
+        sink=1,
+        frames=12,
+        passes=40,
+        repositories=WITH_LONGLIVE,
+    ),
     Scenario("overlap", "overlap", window=9, sink=3, frames=14, passes=10),
     Scenario("cfg", "cfg", window=6, sink=1, frames=12, passes=40),
 )
@@ -100,37 +148,42 @@ FIRST_CHUNK = Scenario(
     chunk=1,
     first_steps=(1000, 750, 500, 250),
     steps=(1000,),
+    repositories=("Causal-Forcing",),
 )
 PASS_THROUGH = (
     Scenario("no cache", "no_cache", window=-1, sink=0, frames=6, passes=1),
     Scenario("gradients", "gradients", window=9, sink=3, frames=3, passes=1),
 )
-REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50)
+REMOVAL = Scenario(
+    "removal", "removal", window=9, sink=3, frames=15, passes=50, repositories=WITH_LONGLIVE
+)
 
 GRADIENTS_MIDWAY = Scenario("gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3)
 SWITCHES = (
-    Scenario("new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10),
-    Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10),
+    Scenario(
+        "new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE
+    ),
+    Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
 )
 
-SCENARIOS = {
-    item.name: item for item in (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-}
+EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
+SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END)}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
-    """Return the runs of some scenarios in every repository and dtype."""
+    """Return the runs of some scenarios in each of their repositories and every dtype."""
     return [
         Case(repository, scenario, dtype, policy)
         for repository in REPOSITORIES
         for dtype in DTYPES
         for scenario in scenarios
+        if repository in scenario.repositories
     ]
 
 
-def first_chunk_cases(policy: str = EQUAL) -> list[Case]:
-    """Return the runs that only Causal Forcing knows, whose first chunk has steps of its own."""
-    return [Case("Causal-Forcing", FIRST_CHUNK, dtype, policy) for dtype in DTYPES]
+def control_cases() -> list[Case]:
+    """Return the runs whose output must differ from the untouched run's."""
+    return [*sliding_cases(*CONTROLS), *cases_of(ROLLOUTS, policy=NINE_FRAMES)]
 
 
 def sliding_cases(*policies: str) -> list[Case]:
@@ -140,10 +193,9 @@ def sliding_cases(*policies: str) -> list[Case]:
 
 def parity_cases() -> list[Case]:
     """Return the runs whose output must equal the untouched run's."""
-    return [*cases_of(*PARITY), *sliding_cases(GROUPS, WRAPPER, REFERENCE, COMMIT), *first_chunk_cases()]
+    return [*cases_of(*PARITY, FIRST_CHUNK), *sliding_cases(GROUPS, WRAPPER, REFERENCE, COMMIT)]
 
 
 def every_case(policy: str) -> list[Case]:
     """Return every scenario of every repository and dtype under one policy."""
-    scenarios = (*PARITY, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-    return [*cases_of(*scenarios, policy=policy), *first_chunk_cases(policy)]
+    return cases_of(*EVERY, policy=policy)

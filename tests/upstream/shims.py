@@ -10,10 +10,12 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
+from torch.overrides import TorchFunctionMode
 
 IMPORTED_BUT_UNUSED = ("torchvision", "decord")
 LOOK_FOR_TORCHVISION = (
@@ -42,6 +44,17 @@ class _Empty(MetaPathFinder, Loader):
         """Leave the module empty."""
 
 
+class OnCpu(TorchFunctionMode):
+    """Takes the device that is written `"cuda"` for the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call with the other device."""
+        moved = {"device": "cpu"} if (kwargs or {}).get("device") == "cuda" else {}
+        return func(*args, **{**(kwargs or {}), **moved})
+
+
 def make_importable(checkout: Path) -> None:
     """Put a checkout first on the path, and stand in for what its imports ask of the machine."""
     for name in LOOK_FOR_TORCHVISION:
@@ -66,7 +79,7 @@ def use_plain_attention() -> None:
         "flex_attention": flex_attention,
     }
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != "wan":
+        if name.partition(".")[0] not in ("wan", "causvid"):
             continue
         for attribute, stand_in in stand_ins.items():
             if callable(getattr(module, attribute, None)):

@@ -17,14 +17,15 @@ CHANNELS = 16
 LATENT = (8, 12)
 TOKENS_PER_FRAME = 24
 GLOBAL_FRAMES = 21
+INDICES = ("global_end_index", "local_end_index")
 TEXT_LENGTH = 16
 TEXT_DIM = 24
 WEIGHT_SEED = 1234
 NOISE_SEED = 7
 
 
-def build_model(model_class: Callable[..., nn.Module], window: int, sink: int) -> nn.Module:
-    """Build the repository's own causal model in the tiny size."""
+def build_model(model_class: Callable[..., nn.Module], window: int, **memory: int) -> nn.Module:
+    """Build the repository's own causal model in the tiny size, with what it is told of its memory."""
     model = model_class(
         dim=HEADS * HEAD_DIM,
         ffn_dim=192,
@@ -35,8 +36,7 @@ def build_model(model_class: Callable[..., nn.Module], window: int, sink: int) -
         out_dim=CHANNELS,
         text_len=TEXT_LENGTH,
         text_dim=TEXT_DIM,
-        local_attn_size=window,
-        sink_size=sink,
+        **memory,
     )
     module: Any
     for module in model.modules():
@@ -73,15 +73,14 @@ def noise(batch: int, frames: int, dtype: torch.dtype, seed: int = NOISE_SEED) -
     return torch.randn(batch, frames, CHANNELS, *LATENT, generator=generator).to(dtype)
 
 
-def kv_caches(window: int, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Allocate one self-attention cache per layer, as the pipelines do."""
+def kv_caches(window: int, batch: int, dtype: torch.dtype, counted: bool = True) -> list[dict[str, Any]]:
+    """Allocate one self-attention cache per layer, as the pipelines do; CausVid does not count."""
     shape = (batch, capacity(window) * TOKENS_PER_FRAME, HEADS, HEAD_DIM)
     return [
         {
             "k": torch.zeros(shape, dtype=dtype),
             "v": torch.zeros(shape, dtype=dtype),
-            "global_end_index": torch.tensor([0], dtype=torch.long),
-            "local_end_index": torch.tensor([0], dtype=torch.long),
+            **{name: torch.tensor([0], dtype=torch.long) for name in INDICES if counted},
         }
         for _ in range(LAYERS)
     ]
@@ -125,3 +124,5 @@ class Decoder(nn.Module):
         """Return the latents as they are."""
         del use_cache
         return latent
+
+    decode_to_pixel_chunk = decode_to_pixel

@@ -1,0 +1,33 @@
+"""LongLive 1 (arXiv:2509.22622): the attention skeleton of Self Forcing with writes after the last layer.
+
+Its facts: attention returns its output with the end indices and what is to be written, and the model counts
+and writes once all layers ran; a video begins with new cache dicts; a new prompt runs the last frames again
+in one call. Both of its models have this interface, the one that keeps keys after RoPE and the one that keeps
+them before: our roles say where frames sit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from headforcing.adapter import Memo
+from headforcing.integrations.self_forcing import SelfForcing
+from headforcing.types import AttentionCall
+
+
+class LongLive(SelfForcing):
+    """The `CausalWanSelfAttention` skeleton that is told whether the sink runs again."""
+
+    name = "longlive"
+    forward = (*SelfForcing.forward, "sink_recache_after_switch")
+
+    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
+        """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
+        y = super().output(module, out, call, memo)
+        memo["marks"] = [(index, mark if mark is None else mark + 1) for index, mark in memo["marks"]]
+        return y, (*memo["ends"], None)
+
+
+ADAPTER = LongLive()

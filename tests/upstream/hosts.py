@@ -1,0 +1,68 @@
+"""The repositories that are not built as Self Forcing is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from . import shims, tiny
+from .bench import Bench
+
+
+class CausVid(Bench):
+    """Builds everything itself, on `"cuda"`, a bidirectional model included; nobody counts."""
+
+    counted = False
+
+    def few_step(self) -> Any:
+        """Build the pipeline with its caches allocated."""
+        from causvid.models.wan import causal_inference
+
+        pipeline = self.pipeline(causal_inference.InferencePipeline)
+        pipeline.kv_cache1, pipeline.crossattn_cache = self.allocate()
+        inference = pipeline.inference
+
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            with shims.OnCpu():
+                return inference(*args, **kwargs)
+
+        pipeline.inference = on_cpu
+        return pipeline
+
+    def build(self, pipeline_class: Callable[..., Any], arguments: SimpleNamespace) -> Any:
+        """Call the class with other factories."""
+        from causvid.models.wan import causal_inference, wan_wrapper
+
+        wan_wrapper.WanModel.from_pretrained = staticmethod(lambda path: nn.Module())
+        causal_inference.get_text_encoder_wrapper = lambda model_name: tiny.TextEncoder
+        causal_inference.get_vae_wrapper = lambda model_name: tiny.Decoder
+        arguments.model_name, arguments.generator_name = "wan", "causal_wan"
+        arguments.warp_denoising_step = False
+        return pipeline_class(arguments, device="cpu")
+
+
+class LongLive(Bench):
+    """Allocates caches whenever a video begins."""
+
+    def few_step(self) -> Any:
+        """Build the few-step pipeline with caches of the tiny size."""
+        from pipeline import CausalInferencePipeline
+
+        return self._allocating(CausalInferencePipeline)
+
+    def _allocating(self, pipeline_class: Callable[..., Any]) -> Any:
+        pipeline = self.pipeline(pipeline_class)
+
+        def allocate(*args: object, **kwargs: object) -> None:
+            pipeline.kv_cache1, pipeline.crossattn_cache = self.allocate()
+
+        pipeline._initialize_kv_cache = allocate
+        pipeline._initialize_crossattn_cache = lambda *args, **kwargs: None
+        return pipeline
+
+
+HOSTS: dict[str, type[Bench]] = {"CausVid": CausVid, "LongLive": LongLive}
+"""How to build what a repository runs; all others are built as Self Forcing is."""
