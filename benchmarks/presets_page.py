@@ -95,6 +95,8 @@ def page(results: Mapping[str, Any], data: str, picture: str) -> str:
         parts += [f"## Camera: {camera}", text, _table(results, camera)]
         if labelled := _labelled(results, camera):
             parts += [labelled]
+    if missing := _missing(results):
+        parts.append(missing)
     parts += ["## What the intervals say", _verdicts(results), "## What the roles were", _roles(results)]
     return "\n\n".join(part.strip() for part in [*parts, LIMITS]) + "\n"
 
@@ -193,6 +195,16 @@ def _labelled(results: Mapping[str, Any], camera: str) -> str:
         return ""
     head = "Labels against the same roles on other heads; a draw is the mean over its own videos:"
     return f"{head}\n\n{markdown_table(rows, right=True)}"
+
+
+def _missing(results: Mapping[str, Any]) -> str:
+    """Controls that were not run."""
+    lines = []
+    for camera, records in results["scenarios"].items():
+        wanted = [key for name in results["entrants"] for key in _controls(results, name).values()]
+        if left := [key for key in dict.fromkeys(wanted) if key not in records]:
+            lines.append(f"Not run with the camera {camera}: {'; '.join(left)}.")
+    return "\n\n".join(lines)
 
 
 def _verdicts(results: Mapping[str, Any]) -> str:
