@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from presets_page import OWN, draw, page
+from presets_page import KEY_HEAD, OWN, draw, page
 from quality import CAMERAS, LATE, REPORT_SEEDS, ROOT, Job
 from rich.console import Console
 from rich.progress import track
@@ -40,7 +40,7 @@ from headforcing.demo.files import replace_file
 from headforcing.demo.profiled import SEED, VIDEOS
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
-from headforcing.roles import SlidingWindow
+from headforcing.roles import HeadRole, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 
 DRAWS = 4
@@ -79,7 +79,17 @@ def contest(config: DemoConfig) -> tuple[dict[str, list[Policy]], dict[str, dict
                 key = f"{one.name}, {name}"
                 drawn[key] = [Policy(key, draw(one.roles, seed)) for seed in range(DRAWS)]
                 fact["controls"][name] = key
+                layer, head = KEY_HEAD
+                maps = [one.roles, *(policy.roles for policy in drawn[key])]
+                fact.setdefault("key_head", {})[name] = [
+                    role_name(roles.layers[layer][head]) for roles in maps
+                ]
     return policies | drawn, facts
+
+
+def role_name(role: HeadRole) -> str:
+    """Its type in small letters."""
+    return type(role).__name__.lower()
 
 
 def jobs_of(
