@@ -210,9 +210,9 @@ def _key_head(results: Mapping[str, Any]) -> str:
     layer, head = KEY_HEAD
     return (
         "## How much hangs on one head\n\n"
-        f"Head {head} of layer {layer} decides most here ([Role maps](role-maps.md)), and the draws are few and "
-        "the same orders of heads for every preset. Its role in each draw; a difference to shuffled or random "
-        f"roles says little more than what it got:\n\n{markdown_table(rows)}"
+        f"Head {head} of layer {layer} decides most here ([Role maps](role-maps.md)), and the draws are few "
+        "and the same orders of heads for every preset. Its role in each draw; a difference to shuffled or "
+        f"random roles says little more than what it got:\n\n{markdown_table(rows)}"
     )
 
 
