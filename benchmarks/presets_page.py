@@ -53,7 +53,8 @@ with their defaults; nothing was chosen on the videos of this page. Numbers behi
   **motion**: as there, late; 1 is right.
 * **Controls**: *StreamingLLM at as many frames*: for all heads the first and the last frames, as many as the
   preset sees, rounded. *Sink*: where a preset has more first frames than a chunk, those and the last frames,
-  {trained} in all, and nothing that is chosen; added when deep_forcing's numbers were seen. *Shuffled*: its roles on other heads of their layer;
+  {trained} in all, and nothing that is chosen; added when deep_forcing's numbers were seen.
+  *Shuffled*: its roles on other heads of their layer;
   *random*: on any heads. {draws} draws each, and every draw makes its share of the videos, so that intervals
   know of both.
 * A difference is the preset minus its control, paired by video; bold: its interval excludes 0. Intervals are
