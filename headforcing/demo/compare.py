@@ -149,7 +149,7 @@ def roll(
     scene, recorder = scene.to(device), _Recorder(model.config.layers)
     given = render(scene, torch.arange(given_chunks * CHUNK)).video if given_chunks else None
     with _as_found(model):
-        pipeline = _SeededPipeline(model, policy, seeds)
+        pipeline = SeededPipeline(model, policy, seeds)
         roles = policy.roles
         with nullcontext() if roles is None else apply_head_forcing(model, roles, backend=recorder) as handle:
             started = time.perf_counter()
@@ -200,7 +200,7 @@ def returning_columns(camera: CameraSchedule, num_chunks: int, away: int) -> Ten
     return ever & ~lately
 
 
-class _SeededPipeline(DemoPipeline):
+class SeededPipeline(DemoPipeline):
     """The demo pipeline with one noise generator per video, on the CPU."""
 
     def __init__(self, model: DemoModel, policy: Policy, seeds: Sequence[int]) -> None:

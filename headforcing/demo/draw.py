@@ -36,7 +36,7 @@ def draw_video(story: Story) -> Iterator[Pixels]:
             image.paste(enlarge(track.video[frame], SIDE), (left, TOP))
             if track.psnr is not None:
                 text = "given" if frame < story.given else _decibel(track.psnr[frame])
-                draw.text((left + SIDE + 2, TOP - 10), text, INK, _font(15, "mono"), anchor="rs")
+                draw.text((left + SIDE + 2, TOP - 10), text, INK, font(15, "mono"), anchor="rs")
         _counter(draw, story, frame)
         _camera(draw, story, frame)
         now = round(edges[0] + (edges[1] - edges[0]) * frame / max(story.frames - 1, 1))
@@ -55,24 +55,24 @@ def draw_sheet(story: Story, columns: int = 12) -> Any:
     tops = [top + index * row - 22 * bool(index) for index in range(len(story.tracks))]
     image = Image.new("RGB", (left + len(times) * (cell + gap) + 22, tops[-1] + row + 10), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((32, 44), story.headline, INK, _font(26, "bold"), anchor="ls")
-    draw.text((32, 72), story.byline, FAINT, _font(16), anchor="ls")
+    draw.text((32, 44), story.headline, INK, font(26, "bold"), anchor="ls")
+    draw.text((32, 72), story.byline, FAINT, font(16), anchor="ls")
     for column, frame in enumerate(times):
         x = left + column * (cell + gap)
-        draw.text((x, top - 12), f"{frame / story.fps:.1f} s", INK, _font(17, "bold"), anchor="ls")
-        draw.text((x + cell, top - 12), f"frame {frame}", FAINT, _font(13), anchor="rs")
+        draw.text((x, top - 12), f"{frame / story.fps:.1f} s", INK, font(17, "bold"), anchor="ls")
+        draw.text((x + cell, top - 12), f"frame {frame}", FAINT, font(13), anchor="rs")
         for track, y in zip(story.tracks, tops, strict=True):
             image.paste(enlarge(track.video[frame], cell), (x, y))
             if track.psnr is not None:
                 text = "given" if frame < story.given else _decibel(track.psnr[frame])
-                draw.text((x + cell, y + cell + 18), text, INK, _font(15, "mono"), anchor="rs")
+                draw.text((x + cell, y + cell + 18), text, INK, font(15, "mono"), anchor="rs")
     for track, y in zip(story.tracks, tops, strict=True):
         _row_label(draw, track, y, cell)
     after = int(np.searchsorted(times, story.trained))
     if 0 < after < len(times):
         x = left + after * (cell + gap) - gap // 2
         _dashes(draw, x, top - 46, image.height - 22)
-        draw.text((x + 6, top - 36), "beyond the trained length", FAINT, _font(13), anchor="ls")
+        draw.text((x + 6, top - 36), "beyond the trained length", FAINT, font(13), anchor="ls")
     return image
 
 
@@ -89,26 +89,26 @@ def _stage(story: Story) -> Any:
 
     image = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((LEFT, 40), story.headline, INK, _font(24, "bold"), anchor="ls")
-    draw.text((LEFT, 66), story.byline, FAINT, _font(15), anchor="ls")
+    draw.text((LEFT, 40), story.headline, INK, font(24, "bold"), anchor="ls")
+    draw.text((LEFT, 66), story.byline, FAINT, font(15), anchor="ls")
     for index, track in enumerate(story.tracks):
         left = _panel_left(index)
         draw.rectangle([left - 3, TOP - 3, left + SIDE + 2, TOP + SIDE + 2], track.colour)
-        draw.text((left - 2, TOP - 10), track.name, track.colour, _font(15, "bold"), anchor="ls")
+        draw.text((left - 2, TOP - 10), track.name, track.colour, font(15, "bold"), anchor="ls")
     return image
 
 
 def _counter(draw: Any, story: Story, frame: int) -> None:
     right = SIZE[0] - LEFT
     time = f"{frame / story.fps:5.1f} s   frame {frame:3d}"
-    draw.text((right, 40), time, INK, _font(22, "mono"), anchor="rs")
+    draw.text((right, 40), time, INK, font(22, "mono"), anchor="rs")
     if frame < story.given:
         note = "true frames, given"
     elif frame < story.trained:
         note = "inside the trained length"
     else:
         note = f"{(frame + 1) / story.trained:.1f} × the trained length"
-    draw.text((right, 66), note, FAINT, _font(15), anchor="rs")
+    draw.text((right, 66), note, FAINT, font(15), anchor="rs")
 
 
 def _camera(draw: Any, story: Story, frame: int) -> None:
@@ -117,7 +117,7 @@ def _camera(draw: Any, story: Story, frame: int) -> None:
         return
     width, height = 120, 10
     left, top = _panel_left(0) + SIDE + 2 - width, TOP - 21
-    draw.text((left - 8, top + height), "view", FAINT, _font(13), anchor="rs")
+    draw.text((left - 8, top + height), "view", FAINT, font(13), anchor="rs")
     draw.rectangle([left, top, left + width, top + height], outline=RULE)
     start = left + round(width * float(story.camera[frame]))
     draw.rectangle([start, top, start + width // 2, top + height], TRUTH)
@@ -135,7 +135,7 @@ def _row_label(draw: Any, track: Track, top: int, cell: int) -> None:
         lines[-1] = f"{lines[-1]} {word}".strip()
     for number, line in enumerate(lines):
         y = top + cell // 2 + 22 * number - 11 * len(lines) + 16
-        draw.text((32, y), line, track.colour, _font(17, "bold"), anchor="ls")
+        draw.text((32, y), line, track.colour, font(17, "bold"), anchor="ls")
 
 
 def _dashes(draw: Any, x: int, top: int, bottom: int) -> None:
@@ -148,7 +148,7 @@ def _decibel(value: float) -> str:
 
 
 @cache
-def _font(size: int, face: str = "plain") -> Any:
+def font(size: int, face: str = "plain") -> Any:
     """DejaVu Sans in a size, from the copy that matplotlib brings along."""
     import matplotlib
     from PIL import ImageFont

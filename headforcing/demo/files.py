@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,16 @@ FILES = ("demo.mp4", "contact_sheet.png", "memory.png", REPORT)
 MADE_BY = "headforcing demo"
 
 
-def check_folder(out: Path) -> None:
-    """Makes the folder; refuses to overwrite what an earlier demo did not write.
+def check_folder(
+    out: Path, files: Sequence[str] = FILES, report: str = REPORT, made_by: str = MADE_BY
+) -> None:
+    """Makes the folder; refuses to overwrite what an earlier run of a command did not write.
+
+    Args:
+        out: the folder.
+        files: names the command writes.
+        report: the one among them that says who wrote it, as `made_by`.
+        made_by: the command.
 
     Raises:
         FileExistsError: see above.
@@ -26,10 +34,10 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    present = [name for name in FILES if (out / name).exists()]
-    if present and not _is_ours(out / REPORT):
+    present = [name for name in files if (out / name).exists()]
+    if present and not _is_by(out / report, made_by):
         raise FileExistsError(
-            f"{out} holds {', '.join(present)}, which this demo did not write: choose another --out"
+            f"{out} holds {', '.join(present)}, which `{made_by}` did not write: choose another --out"
         )
 
 
@@ -68,8 +76,8 @@ def write_mp4(path: Path, frames: Iterable[Pixels], size: tuple[int, int], fps: 
         writer.close()
 
 
-def _is_ours(path: Path) -> bool:
+def _is_by(path: Path, made_by: str) -> bool:
     try:
-        return bool(json.loads(path.read_text("utf-8"))["made_by"] == MADE_BY)
+        return bool(json.loads(path.read_text("utf-8"))["made_by"] == made_by)
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headforcing.apply import apply_head_forcing
 from headforcing.demo.camera import CHUNK
-from headforcing.demo.compare import Policy, _SeededPipeline, make_scene
+from headforcing.demo.compare import Policy, SeededPipeline, make_scene
 from headforcing.demo.metrics import GHOST_SATURATION, sprite_identity
 from headforcing.demo.model import DemoModel
 from headforcing.demo.pipeline import ChunkCallback
@@ -170,7 +170,7 @@ def play(
     """
     if mode not in (*MODES, WRONG):
         raise ValueError(f"mode is {mode!r}: expected one of {', '.join((*MODES, WRONG))}")
-    pipeline = _SeededPipeline(model, Policy(mode), seeds)
+    pipeline = SeededPipeline(model, Policy(mode), seeds)
     held: dict[str, list[tuple[int, ...]]] = {}
     with apply_head_forcing(model, roles) as handle:
 

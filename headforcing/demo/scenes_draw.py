@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from headforcing.demo.camera import CHUNK
-from headforcing.demo.draw import enlarge
+from headforcing.demo.draw import enlarge, font
 from headforcing.demo.scenes import Script
 from headforcing.demo.scenes_timeline import scene_colours
 from headforcing.demo.story import FAINT, INK, PANEL, PAPER, RULE, Held, Pixels
@@ -86,24 +84,24 @@ def draw_video(tale: Tale) -> Iterator[Pixels]:
                 (LEFT, TOP + SIDE + 24),
                 f"scene {script.returns[scene] + 1}, frame {first}",
                 FAINT,
-                _font(15),
+                font(15),
                 anchor="ls",
             )
         else:
             draw.rectangle([LEFT, TOP, LEFT + SIDE - 1, TOP + SIDE - 1], PANEL)
             centre = (LEFT + SIDE // 2, TOP + SIDE // 2)
-            draw.text(centre, f"{name} is new", FAINT, _font(20), anchor="mm")
+            draw.text(centre, f"{name} is new", FAINT, font(20), anchor="mm")
         for mode in modes:
             left += SIDE + GAP
             image.paste(enlarge(tale.videos[mode][frame], SIDE), (left, TOP))
             draw.rectangle([left - 3, TOP - 3, left + SIDE + 2, TOP + SIDE + 2], outline=colour, width=3)
             _memory(draw, tale, mode, frame, left)
             begun = how_begun(script, scene, mode)
-            draw.text((left + SIDE, TOP - 10), begun, colour, _font(15, "bold"), anchor="rs")
-        draw.text((LEFT, 610), name, colour, _font(40, "bold"), anchor="ls")
-        draw.text((LEFT + 44, 608), f"“{script.prompts[scene]}”", INK, _font(24), anchor="ls")
+            draw.text((left + SIDE, TOP - 10), begun, colour, font(15, "bold"), anchor="rs")
+        draw.text((LEFT, 610), name, colour, font(40, "bold"), anchor="ls")
+        draw.text((LEFT + 44, 608), f"“{script.prompts[scene]}”", INK, font(24), anchor="ls")
         time = f"{frame / tale.fps:5.1f} s   frame {frame:3d}"
-        draw.text((SIZE[0] - LEFT, 40), time, INK, _font(22, "mono"), anchor="rs")
+        draw.text((SIZE[0] - LEFT, 40), time, INK, font(22, "mono"), anchor="rs")
         now = LEFT + round((SIZE[0] - 2 * LEFT) * frame / (script.frames - 1))
         draw.line([(now, BANDS[0] - 8), (now, sum(BANDS) + 8)], INK, 3)
         yield np.asarray(image)
@@ -119,32 +117,32 @@ def draw_sheet(tale: Tale) -> Any:
     size = (SHEET_LEFT + len(script.prompts) * wide + 22, SHEET_TOP + len(tale.videos) * ROW + 30)
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((32, 44), tale.headline, INK, _font(26, "bold"), anchor="ls")
-    draw.text((32, 72), tale.byline, FAINT, _font(16), anchor="ls")
-    draw.text((32, size[1] - 16), LIKENESS, FAINT, _font(14), anchor="ls")
+    draw.text((32, 44), tale.headline, INK, font(26, "bold"), anchor="ls")
+    draw.text((32, 72), tale.byline, FAINT, font(16), anchor="ls")
+    draw.text((32, size[1] - 16), LIKENESS, FAINT, font(14), anchor="ls")
     colours = scene_colours(script.names)
     for scene, name in enumerate(script.names):
         x, y = SHEET_LEFT + scene * wide, SHEET_TOP - 72
         draw.rectangle([x, y, x + wide - SPACE - 1, y + 52], colours[name])
-        draw.text((x + 10, y + 26), name, PAPER, _font(30, "bold"), anchor="lm")
+        draw.text((x + 10, y + 26), name, PAPER, font(30, "bold"), anchor="lm")
         for number, words in enumerate(_lines(script.prompts[scene].replace(" clear", ""), len(parts))):
-            draw.text((x + 44, y + 17 + 19 * number), words, PAPER, _font(15), anchor="lm")
+            draw.text((x + 44, y + 17 + 19 * number), words, PAPER, font(15), anchor="lm")
         for row, (mode, video) in enumerate(tale.videos.items()):
             top = SHEET_TOP + row * ROW
             for column, part in enumerate(parts):
                 shown = video[scene * length + round(part * (length - 1))]
                 image.paste(enlarge(shown, CELL), (x + column * (CELL + SPACE), top))
             begun = how_begun(script, scene, mode)
-            draw.text((x, top + CELL + 18), begun, colours[name], _font(14), anchor="ls")
+            draw.text((x, top + CELL + 18), begun, colours[name], font(14), anchor="ls")
             if scene in script.returns:
                 text = f"alike {tale.alike[mode][scene]:.2f}"
                 right = x + wide - SPACE
-                draw.text((right, top + CELL + 18), text, INK, _font(14, "mono"), anchor="rs")
+                draw.text((right, top + CELL + 18), text, INK, font(14, "mono"), anchor="rs")
     for row, mode in enumerate(tale.videos):
         top = SHEET_TOP + row * ROW
-        draw.text((32, top + 36), mode, INK, _font(20, "bold"), anchor="ls")
+        draw.text((32, top + 36), mode, INK, font(20, "bold"), anchor="ls")
         for number, line in enumerate(tale.told[mode].split("\n")):
-            draw.text((32, top + 62 + 20 * number), line, FAINT, _font(14), anchor="ls")
+            draw.text((32, top + 62 + 20 * number), line, FAINT, font(14), anchor="ls")
     return image
 
 
@@ -154,19 +152,19 @@ def _stage(tale: Tale, modes: list[str]) -> Any:
 
     image = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((LEFT, 40), tale.headline, INK, _font(24, "bold"), anchor="ls")
-    draw.text((LEFT, 66), tale.byline, FAINT, _font(15), anchor="ls")
+    draw.text((LEFT, 40), tale.headline, INK, font(24, "bold"), anchor="ls")
+    draw.text((LEFT, 66), tale.byline, FAINT, font(15), anchor="ls")
     for number, text in enumerate(("the first time", *(f"mode {mode}" for mode in modes))):
         left = LEFT + number * (SIDE + GAP)
-        draw.text((left - 2, TOP - 10), text, INK, _font(16, "bold"), anchor="ls")
+        draw.text((left - 2, TOP - 10), text, INK, font(16, "bold"), anchor="ls")
     colours, width = scene_colours(tale.script.names), SIZE[0] - 2 * LEFT
     each = width / len(tale.script.names)
     for scene, name in enumerate(tale.script.names):
         start = LEFT + scene * each
         draw.rectangle([start + 1, BANDS[0], start + each - 2, sum(BANDS)], colours[name])
         middle = (start + each / 2, BANDS[0] + BANDS[1] / 2)
-        draw.text(middle, name, PAPER, _font(22, "bold"), anchor="mm")
-        draw.text((start + 8, BANDS[0] + 4), f"{scene + 1}", PAPER, _font(14, "bold"), anchor="lt")
+        draw.text(middle, name, PAPER, font(22, "bold"), anchor="mm")
+        draw.text((start + 8, BANDS[0] + 4), f"{scene + 1}", PAPER, font(14, "bold"), anchor="lt")
     return image
 
 
@@ -174,7 +172,7 @@ def _memory(draw: Any, tale: Tale, mode: str, frame: int, left: int) -> None:
     """What one head remembers of the video now: a square per frame, with the number of its scene."""
     held, top = tale.held[mode], TOP + SIDE + 36
     frames, colours = held.held[frame // CHUNK], scene_colours(tale.script.names)
-    draw.text((left, top - 12), f"{held.name}: remembers scenes", FAINT, _font(15), anchor="ls")
+    draw.text((left, top - 12), f"{held.name}: remembers scenes", FAINT, font(15), anchor="ls")
     step = min(20.0, SIDE / max(len(frames), 1))
     draw.rectangle([left, top, left + SIDE, top + 19], outline=RULE)
     for place, number in enumerate(frames):
@@ -183,20 +181,10 @@ def _memory(draw: Any, tale: Tale, mode: str, frame: int, left: int) -> None:
         colour = colours[tale.script.names[scene]]
         draw.rectangle([x + (step > 4), top, x + step - 1, top + 19], colour)
         if step > 12:
-            draw.text((x + step / 2, top + 10), f"{scene + 1}", PAPER, _font(13, "bold"), anchor="mm")
+            draw.text((x + step / 2, top + 10), f"{scene + 1}", PAPER, font(13, "bold"), anchor="mm")
 
 
 def _lines(words: str, columns: int) -> list[str]:
     """A prompt in two lines, or none where there is no room."""
     parts = words.split()
     return [" ".join(parts[:2]), " ".join(parts[2:])] if columns > 1 else []
-
-
-@cache
-def _font(size: int, face: str = "plain") -> Any:
-    """DejaVu Sans in a size, from the copy that matplotlib brings along."""
-    import matplotlib
-    from PIL import ImageFont
-
-    file = {"plain": "DejaVuSans", "bold": "DejaVuSans-Bold", "mono": "DejaVuSansMono-Bold"}[face]
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{file}.ttf")), size)

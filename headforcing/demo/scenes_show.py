@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from headforcing.demo import show
-from headforcing.demo.files import replace_file, write_mp4
+from headforcing.demo.files import check_folder, replace_file, write_mp4
 from headforcing.demo.model import DemoModel
 from headforcing.demo.report import RoleRow, describe
 from headforcing.demo.scenes import MODES, PROMPTS, Found, Played, Script, alike, background, measure, play
@@ -136,7 +136,7 @@ def show_scenes(request: Request, progress: show.Progress = lambda *_: None) -> 
     script = Script(request.prompts, request.chunks)
     model = show.load_model(None)
     roles = show.find_roles(show.Request(roles=request.roles, preset=request.preset), model.config)
-    check_folder(request.out)
+    check_folder(request.out, FILES, REPORT, MADE_BY)
     played = play_all(model, roles, script, request.seed, progress)
     found = [measure(each.video, script) for each in played]
     fitted = roles.fit(model.config.layers, model.config.heads, model.config.window, model.config.chunk)
@@ -245,27 +245,6 @@ def write(
     replace_file(paths["scenes_sheet.png"], lambda path: draw_sheet(told).save(path))
     replace_file(paths["timeline.png"], lambda path: timeline(script, played[0], who).savefig(path))
     replace_file(paths["modes.png"], lambda path: modes(script, played).savefig(path))
-
-
-def check_folder(out: Path) -> None:
-    """Makes the folder; refuses to overwrite what an earlier run did not write.
-
-    Raises:
-        FileExistsError: see above.
-        NotADirectoryError: there is a file of that name.
-    """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    present = [name for name in FILES if (out / name).exists()]
-    try:
-        ours = json.loads((out / REPORT).read_text("utf-8"))["made_by"] == MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if present and not ours:
-        raise FileExistsError(
-            f"{out} holds {', '.join(present)}, which this command did not write: choose another --out"
-        )
 
 
 def number(value: float | None) -> str:

@@ -249,10 +249,11 @@ def test_the_pictures_show_what_they_are_given(played, prompts):
 
 def test_only_our_report_opens_a_folder(tmp_path):
     show = pytest.importorskip("headforcing.demo.scenes_show")
+    ours = show.FILES, show.REPORT, show.MADE_BY
     (tmp_path / "timeline.png").write_text("mine")
     with pytest.raises(FileExistsError, match="did not write"):
-        show.check_folder(tmp_path)
+        show.check_folder(tmp_path, *ours)
     (tmp_path / show.REPORT).write_text(json.dumps({"made_by": show.MADE_BY}))
-    show.check_folder(tmp_path)
+    show.check_folder(tmp_path, *ours)
     with pytest.raises(NotADirectoryError):
-        show.check_folder(tmp_path / "timeline.png")
+        show.check_folder(tmp_path / "timeline.png", *ours)
