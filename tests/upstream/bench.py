@@ -128,9 +128,7 @@ class Bench:
 
     def build(self, pipeline_class: Callable[..., Any], arguments: SimpleNamespace) -> Any:
         """Call the class of a pipeline."""
-        return pipeline_class(
-            arguments, device="cpu", text_encoder=tiny.TextEncoder(), vae=tiny.Decoder()
-        )
+        return pipeline_class(arguments, device="cpu", text_encoder=tiny.TextEncoder(), vae=tiny.Decoder())
 
     def _finish(self, whole: Any, wrapper: Any) -> Any:
         """Load the weights and cast the model after it was built, as the scripts do."""

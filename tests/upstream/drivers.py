@@ -181,7 +181,7 @@ def _removal(bench: Bench) -> Outcome:
         facts = _facts(bench, pipeline)
     outcome.facts = facts
     outcome.tensors["video"] = _video(pipeline, bench.noise())
-    outcome.tensors["indices"] = bench.indices()
+    outcome.tensors["indices"] = bench.indices()[-1:]  # what came before was given back empty
     outcome.passes = bench.passes
     return outcome
 

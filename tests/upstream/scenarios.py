@@ -90,9 +90,7 @@ class Case:
         return replace(self, policy=policy)
 
 
-SLIDING = Scenario(
-    "w9 s3", "few_step", window=9, sink=3, frames=21, passes=35, repositories=WITH_LONGLIVE
-)
+SLIDING = Scenario("w9 s3", "few_step", window=9, sink=3, frames=21, passes=35, repositories=WITH_LONGLIVE)
 CAUSVID_STEPS = (1000, 757, 522, 0)
 ROLLOUTS = Scenario(
     "rollouts",
@@ -154,15 +152,11 @@ PASS_THROUGH = (
     Scenario("no cache", "no_cache", window=-1, sink=0, frames=6, passes=1),
     Scenario("gradients", "gradients", window=9, sink=3, frames=3, passes=1),
 )
-REMOVAL = Scenario(
-    "removal", "removal", window=9, sink=3, frames=15, passes=50, repositories=WITH_LONGLIVE
-)
+REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50, repositories=WITH_LONGLIVE)
 
 GRADIENTS_MIDWAY = Scenario("gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3)
 SWITCHES = (
-    Scenario(
-        "new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE
-    ),
+    Scenario("new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
     Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
 )
 
