@@ -13,15 +13,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from headforcing.adapter import Memo
-from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.types import AttentionCall
+from headforcing.wan import CountingWan
 
 
-class LongLive(SelfForcing):
+class LongLive(CountingWan):
     """The `CausalWanSelfAttention` skeleton that is told whether the sink runs again."""
 
     name = "longlive"
-    forward = (*SelfForcing.forward, "sink_recache_after_switch")
+    forward = (
+        "x",
+        "seq_lens",
+        "grid_sizes",
+        "freqs",
+        "block_mask",
+        "kv_cache",
+        "current_start",
+        "cache_start",
+        "sink_recache_after_switch",
+    )
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
