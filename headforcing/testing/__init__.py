@@ -12,9 +12,22 @@ from headforcing.demo.attention import DemoConfig
 from headforcing.demo.camera import VIEW
 from headforcing.demo.model import DemoModel
 from headforcing.demo.words import PROMPT_WORDS, WORDS
+from headforcing.testing.conformance import Report, Result, check_adapter, check_names
+from headforcing.testing.host import Host
 from headforcing.testing.snapshot import Snapshot, bits, snapshot
 
-__all__ = ["Caches", "Rig", "Snapshot", "bits", "snapshot"]
+__all__ = [
+    "Caches",
+    "Host",
+    "Report",
+    "Result",
+    "Rig",
+    "Snapshot",
+    "bits",
+    "check_adapter",
+    "check_names",
+    "snapshot",
+]
 
 
 @dataclass

@@ -1,0 +1,104 @@
+"""Checks of the way out: the host's own cache, `remove()`, and memory that goes with its caches."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from headforcing.adapter import Adapter
+from headforcing.roles import Local
+from headforcing.testing.kit import Kit, Skipped, Take, held_bytes, same, tensors
+from headforcing.testing.snapshot import bits, snapshot
+
+
+def release_frees(kit: Kit) -> None:
+    """What `release` says it freed is what the host's caches hold less; caches keep their shapes."""
+    take = kit.forced()
+    before, shapes = held_bytes(take.caches), _shapes(take)
+    take.passes(0, (1, 0))
+    assert take.handle is not None
+    released = take.handle.status().released_bytes
+    if type(kit.adapter).release is Adapter.release:
+        raise Skipped("the adapter does not free the host's own cache (release)")
+    now = {path: shape for path, shape in _shapes(take).items() if path in shapes}
+    assert now == shapes, "release() changed the shape of the host's cache: pipelines read it"
+    known = sum(leaf.untyped_storage().nbytes() for path, leaf in tensors(take) if path in shapes)
+    apart = before - known - released
+    slack = 64 * max(len(shapes), 1)
+    assert abs(apart) <= slack, (
+        f"release() says {released} bytes, the host's caches shrank by {before - known}"
+    )
+    assert released > 0, "release() freed nothing"
+
+
+def cache_comes_back(kit: Kit) -> None:
+    """After `remove()` the host's caches are allocated as at first, and nothing was written to them."""
+    if type(kit.adapter).release is Adapter.release:
+        raise Skipped("the adapter does not free the host's own cache (release)")
+    take = kit.forced()
+    fresh = {path: _facts(leaf) for path, leaf in tensors(take)}
+    take.video(2 * kit.host.chunk)
+    assert take.handle is not None
+    take.handle.remove()
+    now = {path: _facts(leaf) for path, leaf in tensors(take)}
+    wrong = [path for path, facts in fresh.items() if now.get(path) != facts]
+    assert not wrong, (
+        f"after remove() the cache's {wrong[0]} is not as freshly allocated: give_back() must undo release()"
+    )
+
+
+def remove_leaves_no_trace(kit: Kit) -> None:
+    """After `remove()` the model is the very same object by object, also when it is removed in mid-video."""
+    take = kit.plain()
+    before = snapshot(take.model)
+    handle = kit.apply(take.model, Local())
+    Take(kit, take.model, handle, take.caches).passes(0, (1, 0))
+    handle.remove()
+    handle.remove()
+    changed = before.diff(snapshot(take.model))
+    assert not changed, f"remove() left a trace: {changed[0]}"
+
+
+def host_works_after_remove(kit: Kit) -> None:
+    """After `remove()` the same model makes its own video again, bit for bit, on the same caches."""
+    take = kit.forced(Local())
+    take.video(kit.host.dense, 20)
+    assert take.handle is not None
+    take.handle.remove()
+    kit.host.new_video(take.model, take.caches)
+    take.handle = None
+    hint = "after remove() and a new video on the same caches: look at give_back()"
+    same(take.video(kit.host.frames), kit.truth(kit.host.frames), hint)
+
+
+def dropped_cache_is_freed(kit: Kit) -> None:
+    """When the pipeline drops its caches, our memory goes with them."""
+    if not kit.anchored:
+        raise Skipped("calls carry no cache object")
+    take = kit.forced()
+    take.passes(0, (1, 0))
+    assert take.handle is not None
+    take.caches = None
+    gc.collect()
+    alive = len(take.handle.status().streams)
+    assert alive == 0, "our memory outlives the host's caches: the memo (or the adapter) holds the anchor"
+
+
+def _shapes(take: Take) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in tensors(take) if leaf.is_floating_point()}
+
+
+def _facts(leaf: Tensor) -> tuple[Any, ...]:
+    return tuple(leaf.shape), leaf.dtype, leaf.untyped_storage().nbytes(), bits(leaf)
+
+
+CHECKS: Sequence[Any] = (
+    release_frees,
+    cache_comes_back,
+    remove_leaves_no_trace,
+    host_works_after_remove,
+    dropped_cache_is_freed,
+)

@@ -1,0 +1,227 @@
+"""Checks of what else happens to an applied model: copies, training, prompts, mistakes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headforcing.errors import (
+    ChunkOrderError,
+    ExternalEditError,
+    HeadForcingError,
+    RoleMapError,
+    StreamShapeError,
+    UnsupportedModelError,
+)
+from headforcing.roles import Full, Local
+from headforcing.testing.kit import Caught, Kit, Skipped, Take, differences, quiet, same, tensors
+from headforcing.testing.snapshot import bits, snapshot
+
+
+def state_dict_unchanged(kit: Kit) -> None:
+    """The state dict of an applied model has the same names and the very same tensors."""
+    model = kit.host.model()
+    before = {name: (id(tensor), bits(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
+    kit.apply(model, Local())
+    after = {name: (id(tensor), bits(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
+    wrong = sorted(set(before.items()) ^ set(after.items()))
+    assert not wrong, (
+        f"state_dict entry {wrong[0][0]} changed: the adapter must not touch the model's modules"
+    )
+
+
+def copy_is_independent(kit: Kit) -> None:
+    """A deep copy of an applied model, made in mid-video, is applied too and shares nothing."""
+    take, frames = kit.forced(), kit.host.dense
+    head = take.passes(0, (2, 1, 0))
+    twin = copy.deepcopy(take.model)
+    other = Take(kit, twin, kit.apply(twin, Full()), kit.host.caches(twin))
+    same(other.video(frames), kit.truth(frames), "a deep copy: what do the adapter and its memo hold?")
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    rest = take.video(frames, first=kit.host.chunk)
+    same([*head, *rest], kit.truth(frames), "the original after its copy was zeroed: something is shared")
+
+
+def can_be_saved(kit: Kit) -> None:
+    """An applied model can be pickled whole wherever the untouched one can."""
+    with Caught() as plain:
+        torch.save(kit.host.model(), io.BytesIO())
+    if plain.error is not None:
+        raise Skipped(f"the untouched model cannot be pickled: {plain.error}")
+    with Caught() as forced:
+        torch.save(kit.forced().model, io.BytesIO())
+    assert forced.error is None, (
+        f"pickling fails ({forced.error}): the adapter must be made of plain attributes"
+    )
+
+
+def training_passes_through(kit: Kit) -> None:
+    """In training mode the original attention runs, and the video is the untouched model's."""
+    _passes_through(kit, lambda take: take.model.train(), "in training mode")
+
+
+def gradients_pass_through(kit: Kit) -> None:
+    """With gradients the original attention runs, and its output carries them."""
+    found = _passes_through(kit, lambda take: take.model.requires_grad_(True), "with gradients", grad=True)
+    assert found.requires_grad, "the output carries no gradient: Host.call must not switch gradients off"
+
+
+def threads_do_not_meet(kit: Kit) -> None:
+    """Two models in two threads give the videos they give alone."""
+    frames = kit.host.dense
+    takes, outs, errors = [kit.forced(), kit.forced()], [list[Tensor](), list[Tensor]()], list[Exception]()
+
+    def work(number: int) -> None:
+        with torch.no_grad(), Caught() as caught:
+            outs[number] += takes[number].video(frames, 20 * number)
+        errors.extend([caught.error] if caught.error is not None else [])
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors, f"in a thread: {errors[0]!r}"
+    for number in (0, 1):
+        hint = (
+            "two models in two threads: does the adapter keep something on itself? Notes belong in the memo"
+        )
+        same(outs[number], kit.truth(frames, 20 * number), hint)
+
+
+def prompt_switch_is_heard(kit: Kit) -> None:
+    """Behind `switch_prompt` the next chunk is made with the new prompt, not with the cached projection."""
+    model = kit.host.model()
+    with Caught() as caught:
+        crosses = kit.adapter.cross_attentions(model)
+    if isinstance(caught.error, UnsupportedModelError):
+        raise Skipped(f"switch_prompt is refused: {caught.error}")
+    assert caught.error is None, f"cross_attentions() raised {caught.error!r}"
+    if crosses:
+        assert len(crosses) == kit.host.layers, (
+            f"cross_attentions() names {len(crosses)} modules for {kit.host.layers} layers"
+        )
+    outs = []
+    for told in (True, False):
+        take = kit.forced()
+        take.video(kit.host.chunk)
+        if not kit.host.switch_prompt(take.model, take.caches):
+            raise Skipped("the host has no prompts to switch (Host.switch_prompt)")
+        assert take.handle is not None
+        if told:
+            take.handle.switch_prompt("continue")
+        outs.append(take.passes(kit.host.chunk, (1, 0)))
+    if crosses:
+        assert differences(*outs) is not None, (
+            "the new prompt changes nothing: forget_prompt() must make cross-attention project it anew"
+        )
+
+
+def skipped_chunk_refused(kit: Kit) -> None:
+    """A chunk that does not follow the one before is refused, and the video can go on."""
+    take, chunk = kit.forced(), kit.host.chunk
+    outs = take.passes(0, (2, 1, 0))
+    _raises(ChunkOrderError, lambda: take.passes(2 * chunk, [0]), "a chunk was skipped")
+    outs += take.passes(chunk, (2, 1, 0))
+    hint = "after a refused chunk: read() and begins_video() must change nothing of the host's"
+    same(outs, kit.truth(2 * chunk), hint)
+
+
+def other_dtype_refused(kit: Kit) -> None:
+    """A model that changes its dtype in mid-video is refused: its memory has the old one."""
+    take, chunk = kit.forced(), kit.host.chunk
+    take.passes(0, (1, 0))
+    take.model.to(torch.bfloat16)
+    _raises(StreamShapeError, lambda: take.passes(chunk, [0]), "the dtype changed in mid-video")
+
+
+def edited_cache_refused(kit: Kit) -> None:
+    """Counters of the host that something else moved are an `ExternalEditError`, and a reset helps."""
+    take, chunk = kit.forced(), kit.host.chunk
+    before = {path: leaf.clone() for path, leaf in _whole(take)}
+    take.passes(0, (1, 0))
+    moved = [leaf for path, leaf in _whole(take) if path in before and not torch.equal(leaf, before[path])]
+    if not moved:
+        raise Skipped("the host keeps no counters as tensors in its caches")
+    for leaf in moved:
+        leaf.add_(1)
+    _raises(ExternalEditError, lambda: take.passes(chunk, [0]), "the host's counters were moved by one")
+    assert take.handle is not None
+    take.handle.reset()  # as the message of the error says
+    hint = "after an edit and handle.reset(): forget() must drop what the memo says about counters"
+    same(take.video(2 * chunk), kit.truth(2 * chunk), hint)
+
+
+def failed_apply_leaves_no_trace(kit: Kit) -> None:
+    """Roles that do not fit leave the model untouched."""
+    model = kit.host.model()
+    before = snapshot(model)
+    _raises(
+        (RoleMapError, HeadForcingError),
+        lambda: kit.apply(model, [[Full()]] * (kit.host.layers + 1)),
+        "a role map of one layer too many was applied",
+    )
+    changed = before.diff(snapshot(model))
+    assert not changed, f"a failed apply changed {changed[0]}"
+
+
+def _passes_through(kit: Kit, change: Callable[[Take], object], what: str, *, grad: bool = False) -> Tensor:
+    """The last pass of an applied model that trains or needs gradients, equal to the untouched one's."""
+    plain, forced = kit.plain(), kit.forced()
+    found = []
+    for take in (plain, forced):
+        change(take)
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad), quiet(), Caught() as caught:
+            torch.manual_seed(0)
+            found.append(take.passes(0, [1]))
+        if caught.error is not None and take is plain:
+            raise Skipped(f"the untouched host raises {what}: {caught.error}")
+        assert caught.error is None, (
+            f"{what} the applied model raises {caught.error!r}, the untouched one does not"
+        )
+    assert forced.handle is not None
+    calls = forced.handle.status().calls
+    assert calls == 0, f"{what} {calls} calls were served: does read() return the x that the module gets?"
+    same(found[1], found[0], f"{what} the original forward must run as it is")
+    return found[1][-1]
+
+
+def _raises(kind: Any, work: Callable[[], object], what: str) -> None:
+    with Caught() as caught:
+        work()
+    names = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
+    assert caught.error is not None, f"{what}, and nothing was raised: expected {names}"
+    assert isinstance(caught.error, kind), f"{what}, and {caught.error!r} was raised: expected {names}"
+
+
+def _whole(take: Take) -> list[tuple[str, Tensor]]:
+    """Tensors of whole numbers in the caches."""
+    floating = (torch.bool,)
+    return [
+        (path, leaf)
+        for path, leaf in tensors(take)
+        if not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype in floating)
+    ]
+
+
+CHECKS: Sequence[Any] = (
+    state_dict_unchanged,
+    failed_apply_leaves_no_trace,
+    copy_is_independent,
+    can_be_saved,
+    training_passes_through,
+    gradients_pass_through,
+    threads_do_not_meet,
+    prompt_switch_is_heard,
+    skipped_chunk_refused,
+    other_dtype_refused,
+    edited_cache_refused,
+)

@@ -1,0 +1,235 @@
+"""Checks of an applied model against the untouched one, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from headforcing.roles import Full, Local
+from headforcing.testing.kit import Kit, Skipped, counters, differences, same
+
+LOOK = "look at project(), rotate() and output(), then at begins_video()"
+WINDOW = (
+    "only where the host evicts: is Host.memory its window and sink, with positions as the host counts them?"
+)
+
+
+def serves_every_layer(kit: Kit) -> None:
+    """One pass of an applied model is served in every layer, and none is passed on."""
+    take = kit.forced()
+    take.passes(0, [0])
+    assert take.handle is not None
+    status = take.handle.status()
+    assert status.calls == kit.host.layers, (
+        f"{status.calls} of {kit.host.layers} layers were served, {status.bypassed} passed on: does read() "
+        "return None, or does the model call something else than the modules of attentions()?"
+    )
+
+
+def first_chunk(kit: Kit) -> None:
+    """With every head `Full()`, one pass over the first chunk is the untouched model's."""
+    same(kit.forced().passes(0, [0]), kit.plain().passes(0, [0]), "look at project(), rotate() and output()")
+
+
+def rewritten_chunk(kit: Kit) -> None:
+    """A chunk that is denoised in several passes is held once, as the last pass wrote it."""
+    draws = (3, 2, 1, 0)
+    plain, forced = kit.plain(), kit.forced()
+    expected = [out for start in (0, kit.host.chunk) for out in plain.passes(start, draws)]
+    found = [out for start in (0, kit.host.chunk) for out in forced.passes(start, draws)]
+    same(
+        found,
+        expected,
+        "does read() give every pass of a chunk the same start, does begins_video() stay False?",
+    )
+
+
+def host_counts_on(kit: Kit) -> None:
+    """What the host counts in its caches moves as without head forcing, in every pass."""
+    plain, forced = kit.plain(), kit.forced()
+    if not counters(plain.caches):
+        raise Skipped("the host's caches hold no counters")
+    for start in range(0, kit.host.frames, kit.host.chunk):
+        for draw in (1, 0):
+            plain.passes(start, [draw])
+            forced.passes(start, [draw])
+            expected, found = counters(plain.caches), counters(forced.caches)
+            wrong = [name for name, value in expected.items() if found.get(name) != value]
+            assert not wrong, (
+                f"after a pass at frame {start} the cache says {wrong[0]} = {found.get(wrong[0])}, untouched "
+                f"it is {expected[wrong[0]]}: output() must move every counter that the original moves"
+            )
+
+
+def dense_parity(kit: Kit) -> None:
+    """With every head `Full()` the video is the untouched model's while that holds everything."""
+    same(kit.forced().video(kit.host.dense), kit.truth(kit.host.dense), LOOK)
+
+
+def dense_parity_bf16(kit: Kit) -> None:
+    """The same in bfloat16."""
+    low, frames = torch.bfloat16, kit.host.dense
+    same(kit.forced(dtype=low).video(frames), kit.truth(frames, dtype=low), f"in bfloat16: {LOOK}")
+
+
+def parity_through_eviction(kit: Kit) -> None:
+    """With heads that remember what the host remembers, the whole video is the untouched model's."""
+    _evicts(kit)
+    frames = kit.host.frames
+    same(kit.forced(kit.host.memory).video(frames), kit.truth(frames), WINDOW)
+
+
+def parity_through_eviction_bf16(kit: Kit) -> None:
+    """The same in bfloat16."""
+    _evicts(kit)
+    low, frames = torch.bfloat16, kit.host.frames
+    same(
+        kit.forced(kit.host.memory, low).video(frames), kit.truth(frames, dtype=low), f"in bfloat16, {WINDOW}"
+    )
+
+
+def another_role_shows(kit: Kit) -> None:
+    """Control: with heads that forget, the video differs, so parity above could have failed."""
+    apart = differences(kit.forced(Local(recent=1)).video(kit.host.dense), kit.truth(kit.host.dense))
+    assert apart is not None, (
+        "heads that keep one frame give the same video: does the model attend to the past?"
+    )
+
+
+def single_frames(kit: Kit) -> None:
+    """Chunks of one frame."""
+    if not kit.host.single:
+        raise Skipped("the host runs no chunks of one frame (Host.single)")
+    plain, forced = kit.plain(), kit.forced()
+    starts = range(3)
+    expected = [plain.passes(start, (1, 0), 1)[-1] for start in starts]
+    found = [forced.passes(start, (1, 0), 1)[-1] for start in starts]
+    same(
+        found, expected, "chunks of one frame: does read() take the frames from the call, not from the model?"
+    )
+
+
+def batch_of_two(kit: Kit) -> None:
+    """Two samples in one batch."""
+    frames = kit.host.dense
+    same(kit.forced(batch=2).video(frames), kit.truth(frames, batch=2), f"with a batch of two: {LOOK}")
+
+
+def two_caches_in_turn(kit: Kit) -> None:
+    """Two timelines pass by pass, as with classifier-free guidance, are two videos alone."""
+    frames, chunk = kit.host.dense, kit.host.chunk
+    first = kit.forced()
+    second = first.beside("second")
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for start in range(0, frames, chunk):
+        if kit.anchored:
+            for draw in (2, 1, 0):
+                found[0].extend(first.passes(start, [draw]))
+                found[1].extend(second.passes(start, [draw + 20]))
+        else:  # leaving a named stream ends the chunk
+            found[0].extend(first.passes(start, (2, 1, 0)))
+            found[1].extend(second.passes(start, (22, 21, 20)))
+    hint = (
+        "two caches in turn: is the anchor the object that belongs to one timeline, do notes go to the memo?"
+    )
+    same(found[0], kit.truth(frames), hint)
+    same(found[1], kit.truth(frames, 20), hint)
+
+
+def second_video(kit: Kit) -> None:
+    """A second and a third video on the same caches are those videos alone."""
+    take, chunk = kit.forced(), kit.host.chunk
+    for draw, frames in ((0, kit.host.dense), (20, 2 * chunk), (40, chunk), (10, kit.host.dense)):
+        hint = f"{frames} frames behind other videos on the same caches: look at begins_video() and the memo"
+        same(take.video(frames, draw), kit.truth(frames, draw), hint)
+        kit.host.new_video(take.model, take.caches)
+
+
+def video_after_reset(kit: Kit) -> None:
+    """After `handle.reset()` in the middle, a video from frame 0 is that video alone."""
+    for renewed in (True, False):
+        take = kit.forced()
+        take.video(2 * kit.host.chunk, 20)
+        assert take.handle is not None
+        take.handle.reset()
+        if renewed:  # otherwise the counters of the host stand where they stood
+            kit.host.new_video(take.model, take.caches)
+        hint = "after handle.reset(): forget() must drop what the memo says about the host's counters"
+        same(take.video(kit.host.dense), kit.truth(kit.host.dense), hint)
+
+
+def inference_mode(kit: Kit) -> None:
+    """`torch.inference_mode` gives the same video, also where caches were made inside."""
+    frames = kit.host.dense
+    with torch.inference_mode():
+        found = kit.forced().video(frames)
+    same(
+        [out.clone() for out in found], kit.truth(frames), "under inference_mode: are tensors' versions read?"
+    )
+
+
+def budget_is_kept(kit: Kit) -> None:
+    """With heads that keep two frames, what is stored stops growing, and two frames are kept."""
+    take, chunk = kit.forced(Local(recent=1, sink=1)), kit.host.chunk
+    assert take.handle is not None
+    stored = []
+    for start in range(0, kit.host.frames, chunk):
+        take.passes(start, (1, 0))
+        stored.append(take.handle.status().stored_bytes)
+    assert min(stored) > 0, "nothing is stored: does status() see the streams of this adapter?"
+    assert len(set(stored[2:])) == 1, (
+        f"stored bytes per chunk are {stored}: constant from the third on expected"
+    )
+    held = [frames for samples in take.handle.frames(0, 0) for frames in samples]
+    start = kit.host.frames - chunk
+    last = kit.host.frames if not kit.anchored else start  # a named stream has ended its last chunk
+    expected = [0, last - 1]
+    assert held == [expected], (
+        f"a head that keeps the first and the last frame holds {held}, expected {expected}"
+    )
+
+
+def positions_in_range(kit: Kit) -> None:
+    """Compact roles never leave the positions the model was trained on."""
+    take = kit.forced(Local(recent=1, sink=1))
+    assert take.handle is not None
+    window, seen = take.handle.status().window, set[int]()
+
+    def look(observation: Any) -> None:
+        seen.update(place for places in observation.positions for place in places)
+
+    with take.handle.observe(look):
+        take.video(kit.host.frames)
+    assert seen, "no attention call was seen"
+    assert min(seen) >= 0, f"position {min(seen)} is below 0"
+    assert max(seen) < window, (
+        f"position {max(seen)} is outside the window of {window} frames: look at window()"
+    )
+
+
+def _evicts(kit: Kit) -> None:
+    if kit.host.memory == Full():
+        raise Skipped("the host holds everything (Host.memory is Full)")
+
+
+CHECKS: Sequence[Any] = (
+    serves_every_layer,
+    first_chunk,
+    rewritten_chunk,
+    host_counts_on,
+    dense_parity,
+    dense_parity_bf16,
+    parity_through_eviction,
+    parity_through_eviction_bf16,
+    another_role_shows,
+    single_frames,
+    batch_of_two,
+    two_caches_in_turn,
+    second_video,
+    video_after_reset,
+    inference_mode,
+    budget_is_kept,
+    positions_in_range,
+)

@@ -1,0 +1,204 @@
+"""The conformance kit: does an adapter keep what `headforcing.Adapter` promises?
+
+    >>> from headforcing.testing.hosts import SelfForcingHost
+    >>> report = check_adapter(None, SelfForcingHost(), only=["fits", "layers_in_order"])
+    >>> report.ok, [result.name for result in report.results]
+    (True, ['fits', 'layers_in_order'])
+
+A porter writes a `Host`: a tiny model and the calls its pipeline makes. The kit drives it with and without
+head forcing. Checks go from the adapter's single answers to whole videos, so the first one that fails is
+the one to look at; the others may be its consequences.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from headforcing.adapter import Adapter, find_adapter
+from headforcing.errors import OptionError
+from headforcing.testing import checks_leaving, checks_life, checks_parity, checks_reading, checks_rotation
+from headforcing.testing.host import Host
+from headforcing.testing.kit import Caught, Kit, Skipped
+
+__all__ = ["Host", "Report", "Result", "check_adapter", "check_names"]
+
+Progress = Callable[[int, int, str], None]
+"""Called before each check with its number, how many there are, and its name."""
+Outcome = Literal["passed", "failed", "skipped"]
+
+_CHECKS: tuple[Callable[[Kit], None], ...] = (
+    *checks_reading.CHECKS,
+    *checks_rotation.CHECKS,
+    *checks_parity.CHECKS,
+    *checks_life.CHECKS,
+    *checks_leaving.CHECKS,
+)
+_NEEDED = ("fits", "layers_found")
+"""Without these nothing else can be asked."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found.
+
+    Attributes:
+        name: of the check.
+        proves: what is true where it passes.
+        outcome: passed, failed or skipped.
+        reason: why it failed and what to look at, or why it was skipped.
+        seconds: what it took.
+    """
+
+    name: str
+    proves: str
+    outcome: Outcome
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the kit found.
+
+    Attributes:
+        adapter: name of the adapter.
+        host: class of the host.
+        results: in the order of the checks.
+    """
+
+    adapter: str
+    host: str
+    results: tuple[Result, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Result, ...]:
+        """What failed; begin with the first."""
+        return tuple(result for result in self.results if result.outcome == "failed")
+
+    def count(self, outcome: Outcome) -> int:
+        """How many checks ended so."""
+        return sum(result.outcome == outcome for result in self.results)
+
+    def raise_if_failed(self) -> None:
+        """For tests.
+
+        Raises:
+            AssertionError: a check failed; the message is the report.
+        """
+        if self.failed:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        outcomes: tuple[Outcome, ...] = ("passed", "failed", "skipped")
+        counts = ", ".join(f"{self.count(name)} {name}" for name in outcomes)
+        lines = [f"{self.adapter} with {self.host}: {counts}"]
+        for result in self.results:
+            if result.outcome != "passed":
+                lines.append(f"  {result.outcome} {result.name}: {result.reason}")
+        return "\n".join(lines)
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    """Progress of which nothing is shown."""
+
+
+def check_names() -> tuple[str, ...]:
+    """The names of all checks, in order."""
+    return tuple(check.__name__ for check in _CHECKS)
+
+
+def check_adapter(
+    adapter: Adapter | None,
+    host: Host,
+    *,
+    only: Sequence[str] | None = None,
+    stop: bool = False,
+    progress: Progress = _silent,
+) -> Report:
+    """Runs the checks, whatever they raise.
+
+    Args:
+        adapter: what is checked; `None`: what the host names, else the one that fits its model.
+        host: drives the model.
+        only: names of checks to run; default all.
+        stop: skip what comes after the first failure.
+        progress: is told how far it is.
+
+    Raises:
+        OptionError: there is no such check, or the host is none.
+        UnsupportedModelError: no adapter is given and none fits.
+    """
+    if not isinstance(host, Host):
+        raise OptionError(
+            f"host is {host!r:.80}: expected an instance of a subclass of headforcing.testing.Host"
+        )
+    if unknown := sorted(set(only or ()) - set(check_names())):
+        raise OptionError(f"no check is called {unknown[0]!r}: expected one of {', '.join(check_names())}")
+    adapter = adapter or host.adapter or find_adapter(host.model())
+    if not isinstance(adapter, Adapter):
+        raise OptionError(
+            f"adapter is {adapter!r:.80}: expected an instance of a subclass of headforcing.Adapter"
+        )
+    chosen = [check for check in _CHECKS if only is None or check.__name__ in only]
+    needed = tuple(check_names() if stop else _NEEDED)
+    results = tuple(_run(Kit(adapter, host), chosen, needed, progress))
+    return Report(adapter.name, type(host).__name__, results)
+
+
+def _run(
+    kit: Kit, checks: Sequence[Callable[[Kit], None]], needed: Sequence[str], progress: Progress
+) -> Iterator[Result]:
+    with torch.no_grad(), Caught():  # what goes wrong here shows again in a check
+        kit.anchored = kit.calls(kit.plain(), 0)[0][2].anchor is not None
+    broken: str | None = None
+    for number, check in enumerate(checks):
+        progress(number, len(checks), check.__name__)
+        if broken is not None:
+            yield _result(check, "skipped", f"needs {broken}")
+            continue
+        result = _one(kit, check)
+        if result.outcome == "failed" and result.name in needed:
+            broken = result.name
+        yield result
+    progress(len(checks), len(checks), "done")
+
+
+def _one(kit: Kit, check: Callable[[Kit], None]) -> Result:
+    started = time.perf_counter()
+    with torch.no_grad(), Caught() as caught:
+        check(kit)
+    seconds, error = time.perf_counter() - started, caught.error
+    if error is None:
+        return _result(check, "passed", "", seconds)
+    if isinstance(error, Skipped):
+        return _result(check, "skipped", str(error), seconds)
+    said = (
+        str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
+    )
+    return _result(check, "failed", f"{said}{_where(error)}", seconds)
+
+
+def _result(check: Callable[[Kit], None], outcome: Outcome, reason: str, seconds: float = 0.0) -> Result:
+    return Result(check.__name__, inspect.getdoc(check) or "", outcome, reason, seconds)
+
+
+def _where(error: Exception) -> str:
+    """The innermost line that raised, where it is not the check itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or isinstance(error, AssertionError):
+        return ""
+    code = trace.tb_frame.f_code
+    return f" (in {code.co_name}, {code.co_filename}:{trace.tb_lineno})"

@@ -1,0 +1,215 @@
+"""The tools of the checks: runs of a host, with and without head forcing, and what they are compared by."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, is_dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headforcing.adapter import Adapter
+from headforcing.apply import Roles, apply_head_forcing
+from headforcing.handle import HeadForcing
+from headforcing.roles import Full, HeadRole
+from headforcing.testing.host import Host
+from headforcing.types import AttentionCall
+
+
+class Skipped(Exception):
+    """A check does not concern this host; the message is the reason."""
+
+
+class Caught:
+    """Keeps an exception of the adapter or the host, which may be any, so that the other checks can run."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> Caught:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+
+@dataclass(eq=False)
+class Take:
+    """A model with or without head forcing, and one timeline on it.
+
+    Attributes:
+        kit: the tools.
+        model: the model.
+        handle: of the applied model; `None`: it is untouched.
+        caches: of the timeline.
+        name: of the timeline, for hosts whose calls carry no cache object.
+    """
+
+    kit: Kit
+    model: nn.Module
+    handle: HeadForcing | None = None
+    caches: Any = None
+    name: str = "video"
+
+    def passes(self, start: int, draws: Sequence[int], frames: int | None = None) -> list[Tensor]:
+        """Passes over one chunk, one per draw."""
+        stream = self.handle is not None and not self.kit.anchored
+        with self.handle.stream(self.name) if self.handle and stream else nullcontext():
+            return [
+                self.kit.host.call(self.model, self.caches, start, frames or self.kit.host.chunk, draw)
+                for draw in draws
+            ]
+
+    def video(self, frames: int, draw: int = 0, first: int = 0) -> list[Tensor]:
+        """Chunks from frame `first` to `frames`, two noisy passes and a clean one each."""
+        step = self.kit.host.chunk
+        draws = (draw + 2, draw + 1, draw)
+        return [out for start in range(first, frames, step) for out in self.passes(start, draws)]
+
+    def beside(self, name: str, batch: int = 1) -> Take:
+        """Another timeline on the same model."""
+        return Take(self.kit, self.model, self.handle, self.kit.host.caches(self.model, batch), name)
+
+
+@dataclass(eq=False)
+class Kit:
+    """An adapter, a host, and what the checks have found out so far.
+
+    Attributes:
+        adapter: what is checked.
+        host: drives the model.
+        anchored: whether calls carry a cache object.
+        untouched: videos of the untouched model.
+    """
+
+    adapter: Adapter
+    host: Host
+    anchored: bool = True
+    untouched: dict[Any, list[Tensor]] = field(default_factory=dict)
+
+    def plain(self, dtype: torch.dtype = torch.float32, batch: int = 1) -> Take:
+        """An untouched model."""
+        model = self.host.model(dtype)
+        return Take(self, model, None, self.host.caches(model, batch))
+
+    def forced(
+        self, role: HeadRole | None = None, dtype: torch.dtype = torch.float32, batch: int = 1
+    ) -> Take:
+        """A model with the same role for every head; by default `Full`."""
+        model = self.host.model(dtype)
+        caches = self.host.caches(model, batch)
+        return Take(self, model, self.apply(model, role or Full()), caches)
+
+    def apply(self, model: nn.Module, roles: Roles) -> HeadForcing:
+        """Applies roles with the adapter under test."""
+        return apply_head_forcing(model, roles, adapter=self.adapter)
+
+    def truth(
+        self, frames: int, draw: int = 0, dtype: torch.dtype = torch.float32, batch: int = 1
+    ) -> list[Tensor]:
+        """`Take.video` of the untouched model."""
+        key = frames, draw, dtype, batch
+        if key not in self.untouched:
+            self.untouched[key] = self.plain(dtype, batch).video(frames, draw)
+        return self.untouched[key]
+
+    def sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """What the adapter finds."""
+        return list(self.adapter.attentions(model))
+
+    def calls(
+        self, take: Take, start: int, draw: int = 0, frames: int | None = None
+    ) -> list[tuple[str, nn.Module, AttentionCall]]:
+        """The self-attention calls of one pass of an untouched model, as the adapter reads them."""
+        found: list[tuple[str, nn.Module, AttentionCall]] = []
+        hooks = []
+        for path, module in self.sites(take.model):
+
+            def heard(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path
+            ) -> None:
+                call = self.adapter.read(module, args, kwargs)
+                assert call is not None, f"read() returned None for a call of {path} that has a cache"
+                found.append((path, module, call))
+
+            hooks.append(module.register_forward_pre_hook(heard, with_kwargs=True))
+        try:
+            take.passes(start, [draw], frames)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert found, (
+            "no module of attentions() is called in a pass of the model: does it name the right ones?"
+        )
+        return found
+
+
+def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """The first difference between two videos in words; `None` where they are equal bit for bit."""
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"pass {number}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}"
+        if not torch.equal(a, b):
+            apart = float((a.detach().double() - b.detach().double()).abs().max())
+            return f"pass {number} of {len(found)} differs by up to {apart:.3g} (three passes per chunk)"
+    return None
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor], hint: str) -> None:
+    """Both videos are equal bit for bit; the hint says what to look at where not."""
+    apart = differences(found, expected)
+    assert apart is None, f"{apart}: {hint}"
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and plain numbers inside caches, by a path that says where."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from leaves(value, f"{path}[{name!r}]")
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from leaves(value, f"{path}[{number}]")
+    elif is_dataclass(tree) or (hasattr(tree, "__dict__") and not isinstance(tree, Tensor | nn.Module)):
+        yield from leaves(vars(tree), path)
+    elif isinstance(tree, Tensor | bool | int):
+        yield path, tree
+
+
+def counters(caches: Any) -> dict[str, int | bool | list[Any]]:
+    """What a host counts in its caches: whole numbers and flags."""
+    found: dict[str, int | bool | list[Any]] = {}
+    for path, leaf in leaves(caches):
+        if not isinstance(leaf, Tensor):
+            found[path] = leaf
+        elif not (leaf.is_floating_point() or leaf.is_complex()):
+            found[path] = leaf.tolist()
+    return found
+
+
+def held_bytes(caches: Any) -> int:
+    """Bytes of all allocations inside caches."""
+    storages = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        for _, leaf in leaves(caches)
+        if isinstance(leaf, Tensor)
+    }
+    return sum(storages.values())
+
+
+def tensors(take: Take) -> list[tuple[str, Tensor]]:
+    """The tensors in a timeline's caches, by path."""
+    return [(path, leaf) for path, leaf in leaves(take.caches) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings that a check provokes on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
