@@ -18,6 +18,7 @@ from headforcing.backends import Part
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observation
 from headforcing.plan import LayerPlan, Stream, check_clean
+from headforcing.rerun import rerun, seats
 from headforcing.roles import HeadRole
 from headforcing.types import AttentionCall, Chunk, Heads, KVView
 
@@ -49,6 +50,7 @@ class HeadForcingMixin(nn.Module):
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
         chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach())
+        chunk = rerun(chunk, stream, plan.options) if call.repeats else chunk
         stream.store.write(chunk)
         stream.phase = call.phase
         plan.activity.note_turn(plan.layer, stream.store)
@@ -59,9 +61,10 @@ class HeadForcingMixin(nn.Module):
 
         def look(role: HeadRole, heads: Heads, own: slice) -> tuple[Part, KVView]:
             """What the heads of a role attend to, from some frames of the chunk."""
-            query = (call.start + own.start,) if role.reads_per_query else ()
+            query = (max(call.start + own.start, chunk.start),) if role.reads_per_query else ()
             view = stream.store.view(role, call.phase, encode, *query)
-            rotated = encode(heads.take(q[:, own]), view.positions[-q.shape[1] :][own]).to(view.v.dtype)
+            seated = seats(view.positions, q.shape[1], len(chunk.frames))[own]
+            rotated = encode(heads.take(q[:, own]), seated).to(view.v.dtype)
             k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
             beside = stream.store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
             if beside is not None:

@@ -131,6 +131,8 @@ class AttentionCall:
             of the cache); `None` where the host has no cache object.
         arguments: the original call by parameter name, for the adapter.
         phase: which pass this is, where the host makes it known.
+        repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
+            the host runs these frames again, as behind a new prompt.
     """
 
     x: Tensor
@@ -139,6 +141,7 @@ class AttentionCall:
     anchor: object | None
     arguments: Mapping[str, Any] = field(repr=False)
     phase: Phase = "denoise"
+    repeats: bool = False
 
     @property
     def tokens_per_frame(self) -> int:

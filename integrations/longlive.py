@@ -8,11 +8,14 @@ them before: our roles say where frames sit.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from headforcing.adapter import Memo
+from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall
 from headforcing.wan import CountingWan
 
@@ -32,6 +35,25 @@ class LongLive(CountingWan):
         "cache_start",
         "sink_recache_after_switch",
     )
+
+    def read(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AttentionCall | None:
+        """See `Adapter.read`.
+
+        Raises:
+            ExternalEditError: the sink would run again, too.
+        """
+        call = super().read(module, args, kwargs)
+        if call is None:
+            return None
+        if call.arguments["sink_recache_after_switch"] and call.start:
+            raise ExternalEditError(
+                "the cache was emptied for a new prompt, first frames included (global_sink=False), which is "
+                "not served: set global_sink=True, or put handle.switch_prompt(...) in place of the "
+                "pipeline's _recache_after_switch"
+            )
+        return dataclasses.replace(call, repeats=True)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and says where the cache ends; the model has nothing to write, it only counts."""

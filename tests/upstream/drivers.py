@@ -55,6 +55,32 @@ def _rollouts(bench: Bench) -> Outcome:
     return bench.outcome(video=torch.cat([first, second], dim=1))
 
 
+def _interactive(bench: Any, global_sink: bool = True) -> Outcome:
+    """Switch the prompt; upstream runs its last frames again in one call."""
+    pipeline, noise = bench.interactive(global_sink), bench.noise()
+    prompts = [[text] * noise.shape[0] for text in (PROMPT, OTHER_PROMPT)]
+    torch.manual_seed(SAMPLING_SEED)
+    with torch.no_grad():
+        _, video = pipeline.inference(
+            noise,
+            text_prompts_list=prompts,
+            switch_frame_indices=[bench.scenario.switch],
+            return_latents=True,
+        )
+    return bench.outcome(video=video)
+
+
+def _emptied(bench: Any) -> Outcome:
+    """Switch the prompt where upstream empties its cache and takes other first frames."""
+    try:
+        outcome = _interactive(bench, global_sink=False)
+    except HeadForcingError as error:
+        bench.facts["refused"] = str(error)
+        return bench.outcome()
+    outcome.facts["refused"] = ""
+    return outcome
+
+
 def _past_the_end(bench: Bench) -> Outcome:
     """Make a video that is longer than the cache."""
     pipeline = bench.few_step()
@@ -242,6 +268,8 @@ DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "few_step": _few_step,
     "second_video": _second_video,
     "rollouts": _rollouts,
+    "interactive": _interactive,
+    "emptied": _emptied,
     "past_the_end": _past_the_end,
     "cfg": _cfg,
     "overlap": _overlap,

@@ -53,6 +53,14 @@ class LongLive(Bench):
 
         return self._allocating(CausalInferencePipeline)
 
+    def interactive(self, global_sink: bool) -> Any:
+        """Build the pipeline that switches prompts, and keeps the first frames or not."""
+        from pipeline import InteractiveCausalInferencePipeline
+
+        pipeline = self._allocating(InteractiveCausalInferencePipeline)
+        pipeline.global_sink = global_sink
+        return pipeline
+
     def _allocating(self, pipeline_class: Callable[..., Any]) -> Any:
         pipeline = self.pipeline(pipeline_class)
         first = [self.allocate()]

@@ -54,6 +54,7 @@ class Scenario:
         first_steps: Denoising steps of the first chunk where they are its own.
         steps: Denoising steps of every other chunk, before the shift.
         repositories: Which repositories can be driven so.
+        switch: The frame from which on another prompt holds.
         raw_keys: Whether upstream's model is the one that keeps keys before RoPE.
     """
 
@@ -70,6 +71,7 @@ class Scenario:
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     repositories: tuple[str, ...] = LIKE_SELF_FORCING
     raw_keys: bool = False
+    switch: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,18 @@ ROLLOUTS = Scenario(
 )
 PAST_THE_END = replace(ROLLOUTS, name="past the end", driver="past_the_end", frames=27, passes=9 * 4)
 
+RECACHE = Scenario(
+    "recache",
+    "interactive",
+    window=9,
+    sink=3,
+    frames=27,
+    passes=9 * 5 + 1,
+    repositories=("LongLive",),
+    switch=18,
+)
+EMPTIED = replace(RECACHE, name="recache, emptied", driver="emptied")
+
 PARITY = (
     Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_LONGLIVE),
     SLIDING,
@@ -114,6 +128,9 @@ PARITY = (
     replace(SLIDING, name="batch 2", batch=2),
     replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive",)),
     ROLLOUTS,
+    RECACHE,
+    replace(RECACHE, name="recache, raw keys", raw_keys=True),
+    replace(RECACHE, name="recache, global", window=-1, sink=0, frames=21, passes=7 * 5 + 1),
     Scenario(
         "global",
         "few_step",
@@ -161,7 +178,7 @@ SWITCHES = (
 )
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END)}
+SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END, EMPTIED)}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
@@ -177,7 +194,11 @@ def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
 
 def control_cases() -> list[Case]:
     """Return the runs whose output must differ from the untouched run's."""
-    return [*sliding_cases(*CONTROLS), *cases_of(ROLLOUTS, policy=NINE_FRAMES)]
+    return [
+        *sliding_cases(*CONTROLS),
+        *cases_of(ROLLOUTS, policy=NINE_FRAMES),
+        *cases_of(RECACHE, policy="no sink"),
+    ]
 
 
 def sliding_cases(*policies: str) -> list[Case]:

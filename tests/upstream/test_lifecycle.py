@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .harness import MARKS, Upstream, assert_identical
-from .scenarios import GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVAL, SWITCHES, Case, cases_of
+from .scenarios import EMPTIED, GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVAL, SWITCHES, Case, cases_of
 
 pytestmark = MARKS
 
@@ -40,3 +40,10 @@ def test_a_prompt_switch_does_what_is_done_by_hand_upstream(case: Case, upstream
     untouched, applied = upstream.pair(case)
     assert applied.calls == case.scenario.passes * LAYERS
     assert_identical(untouched, applied)
+
+
+@pytest.mark.parametrize("case", cases_of(EMPTIED), ids=str)
+def test_a_prompt_switch_that_empties_the_cache_is_refused(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    assert untouched.facts["refused"] == ""
+    assert "global_sink=True" in applied.facts["refused"]
