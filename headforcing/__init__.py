@@ -18,6 +18,7 @@ from headforcing.errors import HeadForcingError
 if TYPE_CHECKING:
     from headforcing.adapter import Adapter
     from headforcing.apply import apply_head_forcing, remove_head_forcing
+    from headforcing.explanation import explain
     from headforcing.handle import HeadForcing
     from headforcing.profile import HeadProfile
     from headforcing.profiler import Protocol, profile_heads
@@ -42,6 +43,7 @@ __all__ = [
     "RoleMap",
     "SlidingWindow",
     "apply_head_forcing",
+    "explain",
     "profile_heads",
     "remove_head_forcing",
 ]
@@ -54,6 +56,7 @@ _HOME = {
     "Protocol": "profiler",
     "RoleMap": "role_map",
     "apply_head_forcing": "apply",
+    "explain": "explanation",
     "profile_heads": "profiler",
     "remove_head_forcing": "apply",
 }

@@ -12,8 +12,19 @@ from headforcing.demo.model import DemoModel
 from headforcing.demo.words import PROMPT_WORDS, WORDS
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.testing import Caches, Rig
-from headforcing.testing.causvid import CHANNELS, HEAD_DIM, HEADS, LAYERS, PROMPT, TOKENS, StandInModel
 from headforcing.testing.host import Host
+from headforcing.testing.standins import (
+    CHANNELS,
+    DIM,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    TOKENS,
+    CausVidAttention,
+    LongLiveAttention,
+    StandInAttention,
+    StandInModel,
+)
 
 
 class SelfForcingHost(Host):
@@ -35,8 +46,11 @@ class SelfForcingHost(Host):
 
     def caches(self, model: nn.Module, batch: int = 1) -> Caches:
         """See `Host.caches`."""
-        caches = Rig(9, self.sink, dtype=_dtype(model)).caches(batch)
-        return _WithPrompt(caches.kv, caches.cross)
+        shape, dtype = (batch, 9 * 16, 4, 16), _dtype(model)
+        kv = [{name: torch.zeros(shape, dtype=dtype) for name in ("k", "v")} for _ in range(self.layers)]
+        caches = _WithPrompt(kv, [{} for _ in kv])
+        caches.new_video()
+        return caches
 
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
         """See `Host.call`."""
@@ -80,20 +94,26 @@ class _WithPrompt(Caches):
     prompt = 0
 
 
-class CausVidHost(Host):
-    """A stand-in with CausVid's interface: it holds everything and has room for seven chunks."""
+class StandInHost(Host):
+    """What the stand-ins share.
 
-    chunk, frames, dense, window, single = 3, 18, 18, 21, True
-    memory: HeadRole = Full()
+    Attributes:
+        attention: their attention.
+        slots: frames that a cache has room for.
+    """
+
+    chunk, single = 3, True
+    attention: type[StandInAttention]
+    slots: int
 
     def model(self, dtype: torch.dtype = torch.float32) -> StandInModel:
         """See `Host.model`."""
-        return StandInModel().eval().requires_grad_(False).to(dtype)
+        return StandInModel(self.attention).eval().requires_grad_(False).to(dtype)
 
     def caches(self, model: nn.Module, batch: int = 1) -> Any:
         """See `Host.caches`."""
-        shape = (batch, 21 * TOKENS, HEADS, HEAD_DIM)
-        kv = [{name: torch.zeros(shape, dtype=_dtype(model)) for name in ("k", "v")} for _ in range(LAYERS)]
+        shape, dtype = (batch, self.slots * TOKENS, HEADS, HEAD_DIM), _dtype(model)
+        kv = [{name: torch.zeros(shape, dtype=dtype) for name in ("k", "v")} for _ in range(LAYERS)]
         return {"kv": kv, "cross": [{"is_init": False} for _ in kv], "prompt": [0]}
 
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
@@ -102,30 +122,26 @@ class CausVidHost(Host):
         out: Tensor = model(
             _noise((batch, frames, TOKENS, CHANNELS), start, draw, _dtype(model)),
             torch.full((batch,), 100 * (draw % 10)),
-            _noise((batch, PROMPT, HEADS * HEAD_DIM), 0, 999 + caches["prompt"][0], _dtype(model)),
+            _noise((batch, 3, DIM), 0, 999 + caches["prompt"][0], _dtype(model)),
             caches["kv"],
             caches["cross"],
-            current_start=start * TOKENS,
-            current_end=(start + frames) * TOKENS,
+            **self.where(start * TOKENS, (start + frames) * TOKENS),
         )
         return out
+
+    def where(self, start: int, end: int) -> dict[str, int]:
+        """How a call says where its tokens are."""
+        return {"current_start": start}
 
     def new_video(self, model: nn.Module, caches: Any) -> None:
         """See `Host.new_video`."""
         for cross in caches["cross"]:
             cross["is_init"] = False
 
-    def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:
-        """The whole cache is slots by frame, so the end is where zeros begin."""
-        k, v = (caches["kv"][layer][name] for name in ("k", "v"))
-        end = int(k[0].flatten(1).any(1).sum())
-        return k[:, :end], v[:, :end]
-
     def uncached(self, model: nn.Module) -> Tensor:
         """See `Host.uncached`."""
-        dtype = _dtype(model)
-        prompt = _noise((1, PROMPT, HEADS * HEAD_DIM), 0, 999, dtype)
-        out: Tensor = model(_noise((1, 3, TOKENS, CHANNELS), 0, 0, dtype), torch.zeros(1), prompt)
+        noise = _noise((1, 3, TOKENS, CHANNELS), 0, 0, _dtype(model))
+        out: Tensor = model(noise, torch.zeros(1), _noise((1, 3, DIM), 0, 999, _dtype(model)))
         return out
 
     def switch_prompt(self, model: nn.Module, caches: Any) -> bool:
@@ -134,7 +150,56 @@ class CausVidHost(Host):
         return True
 
 
-HOSTS: dict[str, type[Host]] = {"self_forcing": SelfForcingHost, "causvid": CausVidHost}
+class CausVidHost(StandInHost):
+    """A stand-in with CausVid's interface: it holds everything and has room for seven chunks."""
+
+    frames, dense, window, slots = 18, 18, 21, 21
+    memory: HeadRole = Full()
+    attention = CausVidAttention
+
+    def where(self, start: int, end: int) -> dict[str, int]:
+        """See `StandInHost.where`."""
+        return {"current_start": start, "current_end": end}
+
+    def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:
+        """The whole cache is slots by frame, so the end is where zeros begin."""
+        k, v = (caches["kv"][layer][name] for name in ("k", "v"))
+        end = int(k[0].flatten(1).any(1).sum())
+        return k[:, :end], v[:, :end]
+
+
+class LongLiveHost(StandInHost):
+    """A stand-in with LongLive's interface: nine frames and a sink; a video begins with new cache dicts."""
+
+    frames, dense, window, slots = 18, 9, 9, 9
+    memory: HeadRole = SlidingWindow(9, 1, positions="absolute")
+    attention = LongLiveAttention
+
+    def caches(self, model: nn.Module, batch: int = 1) -> Any:
+        """See `Host.caches`."""
+        caches = super().caches(model, batch)
+        for cache in caches["kv"]:
+            for name in ("global_end_index", "local_end_index"):
+                cache[name] = torch.zeros(1, dtype=torch.long)
+        return caches
+
+    def new_video(self, model: nn.Module, caches: Any) -> None:
+        """See `Host.new_video`."""
+        super().new_video(model, caches)
+        caches["kv"][:] = self.caches(model, len(caches["kv"][0]["k"]))["kv"]
+
+    def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:
+        """See `Host.cached`."""
+        cache = caches["kv"][layer]
+        end = int(cache["local_end_index"])
+        return cache["k"][:, :end], cache["v"][:, :end]
+
+
+HOSTS: dict[str, type[Host]] = {
+    "self_forcing": SelfForcingHost,
+    "causvid": CausVidHost,
+    "longlive": LongLiveHost,
+}
 """By the name of the adapter's module in `integrations/`."""
 
 

@@ -1,0 +1,58 @@
+"""`headforcing explain`: which adapter fits a model, and why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from headforcing.cli.check import named
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
+from headforcing.cli.profile import _importable_here, _kind
+from headforcing.errors import HeadForcingError, OptionError
+
+EXAMPLES = examples("explain headforcing.demo:demo_model", "explain my_model:make --json")
+
+
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            show_default=False,
+            help="A function without arguments that returns the model, or (model, run) as for profile.",
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say which attention layers of a model are found, which adapter fits, and why the others do not.
+
+    Exit code 1 where none fits.
+    """
+    from headforcing.explanation import explain as explained
+
+    with clean_errors(HeadForcingError), _importable_here():
+        found = explained(_model(named(target, "my_model:make"), target))
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        print_parts(str(found))
+    if found.adapter is None:
+        raise typer.Exit(1)
+
+
+def _model(made: Any, target: str) -> Any:
+    """The model, from whatever the name stands for.
+
+    Raises:
+        OptionError: it is none.
+    """
+    from torch import nn
+
+    if callable(made) and not isinstance(made, nn.Module):
+        made = made()
+    model = made[0] if isinstance(made, tuple) and made else made
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"{target} returned {_kind(made)}: expected a torch module, or (model, run)")
+    return model
