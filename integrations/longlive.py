@@ -39,27 +39,43 @@ class LongLive(CountingWan):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """See `Adapter.read`.
+        """The call, which may bring frames of the past again."""
+        call = super().read(module, args, kwargs)
+        return None if call is None else dataclasses.replace(call, repeats=True)
+
+    def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
+        """See `Adapter.begins_video`.
 
         Raises:
-            ExternalEditError: the sink would run again, too.
+            ExternalEditError: the cache was emptied in the middle of a video.
         """
-        call = super().read(module, args, kwargs)
-        if call is None:
-            return None
-        if call.arguments["sink_recache_after_switch"] and call.start:
+        if super().begins_video(call, memo):
+            return True
+        emptied = memo.get("keys", _version(call)) != _version(call)
+        if emptied or call.arguments["sink_recache_after_switch"]:
             raise ExternalEditError(
                 "the cache was emptied for a new prompt, first frames included (global_sink=False), which is "
                 "not served: set global_sink=True, or put handle.switch_prompt(...) in place of the "
                 "pipeline's _recache_after_switch"
             )
-        return dataclasses.replace(call, repeats=True)
+        return False
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
         y = super().output(module, out, call, memo)
         memo["marks"] = [(index, mark if mark is None else mark + 1) for index, mark in memo["marks"]]
+        memo["keys"] = _version(call)
         return y, (*memo["ends"], None)
+
+    def forget(self, memo: Memo) -> None:
+        super().forget(memo)
+        memo.pop("keys", None)
+
+
+def _version(call: AttentionCall) -> int | None:
+    """Counts in-place edits of the host's keys; those of inference tensors do not show."""
+    keys: Tensor = call.arguments["kv_cache"]["k"]
+    return None if keys.is_inference() else keys._version
 
 
 ADAPTER = LongLive()

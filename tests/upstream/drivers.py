@@ -59,12 +59,26 @@ def _interactive(bench: Any, global_sink: bool = True) -> Outcome:
     """Switch the prompt; upstream runs its last frames again in one call."""
     pipeline, noise = bench.interactive(global_sink), bench.noise()
     prompts = [[text] * noise.shape[0] for text in (PROMPT, OTHER_PROMPT)]
+    switch = bench.scenario.switch
+    torch.manual_seed(SAMPLING_SEED)
+    with torch.no_grad():
+        _, video = pipeline.inference(
+            noise, text_prompts_list=prompts, switch_frame_indices=[switch], return_latents=True
+        )
+    return bench.outcome(video=video)
+
+
+def _one_switch(bench: Any, global_sink: bool = True) -> Outcome:
+    """Switch the prompt in the pipeline that knows two; it does not say that the first frames run again."""
+    pipeline, noise = bench.one_switch(global_sink), bench.noise()
+    first, second = ([text] * noise.shape[0] for text in (PROMPT, OTHER_PROMPT))
     torch.manual_seed(SAMPLING_SEED)
     with torch.no_grad():
         _, video = pipeline.inference(
             noise,
-            text_prompts_list=prompts,
-            switch_frame_indices=[bench.scenario.switch],
+            text_prompts_first=first,
+            text_prompts_second=second,
+            switch_frame_index=bench.scenario.switch,
             return_latents=True,
         )
     return bench.outcome(video=video)
@@ -72,8 +86,9 @@ def _interactive(bench: Any, global_sink: bool = True) -> Outcome:
 
 def _emptied(bench: Any) -> Outcome:
     """Switch the prompt where upstream empties its cache and takes other first frames."""
+    drive = _one_switch if bench.scenario.driver == "emptied unsaid" else _interactive
     try:
-        outcome = _interactive(bench, global_sink=False)
+        outcome = drive(bench, global_sink=False)
     except HeadForcingError as error:
         bench.facts["refused"] = str(error)
         return bench.outcome()
@@ -269,7 +284,9 @@ DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "second_video": _second_video,
     "rollouts": _rollouts,
     "interactive": _interactive,
+    "one_switch": _one_switch,
     "emptied": _emptied,
+    "emptied unsaid": _emptied,
     "past_the_end": _past_the_end,
     "cfg": _cfg,
     "overlap": _overlap,

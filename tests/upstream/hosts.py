@@ -57,12 +57,17 @@ class LongLive(Bench):
         """Build the pipeline that switches prompts, and keeps the first frames or not."""
         from pipeline import InteractiveCausalInferencePipeline
 
-        pipeline = self._allocating(InteractiveCausalInferencePipeline)
-        pipeline.global_sink = global_sink
-        return pipeline
+        return self._allocating(InteractiveCausalInferencePipeline, global_sink)
 
-    def _allocating(self, pipeline_class: Callable[..., Any]) -> Any:
+    def one_switch(self, global_sink: bool) -> Any:
+        """Build the pipeline that switches once, likewise."""
+        from pipeline import SwitchCausalInferencePipeline
+
+        return self._allocating(SwitchCausalInferencePipeline, global_sink)
+
+    def _allocating(self, pipeline_class: Callable[..., Any], global_sink: bool = False) -> Any:
         pipeline = self.pipeline(pipeline_class)
+        pipeline.global_sink = global_sink
         first = [self.allocate()]
 
         def allocate(*args: object, **kwargs: object) -> None:

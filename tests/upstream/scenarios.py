@@ -116,7 +116,12 @@ RECACHE = Scenario(
     repositories=("LongLive",),
     switch=18,
 )
-EMPTIED = replace(RECACHE, name="recache, emptied", driver="emptied")
+EMPTIED = (
+    replace(RECACHE, name="recache, emptied", driver="emptied"),
+    replace(RECACHE, name="recache, emptied early", driver="emptied", switch=7),
+    replace(RECACHE, name="recache, emptied unsaid", driver="emptied unsaid"),
+    replace(RECACHE, name="recache, emptied early unsaid", driver="emptied unsaid", switch=7),
+)
 
 PARITY = (
     Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_LONGLIVE),
@@ -129,6 +134,8 @@ PARITY = (
     replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive",)),
     ROLLOUTS,
     RECACHE,
+    replace(RECACHE, name="recache, one switch", driver="one_switch"),
+    replace(RECACHE, name="recache, batch 2", batch=2),
     replace(RECACHE, name="recache, raw keys", raw_keys=True),
     replace(RECACHE, name="recache, global", window=-1, sink=0, frames=21, passes=7 * 5 + 1),
     Scenario(
@@ -178,7 +185,7 @@ SWITCHES = (
 )
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END, EMPTIED)}
+SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END, *EMPTIED)}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:

@@ -42,7 +42,7 @@ def test_a_prompt_switch_does_what_is_done_by_hand_upstream(case: Case, upstream
     assert_identical(untouched, applied)
 
 
-@pytest.mark.parametrize("case", cases_of(EMPTIED), ids=str)
+@pytest.mark.parametrize("case", cases_of(*EMPTIED), ids=str)
 def test_a_prompt_switch_that_empties_the_cache_is_refused(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert untouched.facts["refused"] == ""
