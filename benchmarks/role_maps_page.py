@@ -190,8 +190,8 @@ def _quality(results: Mapping[str, Any], kept: str, cameras: Mapping[str, Any]) 
 def _published(scenarios: Mapping[str, Any]) -> str:
     """The published roles on the labels of this model, not at equal bytes."""
     text = (
-        "Its labels by our classifier, with the roles of its released configuration (`headforcing.roles.pyramid_forcing`), "
-        "which keep more than they read; therefore not at equal bytes. Frames: attended, own chunk included. "
+        "Its labels by our classifier, with the roles of its released configuration "
+        "(`headforcing.roles.pyramid_forcing`), which keep more than they read; therefore not at equal bytes. Frames: attended, own chunk included. "
         "The difference is ablation at 4 frames minus the row."
     )
     rows = [["map", "frames", "MB", "still: late", "still: difference", "pan: late", "pan: difference"]]
