@@ -191,7 +191,7 @@ def _published(scenarios: Mapping[str, Any]) -> str:
     """The published roles on the labels of this model, not at equal bytes."""
     text = (
         "Its labels by our classifier, with the roles of its released configuration "
-        "(`headforcing.roles.pyramid_forcing`), which keep more than they read; therefore not at equal bytes. "
+        "(`headforcing.roles.pyramid_forcing`), which keep more than they read: not at equal bytes. "
         "Frames: attended, own chunk included. The difference is ablation at 4 frames minus the row."
     )
     rows = [["map", "frames", "MB", "still: late", "still: difference", "pan: late", "pan: difference"]]
