@@ -278,6 +278,27 @@ class CannotBePickled(SelfForcing):
         self.scale = lambda x: x
 
 
+class ReadsTheWeights(SelfForcing):
+    def project(self, module: Any, call: Any) -> Any:
+        q, k, v = super().project(module, call)
+        inner = getattr(module.v, "inner", module.v)
+        return q, k, nn.functional.linear(call.x, inner.weight, inner.bias).view(v.shape)
+
+
+class KeepsTheOutputLayer(SelfForcing):
+    """As one that stored sub-modules when it was applied."""
+
+    def output(self, module: Any, out: Any, call: Any, memo: Any) -> Any:
+        y = super().output(module, out, call, memo)
+        return y if isinstance(module.o, nn.Linear) else module.o.inner(out.flatten(2))
+
+
+class GivesBackAnywhere(SelfForcing):
+    def give_back(self, anchor: Any, memo: Any) -> None:
+        super().give_back(anchor, memo)
+        anchor.zero_()
+
+
 class KeepsThePrompt(SelfForcing):
     def forget_prompt(self, args: Any, kwargs: Any) -> None:
         pass
@@ -344,6 +365,9 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (GivesBackUncounted, "cache_comes_back"),
     (ReleasesNothing, "release_frees"),
     (CannotBePickled, "can_be_saved"),
+    (ReadsTheWeights, "wrapped_layers_are_called"),
+    (KeepsTheOutputLayer, "wrapped_layers_are_called"),
+    (GivesBackAnywhere, "inference_mode"),
     (KeepsThePrompt, "prompt_switch_is_heard"),
     (OneCrossAttention, "prompt_switch_is_heard"),
     (Raises, "project_shapes"),
@@ -429,5 +453,40 @@ def test_what_is_no_host_adapter_or_check_is_refused() -> None:
         check_adapter(None, nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"expected an instance of a subclass of headforcing\.Adapter"):
         check_adapter(SelfForcing, SelfForcingHost())  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="no check is called 'all': expected one of fits, "):
+    with pytest.raises(OptionError, match="no check is called 'all': expected one of host_repeats_itself, "):
         check_adapter(None, SelfForcingHost(), only=["all"])
+
+
+class Forgetful(SelfForcingHost):
+    def new_video(self, model: nn.Module, caches: Any) -> None:
+        pass
+
+
+class Deaf(SelfForcingHost):
+    def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Any:
+        return super().call(model, caches, start, frames, 0)
+
+
+class Random(SelfForcingHost):
+    def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Any:
+        return super().call(model, caches, start, frames, draw) + torch.rand(())
+
+
+class Broken(SelfForcingHost):
+    def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Any:
+        raise RuntimeError("sizes of tensors must match")
+
+
+@pytest.mark.parametrize(
+    ("host", "named"),
+    [
+        (Forgetful, "host_begins_anew"),
+        (Deaf, "host_hears_its_input"),
+        (Random, "host_repeats_itself"),
+        (Broken, "host_repeats_itself"),
+    ],
+)
+def test_a_broken_host_is_not_blamed_on_the_adapter(host: type[Host], named: str) -> None:
+    report = check_adapter(SelfForcing(), host())
+    assert [result.name for result in report.failed] == [named]
+    assert report.count("passed") < 3

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headforcing.errors import (
     ChunkOrderError,
@@ -72,6 +72,41 @@ def gradients_pass_through(kit: Kit) -> None:
     """With gradients the original attention runs, and its output carries them."""
     found = _passes_through(kit, lambda take: take.model.requires_grad_(True), "with gradients", grad=True)
     assert found.requires_grad, "the output carries no gradient: Host.call must not switch gradients off"
+
+
+def wrapped_layers_are_called(kit: Kit) -> None:
+    """Linear layers that are wrapped while applied, as LoRA does, are called and not read."""
+    outs, frames = [], 2 * kit.host.chunk
+    for take in (kit.plain(), kit.forced()):
+        if not _wrap(kit, take.model):
+            raise Skipped("attention has no nn.Linear of its own")
+        outs.append(take.video(frames))
+    apart = differences(outs[0], kit.truth(frames))
+    assert apart is not None, "the wrapped layers change nothing in the untouched model"
+    hint = "with wrapped linear layers: call the module's sub-modules every time, never read their weights"
+    same(outs[1], outs[0], hint)
+
+
+class _Wrapped(nn.Module):
+    """A layer of more than its weights."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out + 0.25 * out.sin()
+
+
+def _wrap(kit: Kit, model: nn.Module) -> int:
+    count = 0
+    for module in [model.get_submodule(path) for path, _ in kit.sites(kit.host.model())]:
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _Wrapped(child))
+                count += 1
+    return count
 
 
 def threads_do_not_meet(kit: Kit) -> None:
@@ -219,6 +254,7 @@ CHECKS: Sequence[Any] = (
     can_be_saved,
     training_passes_through,
     gradients_pass_through,
+    wrapped_layers_are_called,
     threads_do_not_meet,
     prompt_switch_is_heard,
     skipped_chunk_refused,

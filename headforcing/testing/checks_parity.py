@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from headforcing.roles import Full, Local
-from headforcing.testing.kit import Kit, Skipped, counters, differences, same
+from headforcing.testing.kit import Caught, Kit, Skipped, counters, differences, same
 
 LOOK = "look at project(), rotate() and output(), then at begins_video()"
 WINDOW = (
@@ -161,12 +161,36 @@ def video_after_reset(kit: Kit) -> None:
 
 
 def inference_mode(kit: Kit) -> None:
-    """`torch.inference_mode` gives the same video, also where caches were made inside."""
+    """`torch.inference_mode` gives the same video, on caches made inside, which can be given back outside."""
     frames = kit.host.dense
     with torch.inference_mode():
-        found = kit.forced().video(frames)
+        take = kit.forced()
+        found = take.video(frames)
     same(
         [out.clone() for out in found], kit.truth(frames), "under inference_mode: are tensors' versions read?"
+    )
+    assert take.handle is not None
+    with Caught() as caught:
+        take.handle.remove()
+    assert caught.error is None, (
+        f"remove() outside inference_mode raises {caught.error!r}: give_back() must write the host's tensors "
+        "in the mode they were made in, with torch.inference_mode(tensor.is_inference())"
+    )
+
+
+def autocast(kit: Kit) -> None:
+    """Under `torch.autocast` to bfloat16 the video is the untouched model's there."""
+    frames, outs = kit.host.dense, []
+    for take in (kit.plain(), kit.forced()):
+        device = next(take.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16), Caught() as caught:
+            outs.append(take.video(frames))
+        if caught.error is not None and take.handle is None:
+            raise Skipped(f"the untouched host does not run under autocast: {caught.error}")
+        if caught.error is not None:
+            raise caught.error
+    same(
+        outs[1], outs[0], "under autocast: do project() and rotate() keep the dtypes that the host has there?"
     )
 
 
@@ -230,6 +254,7 @@ CHECKS: Sequence[Any] = (
     second_video,
     video_after_reset,
     inference_mode,
+    autocast,
     budget_is_kept,
     positions_in_range,
 )

@@ -22,7 +22,14 @@ import torch
 
 from headforcing.adapter import Adapter, find_adapter
 from headforcing.errors import OptionError
-from headforcing.testing import checks_leaving, checks_life, checks_parity, checks_reading, checks_rotation
+from headforcing.testing import (
+    checks_host,
+    checks_leaving,
+    checks_life,
+    checks_parity,
+    checks_reading,
+    checks_rotation,
+)
 from headforcing.testing.host import Host
 from headforcing.testing.kit import Caught, Kit, Skipped
 
@@ -33,13 +40,14 @@ Progress = Callable[[int, int, str], None]
 Outcome = Literal["passed", "failed", "skipped"]
 
 _CHECKS: tuple[Callable[[Kit], None], ...] = (
+    *checks_host.CHECKS,
     *checks_reading.CHECKS,
     *checks_rotation.CHECKS,
     *checks_parity.CHECKS,
     *checks_life.CHECKS,
     *checks_leaving.CHECKS,
 )
-_NEEDED = ("fits", "layers_found")
+_NEEDED = ("host_repeats_itself", "host_hears_its_input", "host_begins_anew", "fits", "layers_found")
 """Without these nothing else can be asked."""
 
 

@@ -1,0 +1,50 @@
+"""Checks of the host itself, with nothing applied: a broken host would blame the adapter for everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from headforcing.testing.kit import Kit, differences, same
+
+
+def host_repeats_itself(kit: Kit) -> None:
+    """Two untouched models make the same video, bit for bit."""
+    frames, chunk = kit.host.frames, kit.host.chunk
+    assert frames >= 3 * chunk, f"Host.frames is {frames}: expected three chunks of {chunk} or more"
+    assert chunk < kit.host.dense <= frames, (
+        f"Host.dense is {kit.host.dense}: expected more than a chunk of {chunk} and at most {frames} frames"
+    )
+    hint = "this is the host, not the adapter: seed all randomness from start, draw and batch"
+    same(kit.plain().video(frames), kit.truth(frames), hint)
+
+
+def host_hears_its_input(kit: Kit) -> None:
+    """Another draw is another output, and the past matters."""
+    plain, chunk = kit.plain(), kit.host.chunk
+    a, b = plain.passes(0, [0, 1])
+    assert differences([a], [b]) is not None, (
+        "draws 0 and 1 give the same output: make the noise depend on draw"
+    )
+    later = []
+    for draw in (0, 1):
+        take = kit.plain()
+        take.passes(0, [draw])
+        later += take.passes(chunk, [0])
+    assert differences(later[:1], later[1:]) is not None, (
+        "the second chunk does not depend on the first: are the caches passed to the model, are weights zero?"
+    )
+
+
+def host_begins_anew(kit: Kit) -> None:
+    """An untouched model makes the same second video on used caches as on fresh ones."""
+    take, frames = kit.plain(), kit.host.dense
+    take.video(kit.host.frames, 20)
+    kit.host.new_video(take.model, take.caches)
+    hint = (
+        "this is the host, not the adapter: new_video() must do what the pipeline does before another video"
+    )
+    same(take.video(frames), kit.truth(frames), hint)
+
+
+CHECKS: Sequence[Any] = (host_repeats_itself, host_hears_its_input, host_begins_anew)
