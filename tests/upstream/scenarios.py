@@ -134,6 +134,7 @@ PARITY = (
     replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive",)),
     ROLLOUTS,
     RECACHE,
+    replace(RECACHE, name="recache, early", switch=7),
     replace(RECACHE, name="recache, one switch", driver="one_switch"),
     replace(RECACHE, name="recache, batch 2", batch=2),
     replace(RECACHE, name="recache, raw keys", raw_keys=True),
