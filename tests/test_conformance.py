@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from headforcing.adapter import Adapter, bind
-from headforcing.errors import OptionError
+from headforcing.errors import ExternalEditError, OptionError
 from headforcing.integrations.causvid import CausVid
 from headforcing.integrations.longlive import LongLive
 from headforcing.integrations.self_forcing import SelfForcing
@@ -490,3 +490,149 @@ def test_a_broken_host_is_not_blamed_on_the_adapter(host: type[Host], named: str
     report = check_adapter(SelfForcing(), host())
     assert [result.name for result in report.failed] == [named]
     assert report.count("passed") < 3
+
+
+# Every check can fail -----------------------------------------------------------------------------
+
+
+class NeverFits(SelfForcing):
+    def why_not(self, model: nn.Module) -> str | None:
+        return "not today"
+
+
+class RotatesBySquares(SelfForcing):
+    def rotate(self, x: Any, call: Any, positions: Any, patch: int = 1) -> Any:
+        return super().rotate(x, call, [place**2 for place in positions], patch)
+
+
+class RotatesWithinSix(SelfForcing):
+    def rotate(self, x: Any, call: Any, positions: Any, patch: int = 1) -> Any:
+        return super().rotate(x, call, [min(place, 5) for place in positions], patch)
+
+
+class ReadsThreeFrames(SelfForcing):
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = super().read(module, args, kwargs)
+        return call and dataclasses.replace(call, grid=(3, *call.grid[1:]))
+
+
+class OneVideoOnly(SelfForcing):
+    def begins_video(self, call: Any, memo: Any) -> bool:
+        if super().begins_video(call, memo):
+            raise ExternalEditError("the indices became zero")
+        return False
+
+
+class BreaksWhenReset(SelfForcing):
+    def forget(self, memo: Any) -> None:
+        memo["reset"] = True
+
+    def output(self, module: Any, out: Any, call: Any, memo: Any) -> Any:
+        return super().output(module, 2 * out if "reset" in memo else out, call, memo)
+
+
+class ProjectsWithoutAutocast(SelfForcing):
+    def project(self, module: nn.Module, call: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return super().project(module, dataclasses.replace(call, x=call.x.to(module.q.weight.dtype)))  # type: ignore[arg-type, union-attr]
+
+
+class WindowOfOne(SelfForcing):
+    def window(self, model: nn.Module) -> int:
+        return 1
+
+
+class LeavesABuffer(SelfForcing):
+    def attentions(self, model: nn.Module) -> Any:
+        for path, module in list(super().attentions(model)):
+            module.register_buffer("seen", torch.zeros(1))
+            yield path, module
+
+
+class LeavesAnAttribute(SelfForcing):
+    def project(self, module: Any, call: Any) -> Any:
+        module.last = super().project(module, call)
+        return module.last
+
+
+class HoldsAModule(SelfForcing):
+    held: dict[int, Any] = {}  # noqa: RUF012 - the bug
+
+    def project(self, module: Any, call: Any) -> Any:
+        q, k, v = super().project(module, call)
+        return q, k, self.held.setdefault(0, module).v(call.x).view(v.shape)
+
+
+class SwitchesTrainingOff(SelfForcing):
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return super().read(module.eval(), args, kwargs)
+
+
+class SwitchesGradientsOff(SelfForcing):
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return super().read(module.requires_grad_(False), args, kwargs)
+
+
+class StartsWhereTheCacheEnds(SelfForcing):
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = super().read(module, args, kwargs)
+        if call is None:
+            return None
+        end = int(call.arguments["kv_cache"]["global_end_index"]) // call.tokens_per_frame
+        return dataclasses.replace(call, start=min(call.start, end))
+
+
+class ProjectsToFloat32(SelfForcing):
+    def project(self, module: nn.Module, call: Any) -> Any:
+        return tuple(part.float() for part in super().project(module, call))
+
+    def output(self, module: Any, out: Any, call: Any, memo: Any) -> Any:
+        return super().output(module, out.to(module.o.weight.dtype), call, memo)
+
+
+class OneChunk(SelfForcingHost):
+    dense = 3
+
+
+CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
+    "host_repeats_itself": Random,
+    "host_hears_its_input": Deaf,
+    "host_begins_anew": Forgetful,
+    "fits": NeverFits,
+    "rotation_is_relative": RotatesBySquares,
+    "dense_parity": RotatesWithinSix,
+    "dense_parity_bf16": RotatesWithinSix,
+    "parity_through_eviction": RotatesWithinSix,
+    "parity_through_eviction_bf16": RotatesWithinSix,
+    "another_role_shows": OneChunk,
+    "single_frames": ReadsThreeFrames,
+    "batch_of_two": OneSampleOnly,
+    "two_caches_in_turn": AnchorIsTheModule,
+    "second_video": OneVideoOnly,
+    "video_after_reset": BreaksWhenReset,
+    "autocast": ProjectsWithoutAutocast,
+    "budget_is_kept": AnchorIsAView,
+    "positions_in_range": WindowOfOne,
+    "state_dict_unchanged": LeavesABuffer,
+    "failed_apply_leaves_no_trace": LeavesABuffer,
+    "copy_is_independent": HoldsAModule,
+    "training_passes_through": SwitchesTrainingOff,
+    "gradients_pass_through": SwitchesGradientsOff,
+    "threads_do_not_meet": NotesOnItself,
+    "skipped_chunk_refused": StartsWhereTheCacheEnds,
+    "other_dtype_refused": ProjectsToFloat32,
+    "remove_leaves_no_trace": LeavesAnAttribute,
+    "host_works_after_remove": NeverGivesBack,
+}
+
+
+def test_no_check_is_without_a_bug_that_it_finds() -> None:
+    assert {named for _, named in BUGS} | set(CAN_FAIL) == set(check_names())
+
+
+@pytest.mark.parametrize("name", CAN_FAIL)
+def test_a_check_can_fail(name: str) -> None:
+    bug = CAN_FAIL[name]
+    adapter, host = (bug(), SelfForcingHost()) if issubclass(bug, Adapter) else (SelfForcing(), bug())
+    report = check_adapter(adapter, host, only=[name])
+    assert [result.name for result in report.failed] == [name], str(report)

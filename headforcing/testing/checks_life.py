@@ -69,9 +69,25 @@ def training_passes_through(kit: Kit) -> None:
 
 
 def gradients_pass_through(kit: Kit) -> None:
-    """With gradients the original attention runs, and its output carries them."""
-    found = _passes_through(kit, lambda take: take.model.requires_grad_(True), "with gradients", grad=True)
-    assert found.requires_grad, "the output carries no gradient: Host.call must not switch gradients off"
+    """With gradients the original attention runs, and every weight gets the gradient it gets untouched."""
+    found = []
+
+    def learn(take: Take) -> Tensor:
+        out = take.passes(0, [1])[-1]
+        out.float().square().mean().backward()
+        grads = {name: parameter.grad for name, parameter in take.model.named_parameters()}
+        found.append({name: grad for name, grad in grads.items() if grad is not None})
+        return out
+
+    _passes_through(kit, lambda take: take.model.requires_grad_(True), "with gradients", learn)
+    plain, forced = found
+    assert plain, (
+        "no weight gets a gradient from the untouched model: Host.call must not switch gradients off"
+    )
+    lost = sorted(plain.keys() - forced.keys())
+    assert not lost, f"{lost[0]} gets no gradient: the adapter must not change the module"
+    wrong = [name for name, grad in plain.items() if not torch.equal(grad, forced[name])]
+    assert not wrong, f"{wrong[0]} gets another gradient: the original forward must run as it is"
 
 
 def wrapped_layers_are_called(kit: Kit) -> None:
@@ -208,25 +224,27 @@ def failed_apply_leaves_no_trace(kit: Kit) -> None:
     assert not changed, f"a failed apply changed {changed[0]}"
 
 
-def _passes_through(kit: Kit, change: Callable[[Take], object], what: str, *, grad: bool = False) -> Tensor:
-    """The last pass of an applied model that trains or needs gradients, equal to the untouched one's."""
+def _passes_through(
+    kit: Kit, change: Callable[[Take], object], what: str, work: Callable[[Take], Tensor] | None = None
+) -> None:
+    """An applied model that trains or needs gradients does as the untouched one, and serves no call."""
     plain, forced = kit.plain(), kit.forced()
-    found = []
+    outs = []
     for take in (plain, forced):
         change(take)
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad), quiet(), Caught() as caught:
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(work is not None), quiet():
             torch.manual_seed(0)
-            found.append(take.passes(0, [1]))
+            with Caught() as caught:
+                outs.append(work(take) if work is not None else take.passes(0, [1])[-1])
         if caught.error is not None and take is plain:
             raise Skipped(f"the untouched host raises {what}: {caught.error}")
         assert caught.error is None, (
-            f"{what} the applied model raises {caught.error!r}, the untouched one does not"
+            f"{what} the applied model raises {caught.error!r}, the untouched one not"
         )
     assert forced.handle is not None
     calls = forced.handle.status().calls
     assert calls == 0, f"{what} {calls} calls were served: does read() return the x that the module gets?"
-    same(found[1], found[0], f"{what} the original forward must run as it is")
-    return found[1][-1]
+    same(outs[1:], outs[:1], f"{what} the original forward must run as it is")
 
 
 def _raises(kind: Any, work: Callable[[], object], what: str) -> None:

@@ -12,7 +12,7 @@ from headforcing.testing.kit import Caught, Kit, Skipped, counters, differences,
 
 LOOK = "look at project(), rotate() and output(), then at begins_video()"
 WINDOW = (
-    "only where the host evicts: is Host.memory its window and sink, with positions as the host counts them?"
+    "if dense_parity passes: is Host.memory the window and sink of the host, at positions as it counts them?"
 )
 
 

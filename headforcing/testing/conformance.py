@@ -114,6 +114,8 @@ class Report:
         for result in self.results:
             if result.outcome != "passed":
                 lines.append(f"  {result.outcome} {result.name}: {result.reason}")
+            if result.outcome == "failed":
+                lines.append(f"    it proves: {result.proves}")
         return "\n".join(lines)
 
 
