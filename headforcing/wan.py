@@ -178,21 +178,25 @@ class CountingWan(WanAdapter):
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; reads the indices only when the host touched them."""
-        if "ends" not in memo:
+        ends = self.changed_ends(call, memo)
+        if ends is None or ends == memo["ends"]:
             return False
-        indices = [call.arguments["kv_cache"][name] for name in INDICES]
-        if all(_untouched(index, mark) for index, mark in zip(indices, memo["marks"], strict=True)):
-            return False
-        ends = tuple(int(index.item()) for index in indices)
         if ends == (0, 0):
             memo["ends"] = ends
             return True
-        if ends == memo["ends"]:
-            return False
         raise ExternalEditError(
             f"{' and '.join(INDICES)} of the cache became {ends}, expected {memo['ends']} or zeros: "
             "something outside edits the cache; reset the stream with handle.reset()"
         )
+
+    def changed_ends(self, call: AttentionCall, memo: Memo) -> tuple[int, ...] | None:
+        """Both indices, where the host touched them since the last call; reads the device only then."""
+        if "ends" not in memo:
+            return None
+        indices = [call.arguments["kv_cache"][name] for name in INDICES]
+        if all(_untouched(index, mark) for index, mark in zip(indices, memo["marks"], strict=True)):
+            return None
+        return tuple(int(index.item()) for index in indices)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""

@@ -144,11 +144,14 @@ class Bench:
     @contextmanager
     def _tiny_model(self) -> Iterator[None]:
         """Have `from_pretrained` build the tiny model and apply our library to it."""
-        name = REPOSITORIES[self.case.repository] + ("_infinity" if self.scenario.raw_keys else "")
+        name = REPOSITORIES[self.case.repository]
+        if self.scenario.raw_keys and self.case.repository == "LongLive":
+            name += "_infinity"
         model_class = importlib.import_module(name).CausalWanModel
 
-        def from_pretrained(path: str, **memory: int) -> Any:
+        def from_pretrained(path: str, **options: Any) -> Any:
             del path
+            memory = {name: options[name] for name in ("local_attn_size", "sink_size") if name in options}
             model = tiny.build_model(model_class, self.scenario.window, **memory)
             self._weights = tiny.seeded_weights(model)
             self.modules = dict(model.named_modules())

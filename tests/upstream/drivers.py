@@ -170,6 +170,26 @@ def _chunks(wrapper: Any, noise: Tensor, start: int, caches: Caches, prompt: str
     return torch.cat(results, dim=1)
 
 
+def _in_chunks(bench: Bench) -> Outcome:
+    """Make a video chunk by chunk, without a pipeline."""
+    return bench.outcome(video=_chunks(bench.wrapper(), bench.noise(), 0, bench.allocate()))
+
+
+def _flushed(bench: Bench) -> Outcome:
+    """Flush the cache as Infinity-RoPE does for a new prompt: the first frame and the last two are left."""
+    wrapper, caches, noise = bench.wrapper(), bench.allocate(), bench.noise()
+    first = _chunks(wrapper, noise[:, :15], 0, caches)
+    frame = tiny.TOKENS_PER_FRAME
+    for cache, text in zip(*caches, strict=True):
+        text["is_init"] = False
+        for name in ("k", "v"):
+            cache[name][:, frame : 3 * frame] = cache[name][:, -2 * frame :]
+        cache["local_end_index"] = torch.tensor([3 * frame], dtype=torch.long)
+        cache["scene_cut"] = False
+    second = _chunks(wrapper, noise[:, 15:], 15, caches, OTHER_PROMPT)
+    return bench.outcome(video=torch.cat([first, second], dim=1))
+
+
 def _no_cache(bench: Bench) -> Outcome:
     """Take the path that training takes, where there is no cache."""
     wrapper = bench.wrapper()
@@ -296,4 +316,6 @@ DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "removal": _removal,
     "new_prompt": _new_prompt,
     "cut": _cut,
+    "in_chunks": _in_chunks,
+    "flushed": _flushed,
 }

@@ -11,6 +11,7 @@ REPOSITORIES = {
     "Causal-Forcing": "wan.modules.causal_model",
     "CausVid": "causvid.models.wan.causal_model",
     "LongLive": "wan.modules.causal_model",
+    "infinity-rope": "wan.modules.causal_model",
 }
 """The module of every repository that defines its causal model."""
 LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
@@ -157,6 +158,26 @@ PARITY = (
         frames=12,
         passes=40,
         repositories=WITH_LONGLIVE,
+    ),
+    Scenario(
+        "in chunks",
+        "in_chunks",
+        window=9,
+        sink=1,
+        frames=27,
+        passes=18,
+        raw_keys=True,
+        repositories=("infinity-rope",),
+    ),
+    Scenario(
+        "in chunks, flushed",
+        "flushed",
+        window=6,
+        sink=1,
+        frames=27,
+        passes=18,
+        raw_keys=True,
+        repositories=("infinity-rope",),
     ),
     Scenario("overlap", "overlap", window=9, sink=3, frames=14, passes=10),
     Scenario("cfg", "cfg", window=6, sink=1, frames=12, passes=40),
