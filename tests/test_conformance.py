@@ -23,6 +23,7 @@ from headforcing.testing.hosts import HOSTS, CausVidHost, LongLiveHost, SelfForc
 from headforcing.wan import WanAdapter
 
 MAY_SKIP = {
+    "infinity_rope": {"release_frees", "cache_comes_back"},
     "causvid": {"parity_through_eviction", "parity_through_eviction_bf16", "edited_cache_refused"},
 }
 

@@ -56,7 +56,7 @@ FORBIDDEN_NUMBERS = {1560, 32760}
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 300, 50, 8
 MORE_PARAMETERS = {
     ("headforcing.apply", "apply_head_forcing"): 9,  # the front door
-    ("headforcing.testing.standins", "forward"): 9,  # LongLive's attention takes as many
+    ("headforcing.testing.standins", "forward"): 9,  # attention of LongLive and Infinity-RoPE
 }
 
 

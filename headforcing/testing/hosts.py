@@ -21,9 +21,11 @@ from headforcing.testing.standins import (
     LAYERS,
     TOKENS,
     CausVidAttention,
+    InfinityRopeAttention,
     LongLiveAttention,
     StandInAttention,
     StandInModel,
+    turned,
 )
 
 
@@ -173,7 +175,7 @@ class LongLiveHost(StandInHost):
 
     frames, dense, window, slots = 18, 9, 9, 9
     memory: HeadRole = SlidingWindow(9, 1, positions="absolute")
-    attention = LongLiveAttention
+    attention: type[StandInAttention] = LongLiveAttention
 
     def caches(self, model: nn.Module, batch: int = 1) -> Any:
         """See `Host.caches`."""
@@ -195,10 +197,23 @@ class LongLiveHost(StandInHost):
         return cache["k"][:, :end], cache["v"][:, :end]
 
 
+class InfinityRopeHost(LongLiveHost):
+    """A stand-in with Infinity-RoPE's interface: frames sit at their place in the cache."""
+
+    memory: HeadRole = SlidingWindow(9, 1, positions="compact")
+    attention = InfinityRopeAttention
+
+    def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys as they are rotated when they are read."""
+        k, v = super().cached(model, caches, layer)
+        return turned(k, model.freqs, 0), v  # type: ignore[arg-type]
+
+
 HOSTS: dict[str, type[Host]] = {
     "self_forcing": SelfForcingHost,
     "causvid": CausVidHost,
     "longlive": LongLiveHost,
+    "infinity_rope": InfinityRopeHost,
 }
 """By the name of the adapter's module in `integrations/`."""
 

@@ -3,8 +3,9 @@
 CausVid (arXiv:2412.07772): cache dicts hold `k` and `v` and nothing else; tokens are written from
 `current_start` to `current_end`, and everything up to there is attended. LongLive (arXiv:2509.22622): a
 rolled cache with a sink; attention returns where the cache ends and what is to be written, and the model
-writes once all layers ran. In both, cross-attention keeps the projected prompt. Patches lie 2 x 4, so that
-height and width cannot be exchanged unseen.
+writes once all layers ran. Infinity-RoPE (arXiv:2511.20649): a rolled cache of keys before RoPE, which are
+rotated to their place in it; its prompt flush and its hard cut are left out. In all of them cross-attention
+keeps the projected prompt. Patches lie 2 x 4, so that height and width cannot be exchanged unseen.
 """
 
 from __future__ import annotations
@@ -48,13 +49,28 @@ class StandInAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(DIM, 1e-6), RMSNorm(DIM, 1e-6)
 
-    def projected(self, x: Tensor, grid: Tensor, freqs: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, rotated from token `start` on, and values, `[B, L, H, D]`."""
-        frames, height, width = (int(size) for size in grid)
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, L, H, D]` before RoPE."""
         shape = (*x.shape[:2], self.num_heads, self.head_dim)
-        phases = grid_phases(freqs, (frames, height, width), start // (height * width))
-        q, k = self.norm_q(self.q(x)).view(shape), self.norm_k(self.k(x)).view(shape)
-        return rotate(q, phases), rotate(k, phases), self.v(x).view(shape)
+        return self.norm_q(self.q(x)).view(shape), self.norm_k(self.k(x)).view(shape), self.v(x).view(shape)
+
+    def projected(self, x: Tensor, freqs: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated from token `start` on, and values, `[B, L, H, D]`."""
+        q, k, v = self.plain(x)
+        return turned(q, freqs, start), turned(k, freqs, start), v
+
+    def rolled(self, cache: Cache, k: Tensor, v: Tensor, start: int, sink: int) -> tuple[Cache, int]:
+        """What the cache holds with new tokens behind, the oldest after the sink evicted, and its end."""
+        new, sink = k.shape[1], sink * TOKENS
+        local_end, grown = int(cache["local_end_index"]), start + new - int(cache["global_end_index"])
+        evicted = max(0, local_end + grown - cache["k"].shape[1]) if grown > 0 else 0
+        local_end += grown - evicted
+        rows = {}
+        for name, own in (("k", k), ("v", v)):
+            old = cache[name]
+            kept = torch.cat([old[:, :sink], old[:, sink + evicted :]], 1) if evicted else old
+            rows[name] = torch.cat([kept[:, : local_end - new], own], 1)
+        return rows, local_end
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of `[B, L, H, D]`, projected."""
@@ -78,7 +94,7 @@ class CausVidAttention(StandInAttention):
         current_end: int = 0,
     ) -> Tensor:
         """Attends from `x [B, L, C]` to all tokens up to `current_end`; to itself where there is no cache."""
-        q, k, v = self.projected(x, grid_sizes[0], freqs, current_start)
+        q, k, v = self.projected(x, freqs, current_start)
         if kv_cache is not None:
             if current_end > kv_cache["k"].shape[1]:
                 raise ValueError(f"tokens up to {current_end} do not fit {kv_cache['k'].shape[1]} slots")
@@ -113,21 +129,44 @@ class LongLiveAttention(StandInAttention):
         sink_recache_after_switch: bool = False,
     ) -> Any:
         """The output, and with a cache its two end indices and what is to be written."""
-        q, k, v = self.projected(x, grid_sizes[0], freqs, current_start)
+        q, k, v = self.projected(x, freqs, current_start)
         if kv_cache is None:
             return self.attended(q, k, v)
-        new, sink = x.shape[1], self.sink_size * TOKENS
-        global_end, local_end = int(kv_cache["global_end_index"]), int(kv_cache["local_end_index"])
-        grown = current_start + new - global_end
-        evicted = max(0, local_end + grown - kv_cache["k"].shape[1]) if grown > 0 else 0
-        local_end += grown - evicted
-        rows = {}
-        for name, own in (("k", k), ("v", v)):
-            old = kv_cache[name]
-            kept = torch.cat([old[:, :sink], old[:, sink + evicted :]], 1) if evicted else old
-            rows[name] = torch.cat([kept[:, : local_end - new], own], 1)
+        rows, local_end = self.rolled(kv_cache, k, v, current_start, self.sink_size)
         out = self.attended(q, rows["k"], rows["v"])
-        return out, (current_start + new, local_end, rows)
+        return out, (current_start + x.shape[1], local_end, rows)
+
+
+class InfinityRopeAttention(StandInAttention):
+    """A rolled cache of keys before RoPE: frames sit at their place in it.
+
+    Attributes:
+        local_attn_size: frames that are cached.
+        sink_size: first frames that are never evicted.
+    """
+
+    local_attn_size: int = 9
+    sink_size: int = 1
+
+    def forward(
+        self,
+        x: Tensor,
+        seq_lens: Tensor,
+        grid_sizes: Tensor,
+        freqs: Tensor,
+        block_mask: Any,
+        kv_cache: Cache | None = None,
+        current_start: int = 0,
+        cache_start: int | None = None,
+        timestep: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from `x [B, L, C]` to the cache, which it writes; to itself where there is none."""
+        if kv_cache is None:
+            return self.attended(*self.projected(x, freqs, current_start))
+        q, k, v = self.plain(x)
+        rows, end = self.rolled(kv_cache, k, v, current_start, self.sink_size)
+        _write(kv_cache, current_start + x.shape[1], end, rows)
+        return self.attended(turned(q, freqs, end - x.shape[1]), turned(rows["k"], freqs, 0), rows["v"])
 
 
 class StandInBlock(nn.Module):
@@ -206,6 +245,11 @@ class StandInModel(nn.Module):
                 _write(cache, *written)
         out: Tensor = self.head(tokens)
         return out.view_as(x)
+
+
+def turned(x: Tensor, freqs: Tensor, start: int) -> Tensor:
+    """Whole frames `[B, L, H, D]`, rotated from token `start` on."""
+    return rotate(x, grid_phases(freqs, (x.shape[1] // TOKENS, *GRID), start // TOKENS))
 
 
 def _write(cache: Cache, global_end: int, local_end: int, rows: dict[str, Tensor] | None) -> None:
