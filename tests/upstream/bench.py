@@ -152,6 +152,8 @@ class Bench:
         def from_pretrained(path: str, **options: Any) -> Any:
             del path
             memory = {name: options[name] for name in ("local_attn_size", "sink_size") if name in options}
+            if self.case.repository == "MemRoPE":
+                memory |= {"recent_size": 4, "compression_method": "ema"}
             model = tiny.build_model(model_class, self.scenario.window, **memory)
             self._weights = tiny.seeded_weights(model)
             self.modules = dict(model.named_modules())

@@ -12,14 +12,17 @@ import headforcing as hf
 from headforcing.positions import PositionScheme
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.memrope import Averaging
 
 from .scenarios import (
+    AVERAGED,
     COMMIT,
     EQUAL,
     GROUPS,
     HEADS,
     LAYERS,
     NINE_FRAMES,
+    OTHER_AVERAGES,
     PRESET,
     REFERENCE,
     WRAPPER,
@@ -78,6 +81,8 @@ POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     REFERENCE: _equal,
     GROUPS: _groups,
     COMMIT: _commit,
+    AVERAGED: lambda scenario: Averaging(scenario.window, scenario.sink),
+    OTHER_AVERAGES: lambda scenario: Averaging(scenario.window, scenario.sink, slow=0.5, fast=0.6),
     "last frames in the clean pass": lambda scenario: CommitForcing(_equal(scenario), scenario.chunk),
     "no sink": lambda scenario: replace(_window(scenario), sink=0),
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),

@@ -12,6 +12,7 @@ REPOSITORIES = {
     "CausVid": "causvid.models.wan.causal_model",
     "LongLive": "wan.modules.causal_model",
     "infinity-rope": "wan.modules.causal_model",
+    "MemRoPE": "wan.modules.causal_model",
 }
 """The module of every repository that defines its causal model."""
 LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
@@ -205,9 +206,21 @@ SWITCHES = (
     Scenario("new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
     Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
 )
+AVERAGES = Scenario(
+    "averages",
+    "in_chunks",
+    window=12,
+    sink=3,
+    frames=42,
+    passes=28,
+    raw_keys=True,
+    repositories=("MemRoPE",),
+)
+AVERAGED = "its averages"
+OTHER_AVERAGES = "averages of other weights"
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END, *EMPTIED)}
+SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END, *EMPTIED, AVERAGES)}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from .harness import MARKS, Upstream, assert_identical, largest_difference
-from .scenarios import LAYERS, PAST_THE_END, PRESET, Case, cases_of, control_cases, parity_cases
+from .scenarios import (
+    AVERAGED,
+    AVERAGES,
+    LAYERS,
+    OTHER_AVERAGES,
+    PAST_THE_END,
+    PRESET,
+    Case,
+    cases_of,
+    control_cases,
+    parity_cases,
+)
 
 pytestmark = MARKS
 SMALLEST_CHANGE = 0.02
@@ -43,3 +54,19 @@ def test_bounded_roles_go_on_where_upstream_ends(case: Case, upstream: Upstream)
     assert applied.passes == case.scenario.passes
     assert applied.calls == case.scenario.passes * LAYERS
     assert torch.isfinite(applied.tensors["video"]).all()
+
+
+@pytest.mark.parametrize("case", cases_of(AVERAGES, policy=AVERAGED), ids=str)
+def test_averages_are_close(case: Case, upstream: Upstream) -> None:
+    """Not bit for bit: ours come first among the keys, theirs behind the sink, and ours are in float32."""
+    untouched, applied = upstream.pair(case)
+    assert applied.calls == case.scenario.passes * LAYERS
+    limit = 1e-4 if case.dtype == "float32" else 0.1
+    assert largest_difference(untouched.tensors["video"], applied.tensors["video"]) < limit
+
+
+@pytest.mark.parametrize("case", cases_of(AVERAGES, policy=OTHER_AVERAGES), ids=str)
+def test_averages_of_other_weights_are_not(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    limit = 1e-3 if case.dtype == "float32" else SMALLEST_CHANGE
+    assert largest_difference(untouched.tensors["video"], applied.tensors["video"]) > limit
