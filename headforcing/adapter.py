@@ -140,7 +140,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         UnsupportedModelError: none fits; the message says why, adapter by adapter.
     """
     reasons = []
-    for adapter in _adapters():
+    for adapter in adapters():
         reason = adapter.why_not(model)
         if reason is None:
             return adapter
@@ -156,7 +156,12 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
-def _adapters() -> Iterator[Adapter]:
+def adapters() -> Iterator[Adapter]:
+    """Those in `headforcing.integrations`, then those of installed plug-ins.
+
+    Raises:
+        UnsupportedModelError: the folder is not installed.
+    """
     try:
         package = importlib.import_module("headforcing.integrations")
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.adapter import Adapter, _adapters, parameter_names
+from headforcing.adapter import Adapter, adapters, parameter_names
 from headforcing.attention import HeadForcingMixin, original_class
 from headforcing.errors import HeadForcingError, OptionError, UnsupportedModelError
 from headforcing.handle import handles_of
@@ -127,7 +127,7 @@ def explain(model: nn.Module) -> Explanation:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: pass the model itself")
     fitting, reasons = list[Adapter](), dict[str, str]()
-    for adapter in _adapters():
+    for adapter in adapters():
         reason = adapter.why_not(model)
         if reason is None:
             fitting.append(adapter)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress
-from headforcing.cli.profile import _check_call, _importable_here, _kind
+from headforcing.cli.target import importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def check(
 
     names = None if only is None else [name.strip() for name in only.split(",")]
     reports = []
-    with clean_errors(HeadForcingError), _importable_here():
+    with clean_errors(HeadForcingError), importable_here():
         hosts = _hosts(target)
         with progress(quiet=quiet or as_json) as tell:
             for host in hosts:
@@ -64,29 +63,6 @@ def check(
             print_parts(_table(report), _summary(report))
     if any(report.failed for report in reports):
         raise typer.Exit(1)
-
-
-def named(target: str, example: str) -> Any:
-    """What `MODULE:NAME` stands for.
-
-    Raises:
-        OptionError: there is no such module or name.
-    """
-    where, _, name = target.partition(":")
-    if not all(part.isidentifier() for part in (*where.split("."), name)):
-        raise OptionError(f"{target!r} is not MODULE:NAME, as in {example}")
-    try:
-        module = importlib.import_module(where)
-    except (ImportError, SyntaxError) as error:
-        raise OptionError(
-            f"{where} cannot be imported ({error}): install what is missing, or run in the folder that has it"
-        ) from error
-    found = getattr(module, name, None)
-    if found is None:
-        raise OptionError(f"{where} has no {name}")
-    if callable(found):
-        _check_call(name, found, ())
-    return found
 
 
 def _hosts(target: str | None) -> list[Host]:
@@ -107,7 +83,7 @@ def _hosts(target: str | None) -> list[Host]:
     made = named(target, "my_host:MyHost")
     made = made() if callable(made) else made
     if not isinstance(made, Host):
-        raise OptionError(f"{target} is {_kind(made)}: expected a subclass of headforcing.testing.Host")
+        raise OptionError(f"{target} is {kind(made)}: expected a subclass of headforcing.testing.Host")
     return [made]
 
 

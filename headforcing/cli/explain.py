@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from headforcing.cli.check import named
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
-from headforcing.cli.profile import _importable_here, _kind
+from headforcing.cli.target import importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
 EXAMPLES = examples("explain headforcing.demo:demo_model", "explain my_model:make --json")
@@ -32,7 +31,7 @@ def explain(
     """
     from headforcing.explanation import explain as explained
 
-    with clean_errors(HeadForcingError), _importable_here():
+    with clean_errors(HeadForcingError), importable_here():
         found = explained(_model(named(target, "my_model:make"), target))
     if as_json:
         print_json(dataclasses.asdict(found))
@@ -54,5 +53,5 @@ def _model(made: Any, target: str) -> Any:
         made = made()
     model = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(model, nn.Module):
-        raise OptionError(f"{target} returned {_kind(made)}: expected a torch module, or (model, run)")
+        raise OptionError(f"{target} returned {kind(made)}: expected a torch module, or (model, run)")
     return model

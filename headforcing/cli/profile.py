@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -16,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress
+from headforcing.cli.target import check_call, importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
 if TYPE_CHECKING:
@@ -126,7 +122,7 @@ def _checked(options: Options) -> _Request:
 def _measure(options: Options, request: _Request) -> HeadProfile:
     from headforcing.profiler import Protocol, profile_heads
 
-    with progress(quiet=options.quiet or options.as_json) as tell, _importable_here():
+    with progress(quiet=options.quiet or options.as_json) as tell, importable_here():
 
         def told(done: int, total: int | None, text: str) -> None:
             tell(text, done, total)
@@ -134,7 +130,7 @@ def _measure(options: Options, request: _Request) -> HeadProfile:
         if options.target is None:
             return _profile_demo(options, request.metrics, told)
         model, run = load_target(options.target)
-        _check_call("run", run, () if request.prompts is None else request.prompts[:1])
+        check_call("run", run, () if request.prompts is None else request.prompts[:1])
         return profile_heads(
             model,
             run,
@@ -166,60 +162,17 @@ def load_target(target: str) -> tuple[nn.Module, Callable[..., object]]:
     """
     from torch import nn
 
-    where, _, name = target.partition(":")
-    if not all(part.isidentifier() for part in (*where.split("."), name)):
-        raise OptionError(f"{target!r} is not MODULE:FUNCTION, as in my_model:make")
-    try:
-        module = importlib.import_module(where)
-    except (ImportError, SyntaxError) as error:
-        raise OptionError(
-            f"{where} cannot be imported ({error}): install what is missing, or run in the folder that has it"
-        ) from error
-    make = getattr(module, name, None)
-    if not callable(make):
-        raise OptionError(f"{where} has no function {name}: expected one that returns (model, run)")
-    _check_call(name, make, ())
-    made = make()
+    made = named(target, "my_model:make", "FUNCTION")()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise OptionError(f"{target} returned {_kind(made)}: expected (model, run), a torch module first")
+        raise OptionError(f"{target} returned {kind(made)}: expected (model, run), a torch module first")
     if not callable(made[1]):
-        raise OptionError(f"{target} returned {_kind(made)}: expected a function as run")
+        raise OptionError(f"{target} returned {kind(made)}: expected a function as run")
     return made[0], made[1]
-
-
-def _check_call(name: str, function: Callable[..., object], arguments: Sequence[str]) -> None:
-    """A function can be called like this, as far as it says what it takes."""
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions written in C do not say
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        wanted = "with a prompt, because --prompts is given" if arguments else "without arguments"
-        raise OptionError(f"{name}{signature} is called {wanted}: {error}") from error
 
 
 def facts_file(profile: Path) -> Path:
     """The file beside a profile that holds its facts."""
     return profile.with_suffix(".profile.json")
-
-
-@contextmanager
-def _importable_here() -> Iterator[None]:
-    """Modules in the current folder can be imported, as with `python -m`."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _kind(made: object) -> str:
-    if isinstance(made, tuple):
-        return f"({', '.join(type(part).__name__ for part in made)})"
-    return type(made).__name__
 
 
 def _check_target(options: Options) -> None:
