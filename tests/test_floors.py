@@ -17,7 +17,7 @@ FLOORS = [
     {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"},
     {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "wan", "fingerprint", "preset", "presets"},
-    {"health", "scene", "digests"},
+    {"health", "scene", "digests", "eval_files"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
