@@ -3,7 +3,7 @@
 Its facts: attention returns its output with the end indices and what is to be written, and the model counts
 and writes once all layers ran; a video begins with new cache dicts; a new prompt runs the last frames again
 in one call. Both of its models have this interface, the one that keeps keys after RoPE and the one that keeps
-them before: our roles say where frames sit.
+them before: our roles say where frames sit. MemRoPE has it, too.
 """
 
 from __future__ import annotations
