@@ -246,11 +246,10 @@ def _verified(
         for entry in read_entries(manifest):
             was = entry.get("run")
             if was != known:
-                names = sorted(
-                    key for key in known if not isinstance(was, dict) or was.get(key) != known[key]
-                )
+                had = was if isinstance(was, dict) else {}
+                names = sorted(name for name in known | had if had.get(name) != known.get(name))
                 raise OptionError(
-                    f"{manifest} is of another evaluation ({', '.join(names) or 'unknown facts'} differ): "
+                    f"{manifest} is of another evaluation ({', '.join(names)} changed): "
                     "choose another --out, or --force to make all anew"
                 )
             index = entry.get("index")
