@@ -168,12 +168,14 @@ class HeadForcing:
 
         Raises:
             StreamActiveError: a call or an explicit stream of this thread is open.
-            PatchedModuleError: a hook added after apply still wraps one of our modules.
+            PatchedModuleError: something added after apply still wraps one of our modules.
         """
         self._refuse_while_running("remove")
+        for site, plan in zip(self._sites, self._plans, strict=True):
+            _check_reachable(site, plan)
         ours = list(self._in_place())
         for site, module, _ in ours:
-            _check_removable(module, site.path)
+            _check_removable(module, site)
         for site, module, plan in ours:
             _strip(module, plan)
             _restore(site.original, plan)
@@ -254,12 +256,29 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
     return handles
 
 
-def _check_removable(ours: nn.Module, path: str) -> None:
+def _check_reachable(site: Site, plan: LayerPlan) -> None:
+    """Looks whether a wrapper holds our module in its place, where it could not be put back."""
+    there = site.module
+    if there is None or isinstance(there, HeadForcingMixin):
+        return
+    if any(module.__dict__.get("_headforcing") is plan for module in there.modules()):
+        raise PatchedModuleError(
+            f"{site.path}: a {type(there).__name__} was put around it after head forcing was applied "
+            "(torch.compile, PEFT's modules_to_save?): take that out first, then remove head forcing"
+        )
+
+
+def _check_removable(ours: nn.Module, site: Site) -> None:
     forward = ours.__dict__.get("forward")
     if not (forward is None or is_own(forward, ours)):
         raise PatchedModuleError(
-            f"{path}: something wrapped forward after head forcing was applied (an accelerate hook?): "
+            f"{site.path}: something wrapped forward after head forcing was applied (an accelerate hook?): "
             "remove it first, then remove head forcing"
+        )
+    if type(ours).__mro__[1] is not HeadForcingMixin:
+        raise PatchedModuleError(
+            f"{site.path}: its class became {type(ours).__name__} after head forcing was applied "
+            "(fully_shard?), which the module it stands for would not have: shard first, then apply"
         )
 
 
