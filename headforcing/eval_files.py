@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,6 +216,8 @@ def prepare(
     left = [job.index for job in jobs if job.index not in done]
     if left and (videos / "split_clip").exists():
         raise OptionError(f"{videos}/split_clip holds VBench's clips of earlier videos: remove it first")
+    for unfinished in out.glob(".part-*/"):  # of a process that was killed
+        shutil.rmtree(unfinished)
     _replace_manifests(out, done)
     return left
 

@@ -175,7 +175,10 @@ def test_only_verified_videos_are_kept(done, jobs):
     files[3].unlink()
     files[4].unlink()
     files[4].symlink_to(files[5])
+    (done / ".part-abc").mkdir()
+    (done / ".part-abc" / "video.mp4").write_bytes(b"half")
     assert ef.prepare(done, jobs, RUN, resume=True) == [1, 3, 4]
+    assert not (done / ".part-abc").exists()
     with pytest.raises(OptionError, match="3 of 6 videos are missing, number 1 first"):
         ef.merge(done, jobs, RUN)
 
