@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,demo
+EXTRAS ?= dev,demo,frameworks
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed-$(EXTRAS)
 READY_DOCS := $(VENV)/.installed-docs

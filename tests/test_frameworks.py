@@ -136,22 +136,22 @@ def test_an_adapter_that_came_and_went_while_applied_leaves_nothing(
 
 def test_adapters_are_switched_and_disabled_while_applied(peft: Any, rig: Rig) -> None:
     expected = {}
-    for number, name in enumerate("ab"):
+    for number, name in enumerate("xy"):
         other = Rig(9)
         apply(other.model)
         expected[name] = play(other, adapted(peft, other, seed=number))
     apply(rig.model)
-    model = peft.get_peft_model(rig.model, adapter(peft), "a").eval()
+    model = peft.get_peft_model(rig.model, adapter(peft), "x").eval()
     torch.manual_seed(1)
-    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=list("qkvo"), init_lora_weights=False))
-    for name in "abab":
+    model.add_adapter("y", peft.LoraConfig(r=2, target_modules=list("qkvo"), init_lora_weights=False))
+    for name in "xyxy":
         model.set_adapter(name)
         assert equal(play(rig, model), expected[name])
     with model.disable_adapter():
         assert equal(play(rig, model), forced())
-    model.delete_adapter("b")
-    model.set_adapter("a")
-    assert equal(play(rig, model), expected["a"])
+    model.set_adapter("x")
+    model.delete_adapter("y")
+    assert equal(play(rig, model), expected["x"])
 
 
 def test_an_adapter_is_exchanged_in_place_while_applied(peft: Any, rig: Rig, tmp_path: Path) -> None:
@@ -591,6 +591,20 @@ def test_group_offloading(rig: Rig, level: str, first: str) -> None:
     assert equal(play(rig, model), forced())
 
 
+def test_group_offloading_that_ends_while_applied_changes_nothing(rig: Rig) -> None:
+    model = citizen(rig)
+    handle = apply(model)
+    model.enable_group_offload(CPU, CPU, "leaf_level")
+    play(rig, model, 1)
+    for module in model.modules():
+        if hasattr(module, "_diffusers_hook"):
+            for name in list(module._diffusers_hook.hooks):
+                module._diffusers_hook.remove_hook(name, recurse=False)
+    assert equal(play(rig, model), forced())
+    handle.remove()
+    assert equal(play(rig, model), plain())
+
+
 def test_weights_stored_in_another_precision_are_cast_in_every_layer() -> None:
     outs = []
     for first in (True, False):
@@ -723,6 +737,17 @@ def test_a_compiled_model_compiles_nothing_more_once_it_is_warm(first: str) -> N
     finally:
         torch._dynamo.reset()
     assert equal(got, wanted)
+
+
+def test_attention_wrapped_by_compile_before_apply_is_refused(rig: Rig) -> None:
+    block: Any = rig.model.blocks[1]
+    block.self_attn = torch.compile(block.self_attn, backend="eager")
+    before = snapshot(rig.model)
+    with pytest.raises(
+        PatchedModuleError, match=r"blocks\.1\.self_attn.*torch\.compile.*remove it, apply, then add"
+    ):
+        apply(rig.model)
+    assert before.diff(snapshot(rig.model)) == []
 
 
 def test_attention_wrapped_by_compile_while_applied_must_be_unwrapped_before_remove(rig: Rig) -> None:
