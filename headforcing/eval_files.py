@@ -216,8 +216,9 @@ def prepare(
     left = [job.index for job in jobs if job.index not in done]
     if left and (videos / "split_clip").exists():
         raise OptionError(f"{videos}/split_clip holds VBench's clips of earlier videos: remove it first")
-    for unfinished in out.glob(".part-*/"):  # of a process that was killed
-        shutil.rmtree(unfinished)
+    for unfinished in out.glob(".part-*"):  # of a process that was killed
+        if unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished)
     _replace_manifests(out, done)
     return left
 

@@ -57,22 +57,50 @@ def silent():
     return demo_model(), lambda prompt, generator: None
 """
 
+ANYFLOW = """
+import hashlib
+
+import torch
+from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, AutoencoderKLWan
+from diffusers import FlowMapEulerDiscreteScheduler
+
+
+def make():
+    torch.manual_seed(0)
+    small = dict(num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32, ffn_dim=32)
+    small |= dict(num_layers=1, rope_max_seq_len=32, chunk_partition=(1, 1))
+    transformer = AnyFlowFARTransformer3DModel(**small).eval()
+    steps = [False, True, True]
+    vae = AutoencoderKLWan(base_dim=3, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=steps).eval()
+    pipe = AnyFlowFARPipeline(None, None, transformer, vae, FlowMapEulerDiscreteScheduler())
+
+    def run(prompt, generator):
+        text = torch.Generator().manual_seed(hashlib.sha256(prompt.encode()).digest()[0])
+        said = dict(prompt_embeds=torch.randn(1, 8, 16, generator=text), generator=generator)
+        size = dict(height=64, width=64, num_frames=5, num_inference_steps=1)
+        frames = pipe(**said, **size, output_type="pt").frames
+        return frames[0].transpose(0, 1) * 2 - 1
+
+    return transformer, run
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     (folder / "eval_target.py").write_text(TARGET)
+    (folder / "anyflow_target.py").write_text(ANYFLOW)
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
     demo_roles().save(folder / "roles.json")
     return folder
 
 
-def command(place, out, *more, make="make"):
-    files = ["--prompts", str(place / "prompts.jsonl"), "--out", str(out), "--roles", "roles.json"]
-    return ["--make", f"eval_target:{make}", *files, "--fps", "8", *more]
+def command(place, out, *more, make="eval_target:make", roles=("--roles", "roles.json")):
+    files = ["--prompts", str(place / "prompts.jsonl"), "--out", str(out)]
+    return ["--make", make, *files, *roles, "--fps", "8", *more]
 
 
-def here(place, out, *more, make="make"):
+def here(place, out, *more, **target):
     """The script in this process, alone."""
     from accelerate import PartialState
 
@@ -82,7 +110,7 @@ def here(place, out, *more, make="make"):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(sys, "path", [*sys.path])
-        patch.setattr(sys, "argv", [str(SCRIPT), *command(place, out, *more, make=make)])
+        patch.setattr(sys, "argv", [str(SCRIPT), *command(place, out, *more, **target)])
         try:
             script.evaluate(script.arguments(), script.Team(cpu=True, timeout=60))
         finally:
@@ -94,7 +122,7 @@ def environment(place, **more):
     return {**kept, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def team(size, place, out, *more, folders=None, **trouble):
+def team(size, place, out, *more, folders=None, target=None, **trouble):
     """The script on as many processes, without a launcher that would end the others; codes and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -104,7 +132,7 @@ def team(size, place, out, *more, folders=None, **trouble):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **trouble}
         env = environment(place, **{name: str(value) for name, value in ranks.items()}, **where)
-        line = [sys.executable, str(SCRIPT), *command(place, out, *more)]
+        line = [sys.executable, str(SCRIPT), *command(place, out, *more, **(target or {}))]
         folder = place if folders is None else folders[rank]
         processes.append(subprocess.Popen(line, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
     try:
@@ -172,6 +200,18 @@ def test_five_prompts_on_four_processes_make_the_same(serial, place, tmp_path):
     assert content(tmp_path / "out") == serial
 
 
+@pytest.mark.slow
+def test_a_pipeline_of_diffusers_without_roles_is_evaluated(place, tmp_path):
+    pytest.importorskip("diffusers", minversion="0.42", reason="AnyFlow FAR came with diffusers 0.42")
+    target = {"make": "anyflow_target:make", "roles": ()}
+    here(place, tmp_path / "serial", **target)
+    codes, errors = team(2, place, tmp_path / "out", target=target)
+    assert codes == [0, 0], errors
+    assert content(tmp_path / "out") == content(tmp_path / "serial")
+    facts = read_entries(tmp_path / "out" / MANIFEST)[0]["run"]
+    assert facts["policy"] == "the model's own cache"
+
+
 def test_after_a_process_died_resume_makes_the_rest(serial, place, tmp_path):
     out = tmp_path / "out"
     codes, errors = team(2, place, out, TROUBLE="die", TROUBLE_RANK="1")
@@ -190,9 +230,9 @@ def test_after_a_process_died_resume_makes_the_rest(serial, place, tmp_path):
 @pytest.mark.slow
 def test_a_silent_process_is_not_waited_for(place, tmp_path):
     started = time.monotonic()
-    codes, errors = team(2, place, tmp_path / "out", "--timeout", "8", TROUBLE="sleep", TROUBLE_RANK="1")
+    codes, errors = team(2, place, tmp_path / "out", "--timeout", "12", TROUBLE="sleep", TROUBLE_RANK="1")
     assert codes == [2]
-    assert "silent for 8 s" in errors[0]
+    assert "silent for 12 s" in errors[0]
     assert time.monotonic() - started < 60
 
 
@@ -227,9 +267,9 @@ def test_a_damaged_video_is_made_again(serial, place, tmp_path):
 
 def test_a_target_that_cannot_be_evaluated_is_told(place, tmp_path):
     with pytest.raises(HeadForcingError, match="does not use the model"):
-        here(place, tmp_path / "a", make="elsewhere")
+        here(place, tmp_path / "a", make="eval_target:elsewhere")
     with pytest.raises(HeadForcingError):
-        here(place, tmp_path / "b", make="silent")
+        here(place, tmp_path / "b", make="eval_target:silent")
     assert list((tmp_path / "b" / VIDEOS).iterdir()) == []
 
 
