@@ -10,7 +10,7 @@ from types import TracebackType
 from torch import nn
 
 from headforcing.attention import HeadForcingMixin
-from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
+from headforcing.errors import StreamActiveError, StreamError
 from headforcing.hooks import hear_prompts, remove_hooks
 from headforcing.observation import Observer
 from headforcing.plan import (
@@ -24,7 +24,7 @@ from headforcing.plan import (
     open_stream,
 )
 from headforcing.role_map import RoleMap
-from headforcing.sites import Site, is_own, sites_of
+from headforcing.sites import Site, check_reachable, check_removable, sites_of
 from headforcing.status import Status, collect
 from headforcing.stores import KVStore
 from headforcing.switch import Mode, Switch
@@ -172,10 +172,10 @@ class HeadForcing:
         """
         self._refuse_while_running("remove")
         for site, plan in zip(self._sites, self._plans, strict=True):
-            _check_reachable(site, plan)
+            check_reachable(site, plan)
         ours = list(self._in_place())
         for site, module, _ in ours:
-            _check_removable(module, site)
+            check_removable(module, site)
         for site, module, plan in ours:
             _strip(module, plan)
             _restore(site.original, plan)
@@ -254,32 +254,6 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
             handle = HeadForcing(model, sites_of(model, modules), plans)
         handles.append(handle)
     return handles
-
-
-def _check_reachable(site: Site, plan: LayerPlan) -> None:
-    """Looks whether a wrapper holds our module in its place, where it could not be put back."""
-    there = site.module
-    if there is None or isinstance(there, HeadForcingMixin):
-        return
-    if any(module.__dict__.get("_headforcing") is plan for module in there.modules()):
-        raise PatchedModuleError(
-            f"{site.path}: a {type(there).__name__} was put around it after head forcing was applied "
-            "(torch.compile, PEFT's modules_to_save?): take that out first, then remove head forcing"
-        )
-
-
-def _check_removable(ours: nn.Module, site: Site) -> None:
-    forward = ours.__dict__.get("forward")
-    if not (forward is None or is_own(forward, ours)):
-        raise PatchedModuleError(
-            f"{site.path}: something wrapped forward after head forcing was applied (an accelerate hook?): "
-            "remove it first, then remove head forcing"
-        )
-    if type(ours).__mro__[1] is not HeadForcingMixin:
-        raise PatchedModuleError(
-            f"{site.path}: its class became {type(ours).__name__} after head forcing was applied "
-            "(fully_shard?), which the module it stands for would not have: shard first, then apply"
-        )
 
 
 def _strip(ours: nn.Module, plan: LayerPlan) -> None:

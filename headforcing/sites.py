@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from headforcing.attention import HeadForcingMixin, original_class, with_class
-from headforcing.errors import UnsupportedModelError
+from headforcing.errors import PatchedModuleError, UnsupportedModelError
+from headforcing.plan import LayerPlan
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,43 @@ def _original_of(module: nn.Module) -> nn.Module:
 def is_own(forward: Any, module: nn.Module) -> bool:
     """Whether a forward in the `__dict__` is just the module's own, as a removed hook leaves it."""
     return getattr(forward, "__self__", None) is module
+
+
+def check_reachable(site: Site, plan: LayerPlan) -> None:
+    """Looks whether a wrapper or a copy sits in the place of our module, which could not be put back.
+
+    Raises:
+        PatchedModuleError: one does.
+    """
+    there = site.module
+    if isinstance(there, HeadForcingMixin) and there._headforcing.handle is None:
+        raise PatchedModuleError(
+            f"{site.path}: a copy of our module took its place (PEFT's modules_to_save?), which this handle "
+            "does not know: use remove_head_forcing(model)"
+        )
+    if there is None or isinstance(there, HeadForcingMixin):
+        return
+    if any(module.__dict__.get("_headforcing") is plan for module in there.modules()):
+        raise PatchedModuleError(
+            f"{site.path}: a {type(there).__name__} was put around it after head forcing was applied "
+            "(torch.compile, PEFT's modules_to_save?): take that out first, then remove head forcing"
+        )
+
+
+def check_removable(ours: nn.Module, site: Site) -> None:
+    """Looks whether our module is as we made it.
+
+    Raises:
+        PatchedModuleError: its forward or its class changed.
+    """
+    forward = ours.__dict__.get("forward")
+    if not (forward is None or is_own(forward, ours)):
+        raise PatchedModuleError(
+            f"{site.path}: something wrapped forward after head forcing was applied (an accelerate hook?): "
+            "remove it first, then remove head forcing"
+        )
+    if type(ours).__mro__[1] is not HeadForcingMixin:
+        raise PatchedModuleError(
+            f"{site.path}: its class became {type(ours).__name__} after head forcing was applied "
+            "(fully_shard?), which the module it stands for would not have: shard first, then apply"
+        )

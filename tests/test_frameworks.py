@@ -298,8 +298,13 @@ def test_attention_that_peft_copies_while_applied_must_go_before_remove(peft: An
     with pytest.raises(PatchedModuleError, match=r"ModulesToSaveWrapper was put around it.*take that out"):
         handle.remove()
     assert model.unload() is rig.model
-    assert not handle.applied  # PEFT leaves its copy in, which carries a plan of its own
+    with pytest.raises(
+        PatchedModuleError, match=r"a copy of our module took its place.*remove_head_forcing\(model"
+    ):
+        handle.remove()  # PEFT leaves its trained copy in
+    assert equal(play(rig), forced())
     hf.remove_head_forcing(rig.model)
+    handle.remove()
     assert not patched(rig.model)
     assert equal(play(rig), plain())
 
@@ -833,6 +838,12 @@ def test_attention_sharded_after_apply_is_forced_but_not_given_back(rig: Rig) ->
     handle = apply(rig.model)
     sharded(rig.model, "attention")
     assert equal(play(rig), forced())
-    with pytest.raises(PatchedModuleError, match=r"its class became FSDPHeadForced.*shard first, then apply"):
+    refusal = pytest.raises(
+        PatchedModuleError, match=r"its class became FSDPHeadForced.*shard first, then apply"
+    )
+    with refusal:
         handle.remove()
+    del handle  # one that was dropped is made anew
+    with refusal:
+        hf.remove_head_forcing(rig.model)
     assert equal(play(rig), forced())
