@@ -52,11 +52,10 @@ class Digests:
 
     def add(self, role: HeadRole, frames: range, chunk: Chunk) -> None:
         """Shows a role's digest the first `frames` of its part of a chunk, which are committed now."""
-        if role in self._digests:
-            done = slice(len(frames))
-            q = None if chunk.q is None else chunk.q[:, done]
-            k, v = chunk.k[:, done], chunk.v[:, done]
-            self._digests[role].add(Past(frames, k, v, chunk.grid, self._layer, self._notes(role), q))
+        done = slice(len(frames))
+        q = None if chunk.q is None else chunk.q[:, done]
+        k, v = chunk.k[:, done], chunk.v[:, done]
+        self._digests[role].add(Past(frames, k, v, chunk.grid, self._layer, self._notes(role), q))
 
     def let_go(
         self,

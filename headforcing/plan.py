@@ -84,7 +84,7 @@ class Activity:
 
     def note_turn(self, layer: int, store: KVStore) -> None:
         """Notes down whose prompt the cross-attention of a layer is about to hear."""
-        self._pass.turned = {**getattr(self._pass, "turned", {}), layer: weakref.ref(store)}
+        self._pass.__dict__.setdefault("turned", {})[layer] = weakref.ref(store)
 
     @contextmanager
     def running(self) -> Iterator[None]:

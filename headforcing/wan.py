@@ -19,6 +19,8 @@ from headforcing.adapter import Adapter, Memo, bind, parameter_names
 from headforcing.errors import ExternalEditError, StreamShapeError, UnsupportedModelError
 from headforcing.types import AttentionCall, Phase
 
+CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
+"""The first arguments of the attention's `forward`, alike in all of these hosts."""
 SUBMODULES = ("q", "k", "v", "o", "norm_q", "norm_k")
 INDICES = ("global_end_index", "local_end_index")
 TRAINED_WINDOW = 21

@@ -14,23 +14,14 @@ from torch import nn
 
 from headforcing.errors import StreamShapeError
 from headforcing.types import AttentionCall
-from headforcing.wan import WanAdapter
+from headforcing.wan import CALL, WanAdapter
 
 
 class CausVid(WanAdapter):
     """The `CausalWanSelfAttention` skeleton that is told where its tokens end."""
 
     name = "causvid"
-    forward = (
-        "x",
-        "seq_lens",
-        "grid_sizes",
-        "freqs",
-        "block_mask",
-        "kv_cache",
-        "current_start",
-        "current_end",
-    )
+    forward = (*CALL, "current_end")
     numbers = ("num_heads", "head_dim")
 
     def read(

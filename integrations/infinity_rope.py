@@ -13,24 +13,14 @@ from __future__ import annotations
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall
-from headforcing.wan import CountingWan
+from headforcing.wan import CALL, CountingWan
 
 
 class InfinityRope(CountingWan):
     """The `CausalWanSelfAttention` skeleton that may be told the timestep."""
 
     name = "infinity_rope"
-    forward = (
-        "x",
-        "seq_lens",
-        "grid_sizes",
-        "freqs",
-        "block_mask",
-        "kv_cache",
-        "current_start",
-        "cache_start",
-        "timestep",
-    )
+    forward = (*CALL, "cache_start", "timestep")
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; a flush shortens the local index and begins no video.

@@ -17,24 +17,14 @@ from torch import Tensor, nn
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall
-from headforcing.wan import CountingWan
+from headforcing.wan import CALL, CountingWan
 
 
 class LongLive(CountingWan):
     """The `CausalWanSelfAttention` skeleton that is told whether the sink runs again."""
 
     name = "longlive"
-    forward = (
-        "x",
-        "seq_lens",
-        "grid_sizes",
-        "freqs",
-        "block_mask",
-        "kv_cache",
-        "current_start",
-        "cache_start",
-        "sink_recache_after_switch",
-    )
+    forward = (*CALL, "cache_start", "sink_recache_after_switch")
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

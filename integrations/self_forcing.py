@@ -8,23 +8,14 @@ the same dicts by zeros.
 
 from __future__ import annotations
 
-from headforcing.wan import CountingWan
+from headforcing.wan import CALL, CountingWan
 
 
 class SelfForcing(CountingWan):
     """The `CausalWanSelfAttention` skeleton with two end indices."""
 
     name = "self_forcing"
-    forward = (
-        "x",
-        "seq_lens",
-        "grid_sizes",
-        "freqs",
-        "block_mask",
-        "kv_cache",
-        "current_start",
-        "cache_start",
-    )
+    forward = (*CALL, "cache_start")
 
 
 ADAPTER = SelfForcing()

@@ -160,6 +160,11 @@ class KVStore(ABC):
         """Frames of the video that are finished, kept or not."""
         return self._end
 
+    @property
+    def frames_so_far(self) -> int:
+        """Frames of the video so far, the pending chunk included."""
+        return self._end if self._pending is None else self._pending.stop
+
     @abstractmethod
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
         """What the heads of `role` see now, own chunk last, keys rotated by `encode`.
@@ -232,11 +237,6 @@ class KVStore(ABC):
             return False
         return self._pending is None or self._pending != chunk.frames or self._shape != shape
 
-    @property
-    def frames_so_far(self) -> int:
-        """Frames of the video so far, the pending chunk included."""
-        return self._end if self._pending is None else self._pending.stop
-
     def _inside(self, role: HeadRole, query: int | None) -> tuple[range, int | None]:
         """The pending chunk and a query frame, as a role counts them."""
         assert self._pending is not None
@@ -276,8 +276,9 @@ class KVStore(ABC):
         done = range(self._pending.start, start)
         self._moving = True
         for role, k, v in self._staged():
-            q = None if self._queries is None else self.heads[role].take(self._queries)
-            self.digests.add(role, self.scenes.inside(role, done), Chunk(done.start, k, v, self._grid, q))
+            if self.digests.get(role) is not None:
+                q = None if self._queries is None else self.heads[role].take(self._queries)
+                self.digests.add(role, self.scenes.inside(role, done), Chunk(done.start, k, v, self._grid, q))
         self.digests.refresh()
         self._append(done)
         self._end, self._pending = start, None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headforcing.digest import nbytes
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.stores import KVStore
@@ -61,8 +62,7 @@ class ReferenceStore(KVStore):
     def _nbytes(self) -> int:
         frames = [f for samples in self._history.values() for sample in samples for f in sample]
         own = [] if self._chunk is None else [self._chunk.k, self._chunk.v]
-        tensors = [frame.k for frame in frames] + [frame.v for frame in frames] + own
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return nbytes([frame.k for frame in frames] + [frame.v for frame in frames] + own)
 
     def _begin(self, own: range) -> None:
         for role, samples in self._history.items():

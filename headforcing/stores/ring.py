@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from headforcing.digest import nbytes
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.stores import KVStore
@@ -203,8 +204,7 @@ class _Bank:
 
     def nbytes(self) -> int:
         packed = [tensor for _, *some in self._some.values() for tensor in some]
-        tensors = [*self._buffers(), *packed]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return nbytes([*self._buffers(), *packed])
 
     def clear(self) -> None:
         self.frames = ()
