@@ -93,6 +93,16 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
+def print_report(report: Any, as_json: bool) -> None:
+    """What a command of the demo found: as JSON, or its table, its reading and the files it wrote."""
+    if as_json:
+        print_json(report.to_dict())
+        return
+    print_parts(report.table(), report.reading())
+    for file in report.files:
+        typer.echo(file)
+
+
 def print_parts(*parts: Any) -> None:
     """Rich tables and plain text, in order; text is printed as it is."""
     from rich.console import Console

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
+from headforcing.cli.console import AsJson, clean_errors, examples, print_report, progress, require
 
 EXAMPLES = examples(
     "demo --seconds 60",
@@ -78,9 +78,4 @@ def demo(options: Options) -> None:
         )
         with progress(quiet=options.as_json) as tell:
             report = show(request, tell)
-    if options.as_json:
-        print_json(report.to_dict())
-    else:
-        print_parts(report.table(), report.reading())
-        for file in report.files:
-            typer.echo(file)
+    print_report(report, options.as_json)

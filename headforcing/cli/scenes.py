@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
+from headforcing.cli.console import AsJson, clean_errors, examples, print_report, progress, require
 
 EXAMPLES = examples(
     "scenes --out runs/scenes",
@@ -64,9 +64,4 @@ def scenes(options: Options) -> None:
         )
         with progress(quiet=options.as_json) as tell:
             report = show_scenes(request, tell)
-    if options.as_json:
-        print_json(report.to_dict())
-    else:
-        print_parts(report.table(), report.reading())
-        for file in report.files:
-            typer.echo(file)
+    print_report(report, options.as_json)
