@@ -15,7 +15,7 @@ from headforcing.errors import UnsupportedModelError
 from headforcing.lookup import module_names
 from headforcing.roles import Local
 from headforcing.testing import Rig, snapshot
-from headforcing.testing.hosts import HOSTS
+from headforcing.testing.hosts import find_host
 
 RUN = CliRunner()
 OTHERS = set(module_names("headforcing.integrations"))
@@ -24,7 +24,7 @@ OWN = """
 import torch
 from torch import nn
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.testing.hosts import SelfForcingHost
+from headforcing.testing.hosts.self_forcing import SelfForcingHost
 
 class Backwards(SelfForcing):
     name = "backwards"
@@ -79,7 +79,7 @@ def test_a_known_model_is_explained_and_not_touched() -> None:
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_every_interface_has_one_adapter(name: str) -> None:
-    found = hf.explain(HOSTS[name]().model())
+    found = hf.explain(find_host(name).model())
     assert (found.adapter, found.also) == (name, ())
     assert set(found.why_not) == OTHERS - {name}
 
@@ -164,7 +164,7 @@ def test_explain_says_by_its_exit_code_that_none_fits() -> None:
         ("explain", "own_host:absent", "own_host has no absent"),
         ("explain", "own_host:nothing", "returned int: expected a torch module"),
         ("explain", "own_host:needs_more", "is called without arguments"),
-        ("check", "sana", "'sana' is neither MODULE:HOST nor one of self_forcing, "),
+        ("check", "sana", "'sana' is neither MODULE:HOST nor one of causvid, "),
         ("check", "own_host:make", "is DemoModel: expected a subclass of headforcing.testing.Host"),
         ("check", "own_host:nothing", "is int: expected a subclass"),
     ],

@@ -56,8 +56,8 @@ FORBIDDEN_NUMBERS = {1560, 32760}
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 300, 50, 8
 MORE_PARAMETERS = {
     ("headforcing.apply", "apply_head_forcing"): 9,  # the front door
-    ("headforcing.testing.standins", "forward"): 9,  # attention of LongLive and Infinity-RoPE
 }
+STAND_INS = "headforcing.testing.hosts."  # their attention has the parameters of its original
 
 
 def module_name(path: Path) -> str:
@@ -173,7 +173,8 @@ def is_small(module: str, tree: ast.AST, known: set[str]) -> list[str]:
             a = node.args
             count = len([*a.posonlyargs, *a.args, *a.kwonlyargs]) + bool(a.vararg) + bool(a.kwarg)
             most = MORE_PARAMETERS.get((module, node.name), MAX_PARAMETERS)
-            if count - (id(node) in methods) > most:
+            stands_in = module.startswith(STAND_INS) and node.name == "forward"
+            if count - (id(node) in methods) > most and not stands_in:
                 problems.append(f"{module}.{node.name} has {count} parameters")
     return problems
 

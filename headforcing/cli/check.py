@@ -72,14 +72,14 @@ def _hosts(target: str | None) -> list[Host]:
         OptionError: there is no such adapter, or the name stands for something else.
     """
     from headforcing.testing.host import Host
-    from headforcing.testing.hosts import HOSTS
+    from headforcing.testing.hosts import find_host, host_names
 
     if target is None:
-        return [host() for host in HOSTS.values()]
+        return [find_host(name) for name in host_names()]
     if ":" not in target:
-        if target not in HOSTS:
-            raise OptionError(f"{target!r} is neither MODULE:HOST nor one of {', '.join(HOSTS)}")
-        return [HOSTS[target]()]
+        if target not in host_names():
+            raise OptionError(f"{target!r} is neither MODULE:HOST nor one of {', '.join(host_names())}")
+        return [find_host(target)]
     made = named(target, "my_host:MyHost")
     made = made() if callable(made) else made
     if not isinstance(made, Host):

@@ -1,6 +1,6 @@
 """The conformance kit: does an adapter keep what `headforcing.Adapter` promises?
 
-    >>> from headforcing.testing.hosts import SelfForcingHost
+    >>> from headforcing.testing.hosts.self_forcing import SelfForcingHost
     >>> report = check_adapter(None, SelfForcingHost(), only=["fits", "layers_in_order"])
     >>> report.ok, [result.name for result in report.results]
     (True, ['fits', 'layers_in_order'])

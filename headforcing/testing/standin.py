@@ -1,11 +1,7 @@
-"""Stand-ins for base models that cannot be installed: their interfaces on a tiny model, written from words.
+"""What the stand-ins share: base models that cannot be installed, as tiny models written from words.
 
-CausVid (arXiv:2412.07772): cache dicts hold `k` and `v` and nothing else; tokens are written from
-`current_start` to `current_end`, and everything up to there is attended. LongLive (arXiv:2509.22622): a
-rolled cache with a sink; attention returns where the cache ends and what is to be written, and the model
-writes once all layers ran. Infinity-RoPE (arXiv:2511.20649): a rolled cache of keys before RoPE, which are
-rotated to their place in it; its prompt flush and its hard cut are left out. In all of them cross-attention
-keeps the projected prompt. Patches lie 2 x 4, so that height and width cannot be exchanged unseen.
+A stand-in has the interface of its original and no line of its code. In all of them cross-attention keeps
+the projected prompt. Patches lie 2 x 4, so that height and width cannot be exchanged unseen.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ from headforcing.demo.attention import (
     rope_table,
     rotate,
 )
+from headforcing.testing.host import Host
 
 GRID = (2, 4)
 TOKENS = GRID[0] * GRID[1]
@@ -77,96 +74,6 @@ class StandInAttention(nn.Module):
         out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
         return projected
-
-
-class CausVidAttention(StandInAttention):
-    """Absolute slots, which the caller counts."""
-
-    def forward(
-        self,
-        x: Tensor,
-        seq_lens: Tensor,
-        grid_sizes: Tensor,
-        freqs: Tensor,
-        block_mask: Any,
-        kv_cache: Cache | None = None,
-        current_start: int = 0,
-        current_end: int = 0,
-    ) -> Tensor:
-        """Attends from `x [B, L, C]` to all tokens up to `current_end`; to itself where there is no cache."""
-        q, k, v = self.projected(x, freqs, current_start)
-        if kv_cache is not None:
-            if current_end > kv_cache["k"].shape[1]:
-                raise ValueError(f"tokens up to {current_end} do not fit {kv_cache['k'].shape[1]} slots")
-            for name, new in (("k", k), ("v", v)):
-                kv_cache[name][:, current_start:current_end] = new
-            k, v = (kv_cache[name][:, :current_end] for name in ("k", "v"))
-        return self.attended(q, k, v)
-
-
-class LongLiveAttention(StandInAttention):
-    """A rolled cache that is read here and written by the model.
-
-    Attributes:
-        local_attn_size: frames that are cached.
-        sink_size: first frames that are never evicted.
-    """
-
-    tells = True
-    local_attn_size: int = 9
-    sink_size: int = 1
-
-    def forward(
-        self,
-        x: Tensor,
-        seq_lens: Tensor,
-        grid_sizes: Tensor,
-        freqs: Tensor,
-        block_mask: Any,
-        kv_cache: Cache | None = None,
-        current_start: int = 0,
-        cache_start: int | None = None,
-        sink_recache_after_switch: bool = False,
-    ) -> Any:
-        """The output, and with a cache its two end indices and what is to be written."""
-        q, k, v = self.projected(x, freqs, current_start)
-        if kv_cache is None:
-            return self.attended(q, k, v)
-        rows, local_end = self.rolled(kv_cache, k, v, current_start, self.sink_size)
-        out = self.attended(q, rows["k"], rows["v"])
-        return out, (current_start + x.shape[1], local_end, rows)
-
-
-class InfinityRopeAttention(StandInAttention):
-    """A rolled cache of keys before RoPE: frames sit at their place in it.
-
-    Attributes:
-        local_attn_size: frames that are cached.
-        sink_size: first frames that are never evicted.
-    """
-
-    local_attn_size: int = 9
-    sink_size: int = 1
-
-    def forward(
-        self,
-        x: Tensor,
-        seq_lens: Tensor,
-        grid_sizes: Tensor,
-        freqs: Tensor,
-        block_mask: Any,
-        kv_cache: Cache | None = None,
-        current_start: int = 0,
-        cache_start: int | None = None,
-        timestep: Tensor | None = None,
-    ) -> Tensor:
-        """Attends from `x [B, L, C]` to the cache, which it writes; to itself where there is none."""
-        if kv_cache is None:
-            return self.attended(*self.projected(x, freqs, current_start))
-        q, k, v = self.plain(x)
-        rows, end = self.rolled(kv_cache, k, v, current_start, self.sink_size)
-        _write(kv_cache, current_start + x.shape[1], end, rows)
-        return self.attended(turned(q, freqs, end - x.shape[1]), turned(rows["k"], freqs, 0), rows["v"])
 
 
 class StandInBlock(nn.Module):
@@ -242,9 +149,90 @@ class StandInModel(nn.Module):
             writes.append(written)
         for cache, written in zip(kv_cache or (), writes, strict=False):
             if written is not None:
-                _write(cache, *written)
+                write(cache, *written)
         out: Tensor = self.head(tokens)
         return out.view_as(x)
+
+
+class StandInHost(Host):
+    """What the stand-ins share.
+
+    Attributes:
+        attention: their attention.
+        slots: frames that a cache has room for.
+    """
+
+    chunk, single = 3, True
+    attention: type[StandInAttention]
+    slots: int
+
+    def model(self, dtype: torch.dtype = torch.float32) -> StandInModel:
+        """See `Host.model`."""
+        return StandInModel(self.attention).eval().requires_grad_(False).to(dtype)
+
+    def caches(self, model: nn.Module, batch: int = 1) -> Any:
+        """See `Host.caches`."""
+        shape, dtype = (batch, self.slots * TOKENS, HEADS, HEAD_DIM), dtype_of(model)
+        kv = [{name: torch.zeros(shape, dtype=dtype) for name in ("k", "v")} for _ in range(LAYERS)]
+        return {"kv": kv, "cross": [{"is_init": False} for _ in kv], "prompt": [0]}
+
+    def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
+        """See `Host.call`."""
+        batch = len(caches["kv"][0]["k"])
+        out: Tensor = model(
+            noise_of((batch, frames, TOKENS, CHANNELS), start, draw, dtype_of(model)),
+            torch.full((batch,), 100 * (draw % 10)),
+            noise_of((batch, 3, DIM), 0, 999 + caches["prompt"][0], dtype_of(model)),
+            caches["kv"],
+            caches["cross"],
+            **self.where(start * TOKENS, (start + frames) * TOKENS),
+        )
+        return out
+
+    def where(self, start: int, end: int) -> dict[str, int]:
+        """How a call says where its tokens are."""
+        return {"current_start": start}
+
+    def new_video(self, model: nn.Module, caches: Any) -> None:
+        """See `Host.new_video`."""
+        for cross in caches["cross"]:
+            cross["is_init"] = False
+
+    def uncached(self, model: nn.Module) -> Tensor:
+        """See `Host.uncached`."""
+        noise = noise_of((1, 3, TOKENS, CHANNELS), 0, 0, dtype_of(model))
+        out: Tensor = model(noise, torch.zeros(1), noise_of((1, 3, DIM), 0, 999, dtype_of(model)))
+        return out
+
+    def switch_prompt(self, model: nn.Module, caches: Any) -> bool:
+        """See `Host.switch_prompt`."""
+        caches["prompt"][0] += 1
+        return True
+
+
+class CountingHost(StandInHost):
+    """Caches of nine frames that say how far they are written; a video begins with new cache dicts."""
+
+    frames, dense, window, slots = 18, 9, 9, 9
+
+    def caches(self, model: nn.Module, batch: int = 1) -> Any:
+        """See `Host.caches`."""
+        caches = super().caches(model, batch)
+        for cache in caches["kv"]:
+            for name in ("global_end_index", "local_end_index"):
+                cache[name] = torch.zeros(1, dtype=torch.long)
+        return caches
+
+    def new_video(self, model: nn.Module, caches: Any) -> None:
+        """See `Host.new_video`."""
+        super().new_video(model, caches)
+        caches["kv"][:] = self.caches(model, len(caches["kv"][0]["k"]))["kv"]
+
+    def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:
+        """See `Host.cached`."""
+        cache = caches["kv"][layer]
+        end = int(cache["local_end_index"])
+        return cache["k"][:, :end], cache["v"][:, :end]
 
 
 def turned(x: Tensor, freqs: Tensor, start: int) -> Tensor:
@@ -252,9 +240,20 @@ def turned(x: Tensor, freqs: Tensor, start: int) -> Tensor:
     return rotate(x, grid_phases(freqs, (x.shape[1] // TOKENS, *GRID), start // TOKENS))
 
 
-def _write(cache: Cache, global_end: int, local_end: int, rows: dict[str, Tensor] | None) -> None:
+def write(cache: Cache, global_end: int, local_end: int, rows: dict[str, Tensor] | None) -> None:
     """Counts, and writes where there is something to write."""
     for name, new in (rows or {}).items():
         cache[name][:, : new.shape[1]] = new
     cache["global_end_index"].fill_(global_end)
     cache["local_end_index"].fill_(local_end)
+
+
+def noise_of(shape: tuple[int, ...], start: int, draw: int, dtype: torch.dtype) -> Tensor:
+    """The input of a draw for the chunk that begins at frame `start`, always the same."""
+    generator = torch.Generator().manual_seed(1000 * draw + start)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of the parameters."""
+    return next(model.parameters()).dtype
