@@ -13,6 +13,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -137,7 +138,8 @@ def find_adapter(model: nn.Module) -> Adapter:
     """The adapter that fits, of those in `headforcing.integrations` and of installed plug-ins.
 
     Raises:
-        UnsupportedModelError: none fits; the message says why, adapter by adapter.
+        UnsupportedModelError: none fits; the message says why, for a model we know to have no such memory
+            in one sentence, else adapter by adapter.
     """
     reasons = []
     for adapter in adapters():
@@ -145,6 +147,8 @@ def find_adapter(model: nn.Module) -> Adapter:
         if reason is None:
             return adapter
         reasons.append(f"  {adapter.name}: {reason}")
+    if (refused := refusal(model)) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     attention_like = sorted(
         {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
     )
@@ -156,12 +160,33 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
+def refusal(model: nn.Module) -> str | None:
+    """Why a model that is known cannot be served by any adapter; `None`: it is not known.
+
+    A module in `headforcing.integrations` says so by a function `refuse(model)`.
+
+    Raises:
+        UnsupportedModelError: the folder is not installed.
+    """
+    for module in _integrations():
+        reason: str | None = getattr(module, "refuse", lambda _: None)(model)
+        if reason is not None:
+            return reason
+    return None
+
+
 def adapters() -> Iterator[Adapter]:
     """Those in `headforcing.integrations`, then those of installed plug-ins.
 
     Raises:
         UnsupportedModelError: the folder is not installed.
     """
+    yield from (module.ADAPTER for module in _integrations() if hasattr(module, "ADAPTER"))
+    for point in entry_points(group="headforcing.adapters"):
+        yield point.load()
+
+
+def _integrations() -> Iterator[ModuleType]:
     try:
         package = importlib.import_module("headforcing.integrations")
     except ModuleNotFoundError as error:
@@ -169,6 +194,4 @@ def adapters() -> Iterator[Adapter]:
             "headforcing.integrations is not installed: run `pip install -e .` in the repository"
         ) from error
     for name in module_names(package.__name__):
-        yield importlib.import_module(f"{package.__name__}.{name}").ADAPTER
-    for point in entry_points(group="headforcing.adapters"):
-        yield point.load()
+        yield importlib.import_module(f"{package.__name__}.{name}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.adapter import Adapter, adapters, parameter_names
+from headforcing.adapter import Adapter, adapters, parameter_names, refusal
 from headforcing.attention import HeadForcingMixin, original_class
 from headforcing.errors import HeadForcingError, OptionError, UnsupportedModelError
 from headforcing.handle import handles_of
@@ -65,6 +65,7 @@ class Explanation:
         adapter: name of the adapter that `apply_head_forcing` would take; `None`: none fits.
         also: names of others that fit as well.
         why_not: for every other adapter, why it does not fit.
+        refused: why none can, where the model is known; `None`: it is not, or one fits.
         layers: the layers it serves, in order.
         window: frames the model was trained on; `None`: the model does not say.
         chunk: frames it denoises together; `None`: the model does not say.
@@ -77,6 +78,7 @@ class Explanation:
     adapter: str | None
     also: tuple[str, ...]
     why_not: Mapping[str, str]
+    refused: str | None
     layers: tuple[Layer, ...]
     window: int | None
     chunk: int | None
@@ -87,17 +89,18 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.model}: {f'adapter {self.adapter}' if self.adapter else 'no adapter fits'}"]
         lines += self._serves() if self.adapter else []
+        lines += [f"  cannot be served: {self.refused}"] if self.refused else []
         lines += [f"  {what}: {reason}" for what, reason in self.unknown.items()]
         lines += [f"  fits as well: {name}" for name in self.also]
         lines += [f"  applied: {part}" for part in self.applied] or ["  nothing is applied"]
-        if self.why_not:
+        if self.why_not and not self.refused:
             lines += ["why not", *(f"  {name}: {reason}" for name, reason in self.why_not.items())]
         lines += (
             ["looks like attention", *(_told(seen) for seen in self.seen)]
             if self.seen
             else ["nothing looks like attention: no class has it in its name"]
         )
-        if self.adapter is None:
+        if self.adapter is None and not self.refused:
             lines.append("pass adapter=..., or write one: docs/porting.md")
         return "\n".join(lines)
 
@@ -151,6 +154,7 @@ def explain(model: nn.Module) -> Explanation:
         adapter=None if first is None else first.name,
         also=tuple(adapter.name for adapter in fitting[1:]),
         why_not=reasons,
+        refused=refusal(model) if first is None else None,
         layers=layers,
         window=window,
         chunk=chunk,

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from headforcing.adapter import Adapter, bind
+from headforcing.adapter import Adapter, adapters, bind
 from headforcing.errors import ExternalEditError, OptionError
 from headforcing.integrations.causvid import CausVid
 from headforcing.integrations.longlive import LongLive
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.lookup import module_names
 from headforcing.roles import SlidingWindow
 from headforcing.testing import Host, check_adapter, check_names
 from headforcing.testing.conformance import _CHECKS, Report
@@ -32,7 +31,7 @@ MAY_SKIP = {
 
 
 def test_every_adapter_in_the_folder_has_a_host() -> None:
-    assert set(host_names()) == set(module_names("headforcing.integrations"))
+    assert set(host_names()) == {adapter.name for adapter in adapters()}
 
 
 @pytest.mark.parametrize("name", host_names())

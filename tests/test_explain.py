@@ -10,15 +10,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import headforcing as hf
+from headforcing.adapter import adapters
 from headforcing.cli import app
 from headforcing.errors import UnsupportedModelError
-from headforcing.lookup import module_names
 from headforcing.roles import Local
 from headforcing.testing import Rig, snapshot
 from headforcing.testing.hosts import find_host
 
 RUN = CliRunner()
-OTHERS = set(module_names("headforcing.integrations"))
+OTHERS = {adapter.name for adapter in adapters()}
 
 OWN = """
 import torch

@@ -663,21 +663,6 @@ def test_adapters_of_diffusers_are_loaded_switched_mixed_and_unloaded_while_appl
     assert all(equal(a, b) for a, b in zip(*outs, strict=True))
 
 
-def test_a_transformer_of_diffusers_is_refused_and_left_alone() -> None:
-    """Its attention has no cache; an adapter would have to bring one."""
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-        ffn_dim=16, num_layers=1, rope_max_seq_len=32,
-    )  # fmt: skip
-    before = snapshot(model)
-    with pytest.raises(
-        UnsupportedModelError, match=r"WanTransformer3DModel \(found: WanAttention\)[\s\S]*porting"
-    ):
-        hf.apply_head_forcing(model, "memrope")
-    assert before.diff(snapshot(model)) == []
-
-
 def test_a_pipeline_is_refused_and_its_transformer_is_not(rig: Rig) -> None:
     diffusers = pytest.importorskip("diffusers")
 
