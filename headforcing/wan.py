@@ -8,7 +8,8 @@ is returned, who else edits the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,10 +37,18 @@ class WanAdapter(Adapter):
     Attributes:
         forward: names of the arguments of the attention's `forward`, by which the host is known.
         numbers: attributes of the attention that are whole numbers.
+        submodules: attributes of the attention that are modules.
+        neighbour: name of the cross-attention beside it.
+        root: attributes of the transformer, which is told the timestep.
+        timestep: name and place of this argument.
     """
 
     forward: ClassVar[tuple[str, ...]]
     numbers: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim", "local_attn_size", "sink_size")
+    submodules: ClassVar[tuple[str, ...]] = SUBMODULES
+    neighbour: ClassVar[str] = "cross_attn"
+    root: ClassVar[tuple[str, ...]] = ("time_embedding", "blocks")
+    timestep: ClassVar[tuple[str, int]] = ("t", 1)
 
     def __init__(self, context_noise: float = 0) -> None:
         self.context_noise = context_noise
@@ -48,13 +57,13 @@ class WanAdapter(Adapter):
         """See `Adapter.why_not`."""
         if any(True for _ in self.attentions(model)):
             return None
-        parts = ", ".join((*SUBMODULES, *self.numbers))
+        parts = ", ".join((*self.submodules, *self.numbers))
         return f"no module has {parts} and forward({', '.join(self.forward)})"
 
     def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """See `Adapter.attentions`."""
         for name, module in model.named_modules():
-            if all(isinstance(getattr(module, part, None), nn.Module) for part in SUBMODULES) and (
+            if all(isinstance(getattr(module, part, None), nn.Module) for part in self.submodules) and (
                 all(isinstance(getattr(module, number, None), int) for number in self.numbers)
                 and parameter_names(module) == self.forward
             ):
@@ -121,17 +130,21 @@ class WanAdapter(Adapter):
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects."""
-        return module.o(out.flatten(2))  # type: ignore[operator]
+        return self.project_out(module, out)
+
+    def project_out(self, module: nn.Module, out: Tensor) -> Tensor:
+        """What the attention makes of the attended `out`."""
+        return module.o(out.flatten(2))  # type: ignore[operator, no-any-return]
 
     def clock(self, model: nn.Module) -> nn.Module | None:
         """The transformer: it embeds the timestep and holds the blocks."""
-        parts = {"time_embedding", "blocks"}
-        found = [module for module in model.modules() if parts <= module._modules.keys()]
+        found = [module for module in model.modules() if set(self.root) <= module._modules.keys()]
         return found[0] if len(found) == 1 else None
 
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
-        """The clean pass is the one whose timesteps are all `context_noise`; `t` is the second argument."""
-        times: Tensor = kwargs["t"] if "t" in kwargs else args[1]
+        """The clean pass is the one whose timesteps are all `context_noise`."""
+        name, place = self.timestep
+        times: Tensor = kwargs[name] if name in kwargs else args[place]
         return "commit" if bool((times == self.context_noise).all()) else "denoise"
 
     def cross_attentions(self, model: nn.Module) -> list[nn.Module]:
@@ -141,9 +154,9 @@ class WanAdapter(Adapter):
             UnsupportedModelError: a block has none.
         """
         parents = [name.rpartition(".")[0] for name, _ in self.attentions(model)]
-        found = [getattr(model.get_submodule(parent), "cross_attn", None) for parent in parents]
+        found = [getattr(model.get_submodule(parent), self.neighbour, None) for parent in parents]
         if any(not isinstance(module, nn.Module) for module in found):
-            raise UnsupportedModelError("a block has no cross_attn: its prompt cannot be switched")
+            raise UnsupportedModelError(f"a block has no {self.neighbour}: its prompt cannot be switched")
         return found  # type: ignore[return-value]
 
     def forget_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -155,9 +168,9 @@ class WanAdapter(Adapter):
     def release(self, call: AttentionCall, memo: Memo) -> int:
         """Leaves `k` and `v` their shape but no memory: one element, seen everywhere."""
         cache = call.arguments["kv_cache"]
-        if "v" in memo:
+        if "freed" in memo:
             return 0
-        memo["v"] = cache["v"]  # `k` is the anchor: holding it here would keep the stream alive
+        memo["freed"] = [weakref.ref(cache[name]) for name in ("k", "v")]  # the anchor may be among them
         freed = sum(_exclusive_bytes(cache[name]) for name in ("k", "v"))
         for name in ("k", "v"):
             _restorage(cache[name], torch.zeros(1, dtype=cache[name].dtype, device=cache[name].device))
@@ -165,9 +178,7 @@ class WanAdapter(Adapter):
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`: a cache nothing was written to."""
-        if not isinstance(anchor, Tensor) or "v" not in memo:
-            return
-        for tensor in (anchor, memo["v"]):
+        for tensor in _alive(memo.get("freed", ())):
             _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
 
 
@@ -211,7 +222,7 @@ class CountingWan(WanAdapter):
         indices = [cache[name] for name in INDICES]
         for index, value in zip(indices, memo["ends"], strict=True):
             index.fill_(value)
-        memo["marks"] = [(index, _version(index)) for index in indices]
+        memo["marks"] = [(weakref.ref(index), _version(index)) for index in indices]
         return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def forget(self, memo: Memo) -> None:
@@ -222,7 +233,7 @@ class CountingWan(WanAdapter):
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for the indices, too: a cache nothing was written to."""
         super().give_back(anchor, memo)
-        for index, _ in memo.get("marks", ()) if "v" in memo else ():
+        for index in _alive(mark[0] for mark in memo.get("marks", ()) if "freed" in memo):
             with torch.inference_mode(index.is_inference()):
                 index.zero_()
 
@@ -245,6 +256,11 @@ def _version(index: Tensor) -> int | None:
     return None if index.is_inference() else index._version
 
 
-def _untouched(index: Tensor, mark: tuple[Tensor, int | None]) -> bool:
-    tensor, version = mark
-    return index is tensor and version is not None and _version(index) == version
+def _alive(tensors: Iterable[weakref.ref[Tensor]]) -> Iterator[Tensor]:
+    """Those of some tensors that the host still holds."""
+    return (tensor for tensor in (known() for known in tensors) if tensor is not None)
+
+
+def _untouched(index: Tensor, mark: tuple[weakref.ref[Tensor], int | None]) -> bool:
+    known, version = mark
+    return known() is index and version is not None and _version(index) == version
