@@ -86,6 +86,25 @@ class Adapter(ABC):
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored."""
 
+    def split(self, module: nn.Module, call: AttentionCall) -> Sequence[AttentionCall]:
+        """The chunks of a call, in order, where the host runs the video so far again in one.
+
+        They are served as if they came one by one; those before the last are not observed. Default: a call is
+        one chunk.
+        """
+        return (call,)
+
+    def join(self, module: nn.Module, outs: Sequence[Any], call: AttentionCall) -> Any:
+        """What the original forward returns for a call that was split, of what `output` made of its chunks."""
+        raise UnsupportedModelError(f"{self.name} splits calls but does not join them: define join")
+
+    def tokens(self, x: Tensor, frames: Sequence[int | None], call: AttentionCall) -> Tensor:
+        """Keys or values of a view `[B, n, P, Hr, D]` as they are attended to, `[B, M, Hr, D]`; default all.
+
+        For hosts whose frames are not all of one grid; their adapter fills the smaller ones up.
+        """
+        return x.flatten(1, 2)
+
     def clock(self, model: nn.Module) -> nn.Module | None:
         """The module whose forward is told how noisy a pass is; default `None`, nobody knows."""
         return None

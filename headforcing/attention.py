@@ -39,9 +39,13 @@ class HeadForcingMixin(nn.Module):
         call = plan.options.adapter.read(self, args, kwargs)
         if call is None or needs_grad(self, call.x):
             return self._original(call, args, kwargs)
-        return self._head_forced(plan, call)
+        *past, last = plan.options.adapter.split(self, call)
+        if not past:
+            return self._head_forced(plan, last)
+        outs = [self._head_forced(plan, one, shown=False) for one in past]
+        return plan.options.adapter.join(self, [*outs, self._head_forced(plan, last)], call)
 
-    def _head_forced(self, plan: LayerPlan, call: AttentionCall) -> Any:
+    def _head_forced(self, plan: LayerPlan, call: AttentionCall, shown: bool = True) -> Any:
         adapter, stream = plan.options.adapter, plan.stream(call)
         if adapter.begins_video(call, stream.memo):
             stream.store.reset()
@@ -65,7 +69,7 @@ class HeadForcingMixin(nn.Module):
             view = stream.store.view(role, call.phase, encode, *query)
             seated = seats(view.positions, q.shape[1], len(chunk.frames))[own]
             rotated = encode(heads.take(q[:, own]), seated).to(view.v.dtype)
-            k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
+            k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
             beside = stream.store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
             if beside is not None:
                 k, v = torch.cat([beside[0], k], 1), torch.cat([beside[1], v], 1)
@@ -75,7 +79,7 @@ class HeadForcingMixin(nn.Module):
         looks = [look(role, heads, own) for role, heads in plan.heads.items() for own in _readings(role, q)]
         parts = [part for part, _ in looks]
         out = plan.options.attend(parts, plan.num_heads)  # [B, L, H, D]
-        for observe in plan.activity.observers:
+        for observe in plan.activity.observers if shown else ():
             frames = [view.frames for _, view in looks]
             positions = [view.positions for _, view in looks]
             observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, positions, out, encode))
