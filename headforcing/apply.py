@@ -85,7 +85,8 @@ def apply_head_forcing(
     layers, heads, head_dim = _shape(model, adapter)
     window = _count(adapter.window(model) if window is None else window, "window")
     chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
-    role_map = _role_map(roles, layers, heads, window, chunk).fit(layers, heads, window, chunk)
+    step = adapter.step(chunk)
+    role_map = _role_map(roles, layers, heads, window, step).fit(layers, heads, window, chunk)
     _check_merging(role_map, adapter)
     check_phases(role_map, adapter, model)
     options = Options(role_map, window, adapter, _store(store), _attend(backend))
@@ -232,14 +233,14 @@ def _shape(model: nn.Module, adapter: Adapter) -> tuple[int, int, int]:
     return len(shapes), *shapes[0]
 
 
-def _role_map(roles: Roles, layers: int, heads: int, window: int, chunk: int) -> RoleMap:
+def _role_map(roles: Roles, layers: int, heads: int, window: int, step: int) -> RoleMap:
     """Whatever stands for roles, as a map."""
     if isinstance(roles, RoleMap):
         return roles
     if isinstance(roles, HeadRole):
         return RoleMap.uniform(roles, layers, heads)
     if isinstance(roles, str) and roles in PRESETS:
-        return PRESETS[roles].uniform(layers, heads, window, chunk)
+        return PRESETS[roles].uniform(layers, heads, window, step)
     if isinstance(roles, str | Path):
         if Path(roles).suffix != ".json" and not Path(roles).exists():
             raise RoleMapError(

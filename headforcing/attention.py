@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headforcing.adapter import Adapter
 from headforcing.backends import Part
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observation
 from headforcing.plan import LayerPlan, Stream, check_clean
 from headforcing.rerun import rerun, seats
 from headforcing.roles import HeadRole
-from headforcing.types import AttentionCall, Chunk, Heads, KVView
+from headforcing.types import AttentionCall, Chunk, Encode, Heads, KVView
 
 
 class HeadForcingMixin(nn.Module):
@@ -53,18 +54,16 @@ class HeadForcingMixin(nn.Module):
             call = _heard(call, stream, plan)
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
-        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach())
+        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach(), call.rolling)
         chunk = rerun(chunk, stream, plan.options) if call.repeats else chunk
         stream.store.write(chunk)
         stream.phase = call.phase
         plan.activity.note_turn(plan.layer, stream.store)
         stream.released += adapter.release(call, stream.memo)
 
-        def encode(x: Tensor, positions: Sequence[int], *patch: int) -> Tensor:
-            return adapter.rotate(x, call, positions, *patch)
-
         def look(role: HeadRole, heads: Heads, own: slice) -> tuple[Part, KVView]:
             """What the heads of a role attend to, from some frames of the chunk."""
+            encode = _encoder(adapter, dataclasses.replace(call, heads=heads))
             query = (max(call.start + own.start, chunk.start),) if role.reads_per_query else ()
             view = stream.store.view(role, call.phase, encode, *query)
             seated = seats(view.positions, q.shape[1], len(chunk.frames))[own]
@@ -82,6 +81,7 @@ class HeadForcingMixin(nn.Module):
         for observe in plan.activity.observers if shown else ():
             frames = [view.frames for _, view in looks]
             positions = [view.positions for _, view in looks]
+            encode = _encoder(adapter, call)
             observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, positions, out, encode))
         return adapter.output(self, out, call, stream.memo)
 
@@ -114,6 +114,13 @@ def _heard(call: AttentionCall, stream: Stream, plan: LayerPlan) -> AttentionCal
     if pending is not None and call.start > pending.start:
         check_clean(stream, plan.layer)
     return dataclasses.replace(call, phase=phase)
+
+
+def _encoder(adapter: Adapter, call: AttentionCall) -> Encode:
+    def encode(x: Tensor, positions: Sequence[int], *patch: int) -> Tensor:
+        return adapter.rotate(x, call, positions, *patch)
+
+    return encode
 
 
 def _readings(role: HeadRole, q: Tensor) -> list[slice]:

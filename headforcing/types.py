@@ -39,6 +39,8 @@ class Chunk:
         v: values, `[B, F, P, H, D]`.
         grid: height and width of a frame in patches, for roles that merge patches.
         q: queries before RoPE, likewise, for roles that choose by what is asked for.
+        rolling: whether it may come again with more or fewer frames behind its first ones, as where several
+            chunks are denoised at once; those before the next chunk are remembered.
     """
 
     start: int
@@ -46,6 +48,7 @@ class Chunk:
     v: Tensor
     grid: Grid | None = None
     q: Tensor | None = None
+    rolling: bool = False
 
     @property
     def frames(self) -> range:
@@ -133,6 +136,8 @@ class AttentionCall:
         phase: which pass this is, where the host makes it known.
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the host runs these frames again, as behind a new prompt.
+        rolling: whether the host denoises several chunks at once; see `Chunk`.
+        heads: whose part of queries or keys is rotated, for a host that turns every head otherwise; `None`: all.
     """
 
     x: Tensor
@@ -142,6 +147,8 @@ class AttentionCall:
     arguments: Mapping[str, Any] = field(repr=False)
     phase: Phase = "denoise"
     repeats: bool = False
+    rolling: bool = False
+    heads: Heads | None = None
 
     @property
     def tokens_per_frame(self) -> int:

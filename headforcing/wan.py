@@ -213,17 +213,25 @@ class CountingWan(WanAdapter):
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""
-        cache, tokens = call.arguments["kv_cache"], out.shape[1]
+        cache, tokens = call.arguments["kv_cache"], self.written(module, call)
         end = int(call.arguments["current_start"]) + tokens
         global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
         over = tokens + local_end - cache["k"].shape[1]
-        evicted = over if module.local_attn_size != -1 and end > global_end and over > 0 else 0
+        evicted = over if self.evicts(module) and end > global_end and over > 0 else 0
         memo["ends"] = (end, local_end + end - global_end - evicted)
         indices = [cache[name] for name in INDICES]
         for index, value in zip(indices, memo["ends"], strict=True):
             index.fill_(value)
         memo["marks"] = [(weakref.ref(index), _version(index)) for index in indices]
         return super().output(module, out, call, memo)  # type: ignore[no-any-return]
+
+    def written(self, module: nn.Module, call: AttentionCall) -> int:
+        """Tokens of a call that the host writes into its cache: all of them."""
+        return call.x.shape[1]
+
+    def evicts(self, module: nn.Module) -> bool:
+        """Whether the host rolls a full cache."""
+        return bool(module.local_attn_size != -1)
 
     def forget(self, memo: Memo) -> None:
         """Drops what was noted about the indices."""

@@ -30,6 +30,7 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.roles.rolling_forcing import Rolling
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
@@ -71,6 +72,8 @@ class Definition:
             self.kept = sorted(
                 {f for phase in phases for f in self.cycle(range(own.start), own.start, phase)}
             )
+        elif isinstance(role, Rolling):
+            self.kept = self._sinks(frames) + self._last(frames, role.window - role.sink)
         elif isinstance(role, Local | Anchor):
             self.kept = self._sinks(frames) + self._last(frames, role.recent)
         elif isinstance(role, Veil):
@@ -223,25 +226,36 @@ class StoreMachine(RuleBasedStateMachine):
     def _tensor(self, frames: range, salt: int = 0) -> torch.Tensor:
         return frame_tensor(frames, self.seed + salt, self.batch, self.num_heads, PATCHES)
 
-    def _write(self, frames: range, noisy_passes: int) -> None:
+    def _write(self, frames: range, noisy_passes: int, beyond: int = 0) -> None:
+        """One chunk; where it rolls, its noisy passes bring up to `beyond` frames more, the first one all."""
+        rolling, longest = beyond > 0, range(frames.start, frames.stop + beyond)
         k, v, q = self._tensor(frames), -self._tensor(frames), self._tensor(frames, salt=7)
         for salt in range(1, noisy_passes + 1):
-            noise = self._tensor(frames, salt=100 * salt)
-            self.noisy.write(Chunk(frames.start, noise, noise, GRID, noise))
+            window = range(frames.start, longest.stop - (salt - 1) % (beyond + 1))
+            noise = self._tensor(window, salt=100 * salt)
+            self.noisy.write(Chunk(frames.start, noise, noise, GRID, noise, rolling))
             for role in self.heads:
-                for query in queries(role, frames):
+                for query in queries(role, window):
                     self.noisy.view(role, "denoise", encode, query)
                     self.noisy.view_digest(role, encode, query)
+        if rolling:
+            noise = self._tensor(longest, salt=9)
+            self.clean.write(Chunk(frames.start, noise, noise, GRID, noise, rolling))
         for store in (self.noisy, self.clean):
-            store.write(Chunk(frames.start, k, v, GRID, q))
+            store.write(Chunk(frames.start, k, v, GRID, q, rolling))
         new = [] if self.pending is None else [f for f in self.pending if f < frames.start]
+        self._define(new, longest)
+        if rolling:
+            self._define([], frames)
+        self.pending = frames
+
+    def _define(self, new: list[int], frames: range) -> None:
         for role, samples in self.oracle.items():
             heads = list(self.heads[role].indices)
             for sample, definition in enumerate(samples):
                 known = [*definition.kept, *new]
                 keys = {f: self._tensor(range(f, f + 1))[sample, 0][:, heads] for f in known}
                 definition.begin(new, frames, keys)
-        self.pending = frames
 
     @rule(length=st.integers(1, CHUNK), overlap=st.integers(0, 2), passes=st.integers(0, 3))
     def next_chunk(self, length: int, overlap: int, passes: int) -> None:
@@ -250,6 +264,12 @@ class StoreMachine(RuleBasedStateMachine):
             start = max(self.pending.stop - overlap, self.pending.start + 1)
             length = max(length, self.pending.stop - start)
         self._write(range(start, start + length), passes)
+
+    @rule(length=st.integers(1, CHUNK - 1), beyond=st.integers(1, CHUNK - 1), passes=st.integers(1, 4))
+    def next_window(self, length: int, beyond: int, passes: int) -> None:
+        """Several chunks are denoised at once, and the first of them is remembered."""
+        start = 0 if self.pending is None else self.pending.stop
+        self._write(range(start, start + length), passes, min(beyond, CHUNK - length))
 
     @precondition(lambda self: self.pending is not None)
     @rule(passes=st.integers(1, 2))
@@ -285,9 +305,21 @@ class StoreMachine(RuleBasedStateMachine):
                     phase = query % inside.period if isinstance(inside, Wave) else 0
                     read = self.oracle[role][0].cycle(range(now.start), now.start, phase)
                     assert view.frames == (*read, *now)
+                if isinstance(inside, Rolling):
+                    kept = [*self.oracle[role][0].kept, *now]
+                    clean = [f for f in kept if f >= now.stop - inside.window]
+                    last = [f for f in kept if f >= now.stop - inside.window + inside.sink]
+                    noisy = sorted({*kept[: inside.sink], *last, *now})
+                    assert list(view.frames) == noisy
+                    others = [f for f in noisy if f >= inside.sink or f in now]
+                    before = range(others[0] - len(noisy) + len(others), others[0])
+                    assert view.positions == (*before, *others)
+                else:
+                    clean = [f for f in view.frames if f is not None]
                 if isinstance(role, CommitForcing):
-                    newest = [f for f in view.frames if f is not None and f >= now.stop - role.window]
-                    assert list(self._same_view(role, "commit", query).frames) == newest
+                    clean = [f for f in clean if f >= now.stop - role.window]
+                if isinstance(inside, Rolling) or isinstance(role, CommitForcing):
+                    assert list(self._same_view(role, "commit", query).frames) == clean
                 self._check_beside(role, query)
             held = self.noisy.frames(role)
             assert held == self.clean.frames(role)

@@ -7,6 +7,7 @@ from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.head_forcing import Anchor, Local, Memory
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.roles.rolling_forcing import Rolling
 from headforcing.roles.windows import Full, SlidingWindow
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Local",
     "Memory",
     "Participating",
+    "Rolling",
     "SlidingWindow",
     "Strided",
     "Veil",

@@ -61,9 +61,9 @@ class KVStore(ABC):
     def write(self, chunk: Chunk) -> None:
         """Takes one pass over a chunk.
 
-        The pending chunk again: overwrites it. The next chunk, also one that begins inside the pending
-        one: commits the frames before it first. Frame 0 again after growth, or with another shape:
-        begins a new video.
+        The pending chunk again: overwrites it; where it rolls, also with another length. The next chunk, also
+        one that begins inside the pending one: commits the frames before it first. Frame 0 again after
+        growth, or with another shape: begins a new video.
 
         Raises:
             ChunkOrderError: a frame would be skipped or lost, or the chunk lies in the past.
@@ -79,7 +79,11 @@ class KVStore(ABC):
         shape = Shape.of(chunk)
         self.digests.check(chunk, self._grid if chunk.start else None)
         again = self.scenes.rerun(self.frames_so_far)
-        if self._begins_video(chunk, shape) and again != 0:
+        if again is None and self._rolls(chunk):
+            shape.check_follows(self._shape, self.layer)
+            self._check_roles(shape.frames)
+            self._make_room(chunk.frames)
+        elif self._begins_video(chunk, shape) and again != 0:
             self._check_roles(shape.frames)
             self.reset()
             self._make_room(chunk.frames)
@@ -231,6 +235,13 @@ class KVStore(ABC):
     @abstractmethod
     def _clear(self) -> None:
         """Forgets history and pending chunk."""
+
+    def _rolls(self, chunk: Chunk) -> bool:
+        """Whether it is the pending chunk with other frames behind its first ones."""
+        pending = self._pending
+        if not chunk.rolling or pending is None:
+            return False
+        return pending.start == chunk.start and pending.stop != chunk.frames.stop
 
     def _begins_video(self, chunk: Chunk, shape: Shape) -> bool:
         if chunk.start != 0:

@@ -122,7 +122,7 @@ class StandInModel(nn.Module):
         context: Tensor,
         kv_cache: list[Cache] | None = None,
         crossattn_cache: list[dict[str, Any]] | None = None,
-        **where: int,
+        **told: int,
     ) -> Tensor:
         """One pass.
 
@@ -132,7 +132,7 @@ class StandInModel(nn.Module):
             context: prompt `[B, words, C]`.
             kv_cache: a dict per layer.
             crossattn_cache: a dict per layer.
-            where: `current_start` in tokens, and for CausVid `current_end`.
+            told: `current_start` in tokens, and what else the attention is told.
 
         Returns:
             As `x`.
@@ -145,7 +145,7 @@ class StandInModel(nn.Module):
         for number, block in enumerate(self.blocks):
             cache = None if kv_cache is None else kv_cache[number]
             cross = None if crossattn_cache is None else crossattn_cache[number]
-            tokens, written = block(tokens, layout, context, cross, kv_cache=cache, **where)
+            tokens, written = block(tokens, layout, context, cross, kv_cache=cache, **told)
             writes.append(written)
         for cache, written in zip(kv_cache or (), writes, strict=False):
             if written is not None:
@@ -185,12 +185,12 @@ class StandInHost(Host):
             noise_of((batch, 3, DIM), 0, 999 + caches["prompt"][0], dtype_of(model)),
             caches["kv"],
             caches["cross"],
-            **self.where(start * TOKENS, (start + frames) * TOKENS),
+            **self.told(start * TOKENS, (start + frames) * TOKENS, draw % 10 == 0),
         )
         return out
 
-    def where(self, start: int, end: int) -> dict[str, int]:
-        """How a call says where its tokens are."""
+    def told(self, start: int, end: int, clean: bool) -> dict[str, int]:
+        """What a call says of its tokens, and of its pass."""
         return {"current_start": start}
 
     def new_video(self, model: nn.Module, caches: Any) -> None:

@@ -14,6 +14,7 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.roles.rolling_forcing import Rolling
 from headforcing.types import Grid
 
 UPDATES: tuple[EpisodicUpdate, ...] = (MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform())
@@ -53,6 +54,9 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
         ),
         Averaging: _averagings(window, chunk),
         Participating: _participating(window, chunk),
+        Rolling: st.builds(
+            lambda size, sink: Rolling(size, min(sink, size - 1)), st.integers(1, window), st.integers(0, 4)
+        ),
     }
     fitting = {
         kind: strategy.filter(lambda role: _fits(role, window, chunk)) for kind, strategy in plain.items()

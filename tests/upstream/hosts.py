@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import shims, tiny
-from .bench import Bench
+from .bench import Bench, Caches
 
 
 class CausVid(Bench):
@@ -78,5 +78,24 @@ class LongLive(Bench):
         return pipeline
 
 
-HOSTS: dict[str, type[Bench]] = {"CausVid": CausVid, "LongLive": LongLive}
+class RollingForcing(Bench):
+    """Holds eight chunks, and denoises five at once."""
+
+    def few_step(self) -> Any:
+        """Build the pipeline with its caches allocated."""
+        from pipeline import CausalInferencePipeline
+
+        pipeline = self.pipeline(CausalInferencePipeline)
+        pipeline.inference = pipeline.inference_rolling_forcing
+        pipeline.kv_cache_clean, pipeline.crossattn_cache = self.allocate()
+        return pipeline
+
+    def allocate(self) -> Caches:
+        """Allocate one stream's caches, three frames longer than what is attended."""
+        kv = tiny.kv_caches(tiny.GLOBAL_FRAMES + 3, self.scenario.batch, self.dtype)
+        self.caches.append(kv)
+        return kv, tiny.text_caches(self.scenario.batch, self.dtype)
+
+
+HOSTS: dict[str, type[Bench]] = {"CausVid": CausVid, "LongLive": LongLive, "RollingForcing": RollingForcing}
 """How to build what a repository runs; all others are built as Self Forcing is."""

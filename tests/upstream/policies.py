@@ -13,6 +13,7 @@ from headforcing.positions import PositionScheme
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.memrope import Averaging
+from headforcing.roles.rolling_forcing import Rolling
 
 from .scenarios import (
     AVERAGED,
@@ -57,6 +58,8 @@ def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> Sl
 
 
 def _equal(scenario: Scenario) -> HeadRole:
+    if "RollingForcing" in scenario.repositories:
+        return Rolling(21, scenario.sink)
     return Full() if scenario.window == -1 else _window(scenario)
 
 
@@ -88,6 +91,10 @@ POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),
     "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),
     NINE_FRAMES: lambda scenario: SlidingWindow(9, positions="absolute"),
+    "first frames stay where they were": lambda scenario: CommitForcing(
+        SlidingWindow(24, scenario.sink, positions="absolute"), 21
+    ),
+    "window six frames wider": lambda scenario: Rolling(27, scenario.sink),
     "unlimited": lambda scenario: Full(),
     "head budgets": _budgets,
 }

@@ -13,6 +13,7 @@ REPOSITORIES = {
     "LongLive": "wan.modules.causal_model",
     "infinity-rope": "wan.modules.causal_model",
     "MemRoPE": "wan.modules.causal_model",
+    "RollingForcing": "wan.modules.causal_model",
 }
 """The module of every repository that defines its causal model."""
 LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
@@ -34,6 +35,7 @@ CONTROLS = (
     "unlimited",
     "head budgets",
 )
+ROLLING_CONTROLS = ("first frames stay where they were", "window six frames wider")
 NINE_FRAMES = "the last nine frames"
 PRESET = "streaming_llm"
 BASELINES = (UNTOUCHED, AGAIN)
@@ -125,6 +127,17 @@ EMPTIED = (
     replace(RECACHE, name="recache, emptied early unsaid", driver="emptied unsaid", switch=7),
 )
 
+ROLLING = Scenario(
+    "rolling",
+    "few_step",
+    window=-1,
+    sink=3,
+    frames=36,
+    passes=2 * 16,
+    steps=(1000, 800, 600, 400, 200),
+    repositories=("RollingForcing",),
+)
+
 PARITY = (
     Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_LONGLIVE),
     SLIDING,
@@ -180,6 +193,9 @@ PARITY = (
         raw_keys=True,
         repositories=("infinity-rope",),
     ),
+    ROLLING,
+    replace(ROLLING, name="rolling, batch 2", batch=2),
+    replace(ROLLING, name="rolling, second video", driver="second_video", frames=27, passes=2 * 2 * 13),
     Scenario("overlap", "overlap", window=9, sink=3, frames=14, passes=10),
     Scenario("cfg", "cfg", window=6, sink=1, frames=12, passes=40),
 )
@@ -240,6 +256,7 @@ def control_cases() -> list[Case]:
         *sliding_cases(*CONTROLS),
         *cases_of(ROLLOUTS, policy=NINE_FRAMES),
         *cases_of(RECACHE, policy="no sink"),
+        *(case for policy in ROLLING_CONTROLS for case in cases_of(ROLLING, policy=policy)),
     ]
 
 

@@ -42,6 +42,8 @@ def build_model(model_class: Callable[..., nn.Module], window: int, **memory: in
     for module in model.modules():
         if hasattr(module, "max_attention_size"):
             module.max_attention_size = capacity(window) * TOKENS_PER_FRAME
+        if hasattr(module, "block_length"):
+            module.frame_length, module.block_length = TOKENS_PER_FRAME, 3 * TOKENS_PER_FRAME
     return model
 
 

@@ -46,8 +46,8 @@ class CausVidHost(StandInHost):
     memory: HeadRole = Full()
     attention = CausVidAttention
 
-    def where(self, start: int, end: int) -> dict[str, int]:
-        """See `StandInHost.where`."""
+    def told(self, start: int, end: int, clean: bool) -> dict[str, int]:
+        """See `StandInHost.told`."""
         return {"current_start": start, "current_end": end}
 
     def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,74 @@
+"""Rolling Forcing (arXiv:2509.25161): first frames that always sit right before the recent ones.
+
+Read in its released code. Five chunks are denoised at once, each at its own noise level; noisy passes see the
+first chunk, then the last frames that the window leaves beside all five. The clean pass runs on the first of
+the five alone and sees the last frames of the window, the first ones only while they are among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from headforcing.errors import RoleError, WindowError
+from headforcing.positions import PositionScheme
+from headforcing.role import HeadRole, ends
+from headforcing.types import FrameTable, Phase
+
+
+@dataclass(frozen=True)
+class Rolling(HeadRole):
+    """The first `sink` and the last frames, `window` in all, own chunk included; first ones not when clean.
+
+    Attributes:
+        window: frames seen, own chunk included.
+        sink: first frames of the video, seen right before the oldest of the others.
+    """
+
+    window: int
+    sink: int = 3
+    positions: PositionScheme = field(default="absolute", kw_only=True)
+    uses_phase: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions != "absolute":
+            raise RoleError(f"{self}: only positions='absolute' say where the first frames sit")
+        if self.sink >= self.window:
+            raise RoleError(f"{self}: sink must be smaller than window")
+
+    def capacity(self, chunk: int) -> int | None:
+        """The clean pass runs on fewer frames than the noisy ones, and sees more of the past."""
+        return self.window
+
+    def retain(self, table: FrameTable) -> Sequence[int]:
+        return ends(len(table), self.sink, self.window - self.sink)
+
+    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+        recent = self.window - table.chunk
+        if phase == "denoise":
+            return ends(len(table), self.sink, recent - self.sink)
+        first = table.start - recent
+        return [row for row, frame in enumerate(table.frames) if frame is not None and frame >= first]
+
+    def place(
+        self,
+        frames: Sequence[int | None],
+        chunk: int,
+        window: int,
+        query: int | None = None,
+        digested: int = 0,
+    ) -> tuple[int, ...]:
+        """True positions, but first frames sit right before the others."""
+        placed = super().place(frames, chunk, window, query, digested)
+        first = sum(position < self.sink for position in placed[: len(placed) - chunk])
+        return (*range(placed[first] - first, placed[first]), *placed[first:])
+
+    def fit(self, window: int, chunk: int) -> HeadRole:
+        if self.window < self.sink + chunk:
+            raise WindowError(
+                f"{self} has no room for its first frames and {chunk} frames that are denoised at once: give "
+                f"it a window of at least {self.sink + chunk}"
+            )
+        return super().fit(window, chunk)

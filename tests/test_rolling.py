@@ -1,0 +1,209 @@
+"""Hosts that denoise several chunks at once: what is remembered of a call, and when."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import headforcing as hf
+from headforcing.errors import ChunkOrderError, StreamShapeError, WindowError
+from headforcing.integrations.rolling_forcing import RollingForcing
+from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
+from headforcing.stores import KVStore, store_class
+from headforcing.testing.hosts.rolling_forcing import RollingForcingHost
+from headforcing.testing.standin import TOKENS, StandInModel
+from headforcing.types import Chunk, Heads
+
+AT_ONCE, FRAMES, BLOCK, WINDOW = 3, 30, 3, 21
+HOST = RollingForcingHost()
+
+
+def model_of() -> StandInModel:
+    model = HOST.model()
+    for block in model.blocks:
+        block.self_attn.max_attention_size = WINDOW * TOKENS
+    return model
+
+
+def applied(model: StandInModel, role: HeadRole) -> hf.HeadForcing:
+    return hf.apply_head_forcing(model, role, adapter=RollingForcing(AT_ONCE))
+
+
+def caches_of(batch: int = 1) -> dict[str, list[object]]:
+    host = RollingForcingHost()
+    host.slots = WINDOW + BLOCK
+    caches: dict[str, list[object]] = host.caches(model_of(), batch)
+    return caches
+
+
+def run(model: StandInModel, caches: object, start: int, frames: int, draw: int) -> Tensor:
+    with torch.no_grad():
+        return HOST.call(model, caches, start, frames, draw)
+
+
+def windows(frames: int) -> list[tuple[int, int]]:
+    """First frame and number of frames of every call with noise: grown, rolled, and run out."""
+    chunks = frames // BLOCK
+    found = []
+    for last in range(chunks + AT_ONCE - 1):
+        first, stop = max(0, last - AT_ONCE + 1), min(chunks, last + 1)
+        found.append((first * BLOCK, (stop - first) * BLOCK))
+    return found
+
+
+def video(model: StandInModel, caches: object, frames: int = FRAMES, draw: int = 0) -> list[Tensor]:
+    """Every window, and its first chunk again, clean."""
+    outs = []
+    for start, length in windows(frames):
+        outs.append(run(model, caches, start, length, draw + 1))
+        outs.append(run(model, caches, start, BLOCK, draw))
+    return outs
+
+
+def test_the_windows_are_those_of_a_rolling_host() -> None:
+    assert windows(15) == [(0, 3), (0, 6), (0, 9), (3, 9), (6, 9), (9, 6), (12, 3)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_hosts_own_memory_changes_nothing(batch: int) -> None:
+    plain, model = model_of(), model_of()
+    expected = [video(plain, (caches := caches_of(batch)), draw=d) for d in (0, 20)]
+    applied(model, Rolling(WINDOW))
+    mine = caches_of(batch)
+    found = [video(model, mine), video(model, caches_of(batch), draw=20)]
+    for first, second in zip([*expected[0]], [*found[0]], strict=True):
+        assert torch.equal(first, second)
+    fresh = video(model_of(), caches_of(batch), draw=20)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, found[1], strict=True))
+    assert int(mine["kv"][0]["global_end_index"]) == FRAMES * TOKENS
+    assert int(mine["kv"][0]["local_end_index"]) == int(caches["kv"][0]["local_end_index"])
+
+
+@pytest.mark.parametrize("role", [Rolling(WINDOW, 2), Rolling(WINDOW - 1), SlidingWindow(WINDOW, 3)], ids=str)
+def test_another_memory_changes_the_video(role: HeadRole) -> None:
+    expected = video(model_of(), caches_of())
+    model = model_of()
+    applied(model, role)
+    found = video(model, caches_of())
+    assert not torch.allclose(torch.cat(found, 1), torch.cat(expected, 1), atol=1e-3)
+
+
+def store_of(model: StandInModel) -> KVStore:
+    (stream,) = model.blocks[0].self_attn._headforcing.streams.values()
+    found: KVStore = stream.store
+    return found
+
+
+def held(model: StandInModel) -> list[int]:
+    store = store_of(model)
+    return store.frames(next(iter(store.heads)))[0]
+
+
+def test_only_the_first_chunk_of_a_window_is_remembered() -> None:
+    model, caches = model_of(), caches_of()
+    applied(model, Local(recent=12))
+    for start, length in windows(FRAMES)[:6]:
+        run(model, caches, start, length, 1)
+        assert store_of(model).pending == range(start, start + length)
+        run(model, caches, start, BLOCK, 0)
+    assert held(model) == list(range(9))
+    assert store_of(model).pending == range(9, 12)
+
+
+def test_windows_leave_no_trace_but_their_clean_passes() -> None:
+    cleans = []
+    for noise in (1, 3):
+        model, caches, outs = model_of(), caches_of(), []
+        applied(model, Local(recent=12))
+        for start, length in windows(FRAMES):
+            noisy = run(model, caches, start, length, noise)
+            outs.append(run(model, caches, start, BLOCK, 0))
+        cleans.append((noisy, *outs))
+    assert not torch.equal(cleans[0][0], cleans[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(cleans[0][1:], cleans[1][1:], strict=True))
+
+
+def test_windows_without_a_clean_pass_are_followed_by_the_next_one() -> None:
+    model = model_of()
+    applied(model, Local(recent=6))
+    caches = caches_of()
+    for start, length in windows(15):
+        out = run(model, caches, start, length, 1)
+        assert out.isfinite().all()
+    assert held(model) == list(range(6, 12))
+
+
+@pytest.mark.parametrize("asked_behind", ["the window", "its clean pass"])
+def test_a_cut_waits_for_the_next_chunk(asked_behind: str) -> None:
+    """Asked between a window and its clean pass, it must not make the clean pass forget."""
+    model = model_of()
+    handle = applied(model, SlidingWindow(WINDOW, positions="absolute"))
+    caches = caches_of()
+    calls = windows(FRAMES)
+    for start, length in calls[:6]:
+        run(model, caches, start, length, 1)
+        run(model, caches, start, BLOCK, 0)
+    start, length = calls[6]
+    run(model, caches, start, length, 1)
+    if asked_behind == "the window":
+        handle.switch_prompt("cut")
+    clean = run(model, caches, start, BLOCK, 0)
+    if asked_behind == "its clean pass":
+        handle.switch_prompt("cut")
+    assert held(model), "the clean pass still sees the past"
+    start, length = calls[7]
+    run(model, caches, start, length, 1)
+    assert held(model) == []
+    assert clean.isfinite().all()
+
+
+def test_presets_count_in_chunks_that_are_remembered() -> None:
+    handle = hf.apply_head_forcing(model_of(), "streaming_llm", adapter=RollingForcing(AT_ONCE))
+    assert set(handle.roles.counts()) == {SlidingWindow(WINDOW, sink=BLOCK)}
+
+
+def test_roles_are_fitted_to_all_that_is_denoised_at_once() -> None:
+    handle = hf.apply_head_forcing(model_of(), Memory(), adapter=RollingForcing(AT_ONCE))
+    (role,) = handle.roles.counts()
+    assert role.capacity(9) == WINDOW - 9
+    with pytest.raises(WindowError, match="chunk of 9"):
+        hf.apply_head_forcing(model_of(), Anchor(sink=13), adapter=RollingForcing(AT_ONCE))
+
+
+def test_a_window_longer_than_roles_have_room_for_is_refused() -> None:
+    model = model_of()
+    hf.apply_head_forcing(model, SlidingWindow(6), adapter=RollingForcing(1))
+    caches = caches_of()
+    run(model, caches, 0, 3, 1)
+    with pytest.raises(WindowError, match="chunk of 9"):
+        run(model, caches, 0, 9, 1)
+
+
+def test_a_host_that_does_not_roll_keeps_its_chunks() -> None:
+    """The same calls, where the adapter does not say that the host rolls."""
+
+    class Stiff(RollingForcing):
+        def read(self, module, args, kwargs):  # type: ignore[no-untyped-def]
+            call = super().read(module, args, kwargs)
+            return None if call is None else dataclasses.replace(call, rolling=False)
+
+    model = model_of()
+    hf.apply_head_forcing(model, Local(), adapter=Stiff(AT_ONCE))
+    caches = caches_of()
+    for start, length in windows(FRAMES)[:4]:
+        run(model, caches, start, length, 1)
+    with pytest.raises(ChunkOrderError, match="a chunk keeps its length"):
+        run(model, caches, 3, BLOCK, 0)
+
+
+def test_another_resolution_in_a_window_is_refused() -> None:
+    for name in ("ring", "reference"):
+        store = store_class(name)({Local(): Heads((0,), 1)}, window=9, layer=0)
+        k = torch.zeros(1, 6, 2, 1, 4)
+        store.write(Chunk(0, k, k, rolling=True))
+        other = torch.zeros(1, 3, 4, 1, 4)
+        with pytest.raises(StreamShapeError, match="start a new video"):
+            store.write(Chunk(0, other, other, rolling=True))
