@@ -52,6 +52,10 @@ class Adapter(ABC):
     def chunk(self, model: nn.Module) -> int:
         """Frames the model denoises together."""
 
+    def step(self, chunk: int) -> int:
+        """Frames that a video grows by when `chunk` are denoised together; default: as many."""
+        return chunk
+
     @abstractmethod
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -76,7 +80,7 @@ class Adapter(ABC):
 
         Args:
             x: queries or keys.
-            call: the call.
+            call: the call; its `heads` say whose they are, where every head is turned otherwise.
             positions: temporal positions.
             patch: side of the squares of patches that were merged into one, at whose top left they sit;
                 only asked with more than 1 where roles merge patches.
