@@ -137,7 +137,7 @@ class AttentionCall:
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the host runs these frames again, as behind a new prompt.
         rolling: whether the host denoises several chunks at once; see `Chunk`.
-        heads: whose part of queries or keys is rotated, for a host that turns every head otherwise; `None`: all.
+        heads: whose queries or keys are rotated, for hosts that turn every head otherwise; `None`: all.
     """
 
     x: Tensor
