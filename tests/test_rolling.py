@@ -69,17 +69,36 @@ def test_the_windows_are_those_of_a_rolling_host() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_hosts_own_memory_changes_nothing(batch: int) -> None:
-    plain, model = model_of(), model_of()
-    expected = [video(plain, (caches := caches_of(batch)), draw=d) for d in (0, 20)]
+    model = model_of()
     applied(model, Rolling(WINDOW))
-    mine = caches_of(batch)
-    found = [video(model, mine), video(model, caches_of(batch), draw=20)]
-    for first, second in zip([*expected[0]], [*found[0]], strict=True):
-        assert torch.equal(first, second)
-    fresh = video(model_of(), caches_of(batch), draw=20)
-    assert all(torch.equal(a, b) for a, b in zip(fresh, found[1], strict=True))
-    assert int(mine["kv"][0]["global_end_index"]) == FRAMES * TOKENS
-    assert int(mine["kv"][0]["local_end_index"]) == int(caches["kv"][0]["local_end_index"])
+    for draw in (0, 20):
+        expected = video(model_of(), caches_of(batch), draw=draw)
+        found = video(model, caches_of(batch), draw=draw)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_the_host_counts_on_after_every_call() -> None:
+    plain, model, theirs, mine = model_of(), model_of(), caches_of(), caches_of()
+    applied(model, Local())
+    for start, length in windows(FRAMES):
+        for frames, draw in ((length, 1), (BLOCK, 0)):
+            run(plain, theirs, start, frames, draw)
+            run(model, mine, start, frames, draw)
+            for name in ("global_end_index", "local_end_index"):
+                assert [int(c[name]) for c in mine["kv"]] == [int(c[name]) for c in theirs["kv"]]
+
+
+@pytest.mark.parametrize("name", ["ring", "reference"])
+def test_a_longer_window_on_the_same_frames_makes_room(name: str) -> None:
+    role = SlidingWindow(9)
+    store = store_class(name)({role: Heads((0,), 1)}, window=9, layer=0)
+    for start, length in ((0, 3), (3, 3), (6, 3), (9, 3), (9, 6), (9, 3), (12, 3)):
+        k = torch.full((1, length, 2, 1, 4), float(start))
+        store.write(Chunk(start, k, k, rolling=True))
+        if start == 9:
+            kept = store.frames(role)[0]
+            assert len(kept) + length <= 9
+    assert store.frames(role)[0] == list(range(6, 12))
 
 
 @pytest.mark.parametrize("role", [Rolling(WINDOW, 2), Rolling(WINDOW - 1), SlidingWindow(WINDOW, 3)], ids=str)
