@@ -2,11 +2,13 @@
 
 The base models ship a table of complex multipliers `[rows, D/2]` whose columns are split into time,
 height and width. Inside the table we use its rows, so the result is the host's, bit for bit; past its
-last row the angle is computed, so there is no frame number at which it ends.
+last row the angle is computed, so there is no frame number at which it ends. Other models have tables of
+cosines and sines, and in them only the frames of the call: these are computed at any position.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +16,11 @@ from torch import Tensor
 
 from headforcing.errors import RoleError
 from headforcing.types import runs
+
+THETA = 10000
+"""Wan's; only for tables of which the host shows no more than its own frames."""
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines."""
 
 
 def rotate(
@@ -46,6 +53,56 @@ def rotate(
         pairs *= turns[:, None]
         out[:, frame] = wide  # frame by frame: the wide copies stay in the CPU's cache
     return out
+
+
+def rotate_real(
+    x: Tensor, tables: Tables, positions: Sequence[int], height: int, width: int, patch: int = 1
+) -> Tensor:
+    """As `rotate`, where the host multiplies by cosines and sines; the same steps, so the same bits.
+
+    Args:
+        x: queries or keys before RoPE, `[B, n, P, H, D]`.
+        tables: cosines and sines, `[rows, D/2]` in float32 or float64, columns as for `rotate`; only the
+            spatial ones of the first `height * width` rows are used.
+        positions: one temporal position per frame.
+        height: patches per column.
+        width: patches per row.
+        patch: side of the squares of patches that are one in `x`.
+
+    Returns:
+        `[B, n, P, H, D]` in the dtype of `x`.
+    """
+    time = temporal_columns(tables[0])
+    merged = (slice(None, None, patch),) * 2
+    spaces = [
+        table[: height * width, time:].unflatten(0, (height, width))[merged].flatten(0, 1) for table in tables
+    ]
+    times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for frame in range(x.shape[1]):
+        cos, sin = (
+            torch.cat([turns[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]
+            for turns, space in zip(times, spaces, strict=True)
+        )
+        even, odd = (x[:, frame, ..., first::2].float() for first in (0, 1))
+        out[:, frame, ..., 0::2] = even * cos - odd * sin
+        out[:, frame, ..., 1::2] = odd * cos + even * sin
+    return out
+
+
+def temporal_columns(table: Tensor) -> int:
+    """Columns of a table `[rows, D/2]` that turn with time."""
+    return table.shape[1] - 2 * (table.shape[1] // 3)
+
+
+@functools.lru_cache(maxsize=64)
+def temporal_tables(
+    positions: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device
+) -> Tables:
+    """Temporal columns of cosines and sines at any positions, `[n, columns]`, computed where tables are."""
+    rates = 1.0 / THETA ** (torch.arange(0, 2 * columns, 2, dtype=dtype) / (2 * columns))
+    angles = torch.outer(torch.tensor(positions, dtype=dtype), rates)
+    return angles.cos().to(device), angles.sin().to(device)
 
 
 def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headforcing.rope import rotate, temporal_rows
+from headforcing.rope import rotate, rotate_real, temporal_rows
 
 ROWS, HEIGHT, WIDTH = 64, 3, 5
 
@@ -87,3 +87,32 @@ def test_history_rotated_in_parts_is_history_rotated_at_once():
     at_once = rotate(x, table(), range(9), HEIGHT, WIDTH)
     parts = [rotate(x[:, a:b], table(), range(a, b), HEIGHT, WIDTH) for a, b in ((0, 2), (2, 3), (3, 9))]
     assert torch.equal(torch.cat(parts, 1), at_once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_tables_turn_as_complex_ones_at_any_position(dtype):
+    freqs = table(rows=HEIGHT * WIDTH)
+    space = freqs.shape[1] // 3
+    down, across = freqs[:, -2 * space : -space], freqs[:, -space:]
+    frame = torch.cat(
+        [
+            torch.ones(HEIGHT * WIDTH, freqs.shape[1] - 2 * space, dtype=freqs.dtype),
+            down[:HEIGHT].repeat_interleave(WIDTH, 0),
+            across[:WIDTH].repeat(HEIGHT, 1),
+        ],
+        dim=1,
+    )
+    x = torch.randn(2, 4, HEIGHT * WIDTH, 2, 32).to(dtype)
+    for positions in ([0, 7, 3, 1], [0, 7, ROWS, 10 * ROWS]):
+        expected = rotate(x, table(), positions, HEIGHT, WIDTH)
+        found = rotate_real(x, (frame.real, frame.imag), positions, HEIGHT, WIDTH)
+        assert found.dtype == dtype
+        assert torch.allclose(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_real_tables_turn_merged_patches_as_their_top_left_ones():
+    frame = torch.randn(4 * 6, 16, dtype=torch.float64), torch.randn(4 * 6, 16, dtype=torch.float64)
+    x = torch.randn(1, 2, 4 * 6, 2, 32)
+    corners = torch.arange(24).view(4, 6)[::2, ::2].flatten()
+    expected = rotate_real(x, frame, [3, 9], 4, 6)[:, :, corners]
+    assert torch.equal(rotate_real(x[:, :, corners], frame, [3, 9], 4, 6, patch=2), expected)

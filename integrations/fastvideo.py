@@ -1,0 +1,108 @@
+"""FastVideo's causal Wan: attention that is given queries, keys and values, and rotates by real tables.
+
+Its facts: the block projects and normalises, and projects what attention returns; cosines and sines cover the
+frames of the call, or, where the cache keeps keys before RoPE, the places in it from 0 on; attention may put
+other tensors for `k` and `v` into the cache dict in every call, but counts in the same two, so the first of
+these stands for the timeline; a video begins with new dicts, or with zeros in these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from headforcing import rope
+from headforcing.adapter import bind
+from headforcing.errors import StreamShapeError
+from headforcing.types import AttentionCall, Grid
+from headforcing.wan import INDICES, CountingWan
+
+GIVEN = ("q", "k", "v")
+_grids: MutableMapping[Tensor, tuple[int, int, Grid]] = WeakIdKeyDictionary()
+"""Tokens per frame, first frame and grid of the tables met, so that the device is read once for each."""
+
+
+class FastVideo(CountingWan):
+    """The `CausalWanSelfAttention` that is given what its block projected."""
+
+    name = "fastvideo"
+    forward = (*GIVEN, "freqs_cis", "block_mask", "kv_cache", "current_start", "cache_start", "frame_seqlen")
+    submodules, neighbour = ("attn",), "attn2"
+    root, timestep = ("condition_embedder", "blocks"), ("timestep", 2)
+
+    def read(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AttentionCall | None:
+        """See `Adapter.read`; `x` are the queries, or what needs gradients where these do not."""
+        arguments = bind(module, args, kwargs)
+        cache, tokens = arguments["kv_cache"], int(arguments["frame_seqlen"])
+        if cache is None:
+            return None
+        given = [arguments[name] for name in GIVEN]
+        (start, rest), (frames, more) = (
+            divmod(int(size), tokens) for size in (arguments["current_start"], given[0].shape[1])
+        )
+        if rest or more:
+            raise StreamShapeError(
+                f"current_start {arguments['current_start']} and the {given[0].shape[1]} tokens of the call "
+                f"are no multiples of frame_seqlen {tokens}: expected whole frames, counted in tokens"
+            )
+        anchor = cache[INDICES[0]]
+        if not isinstance(anchor, Tensor):
+            raise StreamShapeError(
+                f"{INDICES[0]} of the cache is {anchor!r}: expected a tensor of one element, as the "
+                "pipelines make it, because a video lasts as long as this tensor"
+            )
+        first = 0 if module.rope_cache_policy == "relativistic" else start
+        x = next((part for part in given if part.requires_grad), given[0])
+        grid = _grid(arguments, tokens, first)
+        return AttentionCall(x.flatten(2), start, (frames, *grid), anchor, arguments)
+
+    def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """What the block projected."""
+        shape = (call.grid[0], call.tokens_per_frame)
+        q, k, v = (call.arguments[name].unflatten(1, shape) for name in GIVEN)
+        return q, k, v
+
+    def project_out(self, module: nn.Module, out: Tensor) -> Tensor:
+        """Nothing: the block does."""
+        return out
+
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
+        """See `Adapter.rotate`."""
+        return rope.rotate_real(x, _tables(call.arguments), positions, *call.grid[1:], patch=patch)
+
+
+def _tables(arguments: Mapping[str, Any]) -> rope.Tables:
+    """One column per pair of channels, where the host has one or two."""
+    pairs = arguments["q"].shape[-1] // 2
+    cos, sin = (table[:, :: table.shape[1] // pairs] for table in arguments["freqs_cis"])
+    return cos, sin
+
+
+def _grid(arguments: Mapping[str, Any], tokens: int, first: int) -> Grid:
+    """Height and width of a frame, where the tables begin at frame `first`; nothing else tells them."""
+    table = arguments["freqs_cis"][0]
+    known = _grids.get(table)
+    if known is not None and known[:2] == (tokens, first):
+        return known[2]
+    tables = _tables(arguments)
+    time, places = rope.temporal_columns(tables[0]), tuple(range(first, first + len(table) // tokens))
+    width = int((tables[1][:tokens, time] == 0).sum())  # height turns by one per row in its first column
+    times = rope.temporal_tables(places, time, table.dtype, table.device)
+    pairs = [(found[::tokens, :time], own) for found, own in zip(tables, times, strict=True)]
+    alike = all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+    if not width or tokens % width or not alike:
+        raise StreamShapeError(
+            f"freqs_cis {tuple(table.shape)} are not what frames from {first} on, of {tokens} tokens each, "
+            f"turn by with theta {rope.THETA}: pass start_frame=current_start // {tokens} to the transformer"
+        )
+    _grids[table] = (tokens, first, (tokens // width, width))
+    return _grids[table][2]
+
+
+ADAPTER = FastVideo()
