@@ -99,7 +99,7 @@ class Adapter(ABC):
         return (call,)
 
     def join(self, module: nn.Module, outs: Sequence[Any], call: AttentionCall) -> Any:
-        """What the original forward returns for a call that was split, of what `output` made of its chunks."""
+        """What the forward returns for a call that was split, from what `output` made of its chunks."""
         raise UnsupportedModelError(f"{self.name} splits calls but does not join them: define join")
 
     def tokens(self, x: Tensor, frames: Sequence[int | None], call: AttentionCall) -> Tensor:

@@ -167,19 +167,11 @@ class WanAdapter(Adapter):
 
     def release(self, call: AttentionCall, memo: Memo) -> int:
         """Leaves `k` and `v` their shape but no memory: one element, seen everywhere."""
-        cache = call.arguments["kv_cache"]
-        if "freed" in memo:
-            return 0
-        memo["freed"] = [weakref.ref(cache[name]) for name in ("k", "v")]  # the anchor may be among them
-        freed = sum(_exclusive_bytes(cache[name]) for name in ("k", "v"))
-        for name in ("k", "v"):
-            _restorage(cache[name], torch.zeros(1, dtype=cache[name].dtype, device=cache[name].device))
-        return freed
+        return free([call.arguments["kv_cache"][name] for name in ("k", "v")], memo)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`: a cache nothing was written to."""
-        for tensor in _alive(memo.get("freed", ())):
-            _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+        allocate_again(memo)
 
 
 class CountingWan(WanAdapter):
@@ -244,6 +236,23 @@ class CountingWan(WanAdapter):
         for index in _alive(mark[0] for mark in memo.get("marks", ()) if "freed" in memo):
             with torch.inference_mode(index.is_inference()):
                 index.zero_()
+
+
+def free(tensors: Sequence[Tensor], memo: Memo) -> int:
+    """Takes their memory from tensors that the host holds, once; returns the bytes that are free."""
+    if "freed" in memo:
+        return 0
+    memo["freed"] = [weakref.ref(tensor) for tensor in tensors]  # the anchor may be among them
+    freed = sum(_exclusive_bytes(tensor) for tensor in tensors)
+    for tensor in tensors:
+        _restorage(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device))
+    return freed
+
+
+def allocate_again(memo: Memo) -> None:
+    """Gives what was freed and is still there zeros of its shape."""
+    for tensor in _alive(memo.get("freed", ())):
+        _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
 
 
 def _restorage(tensor: Tensor, source: Tensor) -> None:

@@ -191,7 +191,7 @@ def other_dtype_refused(kit: Kit) -> None:
     take, chunk = kit.forced(), kit.host.chunk
     take.passes(0, (1, 0))
     take.model.to(torch.bfloat16)
-    _raises(StreamShapeError, lambda: take.passes(chunk, [0]), "the dtype changed in mid-video")
+    _raises(StreamShapeError, lambda: take.passes(chunk, [1]), "the dtype changed in mid-video")
 
 
 def edited_cache_refused(kit: Kit) -> None:

@@ -38,6 +38,10 @@ class Host(ABC):
     window: int | None = None
     single: bool = False
 
+    def missing(self) -> str | None:
+        """Why it cannot run here, as where a package is not installed; default `None`, it can."""
+        return None
+
     @abstractmethod
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh tiny model: always the same random weights, `eval()`, no gradients."""
