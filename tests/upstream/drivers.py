@@ -101,7 +101,7 @@ def _past_the_end(bench: Bench) -> Outcome:
     pipeline = bench.few_step()
     try:
         video = _video(pipeline, bench.noise())
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         bench.facts["ended"] = True
         return bench.outcome()
     bench.facts["ended"] = False
@@ -227,7 +227,7 @@ def _attention_gradients(wrapper: Any, clean: Tensor) -> dict[str, Tensor]:
     return {
         name: parameter.grad
         for name, parameter in wrapper.named_parameters()
-        if "self_attn" in name and parameter.grad is not None
+        if ("self_attn" in name or ".to_" in name) and parameter.grad is not None
     }
 
 
@@ -302,6 +302,9 @@ def _layout(cache: dict[str, Any]) -> dict[str, list[Any]]:
 DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "few_step": _few_step,
     "second_video": _second_video,
+    "same_caches": _second_video,
+    "two_transformers": _few_step,
+    "many_step": _few_step,
     "rollouts": _rollouts,
     "interactive": _interactive,
     "one_switch": _one_switch,

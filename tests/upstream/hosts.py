@@ -10,6 +10,7 @@ from torch import nn
 
 from . import shims, tiny
 from .bench import Bench, Caches
+from .fastvideo import FastVideo
 
 
 class CausVid(Bench):
@@ -97,5 +98,10 @@ class RollingForcing(Bench):
         return kv, tiny.text_caches(self.scenario.batch, self.dtype)
 
 
-HOSTS: dict[str, type[Bench]] = {"CausVid": CausVid, "LongLive": LongLive, "RollingForcing": RollingForcing}
+HOSTS: dict[str, type[Bench]] = {
+    "CausVid": CausVid,
+    "LongLive": LongLive,
+    "RollingForcing": RollingForcing,
+    "FastVideo": FastVideo,
+}
 """How to build what a repository runs; all others are built as Self Forcing is."""

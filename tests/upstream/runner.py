@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import shims
+from . import fastvideo, shims
 from .scenarios import SCENARIOS, Case
 
-PIPELINES = {"CausVid": "causvid.models.wan.causal_inference"}
+PIPELINES = {"CausVid": "causvid.models.wan.causal_inference", "FastVideo": fastvideo.STAGES}
 
 
 def main(job_path: Path) -> None:
@@ -35,6 +35,8 @@ def main(job_path: Path) -> None:
     report: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         shims.make_importable(Path(job["checkout"]))
+        if job["repository"] == "FastVideo":
+            fastvideo.prepare()
         importlib.import_module(PIPELINES.get(job["repository"], "pipeline"))
         shims.use_plain_attention()
         for name, dtype, policy in job["cases"]:

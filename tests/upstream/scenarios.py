@@ -14,10 +14,13 @@ REPOSITORIES = {
     "infinity-rope": "wan.modules.causal_model",
     "MemRoPE": "wan.modules.causal_model",
     "RollingForcing": "wan.modules.causal_model",
+    "FastVideo": "fastvideo.models.dits.causal_wanvideo",
 }
 """The module of every repository that defines its causal model."""
 LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
 WITH_LONGLIVE = (*LIKE_SELF_FORCING, "LongLive")
+WITH_FASTVIDEO = (*LIKE_SELF_FORCING, "FastVideo")
+WITH_BOTH = (*WITH_LONGLIVE, "FastVideo")
 DTYPES = ("float32", "bfloat16")
 
 UNTOUCHED = "untouched"
@@ -96,7 +99,7 @@ class Case:
         return replace(self, policy=policy)
 
 
-SLIDING = Scenario("w9 s3", "few_step", window=9, sink=3, frames=21, passes=35, repositories=WITH_LONGLIVE)
+SLIDING = Scenario("w9 s3", "few_step", window=9, sink=3, frames=21, passes=35, repositories=WITH_BOTH)
 CAUSVID_STEPS = (1000, 757, 522, 0)
 ROLLOUTS = Scenario(
     "rollouts",
@@ -109,6 +112,13 @@ ROLLOUTS = Scenario(
     repositories=("CausVid",),
 )
 PAST_THE_END = replace(ROLLOUTS, name="past the end", driver="past_the_end", frames=27, passes=9 * 4)
+FASTVIDEO = replace(SLIDING, repositories=("FastVideo",))
+PAST_THE_WINDOW = replace(
+    FASTVIDEO, name="past the window", driver="past_the_end", window=-1, sink=0, frames=24, passes=8 * 5
+)
+PAST_ANY_TABLE = replace(
+    FASTVIDEO, name="past any table", window=6, sink=1, frames=1032, passes=344 * 2, steps=(1000,)
+)
 
 RECACHE = Scenario(
     "recache",
@@ -139,14 +149,29 @@ ROLLING = Scenario(
 )
 
 PARITY = (
-    Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_LONGLIVE),
+    Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_BOTH),
     SLIDING,
-    Scenario("w9 s6", "few_step", window=9, sink=6, frames=21, passes=35),
-    Scenario("w7 s1", "few_step", window=7, sink=1, frames=15, passes=25),
-    Scenario("w7 s1 chunk 1", "few_step", window=7, sink=1, frames=12, passes=60, chunk=1),
+    replace(SLIDING, name="w9 s6", sink=6, repositories=WITH_FASTVIDEO),
+    replace(SLIDING, name="w7 s1", window=7, sink=1, frames=15, passes=25, repositories=WITH_FASTVIDEO),
+    replace(
+        SLIDING,
+        name="w7 s1 chunk 1",
+        window=7,
+        sink=1,
+        frames=12,
+        passes=60,
+        chunk=1,
+        repositories=WITH_FASTVIDEO,
+    ),
     Scenario("image w7 s1", "few_step", window=7, sink=1, frames=18, passes=31, image=True),
-    replace(SLIDING, name="batch 2", batch=2),
-    replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive",)),
+    replace(SLIDING, name="batch 2", batch=2, repositories=WITH_LONGLIVE),
+    replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive", "FastVideo")),
+    replace(FASTVIDEO, name="raw keys, w7 s1", window=7, sink=1, raw_keys=True),
+    replace(FASTVIDEO, name="raw keys, global", window=-1, sink=0, raw_keys=True),
+    replace(FASTVIDEO, name="alone, global", window=-1, sink=0),
+    replace(FASTVIDEO, name="many steps", driver="many_step"),
+    replace(FASTVIDEO, name="same caches", driver="same_caches", frames=12, passes=40),
+    replace(FASTVIDEO, name="two transformers", driver="two_transformers", frames=18, passes=6 * (4 + 2)),
     ROLLOUTS,
     RECACHE,
     replace(RECACHE, name="recache, early", switch=7),
@@ -171,7 +196,7 @@ PARITY = (
         sink=1,
         frames=12,
         passes=40,
-        repositories=WITH_LONGLIVE,
+        repositories=WITH_BOTH,
     ),
     Scenario(
         "in chunks",
@@ -212,15 +237,23 @@ FIRST_CHUNK = Scenario(
     repositories=("Causal-Forcing",),
 )
 PASS_THROUGH = (
-    Scenario("no cache", "no_cache", window=-1, sink=0, frames=6, passes=1),
-    Scenario("gradients", "gradients", window=9, sink=3, frames=3, passes=1),
+    Scenario("no cache", "no_cache", window=-1, sink=0, frames=6, passes=1, repositories=WITH_FASTVIDEO),
+    Scenario("gradients", "gradients", window=9, sink=3, frames=3, passes=1, repositories=WITH_FASTVIDEO),
 )
-REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50, repositories=WITH_LONGLIVE)
+REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50, repositories=WITH_BOTH)
 
-GRADIENTS_MIDWAY = Scenario("gradients midway", "gradients_midway", window=9, sink=3, frames=6, passes=3)
+GRADIENTS_MIDWAY = Scenario(
+    "gradients midway",
+    "gradients_midway",
+    window=9,
+    sink=3,
+    frames=6,
+    passes=3,
+    repositories=WITH_FASTVIDEO,
+)
 SWITCHES = (
-    Scenario("new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
-    Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10, repositories=WITH_LONGLIVE),
+    Scenario("new prompt", "new_prompt", window=9, sink=3, frames=15, passes=10, repositories=WITH_BOTH),
+    Scenario("cut", "cut", window=9, sink=3, frames=15, passes=10, repositories=WITH_BOTH),
 )
 AVERAGES = Scenario(
     "averages",
@@ -232,11 +265,12 @@ AVERAGES = Scenario(
     raw_keys=True,
     repositories=("MemRoPE",),
 )
+PAST_ENDS = (PAST_THE_END, PAST_THE_WINDOW)
 AVERAGED = "its averages"
 OTHER_AVERAGES = "averages of other weights"
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-SCENARIOS = {item.name: item for item in (*EVERY, PAST_THE_END, *EMPTIED, AVERAGES)}
+SCENARIOS = {item.name: item for item in (*EVERY, *PAST_ENDS, PAST_ANY_TABLE, *EMPTIED, AVERAGES)}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:

@@ -11,7 +11,8 @@ from .scenarios import (
     AVERAGES,
     LAYERS,
     OTHER_AVERAGES,
-    PAST_THE_END,
+    PAST_ANY_TABLE,
+    PAST_ENDS,
     PRESET,
     Case,
     cases_of,
@@ -46,7 +47,7 @@ def test_other_roles_leave_the_end_indices_as_upstream_counts_them(case: Case, u
     assert torch.equal(untouched.tensors["indices"], applied.tensors["indices"])
 
 
-@pytest.mark.parametrize("case", cases_of(PAST_THE_END, policy=PRESET), ids=str)
+@pytest.mark.parametrize("case", cases_of(*PAST_ENDS, policy=PRESET), ids=str)
 def test_bounded_roles_go_on_where_upstream_ends(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert untouched.facts["ended"]
@@ -54,6 +55,25 @@ def test_bounded_roles_go_on_where_upstream_ends(case: Case, upstream: Upstream)
     assert applied.passes == case.scenario.passes
     assert applied.calls == case.scenario.passes * LAYERS
     assert torch.isfinite(applied.tensors["video"]).all()
+
+
+@pytest.mark.parametrize("case", cases_of(PAST_ANY_TABLE), ids=str)
+def test_equal_roles_change_nothing_past_frame_1024(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    assert applied.calls == case.scenario.passes * LAYERS
+    assert untouched.tensors["video"].shape[1] == case.scenario.frames > 1024
+    assert_identical(untouched, applied)
+
+
+@pytest.mark.parametrize("case", cases_of(PAST_ANY_TABLE, policy=PRESET), ids=str)
+def test_bounded_roles_go_past_frame_1024(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    assert applied.calls == case.scenario.passes * LAYERS
+    video = applied.tensors["video"]
+    assert video.shape == untouched.tensors["video"].shape
+    assert torch.isfinite(video).all()
+    late = (video[:, 1024:] - video[:, 1023:-1]).abs().amax(dim=(2, 3, 4))
+    assert late.min() > SMALLEST_CHANGE
 
 
 @pytest.mark.parametrize("case", cases_of(AVERAGES, policy=AVERAGED), ids=str)

@@ -60,7 +60,7 @@ def seeded_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     values = torch.randn(shape, generator=generator)
-    if name.endswith("modulation"):
+    if name.endswith(("modulation", "scale_shift_table")):
         return 0.5 * values
     if len(shape) > 1:
         return values / math.sqrt(shape[1:].numel())
