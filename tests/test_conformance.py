@@ -27,6 +27,7 @@ from headforcing.wan import WanAdapter
 MAY_SKIP = {
     "infinity_rope": {"release_frees", "cache_comes_back"},
     "fastvideo": {"wrapped_layers_are_called"},
+    "sana_wm": {"edited_cache_refused", "release_frees", "cache_comes_back"},
     "causvid": {"parity_through_eviction", "parity_through_eviction_bf16", "edited_cache_refused"},
 }
 
@@ -37,7 +38,10 @@ def test_every_adapter_in_the_folder_has_a_host() -> None:
 
 @pytest.mark.parametrize("name", host_names())
 def test_every_adapter_in_the_folder_passes(name: str) -> None:
-    report = check_adapter(None, find_host(name))
+    host = find_host(name)
+    if (missing := host.missing()) is not None:
+        pytest.skip(missing)
+    report = check_adapter(None, host)
     report.raise_if_failed()
     assert report.adapter == name
     assert {r.name for r in report.results if r.outcome == "skipped"} <= MAY_SKIP.get(name, set())

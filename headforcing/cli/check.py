@@ -47,7 +47,7 @@ def check(
     names = None if only is None else [name.strip() for name in only.split(",")]
     reports = []
     with clean_errors(HeadForcingError), importable_here():
-        hosts = _hosts(target)
+        hosts, missing = _hosts(target)
         with progress(quiet=quiet or as_json) as tell:
             for host in hosts:
                 kind = type(host).__name__
@@ -61,30 +61,37 @@ def check(
     else:
         for report in reports:
             print_parts(_table(report), _summary(report))
+        print_parts(*(f"{name}: not checked, {reason}" for name, reason in missing.items()))
     if any(report.failed for report in reports):
         raise typer.Exit(1)
 
 
-def _hosts(target: str | None) -> list[Host]:
-    """What is to be checked.
+def _hosts(target: str | None) -> tuple[list[Host], dict[str, str]]:
+    """What is to be checked, and which of ours cannot be here, with the reason.
 
     Raises:
-        OptionError: there is no such adapter, or the name stands for something else.
+        OptionError: there is no such adapter, it cannot be checked here, or the name stands for something
+            else.
     """
     from headforcing.testing.host import Host
     from headforcing.testing.hosts import find_host, host_names
 
     if target is None:
-        return [find_host(name) for name in host_names()]
+        ours = {name: find_host(name) for name in host_names()}
+        missing = {name: reason for name, host in ours.items() if (reason := host.missing()) is not None}
+        return [host for name, host in ours.items() if name not in missing], missing
     if ":" not in target:
         if target not in host_names():
             raise OptionError(f"{target!r} is neither MODULE:HOST nor one of {', '.join(host_names())}")
-        return [find_host(target)]
+        host = find_host(target)
+        if (reason := host.missing()) is not None:
+            raise OptionError(f"{target} cannot be checked here: {reason}")
+        return [host], {}
     made = named(target, "my_host:MyHost")
     made = made() if callable(made) else made
     if not isinstance(made, Host):
         raise OptionError(f"{target} is {kind(made)}: expected a subclass of headforcing.testing.Host")
-    return [made]
+    return [made], {}
 
 
 def _table(report: Report) -> Any:

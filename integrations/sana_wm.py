@@ -1,0 +1,299 @@
+"""Stage 2 of SANA-WM as diffusers has it: a refiner on LTX-2, whose pipeline owns the cache and the RoPE.
+
+Its facts, call by call: the first frames, one as a rule, run alone and clean (`capture_pre_rope`); their keys
+before RoPE are the sink, and they are not refined. Then blocks of three frames: noisy passes that see sink,
+history and themselves (`inject`), and a clean one that sees the same and leaves its keys after RoPE
+(`inject_and_capture_post_rope`), which the pipeline puts behind the history and cuts to the last ten frames.
+Blocks and history sit at their true frames; the sink at 0, and once the history is full right before it.
+
+No argument tells a frame number or the grid, but every call brings a row of RoPE per token. So we number the
+frames by their rows as they come, per layer of the cache, which is the anchor; a role that wants another
+position gets the row that came for it, bit for bit the host's, whatever the frame rate is. RoPE turns every
+head otherwise. What the pipeline collects has no tokens, so its own history costs nothing meanwhile.
+"""
+
+from __future__ import annotations
+
+import cmath
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from headforcing.adapter import Adapter, Memo, bind, parameter_names
+from headforcing.errors import PatchedModuleError, RoleError, StreamError, StreamShapeError
+from headforcing.types import AttentionCall, Grid, Phase
+
+FORWARD = ("hidden_states", "encoder_hidden_states", "attention_mask", "query_rotary_emb", "key_rotary_emb")
+CACHE = ("sink_rotary_emb", "kv_cache", "kv_cache_mode")
+SUBMODULES = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
+MODE_ARGUMENT = 6
+"""Place of `kv_cache_mode` among the arguments of the model's forward."""
+AXES = 3
+EVEN, NEARER = 3, 0.25
+"""The first frame is shorter than others: three tell the step, and frame 1 is half a step or more behind."""
+
+
+class SanaWM(Adapter):
+    """Attention whose processor is told a mode of the cache.
+
+    Args:
+        block_size: frames that are refined together, as the pipeline is told.
+        kv_max_frames: frames of sink and history, likewise.
+    """
+
+    name = "sana_wm"
+
+    def __init__(self, block_size: int = 3, kv_max_frames: int = 11) -> None:
+        self.block_size, self.kv_max_frames = block_size, kv_max_frames
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """See `Adapter.why_not`."""
+        layers = list(_layers(model))
+        if not layers:
+            return f"no block takes {', '.join(CACHE)} and has an attn1 with {', '.join(SUBMODULES)}"
+        return next((reason for path, module in layers if (reason := _unknown(path, module))), None)
+
+    def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """See `Adapter.attentions`."""
+        yield from _layers(model) if self.why_not(model) is None else ()
+
+    def heads(self, module: nn.Module) -> tuple[int, int]:
+        """See `Adapter.heads`."""
+        return int(module.heads), int(module.head_dim)  # type: ignore[arg-type]
+
+    def window(self, model: nn.Module) -> int:
+        """Sink, history and block: the pipeline is told, the model does not know."""
+        return self.kv_max_frames + self.block_size
+
+    def chunk(self, model: nn.Module) -> int:
+        """See `window`."""
+        return self.block_size
+
+    def read(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AttentionCall | None:
+        """See `Adapter.read`; reads the device once per pass, for the rows of RoPE.
+
+        Raises:
+            PatchedModuleError: the module's processor was exchanged for another kind, or works in parallel.
+            StreamShapeError: there are not as many rows as tokens.
+            StreamError: somebody else filled the cache.
+        """
+        if reason := _unknown("this attention", module):
+            raise PatchedModuleError(reason)
+        arguments = bind(module, args, kwargs)
+        arguments = {**arguments, **arguments["kwargs"]}
+        cache, mode, x = arguments.get("kv_cache"), arguments.get("kv_cache_mode"), arguments["hidden_states"]
+        if cache is None or mode is None:
+            return None
+        patches, keys, rows = _frames_of(*arguments["query_rotary_emb"])
+        grid = (len(keys), *patches)
+        if math.prod(grid) != x.shape[1]:
+            raise StreamShapeError(f"{x.shape[1]} tokens with rows of RoPE for {grid}: expected as many")
+        fresh = cache.sink_k_pre is None and cache.history_k is None
+        if mode == "capture_pre_rope" or (fresh and cache not in _VIDEOS):
+            _VIDEOS[cache] = _Video()
+        if cache not in _VIDEOS:
+            raise StreamError("the cache was filled before apply, or is a copy: begin the video anew")
+        seen = {**arguments, "video": _VIDEOS[cache]}
+        return AttentionCall(x, _VIDEOS[cache].place(keys, rows), grid, cache, seen)
+
+    def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
+        """False: a chunk at frame 0 begins a video."""
+        return False
+
+    def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Adapter.project`."""
+        x, m = call.x, module
+        shape = (x.shape[0], call.grid[0], call.tokens_per_frame, *self.heads(module))
+        q, k, v = m.norm_q(m.to_q(x)), m.norm_k(m.to_k(x)), m.to_v(x)  # type: ignore[operator]
+        return q.view(shape), k.view(shape), v.view(shape)
+
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
+        """See `Adapter.rotate`."""
+        cos, sin = call.arguments["query_rotary_emb"]
+        turned = _turned_halves if cos.dim() == 4 else _turned_neighbours
+        own = _turns(cos, sin, call.tokens_per_frame).unflatten(0, call.grid[1:])
+        space = own[::patch, ::patch].flatten(0, 1)  # [P, pairs of channels of all heads]
+        pairs = torch.arange(space.shape[1], device=x.device)
+        temporal = pairs % AXES == len(pairs) % AXES
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for frame, position in enumerate(positions):
+            turns = torch.where(temporal, call.arguments["video"].turns_at(position), space)
+            turns = turns.unflatten(1, (-1, x.shape[-1] // 2))  # [P, H, D/2]
+            turns = turns if call.heads is None else call.heads.take(turns)
+            out[:, frame] = turned(x[:, frame].float(), turns.real, turns.imag)
+        return out
+
+    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
+        """Gates and projects; what is captured has no tokens."""
+        mode, cache = (call.arguments[name] for name in ("kv_cache_mode", "kv_cache"))
+        nothing = out.new_empty(len(out), 0, out.shape[2] * out.shape[3])
+        if mode == "capture_pre_rope":
+            cache.store_captured_pre_rope(nothing, nothing)
+        elif mode == "inject_and_capture_post_rope":
+            cache.store_captured_post_rope(nothing, nothing)
+        if module.to_gate_logits is not None:
+            out = out * (2.0 * torch.sigmoid(module.to_gate_logits(call.x)))[..., None]  # type: ignore[operator]
+        y = out.flatten(2)
+        for layer in module.to_out:  # type: ignore[union-attr]
+            y = layer(y)
+        return y
+
+    def clock(self, model: nn.Module) -> nn.Module | None:
+        """The transformer: it embeds the timestep and is told the mode."""
+        found = [m for m in model.modules() if {*parameter_names(m)} >= {"timestep", "kv_cache_mode"}]
+        return found[0] if len(found) == 1 else None
+
+    def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
+        """All modes but one capture."""
+        mode = kwargs["kv_cache_mode"] if "kv_cache_mode" in kwargs else args[MODE_ARGUMENT]
+        return "denoise" if mode == "inject" else "commit"
+
+    def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
+        """None keeps the projected prompt."""
+        return ()
+
+
+Key = tuple[complex, ...]
+"""Multipliers of the two slowest temporal columns: two frames that are alike in both are one."""
+_Frames = tuple[Grid, list[Key], Tensor]
+"""Height and width of a frame in patches; of every frame its key, and multipliers of its first token."""
+
+
+@dataclass
+class _Video:
+    """The temporal multipliers of a video so far, by frame."""
+
+    numbers: dict[Key, int] = field(default_factory=dict)
+    turns: list[Tensor] = field(default_factory=list)
+
+    def place(self, keys: Sequence[Key], rows: Tensor) -> int:
+        """The first frame of a call; takes in those that come next.
+
+        Raises:
+            StreamShapeError: its frames do not follow each other.
+        """
+        start = self._start(keys)
+        for number, (key, turns) in enumerate(zip(keys, rows, strict=True), start):
+            if number == len(self.turns):
+                self.turns.append(turns)
+                self.numbers[key] = number
+            if number < len(self.turns) and self.numbers.get(key) != number:
+                raise StreamShapeError(f"frame {number} is not at the position of RoPE that it was at before")
+        return start
+
+    def turns_at(self, position: float) -> Tensor:
+        """Multipliers at a temporal position; the angle is computed where no frame came so far.
+
+        Raises:
+            RoleError: it is below 0, or too few frames came to go on from them.
+        """
+        count = len(self.turns)
+        if position in range(count):
+            return self.turns[int(position)]
+        if position < 0 or count < EVEN:
+            raise RoleError(f"RoPE position {position}: expected one of the {count} frames so far")
+        before, last = (turns.to(torch.complex128).angle() for turns in self.turns[-2:])
+        return torch.exp(1j * (last + (last - before) * (position + 1 - count))).to(self.turns[0].dtype)
+
+    def _start(self, keys: Sequence[Key]) -> int:
+        known = list(self.numbers)
+        if not known or keys[0] in self.numbers:
+            return self.numbers.get(keys[0], 0)
+        steps = [*_gaps(known[1:]), *_gaps(keys)]
+        (behind,) = _gaps([known[-1], keys[0]])
+        return len(known) - 1 + (math.ceil(behind / steps[-1] - NEARER) if steps else 1)
+
+
+_VIDEOS: MutableMapping[object, _Video] = WeakIdKeyDictionary()
+_PASSES: MutableMapping[Tensor, _Frames] = WeakIdKeyDictionary()
+"""One per pass: all layers are given the same tensor, and reading it waits for the device."""
+
+
+def _frames_of(cos: Tensor, sin: Tensor) -> _Frames:
+    if cos in _PASSES:
+        return _PASSES[cos]
+    if any(not torch.equal(table, table[:1].expand_as(table)) for table in (cos, sin)):
+        raise StreamShapeError("samples of one batch have different RoPE: expected the same frames in all")
+    turns = _turns(cos, sin, cos.shape[-2])
+    time = turns.shape[1] % AXES
+    slow, high = turns[:, time::AXES][:, :2], turns[:, time + 1 : time + 2]
+    frames, lines = _begins(slow), _begins(torch.cat([slow, high], 1))
+    patches, width = (len(turns) // len(begins) for begins in (frames, lines))
+    if any(begins != [*range(0, len(turns), size)] for begins, size in ((frames, patches), (lines, width))):
+        raise StreamShapeError(f"frames begin at tokens {frames}, lines at {lines}: expected whole frames")
+    keys = [tuple(key) for key in slow[frames].tolist()]
+    _PASSES[cos] = (patches // width, width), keys, turns[frames]
+    return _PASSES[cos]
+
+
+def _turns(cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
+    """Multipliers of the first sample, one per pair of channels of all heads, `[tokens, pairs]`."""
+    apart = cos.dim() == 4  # then pairs come once, else twice
+    rows = (t[0, :, :tokens].transpose(0, 1).flatten(1) if apart else t[0, :tokens, ::2] for t in (cos, sin))
+    return torch.complex(*rows)
+
+
+def _begins(columns: Tensor) -> list[int]:
+    """Rows that differ from the one before."""
+    return [0, *((columns[1:] != columns[:-1]).any(1).nonzero()[:, 0] + 1).tolist()]
+
+
+def _gaps(keys: Sequence[Key]) -> list[float]:
+    """Angles between neighbouring frames in the slowest column."""
+    angles = [cmath.phase(key[0]) for key in keys]
+    return [(behind - before) % math.tau for before, behind in itertools.pairwise(angles)]
+
+
+def _turned_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+def _turned_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([torch.addcmul(first * cos, -sin, second), torch.addcmul(second * cos, sin, first)], -1)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, block in model.named_modules():
+        attention = getattr(block, "attn1", None)
+        if not isinstance(attention, nn.Module) or not {*parameter_names(block)} >= {*CACHE}:
+            continue
+        parts = [getattr(attention, part, None) for part in SUBMODULES]
+        known = parameter_names(attention) == (*FORWARD, "kwargs")
+        if known and all(isinstance(part, nn.Module) for part in parts):
+            yield f"{path}.attn1", attention
+
+
+def _unknown(path: str, attention: Any) -> str | None:
+    """Why the processor of an attention cannot be stood in for."""
+    kind: Any = type(getattr(attention, "processor", None))
+    if _called_with(kind) != ("attn", *FORWARD, *CACHE):
+        hint = "set_processor() the one that the model was made with, or do without head forcing"
+        return f"{path} has a {kind.__name__} for a processor, which head forcing would not call: {hint}"
+    if getattr(attention.processor, "_parallel_config", None) is not None:
+        return f"{path} works in parallel, but head forcing needs all tokens: take enable_parallelism() back"
+    return None
+
+
+@functools.cache
+def _called_with(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.__call__).parameters)[1:]
+
+
+ADAPTER = SanaWM()
+
+
+def refuse(model: nn.Module) -> str | None:
+    """Why a refiner is not served as it is."""
+    return ADAPTER.why_not(model) if any(True for _ in _layers(model)) else None
