@@ -47,6 +47,11 @@ class Digests:
         """
         for role, digest in self._digests.items():
             digest.check(chunk.grid, before)
+            if before is not None and chunk.grid != before:
+                raise StreamShapeError(
+                    f"{role} keeps more than whole frames, but after frames of {before} patches come some of "
+                    f"{chunk.grid}: use a role that keeps whole frames"
+                )
             if digest.wants_queries and chunk.q is None:
                 raise StreamShapeError(f"{role} chooses by queries, but the chunk has none: give it q=...")
 

@@ -14,6 +14,9 @@ from headforcing.hooks import hear_phases
 from headforcing.plan import Activity, LayerPlan, Options
 from headforcing.sites import Site, is_own, sites_of
 
+RUNS_ALWAYS = {"peft_autocast_disable"}
+"""Hooks of diffusers that put a forward of their own around the module's and always call it."""
+
 
 def install(model: nn.Module, options: Options) -> HeadForcing:
     """Replaces every attention module of a model that carries no head forcing.
@@ -21,6 +24,7 @@ def install(model: nn.Module, options: Options) -> HeadForcing:
     Raises:
         PatchedModuleError: something else intercepts calls of one of them.
     """
+    _check_runs(model)
     sites = sites_of(model, [module for _, module in options.adapter.attentions(model)])
     for site in sites:
         _check_patchable(site)
@@ -37,6 +41,20 @@ def install(model: nn.Module, options: Options) -> HeadForcing:
         site.put(replacement)
     hear_phases(model, options.roles, options.adapter, activity)
     return HeadForcing(model, sites, plans)
+
+
+def _check_runs(model: nn.Module) -> None:
+    """Looks for caches of diffusers, which skip modules: attention that is skipped remembers nothing."""
+    for path, module in model.named_modules():
+        hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
+        names = [name for name, hook in hooks.items() if hasattr(hook, "new_forward")]
+        names = [name for name in names if name not in RUNS_ALWAYS]
+        if names or module.__dict__.get("_cache_config") is not None:
+            raise PatchedModuleError(
+                f"{path or 'the model'}: a cache of diffusers ({', '.join(names) or 'enable_cache'}) skips "
+                "calls of attention, whose keys would be missing from the memory: disable_cache(), or "
+                "remove its hooks, then apply; roles and such caches cannot be combined"
+            )
 
 
 def _check_patchable(site: Site) -> None:

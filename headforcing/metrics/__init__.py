@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from headforcing.errors import ProfileError
 from headforcing.lookup import named_module
 from headforcing.observation import Observation
 
@@ -41,6 +42,13 @@ class Look:
         self.frames = tuple(-1 if frame is None else frame for frame in seen.frames[0])
         self.start, self.chunk = seen.call.start, seen.call.grid[0]
         self.tokens_per_frame = seen.call.tokens_per_frame
+        keys, expected = seen.parts[0].k.shape[1], len(self.frames) * self.tokens_per_frame
+        if keys != expected:
+            raise ProfileError(
+                f"frame {self.start}: {len(self.frames)} frames in view have {keys} keys, not {expected}: "
+                "only whole frames of one grid, without padding, can be measured; choose such chunks with "
+                "Protocol(starts=...), and pass an adapter that does not pad"
+            )
 
     @property
     def history(self) -> int:
