@@ -25,6 +25,10 @@ from headforcing.testing.hosts.self_forcing import SelfForcingHost
 from headforcing.wan import WanAdapter
 
 MAY_SKIP = {
+    "anyflow_far": {
+        *("rotation_of_merged_patches", "host_counts_on", "prompt_switch_is_heard", "edited_cache_refused"),
+        *("parity_through_eviction", "parity_through_eviction_bf16"),  # Full is all it remembers
+    },
     "infinity_rope": {"release_frees", "cache_comes_back"},
     "fastvideo": {"wrapped_layers_are_called"},
     "sana_wm": {"edited_cache_refused", "release_frees", "cache_comes_back"},
