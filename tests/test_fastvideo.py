@@ -53,6 +53,18 @@ def test_tables_with_one_column_per_pair_turn_alike(of, monkeypatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("of", [FastVideoHost, RelativisticHost])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_height_and_width_are_read_off_the_tables(of, frames) -> None:
+    """Nothing else tells them; patches lie 2 x 4."""
+    call, _, handle = take(of(), Full())
+    grids = []
+    with handle.observe(lambda observation: grids.append(observation.call.grid)):
+        call(0, frames, 0)
+        call(frames, frames, 0)
+    assert grids == [(frames, *host.GRID)] * 2 * host.LAYERS
+
+
 def test_the_host_lets_go_of_its_tensors_and_the_timeline_stays() -> None:
     """The original replaces `k` in every call; the tensor it counts in stays."""
     call, _, _ = take()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import ExitStack
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,7 @@ class FastVideo(Bench):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.handles: list[Any] = []
+        self._looking = ExitStack()
 
     def wrapper(self) -> Any:
         """Build what makes single passes."""
@@ -171,6 +173,13 @@ class FastVideo(Bench):
     def _apply(self, model: Any) -> None:
         super()._apply(model)
         self.handles.append(self.handle)
+        grids = self.facts["grids"] = []
+
+        def look(observation: Any) -> None:
+            grid = list(observation.call.grid)
+            grids.extend([] if grid in grids else [grid])
+
+        self._looking.enter_context(self.handle.observe(look))
 
     def _keep_caches(self, stage: Any) -> None:
         """Remember what the stage allocates, or have it count from zero again in the same dicts."""

@@ -119,6 +119,9 @@ PAST_THE_WINDOW = replace(
 PAST_ANY_TABLE = replace(
     FASTVIDEO, name="past any table", window=6, sink=1, frames=1032, passes=344 * 2, steps=(1000,)
 )
+TWO_TRANSFORMERS = replace(
+    FASTVIDEO, name="two transformers", driver="two_transformers", frames=18, passes=6 * (4 + 2)
+)
 
 RECACHE = Scenario(
     "recache",
@@ -171,7 +174,7 @@ PARITY = (
     replace(FASTVIDEO, name="alone, global", window=-1, sink=0),
     replace(FASTVIDEO, name="many steps", driver="many_step"),
     replace(FASTVIDEO, name="same caches", driver="same_caches", frames=12, passes=40),
-    replace(FASTVIDEO, name="two transformers", driver="two_transformers", frames=18, passes=6 * (4 + 2)),
+    TWO_TRANSFORMERS,
     ROLLOUTS,
     RECACHE,
     replace(RECACHE, name="recache, early", switch=7),

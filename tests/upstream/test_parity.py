@@ -14,6 +14,7 @@ from .scenarios import (
     PAST_ANY_TABLE,
     PAST_ENDS,
     PRESET,
+    TWO_TRANSFORMERS,
     Case,
     cases_of,
     control_cases,
@@ -30,6 +31,11 @@ def test_equal_roles_change_nothing(case: Case, upstream: Upstream) -> None:
     assert applied.passes == untouched.passes == case.scenario.passes
     assert applied.calls == case.scenario.passes * LAYERS
     assert_identical(untouched, applied)
+
+
+@pytest.mark.parametrize("case", cases_of(TWO_TRANSFORMERS), ids=str)
+def test_frames_are_told_from_the_tables_alone(case: Case, upstream: Upstream) -> None:
+    assert upstream.result(case).facts["grids"] == [[1, 4, 6], [case.scenario.chunk, 4, 6]]
 
 
 @pytest.mark.parametrize("case", control_cases(), ids=str)
