@@ -57,16 +57,16 @@ class FastVideo(CountingWan):
                 f"{INDICES[0]} of the cache is {anchor!r}: expected a tensor of one element, as the "
                 "pipelines make it, because a video lasts as long as this tensor"
             )
-        first = 0 if module.rope_cache_policy == "relativistic" else start
+        first = 0 if _keeps_raw(module) else start
         x = next((part for part in given if part.requires_grad), given[0])
         grid = _grid(arguments, tokens, first)
         return AttentionCall(x.flatten(2), start, (frames, *grid), anchor, arguments)
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """What the block projected."""
+        """What the block projected; a cache of keys before RoPE keeps them in its own precision."""
         shape = (call.grid[0], call.tokens_per_frame)
         q, k, v = (call.arguments[name].unflatten(1, shape) for name in GIVEN)
-        return q, k, v
+        return q, (k.to(call.arguments["kv_cache"]["k"].dtype) if _keeps_raw(module) else k), v
 
     def project_out(self, module: nn.Module, out: Tensor) -> Tensor:
         """Nothing: the block does."""
@@ -75,6 +75,11 @@ class FastVideo(CountingWan):
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
         return rope.rotate_real(x, _tables(call.arguments), positions, *call.grid[1:], patch=patch)
+
+
+def _keeps_raw(module: nn.Module) -> bool:
+    """Whether the cache keeps keys before RoPE."""
+    return module.rope_cache_policy == "relativistic"
 
 
 def _tables(arguments: Mapping[str, Any]) -> rope.Tables:

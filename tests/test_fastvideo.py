@@ -65,6 +65,35 @@ def test_height_and_width_are_read_off_the_tables(of, frames) -> None:
     assert grids == [(frames, *host.GRID)] * 2 * host.LAYERS
 
 
+class WideNorm(torch.nn.Module):
+    """A norm in float32 that does not go back, as weights in float32 make it."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.float())
+
+
+@pytest.mark.parametrize("of", [FastVideoHost, RelativisticHost])
+def test_queries_and_keys_may_be_wider_than_values(of, monkeypatch) -> None:
+    def model_of(self, dtype=torch.float32):
+        model = original(self, dtype)
+        for block in model.blocks:
+            block.norm_q, block.norm_k = WideNorm(block.norm_q), WideNorm(block.norm_k)
+            attend = block.attn1.attn
+            attend.forward = lambda q, k, v, attend=attend: type(attend).forward(
+                attend, q.to(v.dtype), k.to(v.dtype), v
+            )
+        return model
+
+    original = of.model
+    monkeypatch.setattr(of, "model", model_of)
+    checks = ("dense_parity_bf16", "parity_through_eviction_bf16")
+    check_adapter(ADAPTER, of(), only=checks).raise_if_failed()
+
+
 def test_the_host_lets_go_of_its_tensors_and_the_timeline_stays() -> None:
     """The original replaces `k` in every call; the tensor it counts in stays."""
     call, _, _ = take()
