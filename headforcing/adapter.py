@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from headforcing.errors import UnsupportedModelError
 from headforcing.lookup import module_names
+from headforcing.shots import Edit
 from headforcing.types import AttentionCall, Phase
 
 Memo = MutableMapping[str, Any]
@@ -70,12 +71,16 @@ class Adapter(ABC):
             ExternalEditError: the host's cache was changed in a way this adapter does not know.
         """
 
+    def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
+        """What the host did to its cache since the last call, no new video begun; default nothing."""
+        return ()
+
     @abstractmethod
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE."""
 
     @abstractmethod
-    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the host would.
 
         Args:

@@ -50,11 +50,13 @@ class HeadForcingMixin(nn.Module):
         adapter, stream = plan.options.adapter, plan.stream(call)
         if adapter.begins_video(call, stream.memo):
             stream.store.reset()
+        for edit in adapter.edits(self, call, stream.memo):
+            stream.store.edit(edit, call.start)
         if plan.activity.hears_phases:
             call = _heard(call, stream, plan)
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
-        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach(), call.rolling)
+        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach(), call.rolling, call.shift)
         chunk = rerun(chunk, stream, plan.options) if call.repeats else chunk
         stream.store.write(chunk)
         stream.phase = call.phase

@@ -38,7 +38,7 @@ class Observation:
     q: Tensor
     parts: Sequence[Part]
     frames: Sequence[tuple[int | None, ...]]
-    positions: Sequence[tuple[int, ...]]
+    positions: Sequence[tuple[float, ...]]
     out: Tensor
     encode: Encode
 

@@ -13,15 +13,17 @@ from typing import Literal
 
 from headforcing.errors import RoleError
 
-PositionScheme = Literal["absolute", "compact", "clamped"]
-SCHEMES: tuple[PositionScheme, ...] = ("absolute", "compact", "clamped")
+PositionScheme = Literal["absolute", "adjoining", "compact", "clamped"]
+SCHEMES: tuple[PositionScheme, ...] = ("absolute", "adjoining", "compact", "clamped")
+BOUNDED: tuple[PositionScheme, ...] = ("compact", "clamped")
+"""Those that stay in the range the model was trained on."""
 
 
 def place(scheme: PositionScheme, frames: Sequence[int | None], chunk: int, window: int) -> tuple[int, ...]:
     """Temporal positions of `frames`, own chunk last.
 
     Args:
-        scheme: `absolute`, `compact` or `clamped`.
+        scheme: `absolute`, `adjoining`, `compact` or `clamped`.
         frames: absolute frame indices, ascending; the last `chunk` are the own chunk.
         chunk: frames of the own chunk, `F`.
         window: frames the model was trained on; `clamped` stays in `[0, window)`.
@@ -31,6 +33,8 @@ def place(scheme: PositionScheme, frames: Sequence[int | None], chunk: int, wind
     """
     if scheme == "compact":
         return tuple(range(len(frames)))
+    if scheme == "adjoining" and (last := frames[-1]) is not None:
+        return tuple(range(last + 1 - len(frames), last + 1))
     known = [frame for frame in frames if frame is not None]
     if len(known) != len(frames):
         raise RoleError(

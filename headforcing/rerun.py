@@ -34,7 +34,7 @@ def rerun(chunk: Chunk, stream: Stream, options: Options) -> Chunk:
     return dataclasses.replace(chunk, start=chunk.start + skip, k=chunk.k[:, skip:], v=chunk.v[:, skip:], q=q)
 
 
-def seats(positions: Sequence[int], frames: int, chunk: int) -> tuple[int, ...]:
+def seats(positions: Sequence[float], frames: int, chunk: int) -> tuple[float, ...]:
     """Where the queries of a call of `frames` frames sit, the last `chunk` of which end the view."""
     own = positions[len(positions) - chunk :]
     return (*(max(own[0] - before, 0) for before in range(frames - chunk, 0, -1)), *own)

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from headforcing.digest import Digest
 from headforcing.errors import RoleError, WindowError
-from headforcing.positions import SCHEMES, PositionScheme, place
-from headforcing.types import FrameTable, Phase, Selection, Tier
+from headforcing.positions import BOUNDED, SCHEMES, PositionScheme, place
+from headforcing.types import FrameTable, Phase, Pin, Selection, Tier
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,17 @@ class HeadRole(ABC):
             )
         return placed
 
+    def follow(self, pin: Pin, chunk: int) -> None:  # noqa: B027 - most have room
+        """Looks whether there is room when the first frames of a shot become the sink.
+
+        Raises:
+            WindowError: there is none.
+        """
+
     @property
     def bounded(self) -> bool:
         """Whether positions stay in `[0, window)` for ever."""
-        return self.positions != "absolute"
+        return self.positions in BOUNDED
 
     @property
     def reads_per_query(self) -> bool:
@@ -139,7 +146,12 @@ class HeadRole(ABC):
         return tuple(f.name for f in dataclasses.fields(self) if f.type in counts)
 
 
-def ends(rows: int, sink: int, recent: int) -> tuple[int, ...]:
-    """The first `sink` and the last `recent` of `rows` rows, each once."""
-    first = min(sink, rows)
-    return (*range(first), *range(max(first, rows - recent), rows))
+def ends(table: FrameTable, sink: int, recent: int) -> tuple[int, ...]:
+    """The rows of the `sink` first frames and the last `recent` of the others, ascending."""
+    return with_last(table, table.first(sink), recent)
+
+
+def with_last(table: FrameTable, first: Sequence[int], recent: int) -> tuple[int, ...]:
+    """The rows `first`, and the last `recent` of the others, ascending."""
+    others = [row for row in range(len(table)) if row not in first]
+    return tuple(sorted((*first, *others[max(len(others) - max(recent, 0), 0) :])))

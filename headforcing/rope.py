@@ -9,6 +9,7 @@ cosines and sines, and in them only the frames of the call: these are computed a
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 def rotate(
-    x: Tensor, table: Tensor, positions: Sequence[int], height: int, width: int, patch: int = 1
+    x: Tensor, table: Tensor, positions: Sequence[float], height: int, width: int, patch: int = 1
 ) -> Tensor:
     """Rotates queries or keys to temporal `positions`; space stays where it is.
 
@@ -56,7 +57,7 @@ def rotate(
 
 
 def rotate_real(
-    x: Tensor, tables: Tables, positions: Sequence[int], height: int, width: int, patch: int = 1
+    x: Tensor, tables: Tables, positions: Sequence[float], height: int, width: int, patch: int = 1
 ) -> Tensor:
     """As `rotate`, where the host multiplies by cosines and sines; the same steps, so the same bits.
 
@@ -97,7 +98,7 @@ def temporal_columns(table: Tensor) -> int:
 
 @functools.lru_cache(maxsize=64)
 def temporal_tables(
-    positions: tuple[int, ...], columns: int, dtype: torch.dtype, device: torch.device
+    positions: tuple[float, ...], columns: int, dtype: torch.dtype, device: torch.device
 ) -> Tables:
     """Temporal columns of cosines and sines at any positions, `[n, columns]`, computed where tables are."""
     rates = 1.0 / THETA ** (torch.arange(0, 2 * columns, 2, dtype=dtype) / (2 * columns))
@@ -105,19 +106,31 @@ def temporal_tables(
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def temporal_rows(table: Tensor, positions: Sequence[int]) -> Tensor:
-    """Multipliers of the given temporal positions, `[n, columns]`, from a table `[rows, columns]`."""
-    parts = []
+def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
+    """Multipliers of the given temporal positions, `[n, columns]`, from a table `[rows, columns]`.
+
+    Whole numbers are rows of the table; where it ends, and for floats, angles are computed.
+    """
     if positions and min(positions) < 0:
         raise RoleError(f"RoPE positions {tuple(positions)}: expected none below 0")
-    for start, stop in runs(positions):
-        if stop <= table.shape[0]:
-            parts.append(table[start:stop])
-        else:
-            frame = torch.arange(start, stop, dtype=table.real.dtype, device=table.device)
-            angle = frame[:, None] * table[1].angle()
-            parts.append(torch.polar(torch.ones_like(angle), angle))
+    parts, table_dtype = [], table.real.dtype
+    for whole, group in itertools.groupby(positions, lambda position: isinstance(position, int)):
+        if not whole:
+            parts.append(_turns(table, torch.tensor([*group], dtype=table_dtype, device=table.device)))
+            continue
+        for start, stop in runs([int(position) for position in group]):
+            if stop <= len(table):
+                parts.append(table[start:stop])
+            else:
+                frames = torch.arange(start, stop, dtype=table_dtype, device=table.device)
+                parts.append(_turns(table, frames))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _turns(table: Tensor, positions: Tensor) -> Tensor:
+    """Multipliers at any positions `[n]`, computed as the second row of the table says."""
+    angle = positions[:, None] * table[1].angle()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def _spatial_rows(table: Tensor, height: int, width: int, patch: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from headforcing.errors import OptionError, StreamError
 from headforcing.role import HeadRole
 from headforcing.switch import Switch
-from headforcing.types import Tier
+from headforcing.types import Pin, Tier
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Scenes:
         self._marks: dict[str, dict[HeadRole, _Named]] = {}
         self._due: list[str] = []
         self._switch: Switch | None = None
+        self._pin: Pin | None = None
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -99,6 +100,22 @@ class Scenes:
     def outside(self, role: HeadRole, frames: Sequence[int | None]) -> tuple[int | None, ...]:
         """Frames of a role as the host counts them."""
         return self._scenes[role].outside(frames)
+
+    def hold(self, pin: Pin | None) -> None:
+        """From now on the host holds first frames of a later shot, or none but those of the video."""
+        self._pin = pin
+
+    def pin(self, role: HeadRole) -> Pin | None:
+        """First frames of a later shot, as a role counts them; none, where time restarted since."""
+        scene = self._scenes[role]
+        if self._pin is None or self._pin.begin < scene.begin:
+            return None
+        return replace(self._pin, begin=scene.inside(self._pin.begin))
+
+    def left(self, keep: int, role: HeadRole, held: Held) -> list[int]:
+        """Rows of a role's history that lie before frame `keep` of the video, as the host counts it."""
+        frames = self.outside(role, held(role))
+        return [row for row, frame in enumerate(frames) if frame is not None and frame < keep]
 
     def mark(self, name: str) -> None:
         """Names what the heads hold when the next chunk begins.
@@ -167,7 +184,7 @@ class Scenes:
         self._scenes = dict.fromkeys(self._scenes, Scene())
         self._marks.clear()
         self._due.clear()
-        self._switch = None
+        self._switch = self._pin = None
 
     def tensors(self) -> Iterator[Tensor]:
         """What the marks hold."""
@@ -181,9 +198,12 @@ class Scenes:
 
     def _rows(self, role: HeadRole, tiers: Sequence[Tier], start: int, held: Held) -> list[int]:
         """Rows of a role's history that lie in some tiers when a chunk begins at `start`."""
-        scene = self._scenes[role]
-        first, frames = scene.inside(start), enumerate(held(role))
-        return [row for row, frame in frames if scene.tier(role, frame, first) in tiers]
+        scene, pin, frames = self._scenes[role], self.pin(role), held(role)
+        found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
+        if pin is not None and "sink" in tiers:
+            pinned = range(pin.begin, pin.begin + min(pin.frames, getattr(role, "sink", 0)))
+            found = [tier or frame in pinned for tier, frame in zip(found, frames, strict=True)]
+        return [row for row, stays in enumerate(found) if stays]
 
     def _survivors(self, switch: Switch, role: HeadRole, start: int, held: Held, take: Take) -> Kept:
         """What a role still holds, counted as it will count."""

@@ -39,6 +39,7 @@ class Chunk:
         v: values, `[B, F, P, H, D]`.
         grid: height and width of a frame in patches, for roles that merge patches.
         q: queries before RoPE, likewise, for roles that choose by what is asked for.
+        shift: how far the host moves its frames on the temporal axis, in frames.
         rolling: whether it may come again with more or fewer frames behind its first ones, as where several
             chunks are denoised at once; those before the next chunk are remembered.
     """
@@ -49,11 +50,27 @@ class Chunk:
     grid: Grid | None = None
     q: Tensor | None = None
     rolling: bool = False
+    shift: float = 0
 
     @property
     def frames(self) -> range:
         """Absolute indices of the frames."""
         return range(self.start, self.start + self.k.shape[1])
+
+
+@dataclass(frozen=True)
+class Pin:
+    """First frames of a later shot, which the host holds in place of its sink.
+
+    Attributes:
+        begin: the first of them.
+        frames: how many the host holds.
+        always: first frames of the video that it holds as well.
+    """
+
+    begin: int
+    frames: int
+    always: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,7 @@ class FrameTable:
             roles call it.
         start: first frame of the chunk that begins, or that looks back.
         query: the frame that looks back, for roles that read per query frame.
+        pin: first frames of a later shot, where they are the sink.
     """
 
     frames: tuple[int | None, ...]
@@ -79,9 +97,22 @@ class FrameTable:
     keys: Callable[[Sequence[int]], Tensor] = field(repr=False, compare=False)
     start: int = 0
     query: int | None = None
+    pin: Pin | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def always(self, count: int) -> tuple[int, ...]:
+        """Rows of first frames of the video, `count` at most, that the host holds beside those of a shot."""
+        held = range(0 if self.pin is None else min(count, self.pin.always))
+        return tuple(row for row, frame in enumerate(self.frames) if frame in held)
+
+    def first(self, count: int) -> tuple[int, ...]:
+        """Rows of the `count` frames that a video, or its present shot, begins with."""
+        if self.pin is None:
+            return tuple(range(min(count, len(self))))
+        pinned = range(self.pin.begin, self.pin.begin + min(count, self.pin.frames))
+        return tuple(row for row, frame in enumerate(self.frames) if frame in pinned)
 
 
 @dataclass(frozen=True)
@@ -111,13 +142,13 @@ class KVView:
 
     Attributes:
         frames: absolute frame indices (`None`: chosen by content).
-        positions: the temporal RoPE position of each frame.
+        positions: the temporal RoPE position of each frame; whole numbers but for what the host shifts.
         k: rotated keys, `[B, n, P, Hr, D]`.
         v: values, `[B, n, P, Hr, D]`.
     """
 
     frames: tuple[int | None, ...]
-    positions: tuple[int, ...]
+    positions: tuple[float, ...]
     k: Tensor
     v: Tensor
 
@@ -137,6 +168,7 @@ class AttentionCall:
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the host runs these frames again, as behind a new prompt.
         rolling: whether the host denoises several chunks at once; see `Chunk`.
+        shift: how far the host moves these frames on the temporal axis, in frames.
         heads: whose queries or keys are rotated, for hosts that turn every head otherwise; `None`: all.
     """
 
@@ -148,6 +180,7 @@ class AttentionCall:
     phase: Phase = "denoise"
     repeats: bool = False
     rolling: bool = False
+    shift: float = 0
     heads: Heads | None = None
 
     @property

@@ -8,22 +8,20 @@ is returned, who else edits the cache.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from headforcing import rope
 from headforcing.adapter import Adapter, Memo, bind, parameter_names
-from headforcing.errors import ExternalEditError, StreamShapeError, UnsupportedModelError
+from headforcing.errors import StreamShapeError, UnsupportedModelError
+from headforcing.host_cache import allocate_again, free
 from headforcing.types import AttentionCall, Phase
 
 CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
 """The first arguments of the attention's `forward`, alike in all of these hosts."""
 SUBMODULES = ("q", "k", "v", "o", "norm_q", "norm_k")
-INDICES = ("global_end_index", "local_end_index")
 TRAINED_WINDOW = 21
 """Latent frames Wan-like AR models are trained on; one with `local_attn_size=-1` does not carry it."""
 
@@ -124,7 +122,7 @@ class WanAdapter(Adapter):
         q, k, v = m.norm_q(m.q(x)), m.norm_k(m.k(x)), m.v(x)  # type: ignore[operator]
         return q.view(shape), k.view(shape), v.view(shape)
 
-    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
         return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch=patch)
 
@@ -172,112 +170,3 @@ class WanAdapter(Adapter):
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`: a cache nothing was written to."""
         allocate_again(memo)
-
-
-class CountingWan(WanAdapter):
-    """A host whose cache dicts also hold how far they are written, as one-element tensors.
-
-    `global_end_index` counts tokens of the video, `local_end_index` those in the cache, where a full one is
-    rolled left behind its sink; a new video replaces both by zeros.
-    """
-
-    def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """See `Adapter.begins_video`; reads the indices only when the host touched them."""
-        ends = self.changed_ends(call, memo)
-        if ends is None or ends == memo["ends"]:
-            return False
-        if ends == (0, 0):
-            memo["ends"] = ends
-            return True
-        raise ExternalEditError(
-            f"{' and '.join(INDICES)} of the cache became {ends}, expected {memo['ends']} or zeros: "
-            "something outside edits the cache; reset the stream with handle.reset()"
-        )
-
-    def changed_ends(self, call: AttentionCall, memo: Memo) -> tuple[int, ...] | None:
-        """Both indices, where the host touched them since the last call; reads the device only then."""
-        if "ends" not in memo:
-            return None
-        indices = [call.arguments["kv_cache"][name] for name in INDICES]
-        if all(_untouched(index, mark) for index, mark in zip(indices, memo["marks"], strict=True)):
-            return None
-        return tuple(int(index.item()) for index in indices)
-
-    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
-        """Projects, and moves the end indices as upstream would have."""
-        cache, tokens = call.arguments["kv_cache"], self.written(module, call)
-        end = int(call.arguments["current_start"]) + tokens
-        global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
-        over = tokens + local_end - cache["k"].shape[1]
-        evicted = over if self.evicts(module) and end > global_end and over > 0 else 0
-        memo["ends"] = (end, local_end + end - global_end - evicted)
-        indices = [cache[name] for name in INDICES]
-        for index, value in zip(indices, memo["ends"], strict=True):
-            index.fill_(value)
-        memo["marks"] = [(weakref.ref(index), _version(index)) for index in indices]
-        return super().output(module, out, call, memo)  # type: ignore[no-any-return]
-
-    def written(self, module: nn.Module, call: AttentionCall) -> int:
-        """Tokens of a call that the host writes into its cache: all of them."""
-        return call.x.shape[1]
-
-    def evicts(self, module: nn.Module) -> bool:
-        """Whether the host rolls a full cache."""
-        return bool(module.local_attn_size != -1)
-
-    def forget(self, memo: Memo) -> None:
-        """Drops what was noted about the indices."""
-        memo.pop("ends", None)
-        memo.pop("marks", None)
-
-    def give_back(self, anchor: object, memo: Memo) -> None:
-        """Zeros for the indices, too: a cache nothing was written to."""
-        super().give_back(anchor, memo)
-        for index in _alive(mark[0] for mark in memo.get("marks", ()) if "freed" in memo):
-            with torch.inference_mode(index.is_inference()):
-                index.zero_()
-
-
-def free(tensors: Sequence[Tensor], memo: Memo) -> int:
-    """Takes their memory from tensors that the host holds, once; returns the bytes that are free."""
-    if "freed" in memo:
-        return 0
-    memo["freed"] = [weakref.ref(tensor) for tensor in tensors]  # the anchor may be among them
-    freed = sum(_exclusive_bytes(tensor) for tensor in tensors)
-    for tensor in tensors:
-        _restorage(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device))
-    return freed
-
-
-def allocate_again(memo: Memo) -> None:
-    """Gives what was freed and is still there zeros of its shape."""
-    for tensor in _alive(memo.get("freed", ())):
-        _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
-
-
-def _restorage(tensor: Tensor, source: Tensor) -> None:
-    """Gives `tensor`, the object the host holds, the memory of `source`, keeping its shape."""
-    stride = source.stride() if source.shape == tensor.shape else (0,) * tensor.dim()
-    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-        tensor.set_(source.untyped_storage(), 0, tensor.shape, stride)
-
-
-def _exclusive_bytes(tensor: Tensor) -> int:
-    """Bytes that are free when the tensor lets go; a slice of a larger allocation frees none."""
-    size: int = tensor.untyped_storage().nbytes()
-    return size if size == tensor.numel() * tensor.element_size() else 0
-
-
-def _version(index: Tensor) -> int | None:
-    """Counts in-place edits; inference tensors do not count, so theirs must be read."""
-    return None if index.is_inference() else index._version
-
-
-def _alive(tensors: Iterable[weakref.ref[Tensor]]) -> Iterator[Tensor]:
-    """Those of some tensors that the host still holds."""
-    return (tensor for tensor in (known() for known in tensors) if tensor is not None)
-
-
-def _untouched(index: Tensor, mark: tuple[weakref.ref[Tensor], int | None]) -> bool:
-    known, version = mark
-    return known() is index and version is not None and _version(index) == version

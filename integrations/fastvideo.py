@@ -19,7 +19,7 @@ from headforcing import rope
 from headforcing.adapter import bind
 from headforcing.errors import StreamShapeError
 from headforcing.types import AttentionCall, Grid
-from headforcing.wan import INDICES, CountingWan
+from headforcing.wan_counting import INDICES, CountingWan
 
 GIVEN = ("q", "k", "v")
 _grids: MutableMapping[Tensor, tuple[int, int, Grid]] = WeakIdKeyDictionary()
@@ -72,7 +72,7 @@ class FastVideo(CountingWan):
         """Nothing: the block does."""
         return out
 
-    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[int], patch: int = 1) -> Tensor:
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
         return rope.rotate_real(x, _tables(call.arguments), positions, *call.grid[1:], patch=patch)
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall
-from headforcing.wan import CALL, CountingWan
+from headforcing.wan import CALL
+from headforcing.wan_counting import CountingWan
 
 
 class InfinityRope(CountingWan):

@@ -12,15 +12,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall
-from headforcing.wan import CALL, CountingWan
+from headforcing.wan import CALL
+from headforcing.wan_counting import DeferringWan
 
 
-class LongLive(CountingWan):
+class LongLive(DeferringWan):
     """The `CausalWanSelfAttention` skeleton that is told whether the sink runs again."""
 
     name = "longlive"
@@ -41,31 +42,13 @@ class LongLive(CountingWan):
         """
         if super().begins_video(call, memo):
             return True
-        emptied = memo.get("keys", _version(call)) != _version(call)
-        if emptied or call.arguments["sink_recache_after_switch"]:
+        if self.wrote(call, memo) or call.arguments["sink_recache_after_switch"]:
             raise ExternalEditError(
                 "the cache was emptied for a new prompt, first frames included (global_sink=False), which is "
                 "not served: set global_sink=True, or put handle.switch_prompt(...) in place of the "
                 "pipeline's _recache_after_switch"
             )
         return False
-
-    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
-        """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
-        y = super().output(module, out, call, memo)
-        memo["marks"] = [(index, mark if mark is None else mark + 1) for index, mark in memo["marks"]]
-        memo["keys"] = _version(call)
-        return y, (*memo["ends"], None)
-
-    def forget(self, memo: Memo) -> None:
-        super().forget(memo)
-        memo.pop("keys", None)
-
-
-def _version(call: AttentionCall) -> int | None:
-    """Counts in-place edits of the host's keys; those of inference tensors do not show."""
-    keys: Tensor = call.arguments["kv_cache"]["k"]
-    return None if keys.is_inference() else keys._version
 
 
 ADAPTER = LongLive()

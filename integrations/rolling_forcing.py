@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from headforcing.types import AttentionCall, Phase
-from headforcing.wan import CALL, CountingWan
+from headforcing.wan import CALL
+from headforcing.wan_counting import CountingWan
 
 
 class RollingForcing(CountingWan):

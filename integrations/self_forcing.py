@@ -8,7 +8,8 @@ the same dicts by zeros.
 
 from __future__ import annotations
 
-from headforcing.wan import CALL, CountingWan
+from headforcing.wan import CALL
+from headforcing.wan_counting import CountingWan
 
 
 class SelfForcing(CountingWan):

@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
-    {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"},
+    {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"}
+    | {"shots", "host_cache"},
     {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "adapter", "wan", "fingerprint", "preset", "presets"},
-    {"health", "scene", "digests", "eval_files"},
+    | {"rope", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
+    {"health", "scene", "storage", "digests", "eval_files"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
@@ -39,9 +40,9 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # One file each, so that a file can be added or removed alone: no imports between neighbours.
 ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrations"}
 ONLY = {
-    "integrations": {"types", "adapter", "rope", "wan", "errors"},
+    "integrations": {"types", "adapter", "rope", "wan", "wan_counting", "errors", "shots", "host_cache"},
     "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
-    | {"scene", "switch", "shape", "order", "stores"},
+    | {"scene", "switch", "shape", "order", "shots", "storage", "stores"},
     "backends": {"types", "errors", "lookup", "backends"},
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder

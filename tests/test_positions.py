@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from headforcing.errors import RoleError, WindowError
-from headforcing.positions import place
+from headforcing.positions import SCHEMES, place
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
@@ -50,12 +50,13 @@ def test_clamped_keeps_true_distances_that_fit(view):
 @given(st.integers(1, WINDOW), st.integers(0, WINDOW))
 def test_every_scheme_is_absolute_while_the_video_fits_the_window(chunk, history):
     frames = range(min(history, WINDOW - chunk) + chunk)
-    for scheme in ("absolute", "compact", "clamped"):
+    for scheme in SCHEMES:
         assert place(scheme, frames, chunk, WINDOW) == tuple(frames)
 
 
-def test_only_compact_works_without_knowing_the_frames():
+def test_what_counts_ranks_works_without_knowing_the_frames():
     assert place("compact", (0, None, None, 7), 1, WINDOW) == (0, 1, 2, 3)
+    assert place("adjoining", (0, None, None, 7), 1, WINDOW) == (4, 5, 6, 7)
     with pytest.raises(RoleError, match="2 of 4 frames were chosen by content: use positions='compact'"):
         place("clamped", (0, None, None, 7), 1, WINDOW)
 
@@ -81,6 +82,9 @@ def check_stays(role: HeadRole, index: int) -> None:
         sink = min(getattr(inside, "sink", 0), held)
         frames = (*range(sink), *range(now - held + sink, now), *range(now, now + 3))
         placed = role.place(frames, 3, WINDOW, digested=beside)
+        if "adjoining" in (role.positions, inside.positions):
+            assert placed == tuple(range(now + 3 - len(frames), now + 3))
+            continue
         if not role.bounded:
             assert placed == frames
             continue

@@ -23,6 +23,7 @@ from headforcing import Anchor, Full, Local, Memory, RoleMap, SlidingWindow
 from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.errors import RoleMapError
 from headforcing.origin import Measurement, ModelFacts, Origin
+from headforcing.positions import SCHEMES
 
 HASH = f"sha256:{7:064}"
 GOOD = RoleMap(
@@ -127,7 +128,7 @@ def check_role(role: Any) -> None:
         kind = fields.get(name)
         need(kind is not COUNT or is_int(value, 0))
         need(kind is not MAYBE or value is None or is_int(value, 0))
-        need(kind is not POSITIONS or value in ("absolute", "compact", "clamped"))
+        need(kind is not POSITIONS or value in SCHEMES)
     if role["type"] == "SlidingWindow":
         need("window" in role and role.get("sink", 0) < role["window"])
     if role["type"] == "Memory":

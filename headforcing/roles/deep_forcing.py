@@ -56,7 +56,7 @@ class Participating(HeadRole):
         chosen = 0 if table.frames == tuple(range(rows)) else self.chosen
         if rows + chosen + table.chunk <= self.window:
             return range(rows)
-        return ends(rows, self.sink, max(self.recent - table.chunk, 0))
+        return ends(table, self.sink, max(self.recent - table.chunk, 0))
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """The role, if there is room for all of it.

@@ -41,7 +41,7 @@ class Dynamic(HeadRole):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.positions == "clamped":
+        if self.positions not in ("absolute", "compact"):
             raise RoleError(f"{self}: pieces sit before the last frame, use 'absolute' or 'compact'")
         if self.pieces < 1:
             raise RoleError(f"{self}: expected at least 1 piece")
@@ -52,7 +52,7 @@ class Dynamic(HeadRole):
 
     def retain(self, table: FrameTable) -> Sequence[int]:
         """First frames and the last one."""
-        return ends(len(table), self.sink, 1)
+        return ends(table, self.sink, 1)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """Where positions are compact, every frame that was cut takes a place.

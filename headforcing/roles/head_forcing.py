@@ -37,7 +37,7 @@ class Local(HeadRole):
         return self.sink + self.recent
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        return ends(len(table), self.sink, self.recent)
+        return ends(table, self.sink, self.recent)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Anchor(HeadRole):
         return self.sink + self.recent
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        return ends(len(table), self.sink, self.recent)
+        return ends(table, self.sink, self.recent)
 
 
 @dataclass(frozen=True)

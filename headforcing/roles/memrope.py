@@ -56,7 +56,7 @@ class Averaging(HeadRole):
     def retain(self, table: FrameTable) -> Sequence[int]:
         rows, room = len(table), self.window - table.chunk
         averaged = rows > room or table.frames != tuple(range(rows))
-        return ends(rows, self.sink, room - AVERAGES - self.sink) if averaged else range(rows)
+        return ends(table, self.sink, room - AVERAGES - self.sink) if averaged else range(rows)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         least = self.sink + AVERAGES + chunk

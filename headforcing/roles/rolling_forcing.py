@@ -23,18 +23,16 @@ class Rolling(HeadRole):
 
     Attributes:
         window: frames seen, own chunk included.
-        sink: first frames of the video, seen right before the oldest of the others.
+        sink: first frames of the video.
     """
 
     window: int
     sink: int = 3
-    positions: PositionScheme = field(default="absolute", kw_only=True)
+    positions: PositionScheme = field(default="adjoining", kw_only=True)
     uses_phase: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.positions != "absolute":
-            raise RoleError(f"{self}: only positions='absolute' say where the first frames sit")
         if self.sink >= self.window:
             raise RoleError(f"{self}: sink must be smaller than window")
 
@@ -43,27 +41,14 @@ class Rolling(HeadRole):
         return self.window
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        return ends(len(table), self.sink, self.window - self.sink)
+        return ends(table, self.sink, self.window - self.sink)
 
     def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
         recent = self.window - table.chunk
         if phase == "denoise":
-            return ends(len(table), self.sink, recent - self.sink)
+            return ends(table, self.sink, recent - self.sink)
         first = table.start - recent
         return [row for row, frame in enumerate(table.frames) if frame is not None and frame >= first]
-
-    def place(
-        self,
-        frames: Sequence[int | None],
-        chunk: int,
-        window: int,
-        query: int | None = None,
-        digested: int = 0,
-    ) -> tuple[int, ...]:
-        """True positions, but first frames sit right before the others."""
-        placed = super().place(frames, chunk, window, query, digested)
-        first = sum(position < self.sink for position in placed[: len(placed) - chunk])
-        return (*range(placed[first] - first, placed[first]), *placed[first:])
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         if self.window < self.sink + chunk:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.positions import PositionScheme
-from headforcing.role import HeadRole, ends
-from headforcing.types import FrameTable
+from headforcing.role import HeadRole, with_last
+from headforcing.types import FrameTable, Pin
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,16 @@ class SlidingWindow(HeadRole):
         return self.window - chunk
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        return ends(len(table), self.sink, self.window - table.chunk - self.sink)
+        first = sorted({*table.first(self.sink), *table.always(self.sink)})
+        return with_last(table, first, self.window - table.chunk - len(first))
+
+    def follow(self, pin: Pin, chunk: int) -> None:
+        first = min(self.sink, pin.frames) + min(self.sink, pin.always)
+        if self.window < first + chunk:
+            raise WindowError(
+                f"{self} has no room for a chunk of {chunk} frames beside {first} first ones, of the video "
+                f"and of the shot that begins at frame {pin.begin}: give it at least {first + chunk}"
+            )
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         if self.window < self.sink + chunk:

@@ -7,8 +7,7 @@ no trace, and nothing has to be rolled back.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,13 +18,15 @@ from headforcing.health import HostFlag
 from headforcing.lookup import named_class
 from headforcing.order import check_order
 from headforcing.role import HeadRole
-from headforcing.scene import Kept, Scenes
+from headforcing.scene import Scenes
 from headforcing.shape import Shape
+from headforcing.shots import Edit, Shifts
+from headforcing.storage import Storage
 from headforcing.switch import Switch
-from headforcing.types import Chunk, Encode, Grid, Heads, KVView, Phase
+from headforcing.types import Chunk, Encode, Grid, Heads, Pin
 
 
-class KVStore(ABC):
+class KVStore(Storage):
     """The memory of one layer on one stream.
 
     The order of chunks, the shape of what comes and the health of what is committed are checked here,
@@ -47,6 +48,7 @@ class KVStore(ABC):
         self.turned = False
         self.scenes = Scenes(heads)
         self.digests = Digests(heads, layer)
+        self._shifts = Shifts()
         self._grid: Grid | None = None
         self._queries: Tensor | None = None
         self.window = window
@@ -78,6 +80,8 @@ class KVStore(ABC):
             )
         shape = Shape.of(chunk)
         self.digests.check(chunk, self._grid if chunk.start else None)
+        if chunk.shift:
+            self._check_shift()
         again = self.scenes.rerun(self.frames_so_far)
         if again is None and self._rolls(chunk):
             shape.check_follows(self._shape, self.layer)
@@ -100,6 +104,7 @@ class KVStore(ABC):
             if self._turn(chunk.start):
                 self._make_room(chunk.frames)
         self._stage(chunk)
+        self._shifts.note(chunk.start, chunk.shift)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
         self._grid, self._queries = chunk.grid, chunk.q if self.digests.want_queries else None
 
@@ -144,7 +149,32 @@ class KVStore(ABC):
         self._finite = None
         self.digests.clear()
         self.scenes.clear()
+        self._shifts.clear()
         self._clear()
+
+    def edit(self, edit: Edit, start: int) -> None:
+        """Follows what the host did to its cache before the chunk at frame `start`.
+
+        Raises:
+            WindowError: a role has no room for the first frames of a shot.
+            StreamError: the cache was emptied, and another chunk than the pending one comes.
+        """
+        if isinstance(edit, Pin):
+            for role in self.heads:
+                role.follow(edit, 1 if self._pending is None else len(self._pending))
+            self.scenes.hold(edit)
+            return
+        if self._pending is None or self._pending.start != start:
+            raise StreamError(
+                f"layer {self.layer}: the host emptied its cache before frame {start}, but frames "
+                f"{self._pending} were not written since: reset the stream with handle.reset()"
+            )
+        self._moving = True
+        for role in self.heads:
+            self._put(role, self._take(role, self.scenes.left(edit.keep, role, self._held)))
+        self.digests.clear()
+        self.scenes.hold(None)
+        self._moving = False
 
     def check_switch(self, switch: Switch) -> None:
         """Looks whether a prompt switch is possible now.
@@ -169,21 +199,6 @@ class KVStore(ABC):
         """Frames of the video so far, the pending chunk included."""
         return self._end if self._pending is None else self._pending.stop
 
-    @abstractmethod
-    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
-        """What the heads of `role` see now, own chunk last, keys rotated by `encode`.
-
-        Args:
-            role: whose heads.
-            phase: which pass this is.
-            encode: rotates keys to positions.
-            query: the frame that looks, for a role that reads per query frame.
-        """
-
-    @abstractmethod
-    def frames(self, role: HeadRole) -> list[list[int]]:
-        """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
-
     def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """What the heads of `role` see beside whole frames: rotated keys, values `[B, m, Hr, D]`.
 
@@ -199,42 +214,6 @@ class KVStore(ABC):
         """Bytes held, counted from the tensors; marks included."""
         queries = [] if self._queries is None else [self._queries]
         return self._nbytes() + nbytes([*self.digests.tensors(), *self.scenes.tensors(), *queries])
-
-    @abstractmethod
-    def _nbytes(self) -> int:
-        """Bytes held for whole frames."""
-
-    @abstractmethod
-    def _begin(self, own: range) -> None:
-        """Asks every role what stays, because the chunk of the frames `own` begins."""
-
-    @abstractmethod
-    def _held(self, role: HeadRole) -> Sequence[int | None]:
-        """The frames of a role's history, as the role counts them."""
-
-    @abstractmethod
-    def _take(self, role: HeadRole, rows: Sequence[int]) -> Kept:
-        """Copies rows of a role's history."""
-
-    @abstractmethod
-    def _put(self, role: HeadRole, kept: Kept) -> None:
-        """Makes this a role's history."""
-
-    @abstractmethod
-    def _stage(self, chunk: Chunk) -> None:
-        """Overwrites the pending chunk."""
-
-    @abstractmethod
-    def _append(self, frames: range) -> None:
-        """Turns the first frames of the pending chunk into history, unselected."""
-
-    @abstractmethod
-    def _staged(self) -> Iterator[tuple[HeadRole, Tensor, Tensor]]:
-        """Role, keys and values of the pending chunk, `[B, F, P, Hr, D]`."""
-
-    @abstractmethod
-    def _clear(self) -> None:
-        """Forgets history and pending chunk."""
 
     def _rolls(self, chunk: Chunk) -> bool:
         """Whether it is the pending chunk with other frames behind its first ones."""
@@ -254,13 +233,15 @@ class KVStore(ABC):
         own = self.scenes.inside(role, self._pending)
         return own, None if query is None else own.start + query - self._pending.start
 
-    def _place(self, role: HeadRole, frames: Sequence[int | None], query: int | None) -> tuple[int, ...]:
-        """Where the frames of a view sit, own chunk last, all as the role counts them."""
-        assert self._pending is not None
+    def _place(
+        self, role: HeadRole, frames: Sequence[int | None], chunk: int, query: int | None = None
+    ) -> tuple[float, ...]:
+        """Where the frames of a view sit, the `chunk` own ones last, all as the role counts them."""
         more = {} if query is None else {"query": query}
         if (digest := self.digests.get(role)) is not None:
             more["digested"] = digest.places
-        return role.place(frames, len(self._pending), self.window, **more)
+        placed = role.place(frames, chunk, self.window, **more)
+        return placed if role.bounded else self._shifts.moved(placed, self.scenes.outside(role, frames))
 
     def _turn(self, start: int) -> bool:
         """Marks and switches that were asked for, because a chunk begins at `start`; whether frames went."""
@@ -272,6 +253,15 @@ class KVStore(ABC):
         self._end, self.turned = start, self.turned or switch is not None
         self._moving = False
         return went
+
+    def _check_shift(self) -> None:
+        """Parts of frames that are seen where they were would have to move as well."""
+        for role in self.heads:
+            if not role.bounded and self.digests.get(role) is not None:
+                raise StreamError(
+                    f"layer {self.layer}: the host moves a later shot in time, but {role} keeps parts of "
+                    "frames where they were: give it positions='compact', or set the host's offset to 0"
+                )
 
     def _check_roles(self, chunk: int) -> None:
         for role in self.heads:

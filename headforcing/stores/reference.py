@@ -47,7 +47,7 @@ class ReferenceStore(KVStore):
         inside, asked = self._inside(role, query)
         rows = list(role.attend(dataclasses.replace(self._table(role, 0, inside), query=asked), phase))
         frames = (*(self._known[role][row] for row in rows), *inside)
-        positions = self._place(role, frames, asked)
+        positions = self._place(role, frames, len(inside), asked)
         heads = self.heads[role]
         k, v = heads.take(own.k), heads.take(own.v)
         if rows:
@@ -122,7 +122,7 @@ class ReferenceStore(KVStore):
         def keys(rows: Sequence[int]) -> Tensor:
             return self._stack(role, rows, "k")
 
-        return FrameTable(self._known[role], new, len(own), keys, own.start)
+        return FrameTable(self._known[role], new, len(own), keys, own.start, pin=self.scenes.pin(role))
 
     def _rows(self, role: HeadRole, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of history rows, `[B, rows, P, Hr, D]`; also of none."""

@@ -16,7 +16,8 @@ of the same frames; `nbytes` says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ from headforcing.digest import nbytes
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.stores import KVStore
-from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Selection, runs
+from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Pin, Selection, runs
 
-_Plan = tuple[tuple[int, ...], tuple[int, ...]]
+_Plan = tuple[tuple[int, ...], tuple[float, ...]]
+_Place = Callable[[Sequence[int | None], int], tuple[float, ...]]
 _NOTHING = torch.empty(0)
 
 
@@ -41,9 +43,10 @@ class RingStore(KVStore):
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
         bank = self._banks[role]
         own, asked = self._inside(role, query)
-        rows = tuple(role.attend(dataclasses.replace(bank.table(0, own), query=asked), phase))
+        table = bank.table(0, own, self.scenes.pin(role))
+        rows = tuple(role.attend(dataclasses.replace(table, query=asked), phase))
         frames = (*(bank.frames[row] for row in rows), *own)
-        positions = self._place(role, frames, asked)
+        positions = self._place(role, frames, len(own), asked)
         if query is None and len(rows) == len(bank.frames):
             k, v = bank.see(positions, encode)
         else:
@@ -59,9 +62,9 @@ class RingStore(KVStore):
     def _begin(self, own: range) -> None:
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, own)
-            table, kept = bank.choose(inside)
+            table, kept = bank.choose(inside, self.scenes.pin(role))
             self.digests.let_go(role, kept, table, bank.rows, self._grid)
-            bank.begin(kept, inside)
+            bank.begin(kept, inside, functools.partial(self._place, role))
 
     def _stage(self, chunk: Chunk) -> None:
         for bank in self._banks.values():
@@ -99,22 +102,22 @@ class _Bank:
         self._new = 0
         self._raw = self._rotated = self._v = _NOTHING  # [B, slots, P, Hr, D]
         self._ids = _NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
-        self._placed: list[int | None] = []  # where each rotated slot sits; None: not rotated yet
+        self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
         self._some: dict[int | None, tuple[_Plan, Tensor, Tensor]] = {}  # by query frame
 
-    def table(self, new: int, own: range) -> FrameTable:
-        return FrameTable(self.frames, new, len(own), self._keys, own.start)
+    def table(self, new: int, own: range, pin: Pin | None = None) -> FrameTable:
+        return FrameTable(self.frames, new, len(own), self._keys, own.start, pin=pin)
 
-    def choose(self, own: range) -> tuple[FrameTable, Selection]:
+    def choose(self, own: range, pin: Pin | None) -> tuple[FrameTable, Selection]:
         """What there is, and what of it stays when the chunk of the frames `own` begins."""
-        table = self.table(self._new, own)
+        table = self.table(self._new, own, pin)
         kept = self.role.retain(table)
         return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
 
-    def begin(self, kept: Selection, own: range) -> None:
+    def begin(self, kept: Selection, own: range, place: _Place) -> None:
         """Keeps what was chosen."""
         self.frames = kept.frames(self.table(self._new, own))
-        self._move(kept, self._next_positions(own))
+        self._move(kept, self._next_positions(own, place))
         self._new = 0
         self._some.clear()
 
@@ -156,7 +159,7 @@ class _Bank:
         own = slice(len(self.frames), len(self.frames) + chunk)
         return self._raw[:, own], self._v[:, own]
 
-    def see(self, positions: Sequence[int], encode: Encode) -> tuple[Tensor, Tensor]:
+    def see(self, positions: Sequence[float], encode: Encode) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of the history and the pending chunk."""
         stale = [slot for slot, place in enumerate(positions) if self._placed[slot] != place]
         for first, last in runs(stale):
@@ -165,7 +168,7 @@ class _Bank:
         return self._rotated[:, : len(positions)], self._v[:, : len(positions)]
 
     def see_some(
-        self, rows: Sequence[int], positions: Sequence[int], encode: Encode, query: int | None
+        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, query: int | None
     ) -> tuple[Tensor, Tensor]:
         """The same for a part of the history, packed once per chunk and query frame."""
         held = len(rows)
@@ -181,7 +184,7 @@ class _Bank:
         return some_k, some_v
 
     def _packed(
-        self, rows: Sequence[int], positions: Sequence[int], encode: Encode, slots: int
+        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, slots: int
     ) -> tuple[Tensor, Tensor]:
         """Rotated keys of some rows, and their values where they are not all of them, with room behind."""
         shape = (self._v.shape[0], slots, *self._v.shape[2:])
@@ -216,15 +219,15 @@ class _Bank:
         """Keys of neighbouring history rows, `[B, rows, P, Hr, D]`."""
         return self._raw[:, rows[0] : rows[-1] + 1]
 
-    def _next_positions(self, own: range) -> Sequence[int | None]:
+    def _next_positions(self, own: range, place: _Place) -> Sequence[float | None]:
         """Where the history will sit in the first pass; nowhere, for a role that sees a part of it."""
         if self.role.reads_per_query:
             return [None] * len(self.frames)
         if len(self.role.attend(self.table(0, own), "denoise")) < len(self.frames):
             return [None] * len(self.frames)
-        return self.role.place((*self.frames, *own), len(own), self.window)
+        return place((*self.frames, *own), len(own))
 
-    def _move(self, selection: Selection, positions: Sequence[int | None]) -> None:
+    def _move(self, selection: Selection, positions: Sequence[float | None]) -> None:
         """Slides the selected rows to the front; rotated keys only where their position stays."""
         chosen = 0 if selection.chosen is None else selection.chosen.shape[1]
         after = len(selection.before) + chosen
@@ -245,7 +248,9 @@ class _Bank:
         """Makes room for `slots` frames like those of `k` and `v`, keeping the history."""
         batch, chunk, tokens, _, dim = k.shape
         fits = self._raw.shape[:1] + self._raw.shape[2:] == (batch, tokens, len(self.heads), dim)
-        fits = fits and _alike(self._raw, k) and _alike(self._v, v)
+        fits = fits and all(
+            (b.dtype, b.device) == (x.dtype, x.device) for b, x in ((self._raw, k), (self._v, v))
+        )
         if fits and slots <= self._raw.shape[1]:
             return
         capacity = self.role.capacity(chunk)
@@ -267,10 +272,6 @@ class _Bank:
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._raw, self._rotated, self._v, self._ids
-
-
-def _alike(buffer: Tensor, x: Tensor) -> bool:
-    return buffer.dtype == x.dtype and buffer.device == x.device
 
 
 def _pick(buffer: Tensor, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headforcing.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
 from headforcing.errors import WindowError
+from headforcing.positions import SCHEMES
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
@@ -31,7 +32,7 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
     """A strategy for every class of built-in roles; those wrapped in another are drawn of all the others."""
     room = st.integers(0, window - chunk)
     pair = room.flatmap(lambda total: st.integers(0, total).map(lambda first: (first, total - first)))
-    ends = st.sampled_from(["compact", "clamped", "absolute"])
+    ends = st.sampled_from(SCHEMES)
     two = st.sampled_from(["compact", "absolute"])
     sliding = st.builds(
         lambda size, sink, positions: SlidingWindow(size, min(sink, size - chunk), positions=positions),

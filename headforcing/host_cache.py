@@ -1,0 +1,67 @@
+"""The tensors of a host's own cache: their memory while we are in, and whether somebody edited them.
+
+What is noted about them holds them weakly, for the timeline dies with the host's cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Mark = tuple["weakref.ref[Tensor]", int | None]
+"""A tensor as it was when we left it: which one, and how often it was edited."""
+
+
+def free(tensors: Sequence[Tensor], memo: MutableMapping[str, Any]) -> int:
+    """Takes their memory from tensors that the host holds, once; returns the bytes that are free."""
+    if "freed" in memo:
+        return 0
+    memo["freed"] = [weakref.ref(tensor) for tensor in tensors]  # the anchor may be among them
+    freed = sum(_exclusive_bytes(tensor) for tensor in tensors)
+    for tensor in tensors:
+        _restorage(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device))
+    return freed
+
+
+def allocate_again(memo: MutableMapping[str, Any]) -> None:
+    """Gives what was freed and is still there zeros of its shape."""
+    for tensor in alive(memo.get("freed", ())):
+        _restorage(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+
+
+def alive(tensors: Iterable[weakref.ref[Tensor]]) -> Iterator[Tensor]:
+    """Those of some tensors that the host still holds."""
+    return (tensor for tensor in (known() for known in tensors) if tensor is not None)
+
+
+def version(tensor: Tensor) -> int | None:
+    """Counts in-place edits; inference tensors do not count, so theirs must be read."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def mark(tensor: Tensor) -> Mark:
+    """How a tensor is now."""
+    return weakref.ref(tensor), version(tensor)
+
+
+def untouched(tensor: Tensor, mark: Mark) -> bool:
+    """Whether a tensor is as it was marked; of inference tensors that is not known."""
+    known, edits = mark
+    return known() is tensor and edits is not None and version(tensor) == edits
+
+
+def _restorage(tensor: Tensor, source: Tensor) -> None:
+    """Gives `tensor`, the object the host holds, the memory of `source`, keeping its shape."""
+    stride = source.stride() if source.shape == tensor.shape else (0,) * tensor.dim()
+    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+        tensor.set_(source.untyped_storage(), 0, tensor.shape, stride)
+
+
+def _exclusive_bytes(tensor: Tensor) -> int:
+    """Bytes that are free when the tensor lets go; a slice of a larger allocation frees none."""
+    size: int = tensor.untyped_storage().nbytes()
+    return size if size == tensor.numel() * tensor.element_size() else 0

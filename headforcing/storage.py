@@ -1,0 +1,67 @@
+"""What a store defines: where its tensors lie. When they move is the same for all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from headforcing.role import HeadRole
+from headforcing.scene import Kept
+from headforcing.types import Chunk, Encode, KVView, Phase
+
+
+class Storage(ABC):
+    """The tensors of one layer on one stream: a history per role, and the pending chunk."""
+
+    @abstractmethod
+    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
+        """What the heads of `role` see now, own chunk last, keys rotated by `encode`.
+
+        Args:
+            role: whose heads.
+            phase: which pass this is.
+            encode: rotates keys to positions.
+            query: the frame that looks, for a role that reads per query frame.
+        """
+
+    @abstractmethod
+    def frames(self, role: HeadRole) -> list[list[int]]:
+        """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
+
+    @abstractmethod
+    def _nbytes(self) -> int:
+        """Bytes held for whole frames."""
+
+    @abstractmethod
+    def _begin(self, own: range) -> None:
+        """Asks every role what stays, because the chunk of the frames `own` begins."""
+
+    @abstractmethod
+    def _held(self, role: HeadRole) -> Sequence[int | None]:
+        """The frames of a role's history, as the role counts them."""
+
+    @abstractmethod
+    def _take(self, role: HeadRole, rows: Sequence[int]) -> Kept:
+        """Copies rows of a role's history."""
+
+    @abstractmethod
+    def _put(self, role: HeadRole, kept: Kept) -> None:
+        """Makes this a role's history."""
+
+    @abstractmethod
+    def _stage(self, chunk: Chunk) -> None:
+        """Overwrites the pending chunk."""
+
+    @abstractmethod
+    def _append(self, frames: range) -> None:
+        """Turns the first frames of the pending chunk into history, unselected."""
+
+    @abstractmethod
+    def _staged(self) -> Iterator[tuple[HeadRole, Tensor, Tensor]]:
+        """Role, keys and values of the pending chunk, `[B, F, P, Hr, D]`."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Forgets history and pending chunk."""
