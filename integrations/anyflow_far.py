@@ -26,8 +26,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from headforcing import rope
 from headforcing.adapter import Adapter, Memo, parameter_names
 from headforcing.errors import ChunkOrderError, PatchedModuleError, StreamShapeError, UnsupportedModelError
+from headforcing.host_cache import allocate_again, free
 from headforcing.types import AttentionCall, Grid, Phase
-from headforcing.wan import allocate_again, free
 
 CALL = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb", "kv_cache", "kv_cache_flag")
 SUBMODULES = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
