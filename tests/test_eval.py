@@ -19,6 +19,7 @@ from headforcing import RoleMap
 from headforcing.demo import demo_model, demo_roles
 from headforcing.errors import HeadForcingError, RoleMapMismatchError
 from headforcing.eval_files import MANIFEST, VIDEOS, make_jobs, read_entries
+from headforcing.roles import Local
 
 pytest.importorskip("accelerate", reason="the example needs accelerate")
 pytest.importorskip("imageio_ffmpeg", reason="the example writes mp4, which needs the extra demo")
@@ -201,7 +202,7 @@ def test_five_prompts_on_four_processes_make_the_same(serial, place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pipeline_of_diffusers_without_roles_is_evaluated(place, tmp_path):
+def test_a_pipeline_of_diffusers_is_evaluated_with_roles_and_without(place, tmp_path):
     pytest.importorskip("diffusers", minversion="0.42", reason="AnyFlow FAR came with diffusers 0.42")
     target = {"make": "anyflow_target:make", "roles": ()}
     here(place, tmp_path / "serial", **target)
@@ -210,6 +211,15 @@ def test_a_pipeline_of_diffusers_without_roles_is_evaluated(place, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "serial")
     facts = read_entries(tmp_path / "out" / MANIFEST)[0]["run"]
     assert facts["policy"] == "the model's own cache"
+    RoleMap.uniform(Local(recent=0), 1, 2).save(place / "forgetful.json")
+    target["roles"] = ("--roles", "forgetful.json")
+    here(place, tmp_path / "roles", **target)
+    facts = read_entries(tmp_path / "roles" / MANIFEST)[0]["run"]
+    assert facts["policy"] == "role map"
+    ours, theirs = (content(tmp_path / folder) for folder in ("roles", "serial"))
+    videos = [name for name in theirs if name.endswith(".mp4")]
+    assert videos
+    assert [name for name in videos if ours[name] == theirs[name]] == []
 
 
 def test_after_a_process_died_resume_makes_the_rest(serial, place, tmp_path):
