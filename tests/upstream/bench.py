@@ -16,6 +16,11 @@ from . import tiny
 from .scenarios import BASELINES, LAYERS, REPOSITORIES, WRAPPER, Case, Scenario
 
 NEGATIVE_PROMPT = "blurred"
+OPTIONS = {
+    "MemRoPE": {"recent_size": 4, "compression_method": "ema"},
+    "LongLive2": {"model_type": "ti2v"},
+}
+"""What the model of a repository is told beside its window and sink."""
 Caches = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 """The self-attention and the cross-attention caches of one stream, a dict per layer."""
 
@@ -152,8 +157,7 @@ class Bench:
         def from_pretrained(path: str, **options: Any) -> Any:
             del path
             memory = {name: options[name] for name in ("local_attn_size", "sink_size") if name in options}
-            if self.case.repository == "MemRoPE":
-                memory |= {"recent_size": 4, "compression_method": "ema"}
+            memory |= OPTIONS.get(self.case.repository, {})
             model = tiny.build_model(model_class, self.scenario.window, **memory)
             self._weights = tiny.seeded_weights(model)
             self.modules = dict(model.named_modules())

@@ -20,6 +20,7 @@ collect_ignore = [
     "fastvideo.py",
     "harness.py",
     "hosts.py",
+    "longlive2.py",
     "policies.py",
     "runner.py",
     "scenarios.py",

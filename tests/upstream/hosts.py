@@ -11,6 +11,7 @@ from torch import nn
 from . import shims, tiny
 from .bench import Bench, Caches
 from .fastvideo import FastVideo
+from .longlive2 import LongLive2
 
 
 class CausVid(Bench):
@@ -102,6 +103,7 @@ HOSTS: dict[str, type[Bench]] = {
     "CausVid": CausVid,
     "LongLive": LongLive,
     "RollingForcing": RollingForcing,
+    "LongLive2": LongLive2,
     "FastVideo": FastVideo,
 }
 """How to build what a repository runs; all others are built as Self Forcing is."""

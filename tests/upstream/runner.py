@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import fastvideo, shims
+from . import fastvideo, longlive2, shims
 from .scenarios import SCENARIOS, Case
 
 PIPELINES = {"CausVid": "causvid.models.wan.causal_inference", "FastVideo": fastvideo.STAGES}
+PREPARE = {"FastVideo": fastvideo.prepare, "LongLive2": longlive2.prepare}
 
 
 def main(job_path: Path) -> None:
@@ -35,8 +36,7 @@ def main(job_path: Path) -> None:
     report: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         shims.make_importable(Path(job["checkout"]))
-        if job["repository"] == "FastVideo":
-            fastvideo.prepare()
+        PREPARE.get(job["repository"], lambda: None)()
         importlib.import_module(PIPELINES.get(job["repository"], "pipeline"))
         shims.use_plain_attention()
         for name, dtype, policy in job["cases"]:

@@ -14,6 +14,7 @@ REPOSITORIES = {
     "infinity-rope": "wan.modules.causal_model",
     "MemRoPE": "wan.modules.causal_model",
     "RollingForcing": "wan.modules.causal_model",
+    "LongLive2": "wan_5b.modules.causal_model",
     "FastVideo": "fastvideo.models.dits.causal_wanvideo",
 }
 """The module of every repository that defines its causal model."""
@@ -62,6 +63,7 @@ class Scenario:
         steps: Denoising steps of every other chunk, before the shift.
         repositories: Which repositories can be driven so.
         switch: The frame from which on another prompt holds.
+        shots: In LongLive 2, 1 for a pinned second shot that is moved in time, 2 to empty the cache before.
         raw_keys: Whether upstream's model is the one that keeps keys before RoPE.
     """
 
@@ -79,6 +81,7 @@ class Scenario:
     repositories: tuple[str, ...] = LIKE_SELF_FORCING
     raw_keys: bool = False
     switch: int = 0
+    shots: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,18 @@ ROLLING = Scenario(
     repositories=("RollingForcing",),
 )
 
+SHOTS = Scenario(
+    "of chunks of two",
+    "few_step",
+    window=8,
+    sink=2,
+    frames=20,
+    passes=50,
+    chunk=2,
+    repositories=("LongLive2",),
+)
+TWO_SHOTS = replace(SHOTS, name="two shots", shots=1)
+
 PARITY = (
     Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_BOTH),
     SLIDING,
@@ -221,6 +236,17 @@ PARITY = (
         raw_keys=True,
         repositories=("infinity-rope",),
     ),
+    SHOTS,
+    TWO_SHOTS,
+    replace(SHOTS, name="chunks of two, batch 2", batch=2),
+    replace(SHOTS, name="chunks of two, raw keys", raw_keys=True),
+    replace(SHOTS, name="chunks of two, guided", driver="cfg", passes=100),
+    replace(SHOTS, name="chunks of two, second video", driver="second_video", passes=100),
+    replace(SHOTS, name="chunks of two, image", image=True),
+    replace(TWO_SHOTS, name="two shots, emptied", shots=2),
+    replace(TWO_SHOTS, name="two shots, raw keys", raw_keys=True),
+    replace(TWO_SHOTS, name="two shots, second video", driver="second_video", passes=100),
+    replace(TWO_SHOTS, name="two shots, guided", driver="cfg", shots=2, passes=100),
     ROLLING,
     replace(ROLLING, name="rolling, batch 2", batch=2),
     replace(ROLLING, name="rolling, second video", driver="second_video", frames=27, passes=2 * 2 * 13),
@@ -293,6 +319,7 @@ def control_cases() -> list[Case]:
         *sliding_cases(*CONTROLS),
         *cases_of(ROLLOUTS, policy=NINE_FRAMES),
         *cases_of(RECACHE, policy="no sink"),
+        *(case for policy in ("no sink", "compact positions") for case in cases_of(TWO_SHOTS, policy=policy)),
         *(case for policy in ROLLING_CONTROLS for case in cases_of(ROLLING, policy=policy)),
     ]
 

@@ -79,7 +79,7 @@ def use_plain_attention() -> None:
         "flex_attention": flex_attention,
     }
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in ("wan", "causvid", "fastvideo"):
+        if name.partition(".")[0] not in ("wan", "wan_5b", "causvid", "fastvideo"):
             continue
         for attribute, stand_in in stand_ins.items():
             if callable(getattr(module, attribute, None)):

@@ -24,7 +24,7 @@ WEIGHT_SEED = 1234
 NOISE_SEED = 7
 
 
-def build_model(model_class: Callable[..., nn.Module], window: int, **memory: int) -> nn.Module:
+def build_model(model_class: Callable[..., nn.Module], window: int, **memory: Any) -> nn.Module:
     """Build the repository's own causal model in the tiny size, with what it is told of its memory."""
     model = model_class(
         dim=HEADS * HEAD_DIM,

@@ -1,0 +1,128 @@
+"""LongLive 2 (NVlabs): the attention skeleton of Wan 2.2 5B, for videos of several shots.
+
+Its facts: attention returns where the cache ends, and the model writes once all layers ran; a shot may be
+moved in time by `temporal_offset`; behind the first chunk of a shot the pipeline pins it, so that its first
+frames stay beside those of the video, and before the clean pass of that chunk it may empty the cache. With
+`use_relative_rope`, frames sit at their place in the cache. The prompt is projected anew in every pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from headforcing.adapter import Memo
+from headforcing.errors import ExternalEditError, UnsupportedModelError
+from headforcing.host_cache import mark, untouched
+from headforcing.shots import Edit, Truncation
+from headforcing.types import AttentionCall, Pin
+from headforcing.wan import CALL
+from headforcing.wan_counting import DeferringWan
+
+SHOTS = ("t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset")
+PINS, NO_PIN = ("pinned_start", "pinned_len"), (-1, 0)
+
+
+class LongLive2(DeferringWan):
+    """The `CausalWanSelfAttention` skeleton that is told of shots."""
+
+    name = "longlive2"
+    forward = (*CALL, "cache_start", *SHOTS)
+    numbers = ("num_heads", "head_dim", "local_attn_size", "sink_size", "global_sink_size")
+
+    def read(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AttentionCall | None:
+        """The call, with how far its frames are moved.
+
+        Raises:
+            UnsupportedModelError: the cache is quantised, or positions are computed in another way.
+        """
+        call = super().read(module, args, kwargs)
+        if call is None:
+            return None
+        told = call.arguments
+        offset = told["temporal_offset"]
+        if not isinstance(told["kv_cache"]["k"], Tensor):
+            raise UnsupportedModelError(
+                "the host's cache is quantised, our memory is not: switch quantisation of its KV cache off"
+            )
+        if not isinstance(offset, int | float) or told["method"] != "linear":
+            raise UnsupportedModelError(
+                f"temporal_offset is a {type(offset).__name__} and method {told['method']!r}: expected one "
+                "number for all samples, and 'linear'"
+            )
+        return dataclasses.replace(call, shift=0.0 if told["use_relative_rope"] else float(offset))
+
+    def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
+        """See `Adapter.rotate`."""
+        scale = call.arguments["t_scale"]
+        scaled = positions if scale == 1 else [position * float(scale) for position in positions]
+        return super().rotate(x, call, scaled, patch)
+
+    def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
+        """See `Adapter.begins_video`; a cache that was emptied behind the sink begins no video.
+
+        Raises:
+            ExternalEditError: the cache was edited in another way.
+        """
+        ends = self.changed_ends(call, memo)
+        if ends is not None and ends[0] == call.arguments["current_start"] > 0 and ends[1] < memo["ends"][1]:
+            memo["ends"], memo["left"] = ends, ends[1]
+        if super().begins_video(call, memo):
+            memo.pop("pins", None)
+            return True
+        if self.wrote(call, memo):
+            raise ExternalEditError(
+                "the keys in the cache were written to between two calls: expected the pipeline to move its "
+                "indices and pins only"
+            )
+        return False
+
+    def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
+        """Where the cache was emptied, and where a shot was pinned.
+
+        Raises:
+            ExternalEditError: a shot is not pinned any more.
+        """
+        found: list[Edit] = []
+        frame, cache = call.tokens_per_frame, call.arguments["kv_cache"]
+        if "left" in memo:
+            found.append(Truncation(memo.pop("left") // frame))
+        marks, before = memo.get("pins", ((), NO_PIN))
+        if all(untouched(cache[name], left) for name, left in zip(PINS, marks, strict=False)):
+            return found
+        start, length = now = tuple(int(cache[name]) for name in PINS)
+        if now != before and length > 0:
+            first = memo["ends"][0] - memo["ends"][1] + start
+            always = int(module.global_sink_size)  # type: ignore[arg-type]
+            found.append(Pin(first // frame, length // frame, always))
+        elif now != before and not found:
+            raise ExternalEditError(f"{' and '.join(PINS)} became {now}, expected {before} or a later shot")
+        memo["pins"] = (marks, now)
+        return found
+
+    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
+        """Projects, and moves a pin as the host would where it rolls its cache."""
+        cache, (_, (start, length)) = call.arguments["kv_cache"], memo.get("pins", ((), NO_PIN))
+        evicted, sink = self.counted(module, call, memo)[2], int(module.global_sink_size)  # type: ignore[arg-type]
+        if evicted and length and start > sink * call.tokens_per_frame:
+            cache[PINS[0]].sub_(evicted)
+            start -= evicted
+        memo["pins"] = ([mark(cache[name]) for name in PINS], (start, length))
+        return super().output(module, out, call, memo)
+
+    def cross_attentions(self, model: nn.Module) -> list[nn.Module]:
+        """None keeps the projected prompt."""
+        return []
+
+    def forget(self, memo: Memo) -> None:
+        super().forget(memo)
+        memo.pop("pins", None)
+        memo.pop("left", None)
+
+
+ADAPTER = LongLive2()
