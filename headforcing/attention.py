@@ -83,8 +83,9 @@ class HeadForcingMixin(nn.Module):
         for observe in plan.activity.observers if shown else ():
             frames = [view.frames for _, view in looks]
             positions = [view.positions for _, view in looks]
-            encode = _encoder(adapter, call)
-            observe(Observation(plan.layer, call, stream, chunk, q, parts, frames, positions, out, encode))
+            sizes = [_sizes(adapter, call, view) for _, view in looks]
+            sides = (parts, frames, positions, out, _encoder(adapter, call), sizes)
+            observe(Observation(plan.layer, call, stream, chunk, q, *sides))
         return adapter.output(self, out, call, stream.memo)
 
     def _original(self, call: AttentionCall | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -100,6 +101,14 @@ class HeadForcingMixin(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (original_class(self),), self.__dict__
+
+
+def _sizes(adapter: Adapter, call: AttentionCall, view: KVView) -> tuple[int, ...]:
+    """How many of the tokens of every frame of a view are attended to."""
+    frames, patches = view.v.shape[1:3]
+    marks = torch.arange(1, frames + 1).view(1, -1, 1, 1, 1).expand(1, frames, patches, 1, 1)
+    seen = adapter.tokens(marks, view.frames, call).flatten()
+    return tuple(torch.bincount(seen, minlength=frames + 1)[1:].tolist())
 
 
 def _heard(call: AttentionCall, stream: Stream, plan: LayerPlan) -> AttentionCall:

@@ -29,6 +29,8 @@ class Observation:
         positions: per part, the temporal RoPE positions of those frames.
         out: what came out, `[B, L, H, D]`.
         encode: rotates keys or queries to positions.
+        sizes: per part, the keys of each of those frames; those that follow belong to no frame. `None`: all
+            have one per patch of the chunk.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class Observation:
     positions: Sequence[tuple[float, ...]]
     out: Tensor
     encode: Encode
+    sizes: Sequence[tuple[int, ...]] | None = None
 
 
 Observer = Callable[[Observation], None]

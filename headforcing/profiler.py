@@ -109,8 +109,10 @@ def profile_heads(
     adapter = find_adapter(model) if adapter is None else adapter
     window, chunk = sizes(model, adapter, protocol)
     history = protocol.history or SlidingWindow(window, sink=1, positions="compact")
-    if history.reads_per_query:
-        raise OptionError(f"history is {history}: expected a role that shows all query frames the same")
+    if history.reads_per_query or history.digest() is not None:
+        raise OptionError(
+            f"history is {history}: expected a role of whole frames that shows all query frames the same"
+        )
     with apply_head_forcing(model, history, adapter=adapter, window=window, chunk=chunk) as handle:
         for metric in chosen:
             metric.begin(window, chunk)

@@ -41,6 +41,7 @@ pytest.importorskip("transformers", reason="the pipeline of AnyFlow FAR needs tr
 HEADS, LAYERS = 2, 2
 SMALL = {"num_attention_heads": HEADS, "attention_head_dim": 16, "num_layers": LAYERS, "ffn_dim": 32}
 CHUNKS = (1, 2, 2, 1)
+ENDS = torch.tensor(list(itertools.accumulate(CHUNKS)))
 CLOSE, APART = 1e-5, 1e-3
 MIXED = [(Local(recent=1), Full()), (Anchor(1, 1), SlidingWindow(4, positions="absolute"))]
 
@@ -181,19 +182,27 @@ class Hiding:
             if kv_cache_flag["num_cached_chunks"]:
                 k, v = (torch.cat(pair, 2) for pair in zip(self.cached, (k, v), strict=True))
         q, k = (turned(y, rotary_emb[name]) for y, name in ((q, "query"), (k, "key")))
+        frames, chunks = places(rotary_emb["key"])
+        seen = self.seen(frames, chunks, chunks[-x.shape[1] :, None])
+        self.watch(q, k, frames, chunks)
         k, v = (nn.functional.pad(y, (0, 0, 0, zeros)) for y in (k, v))
-        seen = nn.functional.pad(self.seen(rotary_emb["key"], x.shape[1]), (0, zeros), value=True)
+        seen = nn.functional.pad(seen, (0, zeros), value=True)
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def seen(self, freqs: Tensor, queries: int) -> Tensor:
-        """Which of all tokens the last `queries` see, `[H, L, M]`."""
-        times = freqs[0, 0, :, 0]
-        frames = nn.functional.pad((times[1:] != times[:-1]).cumsum(0), (1, 0))
-        ends = torch.tensor(list(itertools.accumulate(CHUNKS)))
-        chunks = torch.bucketize(frames, ends, right=True)
-        asking = chunks[-queries:, None]
-        return (chunks == asking) | ((chunks < asking) & (frames >= ends[asking] - self.windows))
+    def seen(self, frames: Tensor, chunks: Tensor, asking: Tensor) -> Tensor:
+        """Which tokens those of the chunks `asking` see, `[H, L, M]`."""
+        return (chunks == asking) | ((chunks < asking) & (frames >= ENDS[asking] - self.windows))
+
+    def watch(self, q: Tensor, k: Tensor, frames: Tensor, chunks: Tensor) -> None:
+        """For what listens."""
+
+
+def places(freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Frame and chunk of every token, by its row of RoPE."""
+    times = freqs[0, 0, :, 0]
+    frames = nn.functional.pad((times[1:] != times[:-1]).cumsum(0), (1, 0))
+    return frames, torch.bucketize(frames, ENDS, right=True)
 
 
 def turned(x: Tensor, freqs: Tensor) -> Tensor:
@@ -488,19 +497,48 @@ def test_calls_that_are_not_of_whole_frames_are_refused() -> None:
 # Measuring ----------------------------------------------------------------------------------------
 
 
-def test_a_profile_is_measured_while_all_frames_are_full_and_refused_beyond() -> None:
-    model, adapter = made(), AnyFlowFAR(padding=1)
+class Weighing(Hiding):
+    """Notes down how much attention of the last chunk of a call falls on itself, and on the first frame."""
+
+    def __init__(self) -> None:
+        super().__init__((6,) * HEADS)
+        self.found: list[Tensor] = []
+
+    def watch(self, q: Tensor, k: Tensor, frames: Tensor, chunks: Tensor) -> None:
+        own, first = chunks == chunks[-1], frames == 0
+        if not own.all():
+            logits = q[:, :, -int(own.sum()) :] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            share = logits.softmax(-1).mean(2)[0]
+            self.found.append(torch.stack([share[:, own].sum(-1), share[:, first].sum(-1)]))
+
+
+def test_a_profile_tells_where_heads_look_among_full_and_coarse_frames() -> None:
+    model, beside = made(), made()
+    weighing = [Weighing() for _ in beside.blocks]
+    for block, one in zip(beside.blocks, weighing, strict=True):
+        block.attn1.set_processor(one)
+    play(beside)
+    metrics = ["attention_mass", "mass_ratio", "qk_logits"]
+    profile = profile_heads(model, lambda: play(model), metrics, protocol=Protocol(history=Full()))
+    assert profile.start.tolist() == [1, 1, 1, 3, 3, 3, 5, 5]
+    assert profile.video.unique().tolist() == [0]  # chunks that run again are no new video
+    own, first = torch.stack([torch.stack(one.found) for one in weighing], 2).unbind(1)
+    assert torch.allclose(profile.values["attention_mass.own"], own, atol=1e-5)
+    assert torch.allclose(profile.values["attention_mass.first"], first, atol=1e-5)
+    assert first.std() > 1e-4
+
+
+def test_what_compares_candidates_needs_frames_of_one_grid_without_padding() -> None:
+    model, adapter, early = made(), AnyFlowFAR(padding=1), Protocol(starts=(1,), history=Full())
 
     def run() -> None:
         play(model)
 
-    early = Protocol(starts=(1,), history=Full())
-    profile = profile_heads(model, run, ["attention_mass"], protocol=early, adapter=adapter)
+    profile = profile_heads(model, run, ["output_regret"], protocol=early, adapter=adapter)
     assert profile.start.unique().tolist() == [1]
-    assert profile.video.unique().tolist() == [0]  # frames that run again are no new video
     for wrong in ({"adapter": adapter, "protocol": Protocol(history=Full())}, {"protocol": early}):
-        with pytest.raises(ProfileError, match="only whole frames of one grid, without padding"):
-            profile_heads(model, run, ["attention_mass"], **wrong)  # type: ignore[arg-type]
+        with pytest.raises(ProfileError, match=r"output_regret: .* leave this metric out, or choose other"):
+            profile_heads(model, run, ["output_regret"], **wrong)  # type: ignore[arg-type]
 
 
 # Bugs ---------------------------------------------------------------------------------------------

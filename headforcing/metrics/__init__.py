@@ -8,14 +8,14 @@ matrix. It is computed once, whatever number of metrics reads it.
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from headforcing.errors import ProfileError
 from headforcing.lookup import named_module
 from headforcing.observation import Observation
 
@@ -35,6 +35,8 @@ class Look:
         frames: absolute frame indices in view, own chunk last; `n` of them.
         start: first frame of the own chunk.
         chunk: frames of the own chunk, `F`.
+        sizes: keys of each frame in view; keys of no frame, such as padding, are left out.
+        even: whether every frame has a key per patch, and there are no others.
     """
 
     def __init__(self, seen: Observation, window: int, rows: Tensor | None = None) -> None:
@@ -42,13 +44,9 @@ class Look:
         self.frames = tuple(-1 if frame is None else frame for frame in seen.frames[0])
         self.start, self.chunk = seen.call.start, seen.call.grid[0]
         self.tokens_per_frame = seen.call.tokens_per_frame
-        keys, expected = seen.parts[0].k.shape[1], len(self.frames) * self.tokens_per_frame
-        if keys != expected:
-            raise ProfileError(
-                f"frame {self.start}: {len(self.frames)} frames in view have {keys} keys, not {expected}: "
-                "only whole frames of one grid, without padding, can be measured; choose such chunks with "
-                "Protocol(starts=...), and pass an adapter that does not pad"
-            )
+        alike = (self.tokens_per_frame,) * len(self.frames)
+        self.sizes = alike if seen.sizes is None else seen.sizes[0]
+        self.even = self.sizes == alike and seen.parts[0].k.shape[1] == sum(alike)
 
     @property
     def history(self) -> int:
@@ -97,24 +95,32 @@ class Look:
             q = self.pick(part.q).transpose(1, 2).to(exact) * part.q.shape[-1] ** -0.5  # [B, H, Q, D]
             keys = part.k.transpose(1, 2)  # [B, H, n P, D]
             rows = max(1, MAX_LOGITS // (q[:, :, 0, 0].numel() * tokens))
-            frames = max(1, MAX_LOGITS // (q[:, :, :rows, 0].numel() * tokens))
+            count = max(1, MAX_LOGITS // (q[:, :, :rows, 0].numel() * tokens))
+            frames = [self.sizes[first : first + count] for first in range(0, len(self.sizes), count)]
+            lengths = [*map(sum, frames), keys.shape[2] - sum(self.sizes)]
             found = []
             for queries in q.split(rows, dim=2):
-                pieces = [self._summed(queries, k.to(exact)) for k in keys.split(frames * tokens, dim=2)]
+                some = zip(keys.split(lengths, dim=2), frames, strict=False)
+                pieces = [_summed(queries, k.to(exact), sizes) for k, sizes in some]
                 found.append([torch.cat(parts, -1) for parts in zip(*pieces, strict=True)])
             sums, means = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         return sums, means
 
-    def _summed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp and mean of the logits per frame of `k`."""
-        logits = q @ k.transpose(-1, -2)  # [B, H, Q, n P]
-        mean = self._per_frame(logits).mean(-1)
-        top = logits.amax(-1, keepdim=True)
-        return self._per_frame(logits.sub_(top).exp_()).sum(-1).log() + top, mean
 
-    def _per_frame(self, x: Tensor) -> Tensor:
-        by_frame: Tensor = x.unflatten(-1, (-1, self.tokens_per_frame))
-        return by_frame
+def _summed(q: Tensor, k: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and mean of the logits per frame of `k`, which has `sizes` keys of each."""
+    logits = q @ k.transpose(-1, -2)  # [B, H, Q, keys]
+    mean = torch.cat([x.mean(-1) for x in _per_frame(logits, sizes)], -1)
+    top = logits.amax(-1, keepdim=True)
+    summed = torch.cat([x.sum(-1) for x in _per_frame(logits.sub_(top).exp_(), sizes)], -1)
+    return summed.log() + top, mean
+
+
+def _per_frame(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """`[..., keys]` as `[..., frames, P]`, in as many parts as there are neighbours with other sizes."""
+    groups = [(size, len(list(alike))) for size, alike in itertools.groupby(sizes)]
+    parts = x.split([size * count for size, count in groups], -1)
+    return [part.unflatten(-1, group[::-1]) for part, group in zip(parts, groups, strict=True)]
 
 
 class Metric(ABC):

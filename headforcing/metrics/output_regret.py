@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headforcing.backends import Part
 from headforcing.backends.sdpa import attend
-from headforcing.errors import OptionError
+from headforcing.errors import OptionError, ProfileError
 from headforcing.metrics import Look, Metric
 from headforcing.observation import Observation
 from headforcing.role_json import encode_role
@@ -71,7 +71,17 @@ class OutputRegret(Metric):
         self._shadows[seen.timeline].follow(seen.chunk)
 
     def measure(self, look: Look) -> Mapping[str, Tensor]:
-        """See `Metric.measure`."""
+        """See `Metric.measure`.
+
+        Raises:
+            ProfileError: a candidate cannot be told what the heads see.
+        """
+        if not look.even:
+            raise ProfileError(
+                f"output_regret: the {len(look.frames)} frames before and in the chunk at frame {look.start} "
+                f"have {look.sizes} keys of {look.seen.parts[0].k.shape[1]}, expected one per patch of the "
+                "chunk, and no others: leave this metric out, or choose other chunks, Protocol(starts=...)"
+            )
         out = look.pick(look.seen.out).float()  # [B, Q, H, D]
         scale = out.square().sum(-1).mean(1).sqrt().clamp_min(torch.finfo(out.dtype).tiny)  # [B, H]
         restricted = torch.stack(self._shadows[look.seen.timeline].outputs(look)).float()
