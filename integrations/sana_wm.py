@@ -9,7 +9,8 @@ Blocks and history sit at their true frames; the sink at 0, and once the history
 No argument tells a frame number or the grid, but every call brings a row of RoPE per token. So we number the
 frames by their rows as they come, per layer of the cache, which is the anchor; a role that wants another
 position gets the row that came for it, bit for bit the host's, whatever the frame rate is. RoPE turns every
-head otherwise. What the pipeline collects has no tokens, so its own history costs nothing meanwhile.
+head otherwise. What the pipeline collects has no tokens, so its own history costs nothing meanwhile. How
+attention is computed is said by `backend` where roles are applied, not by `set_attention_backend()`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from headforcing.adapter import Adapter, Memo, bind, parameter_names
 from headforcing.errors import PatchedModuleError, RoleError, StreamError, StreamShapeError
-from headforcing.types import AttentionCall, Grid, Phase
+from headforcing.types import AttentionCall, Grid, Heads, Phase
 
 FORWARD = ("hidden_states", "encoder_hidden_states", "attention_mask", "query_rotary_emb", "key_rotary_emb")
 CACHE = ("sink_rotary_emb", "kv_cache", "kv_cache_mode")
 SUBMODULES = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
-MODE_ARGUMENT = 6
-"""Place of `kv_cache_mode` among the arguments of the model's forward."""
+MODE_ARGUMENT = 6  # place of `kv_cache_mode` among the arguments of the model's forward
 AXES = 3
 EVEN, NEARER = 3, 0.25
 """The first frame is shorter than others: three tell the step, and frame 1 is half a step or more behind."""
@@ -107,7 +107,7 @@ class SanaWM(Adapter):
         return AttentionCall(x, _VIDEOS[cache].place(keys, rows), grid, cache, seen)
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """False: a chunk at frame 0 begins a video."""
+        """False: a chunk at frame 0 begins one."""
         return False
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,13 +123,14 @@ class SanaWM(Adapter):
         turned = _turned_halves if cos.dim() == 4 else _turned_neighbours
         own = _turns(cos, sin, call.tokens_per_frame).unflatten(0, call.grid[1:])
         space = own[::patch, ::patch].flatten(0, 1)  # [P, pairs of channels of all heads]
-        pairs = torch.arange(space.shape[1], device=x.device)
+        pairs, half = torch.arange(space.shape[1], device=x.device), x.shape[-1] // 2
+        heads = call.heads or Heads(range(len(pairs) // half), len(pairs) // half)
         temporal = pairs % AXES == len(pairs) % AXES
+        space, temporal = (heads.take(each.unflatten(-1, (-1, half))) for each in (space, temporal))
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for frame, position in enumerate(positions):
-            turns = torch.where(temporal, call.arguments["video"].turns_at(position), space)
-            turns = turns.unflatten(1, (-1, x.shape[-1] // 2))  # [P, H, D/2]
-            turns = turns if call.heads is None else call.heads.take(turns)
+            row = call.arguments["video"].turns_at(position).unflatten(-1, (-1, half))
+            turns = torch.where(temporal, heads.take(row), space)
             out[:, frame] = turned(x[:, frame].float(), turns.real, turns.imag)
         return out
 
@@ -222,7 +223,7 @@ _PASSES: MutableMapping[Tensor, _Frames] = WeakIdKeyDictionary()
 def _frames_of(cos: Tensor, sin: Tensor) -> _Frames:
     if cos in _PASSES:
         return _PASSES[cos]
-    if any(not torch.equal(table, table[:1].expand_as(table)) for table in (cos, sin)):
+    if len(cos) > 1 and any(not torch.equal(table, table[:1].expand_as(table)) for table in (cos, sin)):
         raise StreamShapeError("samples of one batch have different RoPE: expected the same frames in all")
     turns = _turns(cos, sin, cos.shape[-2])
     time = turns.shape[1] % AXES
@@ -232,8 +233,7 @@ def _frames_of(cos: Tensor, sin: Tensor) -> _Frames:
     if any(begins != [*range(0, len(turns), size)] for begins, size in ((frames, patches), (lines, width))):
         raise StreamShapeError(f"frames begin at tokens {frames}, lines at {lines}: expected whole frames")
     keys = [tuple(key) for key in slow[frames].tolist()]
-    _PASSES[cos] = (patches // width, width), keys, turns[frames]
-    return _PASSES[cos]
+    return _PASSES.setdefault(cos, ((patches // width, width), keys, turns[frames]))
 
 
 def _turns(cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
