@@ -94,6 +94,16 @@ def test_queries_and_keys_may_be_wider_than_values(of, monkeypatch) -> None:
     check_adapter(ADAPTER, of(), only=checks).raise_if_failed()
 
 
+def test_attention_returns_what_the_original_returns() -> None:
+    """The block joins the heads."""
+    shapes = []
+    for roles in (None, Full()):
+        call, model, _ = take(roles=roles)
+        model.blocks[0].attn1.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+        call(0, 3, 0)
+    assert shapes == [(1, 3 * host.TOKENS, host.HEADS, host.HEAD_DIM)] * 2
+
+
 def test_the_host_lets_go_of_its_tensors_and_the_timeline_stays() -> None:
     """The original replaces `k` in every call; the tensor it counts in stays."""
     call, _, _ = take()

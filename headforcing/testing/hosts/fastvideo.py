@@ -7,6 +7,7 @@ in every call that evicts nothing, and counts in the same two.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -226,8 +227,9 @@ class RelativisticHost(FastVideoHost):
     memory: HeadRole = SlidingWindow(WINDOW, SINK, positions="compact")
 
 
+@functools.lru_cache(maxsize=16)
 def tables_of(first: int, frames: int) -> Tables:
-    """Cosines and sines of whole frames, `[tokens, D]`: both channels of a pair have a column."""
+    """Cosines and sines of frames, `[tokens, D]`, computed once; both channels of a pair have a column."""
     half = HEAD_DIM // 2
     sizes = (half - 2 * (half // 3), half // 3, half // 3)
     places = torch.cartesian_prod(torch.arange(first, first + frames), *(torch.arange(side) for side in GRID))
