@@ -69,8 +69,8 @@ class LongLive2(DeferringWan):
         Raises:
             ExternalEditError: the cache was edited in another way.
         """
-        ends = self.changed_ends(call, memo)
-        if ends is not None and ends[0] == call.arguments["current_start"] > 0 and ends[1] < memo["ends"][1]:
+        ends, start = self.changed_ends(call, memo), int(call.arguments["current_start"])
+        if ends is not None and 0 < ends[0] == start < memo["ends"][0] and ends[1] < memo["ends"][1]:
             memo["ends"], memo["left"] = ends, ends[1]
         if super().begins_video(call, memo):
             memo.pop("pins", None)

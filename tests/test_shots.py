@@ -1,0 +1,371 @@
+"""Videos of several shots: first frames that move on, caches that are emptied, frames that are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import headforcing as hf
+from headforcing.errors import ExternalEditError, StreamError, UnsupportedModelError, WindowError
+from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.shots import Shifts, Truncation
+from headforcing.stores import KVStore, store_class
+from headforcing.switch import Switch
+from headforcing.testing.hosts.longlive2 import LongLive2Host, LongLive2Model
+from headforcing.testing.standin import TOKENS
+from headforcing.types import Chunk, Heads, Pin
+
+HOST = LongLive2Host()
+CHUNK, FRAMES, CUT, OFFSET = 3, 42, 12, 8.0
+STORES = ("ring", "reference")
+
+
+def model_of(sink: int = 3, relative: bool = False, shared: bool = True) -> LongLive2Model:
+    """A model whose sink may be shared by the video and a later shot."""
+    model = HOST.model()
+    model.use_relative_rope = relative
+    for block in model.blocks:
+        block.self_attn.sink_size = sink
+        block.self_attn.global_sink_size = sink if shared else 0
+    return model
+
+
+def applied(model: LongLive2Model, role: HeadRole | None = None) -> hf.HeadForcing:
+    positions = "compact" if model.use_relative_rope else "absolute"
+    return hf.apply_head_forcing(model, role or SlidingWindow(9, sink_of(model), positions=positions))
+
+
+def sink_of(model: LongLive2Model) -> int:
+    return int(model.blocks[0].self_attn.sink_size)
+
+
+def run(model: LongLive2Model, caches: Any, start: int, draw: int) -> Tensor:
+    with torch.no_grad():
+        return HOST.call(model, caches, start, CHUNK, draw)
+
+
+def pin(model: LongLive2Model, caches: Any) -> None:
+    """As the pipeline does behind the first chunk of a shot."""
+    for cache in caches["kv"]:
+        cache["pinned_start"].fill_(int(cache["local_end_index"]) - CHUNK * TOKENS)
+        cache["pinned_len"].fill_(min(sink_of(model), CHUNK) * TOKENS)
+
+
+def empty(model: LongLive2Model, caches: Any, start: int) -> None:
+    """As the pipeline does before the clean pass of such a chunk."""
+    for cache in caches["kv"]:
+        cache["local_end_index"].fill_(int(model.blocks[0].self_attn.global_sink_size) * TOKENS)
+        cache["global_end_index"].fill_(start * TOKENS)
+        cache["pinned_start"].fill_(-1)
+        cache["pinned_len"].zero_()
+
+
+def video(
+    model: LongLive2Model, caches: Any, cuts: Sequence[int] = (CUT,), offset: float = 0, emptied: bool = False
+) -> list[Tensor]:
+    """Two noisy passes and a clean one per chunk; another shot begins at every cut."""
+    outs = []
+    model.rope_temporal_offset = 0.0
+    for start in range(0, FRAMES, CHUNK):
+        if start in cuts:
+            model.rope_temporal_offset += offset
+        outs += [run(model, caches, start, draw) for draw in (2, 1)]
+        if start in cuts and emptied:
+            empty(model, caches, start)
+        outs.append(run(model, caches, start, 0))
+        if start in cuts:
+            pin(model, caches)
+    return outs
+
+
+def counted(caches: Any) -> list[list[int]]:
+    names = ("global_end_index", "local_end_index", "pinned_start", "pinned_len")
+    return [[int(cache[name]) for name in names] for cache in caches["kv"]]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("emptied", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 2.5])
+@pytest.mark.parametrize("cuts", [(6, 24)], ids=str)
+def test_the_hosts_own_memory_changes_nothing(
+    relative: bool, emptied: bool, offset: float, cuts: Sequence[int]
+) -> None:
+    plain, model = model_of(relative=relative), model_of(relative=relative)
+    theirs, mine = HOST.caches(plain), HOST.caches(model)
+    applied(model)
+    for _ in range(2):  # and a second video on the same caches
+        expected, found = (
+            video(one, caches, cuts, offset, emptied) for one, caches in ((plain, theirs), (model, mine))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert counted(mine) == counted(theirs)
+        for one, caches in ((plain, theirs), (model, mine)):
+            HOST.new_video(one, caches)
+
+
+def test_pins_and_offsets_show() -> None:
+    """Controls: each of them changes the video of the untouched model."""
+    outs = {
+        name: torch.stack(video(model := model_of(), HOST.caches(model), **how))
+        for name, how in {
+            "one shot": {"cuts": ()},
+            "pinned": {},
+            "moved": {"offset": OFFSET},
+            "emptied": {"emptied": True},
+        }.items()
+    }
+    names = list(outs)
+    for first in range(len(names)):
+        for second in range(first):
+            difference = (outs[names[first]] - outs[names[second]]).abs().max()
+            assert difference > 1e-3, (names[first], names[second])
+
+
+def chunk_of(start: int, frames: int = CHUNK, shift: float = 0) -> Chunk:
+    k = torch.arange(start, start + frames, dtype=torch.float32).view(1, frames, 1, 1, 1)
+    return Chunk(start, k.expand(1, frames, 2, 1, 4), k.expand(1, frames, 2, 1, 4), (1, 2), shift=shift)
+
+
+def store_of(name: str, role: HeadRole, window: int = 9) -> KVStore:
+    return store_class(name)({role: Heads((0,), 1)}, window=window, layer=0)
+
+
+def seen(store: KVStore, role: HeadRole) -> tuple[list[int | None], list[float], list[float]]:
+    view = store.view(role, "denoise", lambda x, positions: x)
+    return list(view.frames), list(view.positions), view.v[0, :, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize(
+    ("role", "kept"),
+    [
+        (SlidingWindow(9, 1, positions="absolute"), [0, 12, 29]),
+        (SlidingWindow(9, 2), [0, 1, 12, 13]),
+        (Anchor(2), [12, 13]),
+        (Anchor(1, 2), [12, 28, 29]),
+        (Local(1, 1), [12, 29]),
+        (Memory(1, 2, 1), None),
+    ],
+    ids=str,
+)
+def test_first_frames_are_those_of_the_pinned_shot(name: str, role: HeadRole, kept: list[int] | None) -> None:
+    """Of the video as well, where the host keeps them and the role has a window of the host's kind."""
+    store = store_of(name, role)
+    for start in range(0, 33, CHUNK):
+        if start == 15:
+            store.edit(Pin(12, 3, always=3), start)
+        store.write(chunk_of(start))
+    held = store.frames(role)[0]
+    if kept is None:
+        assert held[0] == 0
+        return
+    recent = [frame for frame in range(15, 30) if frame in held]
+    assert [frame for frame in held if frame < 15] == [frame for frame in kept if frame < 15]
+    assert recent == list(range(30 - len(recent), 30))
+    assert len(held) <= role.capacity(CHUNK)
+    frames, _, values = seen(store, role)
+    assert frames == values == [*held, 30, 31, 32]
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_no_more_first_frames_than_the_host_holds(name: str) -> None:
+    role = Anchor(3)
+    store = store_of(name, role)
+    for start in range(0, 30, CHUNK):
+        if start == 15:
+            store.edit(Pin(12, 1), start)
+        store.write(chunk_of(start))
+    assert store.frames(role)[0] == [12]
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_frames_sit_where_their_shot_was_moved(name: str) -> None:
+    role = SlidingWindow(9, 1, positions="absolute")
+    store = store_of(name, role)
+    for start in range(0, 18, CHUNK):
+        store.write(chunk_of(start, shift=8.5 * (start >= 12) + 2 * (start >= 15)))
+    frames, positions, _ = seen(store, role)
+    assert frames == [0, 10, 11, 12, 13, 14, 15, 16, 17]
+    assert positions == [0, 10, 11, 20.5, 21.5, 22.5, 25.5, 26.5, 27.5]
+    compact = store_of(name, other := SlidingWindow(9, 1))
+    for start in range(0, 18, CHUNK):
+        compact.write(chunk_of(start, shift=8.5 * (start >= 12)))
+    assert seen(compact, other)[1] == list(range(9)), "the range the model was trained on"
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_a_frame_that_moves_with_its_shot_is_rotated_once(name: str) -> None:
+    """What was rotated for its place stays, however the shot was moved."""
+    role = SlidingWindow(9, positions="absolute")
+    store = store_of(name, role)
+    turned: list[int] = []
+
+    def encode(x: Tensor, positions: Sequence[float]) -> Tensor:
+        turned.append(len(positions))
+        return x
+
+    for start in range(0, 30, CHUNK):
+        store.write(chunk_of(start, shift=8.0 * (start >= 6)))
+        turned.clear()
+        store.view(role, "denoise", encode)
+        if name == "ring":
+            assert sum(turned) == CHUNK
+
+
+def test_shifts_forget_a_chunk_that_is_written_again() -> None:
+    shifts = Shifts()
+    shifts.note(0, 0)
+    shifts.note(3, 8)
+    shifts.note(3, 0)
+    assert shifts.moved([3, 4], [3, 4]) == (3, 4)
+    shifts.note(6, 4)
+    assert shifts.moved([5, 6, 0], [5, 6, None]) == (5, 10, 0)
+    shifts.clear()
+    assert shifts.moved([6], [6]) == (6,)
+
+
+@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("keep", [0, 2])
+def test_an_emptied_cache_leaves_the_first_frames(name: str, keep: int) -> None:
+    role = SlidingWindow(9, 2, positions="absolute")
+    store = store_of(name, role)
+    for start in range(0, 15, CHUNK):
+        store.write(chunk_of(start))
+    store.edit(Truncation(keep), 12)
+    store.write(chunk_of(12))
+    assert seen(store, role) == ([*range(keep), 12, 13, 14],) * 3
+    store.write(chunk_of(15))
+    assert store.frames(role)[0] == [*range(keep), 12, 13, 14]
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_a_cache_emptied_before_another_chunk_is_refused(name: str) -> None:
+    store = store_of(name, Local())
+    store.write(chunk_of(0))
+    store.write(chunk_of(3))
+    with pytest.raises(StreamError, match=r"emptied its cache before frame 6, but frames range\(3, 6\)"):
+        store.edit(Truncation(), 6)
+
+
+def test_a_window_without_room_for_both_is_refused_before_anything_changes() -> None:
+    role = SlidingWindow(7, 3)
+    store = store_of("ring", role)
+    store.write(chunk_of(0))
+    with pytest.raises(WindowError, match="no room for a chunk of 3 frames beside 6 first ones"):
+        store.edit(Pin(0, 3, always=3), 3)
+    store.write(chunk_of(3))
+    assert store.frames(role)[0] == [0, 1, 2]
+
+
+def test_parts_of_frames_do_not_move() -> None:
+    role = Dynamic(pieces=1)
+    store = store_of("ring", role)
+    store.write(chunk_of(0))
+    with pytest.raises(StreamError, match="positions='compact', or set the host's offset to 0"):
+        store.write(chunk_of(3, shift=8))
+    store.write(chunk_of(3))
+
+
+def test_a_cut_of_ours_ends_a_pin_of_the_hosts() -> None:
+    role = Anchor(2)
+    store = store_of("ring", role)
+    for start in range(0, 24, CHUNK):
+        if start == 9:
+            store.edit(Pin(6, 3), start)
+        if start == 15:
+            assert store.frames(role)[0] == [6, 7]
+            store.scenes.ask(Switch("cut"))
+        store.write(chunk_of(start))
+    assert store.frames(role)[0] == [15, 16]
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_pinned_first_frames_are_what_a_mark_recalls(name: str) -> None:
+    role = Local(recent=2, sink=1)
+    store = store_of(name, role)
+    for start in range(0, 24, CHUNK):
+        if start == 9:
+            store.edit(Pin(6, 3), start)
+        if start == 15:
+            store.scenes.mark("shot")
+        if start == 18:
+            store.scenes.ask(Switch("recall", mark="shot"))
+        store.write(chunk_of(start))
+    assert seen(store, role)[2][0] == 6
+
+
+def other_pins(caches: Any) -> None:
+    for cache in caches["kv"]:
+        cache["pinned_start"].fill_(-1)
+        cache["pinned_len"].zero_()
+
+
+def other_keys(caches: Any) -> None:
+    for cache in caches["kv"]:
+        cache["k"].zero_()
+
+
+def other_end(caches: Any) -> None:
+    for cache in caches["kv"]:
+        cache["local_end_index"].fill_(TOKENS)
+
+
+@pytest.mark.parametrize("edit", [other_pins, other_keys, other_end])
+def test_other_edits_are_not_passed_over(edit: Any) -> None:
+    model = model_of()
+    caches = HOST.caches(model)
+    applied(model)
+    for start in (0, 3, 6):
+        run(model, caches, start, 0)
+    pin(model, caches)
+    run(model, caches, 9, 0)
+    edit(caches)
+    with pytest.raises(ExternalEditError):
+        run(model, caches, 12, 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"), [({"temporal_offset": torch.zeros(2)}, "one number"), ({"method": "ntk"}, "'linear'")]
+)
+def test_other_positions_are_refused(told: dict[str, Any], said: str) -> None:
+    model = model_of()
+    caches = HOST.caches(model)
+    applied(model)
+    attention = model.blocks[0].self_attn
+    x = torch.zeros(1, CHUNK * TOKENS, attention.num_heads * attention.head_dim)
+    grid = torch.tensor([[CHUNK, 2, 4]])
+    with pytest.raises(UnsupportedModelError, match=said):
+        attention(x, None, grid, model.freqs, None, caches["kv"][0], 0, **told)
+
+
+def test_a_quantised_cache_is_refused() -> None:
+    model = model_of()
+    caches = HOST.caches(model)
+    applied(model)
+    caches["kv"][0]["k"] = [caches["kv"][0]["k"]]
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        run(model, caches, 0, 0)
+
+
+def test_scaled_time_scales_all_positions() -> None:
+    plain, model = model_of(), model_of()
+    applied(model)
+    outs = []
+    for one in (plain, model):
+        adapter = hf.adapter.find_adapter(one)
+        x = torch.randn(1, 2, 8, 3, 16, generator=torch.Generator().manual_seed(0))
+        grid = torch.tensor([[2, 2, 4]])
+        call = adapter.read(
+            one.blocks[0].self_attn,
+            (torch.zeros(1, 16, 48), None, grid, one.freqs, None, HOST.caches(one)["kv"][0], 0),
+            {"t_scale": 0.5},
+        )
+        outs.append((adapter.rotate(x, call, [4, 6]), adapter.rotate(x, call, [2.0, 3.0])))
+    half = hf.rope.rotate(x, model.freqs, [2.0, 3.0], 2, 4)
+    assert torch.equal(outs[0][0], half)
+    assert not torch.equal(outs[0][1], half)
