@@ -4,7 +4,8 @@ Its facts, call by call: the first frames, one as a rule, run alone and clean (`
 before RoPE are the sink, and they are not refined. Then blocks of three frames: noisy passes that see sink,
 history and themselves (`inject`), and a clean one that sees the same and leaves its keys after RoPE
 (`inject_and_capture_post_rope`), which the pipeline puts behind the history and cuts to the last ten frames.
-Blocks and history sit at their true frames; the sink at 0, and once the history is full right before it.
+Blocks and history sit at their true frames; the sink at 0, and once the history is full right before it:
+`Local(10, 1, positions="adjoining")` is the same memory.
 
 No argument tells a frame number or the grid, but every call brings a row of RoPE per token. So we number the
 frames by their rows as they come, per layer of the cache, which is the anchor; a role that wants another

@@ -25,7 +25,6 @@ from headforcing.errors import (
 from headforcing.integrations import sana_wm
 from headforcing.integrations.sana_wm import SanaWM
 from headforcing.roles import CommitForcing, Full, HeadRole, Local, SlidingWindow
-from headforcing.roles.shifted_sink import ShiftedSink
 from headforcing.testing import check_adapter, check_names, snapshot
 from headforcing.testing.hosts.sana_wm import DIFFUSERS, FPS, GRID, TOKENS, SanaWMHost
 
@@ -36,11 +35,16 @@ CPU, CHANNELS, WORDS, FRAMES = torch.device("cpu"), 5, 6, 24
 LONG = 100
 """Frames that a window holds which forgets nothing here."""
 KINDS = pytest.mark.parametrize(("rope", "gated"), [("split", False), ("interleaved", True)])
-LATER = ShiftedSink(3, 1), Local(1), Full(), SlidingWindow(6, 2)
+WINDOW = Local(10, 1, positions="adjoining")
+"""What the pipeline keeps: one first frame, and the last ten, which it sits right before."""
+LATER = Local(3, 1, positions="adjoining"), Local(1), Full(), SlidingWindow(6, 2)
 
 
-class Twin(ShiftedSink):
+class Twin(Local):
     """The same memory under another name, so that heads are grouped."""
+
+
+TWIN = Twin(10, 1, positions="adjoining")
 
 
 def made(rope: str = "split", gated: bool = False, dtype: torch.dtype = torch.float32) -> Any:
@@ -108,7 +112,7 @@ def model() -> Any:
 def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.dtype, store: str) -> None:
     model = made(rope, gated, dtype)
     expected = refined(model)
-    forced(model, ShiftedSink(), store=store)
+    forced(model, WINDOW, store=store)
     assert torch.equal(refined(model), expected)
 
 
@@ -116,7 +120,7 @@ def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.d
 def test_every_head_is_turned_as_itself(rope: str, gated: bool) -> None:
     """Two groups of heads that remember alike, so that each is rotated without the other."""
     model = made(rope, gated)
-    forced(model, [[ShiftedSink(), Twin(), Twin(), ShiftedSink()]] * 2)
+    forced(model, [[WINDOW, TWIN, TWIN, WINDOW]] * 2)
     assert torch.equal(refined(model), plain(rope, gated))
 
 
@@ -124,19 +128,21 @@ def test_every_head_is_turned_as_itself(rope: str, gated: bool) -> None:
 def test_other_sinks_and_windows_and_shorter_last_blocks(sink: int, held: int, frames: int) -> None:
     model = made()
     options = {"frames": frames, "sink_size": sink, "kv_max_frames": held}
-    handle = forced(model, ShiftedSink(held - sink, sink), adapter=SanaWM(kv_max_frames=held))
+    handle = forced(
+        model, Local(held - sink, sink, positions="adjoining"), adapter=SanaWM(kv_max_frames=held)
+    )
     assert handle.status().window == held + 3
     assert torch.equal(refined(model, **options), plain(**options))
 
 
 def test_blocks_of_another_length() -> None:
     model = made()
-    forced(model, ShiftedSink(), adapter=SanaWM(block_size=4))
+    forced(model, WINDOW, adapter=SanaWM(block_size=4))
     assert torch.equal(refined(model, block_size=4), plain(block_size=4))
 
 
 def test_two_videos_in_one_batch(model: Any) -> None:
-    forced(model, ShiftedSink())
+    forced(model, WINDOW)
     assert torch.equal(refined(model, batch=2), plain(batch=2))
 
 
@@ -149,7 +155,7 @@ def test_roles_that_remember_longer_than_the_window_get_it(model: Any) -> None:
 
 
 def test_a_second_and_a_third_video(model: Any) -> None:
-    handle = forced(model, ShiftedSink())
+    handle = forced(model, WINDOW)
     assert torch.equal(refined(model), plain())
     assert torch.equal(refined(model, seed=3, fps=24.0), plain(seed=3, fps=24.0))
     assert torch.equal(refined(model, frames=12), plain(frames=12))
@@ -169,7 +175,7 @@ def test_other_roles_make_another_video(model: Any, role: HeadRole) -> None:
 
 
 def test_one_head_of_another_role_is_heard(model: Any) -> None:
-    roles: list[list[HeadRole]] = [[ShiftedSink()] * 4, [ShiftedSink()] * 3 + [Local(1)]]
+    roles: list[list[HeadRole]] = [[WINDOW] * 4, [WINDOW] * 3 + [Local(1)]]
     forced(model, roles)
     assert not torch.equal(refined(model), plain())
 
@@ -224,7 +230,7 @@ def test_a_long_run_stays_bounded(model: Any) -> None:
 
 
 def test_roles_that_see_less_in_the_clean_pass(model: Any) -> None:
-    forced(model, CommitForcing(ShiftedSink(), 6))
+    forced(model, CommitForcing(WINDOW, 6))
     out = refined(model)
     assert bool(out.isfinite().all())
     assert torch.equal(out[:, :, :7], plain()[:, :, :7])  # two blocks, before which the clean pass saw all
@@ -244,7 +250,7 @@ def test_its_own_cache_is_left_empty(model: Any) -> None:
         refined(model)
         assert min(held) > 0
         held.clear()
-        handle = forced(model, ShiftedSink())
+        handle = forced(model, WINDOW)
         refined(model)
         assert set(held) == {0}
         handle.remove()
@@ -280,10 +286,10 @@ def test_nothing_is_left_after_remove(model: Any) -> None:
 def test_group_offloading(model: Any, level: str, first: str) -> None:
     groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
     if first == "we come first":
-        forced(model, ShiftedSink())
+        forced(model, WINDOW)
     model.enable_group_offload(CPU, CPU, level, **groups)
     if first != "we come first":
-        forced(model, ShiftedSink())
+        forced(model, WINDOW)
     assert torch.equal(refined(model), plain())
 
 
@@ -303,7 +309,7 @@ def test_lora(model: Any, first: str) -> None:
     assert not torch.equal(expected, plain())
     if first == "they come first":
         adapted(model)
-    handle = forced(model, ShiftedSink())
+    handle = forced(model, WINDOW)
     if first == "we come first":
         adapted(model)
     assert torch.equal(refined(model), expected)
@@ -325,10 +331,10 @@ def test_caches_that_skip_attention_are_refused(model: Any, kind: str) -> None:
     model.enable_cache(getattr(hooks, kind)(**options))
     before = snapshot(model)
     with pytest.raises(PatchedModuleError, match=r"disable_cache\(\)"):
-        forced(model, ShiftedSink())
+        forced(model, WINDOW)
     assert before.diff(snapshot(model)) == []
     model.disable_cache()
-    forced(model, ShiftedSink())
+    forced(model, WINDOW)
     assert torch.equal(refined(model), plain())
 
 
@@ -360,7 +366,7 @@ def test_a_processor_of_the_same_kind_is_known_by_its_signature(model: Any) -> N
 
 
 def test_a_processor_exchanged_while_applied_is_not_passed_over(model: Any) -> None:
-    handle = forced(model, ShiftedSink())
+    handle = forced(model, WINDOW)
     own = model.transformer_blocks[0].attn1.processor
     model.transformer_blocks[0].attn1.set_processor(Foreign())
     with pytest.raises(PatchedModuleError, match="has a Foreign for a processor"):
@@ -497,30 +503,10 @@ def test_positions_that_no_frame_had_are_computed_like_the_hosts(model: Any, cal
 def test_what_was_noted_goes_with_the_cache(model: Any) -> None:
     gc.collect()
     before = len(sana_wm._VIDEOS), len(sana_wm._PASSES)
-    forced(model, ShiftedSink())
+    forced(model, WINDOW)
     refined(model)
     gc.collect()
     assert (len(sana_wm._VIDEOS), len(sana_wm._PASSES)) == before
-
-
-# The role -----------------------------------------------------------------------------------------
-
-
-def test_the_role_moves_first_frames_up_to_the_others() -> None:
-    role = ShiftedSink(3, 2)
-    assert role.place([0, 1, 2, 3, 4], 2, 14) == (0, 1, 2, 3, 4)
-    assert role.place([0, 1, 5, 6, 7, 8, 9], 2, 14) == (3, 4, 5, 6, 7, 8, 9)
-    assert role.place([0, 1], 2, 14) == (0, 1)
-    assert role.place([0, 1, 9], 1, 14) == (7, 8, 9)
-    assert (role.capacity(3), role.bounded) == (5, False)
-    with pytest.raises(RoleError, match="only positions='absolute'"):
-        ShiftedSink(positions="compact")
-    roles = hf.RoleMap.uniform(role, 1, 2)
-    assert hf.RoleMap.from_json(roles.to_json()) == roles
-
-
-def test_without_a_sink_frames_sit_where_they_are() -> None:
-    assert ShiftedSink(3, 0).place([5, 6, 7, 8], 1, 14) == (5, 6, 7, 8)
 
 
 class Unused(nn.Module):

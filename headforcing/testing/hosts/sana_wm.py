@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headforcing.roles import HeadRole
-from headforcing.roles.shifted_sink import ShiftedSink
+from headforcing.roles import HeadRole, Local
 from headforcing.testing.host import Host
 from headforcing.testing.standin import dtype_of, noise_of
 
@@ -82,7 +81,7 @@ class SanaWMHost(Host):
     """
 
     chunk, frames, dense, window, single = 3, 18, 12, 14, True
-    memory: HeadRole = ShiftedSink(8, 3)
+    memory: HeadRole = Local(8, 3, positions="adjoining")
     rope_type = "split"
     gated = False
 
