@@ -369,3 +369,23 @@ def test_scaled_time_scales_all_positions() -> None:
     half = hf.rope.rotate(x, model.freqs, [2.0, 3.0], 2, 4)
     assert torch.equal(outs[0][0], half)
     assert not torch.equal(outs[0][1], half)
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_a_new_video_and_an_emptied_cache_have_no_pin(name: str) -> None:
+    role = Anchor(1)
+    for ending in ("reset", "emptied"):
+        store = store_of(name, role)
+        for start in range(0, 15, CHUNK):
+            if start == 9:
+                store.edit(Pin(6, 3), start)
+            store.write(chunk_of(start))
+        assert store.frames(role)[0] == [6]
+        if ending == "reset":
+            store.reset()
+        else:
+            store.edit(Truncation(), 12)
+        begin = 0 if ending == "reset" else 12
+        for start in range(begin, begin + 9, CHUNK):
+            store.write(chunk_of(start))
+        assert store.frames(role)[0] == [begin]
