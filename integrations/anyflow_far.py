@@ -233,10 +233,12 @@ def _layout_of(freqs: Tensor) -> _Layout:
         table, time = freqs[0, 0], _time_columns(freqs)
         frames, rows = _begins(table[:, :1]), _begins(table[:, [0, time]])
         starts = (*frames, len(table))
-        sizes = [stop - start for start, stop in itertools.pairwise(starts)]
-        heights = [sum(row in range(*ends) for row in rows) for ends in itertools.pairwise(starts)]
-        far = next(frame for frame, size in enumerate(sizes) if set(sizes[frame:]) == {size})
-        grid, coarse = ((heights[at], sizes[at] // heights[at]) for at in (-1, 0))
+        spans = [range(*ends) for ends in itertools.pairwise(starts)]
+        far = sum(len(span) != len(spans[-1]) for span in spans)
+        heights = [sum(row in spans[at] for row in rows) for at in (-1, 0)]
+        grid, coarse = (
+            (height, len(spans[at]) // height) for at, height in zip((-1, 0), heights, strict=True)
+        )
         _LAYOUTS[freqs] = _Layout(starts, far, grid, coarse, table[frames, :time])
     return _LAYOUTS[freqs]
 
