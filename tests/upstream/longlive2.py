@@ -73,7 +73,7 @@ class LongLive2(Bench):
             image_or_video_shape=[scenario.batch, scenario.frames, tiny.CHANNELS, *tiny.LATENT],
             num_frame_per_block=scenario.chunk,
             independent_first_frame=scenario.image,
-            sampling_steps=4,
+            sampling_steps=len(scenario.steps),
             guidance_scale=3.0 if scenario.driver == "cfg" else 1.0,
             negative_prompt=NEGATIVE_PROMPT,
             use_relative_rope=scenario.raw_keys,

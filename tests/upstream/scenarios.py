@@ -294,12 +294,61 @@ AVERAGES = Scenario(
     raw_keys=True,
     repositories=("MemRoPE",),
 )
-PAST_ENDS = (PAST_THE_END, PAST_THE_WINDOW)
+LONG_AVERAGES = replace(AVERAGES, name="long averages", frames=1032, passes=344 * 2)
+PAST_ITS_TABLE = replace(
+    PAST_THE_END,
+    name="past its table",
+    window=9,
+    sink=3,
+    frames=1032,
+    passes=344 * 2,
+    steps=(1000,),
+    repositories=WITH_LONGLIVE,
+)
+ENDLESS = replace(
+    AVERAGES, name="endless", frames=1032, passes=344 * 2, repositories=("infinity-rope",), window=9, sink=1
+)
+PAST_TABLES = (
+    PAST_ITS_TABLE,
+    replace(
+        PAST_ITS_TABLE,
+        name="rollouts past their table",
+        window=-1,
+        sink=0,
+        steps=(1000, 0),
+        repositories=("CausVid",),
+    ),
+    replace(
+        PAST_ITS_TABLE,
+        name="rolling past its table",
+        window=-1,
+        steps=(1000, 500),
+        passes=345 * 2,
+        repositories=("RollingForcing",),
+    ),
+    replace(
+        PAST_ITS_TABLE,
+        name="shots past their table",
+        window=12,
+        sink=4,
+        chunk=4,
+        passes=258 * 2,
+        repositories=("LongLive2",),
+    ),
+)
+WITHOUT_A_TABLE = (
+    PAST_ANY_TABLE,
+    ENDLESS,
+    replace(ENDLESS, name="endless, raw keys", driver="few_step", repositories=("LongLive",), steps=(1000,)),
+)
+PAST_ENDS = (PAST_THE_END, PAST_THE_WINDOW, *PAST_TABLES)
 AVERAGED = "its averages"
 OTHER_AVERAGES = "averages of other weights"
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
-SCENARIOS = {item.name: item for item in (*EVERY, *PAST_ENDS, PAST_ANY_TABLE, *EMPTIED, AVERAGES)}
+SCENARIOS = {
+    item.name: item for item in (*EVERY, *PAST_ENDS, *WITHOUT_A_TABLE, *EMPTIED, AVERAGES, LONG_AVERAGES)
+}
 
 
 def cases_of(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:

@@ -10,11 +10,12 @@ from .scenarios import (
     AVERAGED,
     AVERAGES,
     LAYERS,
+    LONG_AVERAGES,
     OTHER_AVERAGES,
-    PAST_ANY_TABLE,
     PAST_ENDS,
     PRESET,
     TWO_TRANSFORMERS,
+    WITHOUT_A_TABLE,
     Case,
     cases_of,
     control_cases,
@@ -63,7 +64,7 @@ def test_bounded_roles_go_on_where_upstream_ends(case: Case, upstream: Upstream)
     assert torch.isfinite(applied.tensors["video"]).all()
 
 
-@pytest.mark.parametrize("case", cases_of(PAST_ANY_TABLE), ids=str)
+@pytest.mark.parametrize("case", cases_of(*WITHOUT_A_TABLE), ids=str)
 def test_equal_roles_change_nothing_past_frame_1024(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == case.scenario.passes * LAYERS
@@ -71,7 +72,7 @@ def test_equal_roles_change_nothing_past_frame_1024(case: Case, upstream: Upstre
     assert_identical(untouched, applied)
 
 
-@pytest.mark.parametrize("case", cases_of(PAST_ANY_TABLE, policy=PRESET), ids=str)
+@pytest.mark.parametrize("case", cases_of(*WITHOUT_A_TABLE, policy=PRESET), ids=str)
 def test_bounded_roles_go_past_frame_1024(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == case.scenario.passes * LAYERS
@@ -80,6 +81,13 @@ def test_bounded_roles_go_past_frame_1024(case: Case, upstream: Upstream) -> Non
     assert torch.isfinite(video).all()
     late = (video[:, 1024:] - video[:, 1023:-1]).abs().amax(dim=(2, 3, 4))
     assert late.min() > SMALLEST_CHANGE
+
+
+@pytest.mark.parametrize("case", cases_of(LONG_AVERAGES, policy=PRESET), ids=str)
+def test_other_roles_go_past_frame_1024_where_averages_do(case: Case, upstream: Upstream) -> None:
+    applied = upstream.result(case)
+    assert applied.calls == case.scenario.passes * LAYERS
+    assert torch.isfinite(applied.tensors["video"]).all()
 
 
 @pytest.mark.parametrize("case", cases_of(AVERAGES, policy=AVERAGED), ids=str)
