@@ -1,0 +1,130 @@
+"""Writes docs/presets.md from the presets themselves; a test compares the two."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quality_page import markdown_table
+from typer.testing import CliRunner
+
+from headforcing.cli import app
+from headforcing.preset import Preset
+from headforcing.presets import PRESETS, commit_forcing
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "presets.md"
+LEFT_OUT = "Not taken over: "
+PHASES = "[Phases](concepts.md#phases-less-in-the-clean-pass)"
+WIDTH = 110
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
+
+INTRO = """# Presets
+
+<!-- Written by benchmarks/presets_reference.py; do not edit. -->
+
+Memories of the field by name. What each keeps and sees is counted on a real store, here for a model of the
+size of Wan2.1 1.3B: a window of {window} latent frames, chunks of {chunk}, {tokens_per_frame} tokens per
+frame. For your sizes:
+
+```bash
+headforcing presets --window 12 --tokens-per-frame 880
+```
+
+A preset whose heads are all alike goes by name, `apply_head_forcing(model, "memrope")`. The others need a
+label for every head, which belongs to a checkpoint: [import or measure it](measuring.md), then
+`headforcing.presets.PRESETS["forcing_kv"].labelled(labels)`. How they do on the demo model:
+[Presets on the demo](preset-results.md).
+
+* **Kept**, **seen**: frames that a head stores, and that a query sees in a noisy pass, own chunk included,
+  once a video is long; where labels differ, the mean over the published numbers of heads.
+* **Of window**: keys and values, as a share of the dense window of {window} frames. The `ring` store holds
+  rotated keys as well: its share is the second number.
+* **\\***: positions leave the range the model was trained on, as they do at the source.
+"""
+
+HEAD = ("preset", "source", "labels", "kept", "seen", "of window, in `ring`")
+ROLE_HEAD = ("label", "heads", "role", "kept", "seen")
+
+
+def page() -> str:
+    """The page in Markdown."""
+    found = json.loads(CliRunner().invoke(app, ["presets", "--json"]).stdout)
+    rows: dict[str, Mapping[str, Any]] = {row["name"]: row for row in found["presets"]}
+    model = found["model"]
+    parts = [INTRO.format(**model)]
+    parts.append(markdown_table([HEAD, *(_summary(PRESETS[name], row, model) for name, row in rows.items())]))
+    parts += [_section(PRESETS[name], row, model) for name, row in rows.items()]
+    said, *_ = (inspect.getdoc(commit_forcing) or "").splitlines()
+    wrapper = f"{said} `headforcing.presets.commit_forcing(role_map, window)` wraps a map: {PHASES}."
+    parts += ["## commit_forcing", _wrapped(wrapper)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _summary(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    star = "" if all(role.bounded for role in _roles(preset, model).values()) else " \\*"
+    share = "grows" if not row["labels"] else "?"
+    if row["of_window"] is not None:
+        share = f"{row['of_window']:.0%}, {row['ring_bytes'] / model['window_bytes']:.0%}"
+    whole = "all" if not row["labels"] else "?"
+    kept, seen = (_frames(row[name], whole) for name in ("stored", "attended"))
+    name = f"[`{preset.name}`](#{preset.name}){star}"
+    return [name, _linked(preset.source), ", ".join(row["labels"]) or "none", kept, seen, share]
+
+
+def _section(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """What a preset gives to which heads, and what it leaves out."""
+    about, _, missing = _flat(inspect.getdoc(preset.roles)).partition(LEFT_OUT)
+    roles = [
+        [
+            role["label"],
+            "all" if not row["labels"] else "?" if role["heads"] is None else str(role["heads"]),
+            f"`{role['role']}`",
+            _frames(role["stored"]),
+            _frames(role["attended"]),
+        ]
+        for role in row["roles"]
+    ]
+    facts = [f"* Source: {_linked(preset.source)}."]
+    if preset.counted:
+        facts.append(f"* Heads of Wan2.1 1.3B, {sum(preset.published.values())} known: {preset.counted}.")
+    if preset.first_layer is not None:
+        facts.append(f"* All heads of layer 0 are {preset.first_layer}, whatever their labels.")
+    if preset.classifier is not None:
+        facts.append(f"* Labels, measured: `headforcing roles classify --method {preset.classifier}`.")
+    if preset.importer is not None:
+        facts.append(f"* Labels, published: `headforcing roles import FILE --format {preset.importer}`.")
+    if missing:
+        facts.append(f"* {LEFT_OUT}{missing}")
+    listed = "\n".join(_wrapped(fact, "  ") for fact in facts)
+    return "\n\n".join([f"## {preset.name}", _wrapped(about), markdown_table([ROLE_HEAD, *roles]), listed])
+
+
+def _roles(preset: Preset, model: Mapping[str, Any]) -> Mapping[str, Any]:
+    return preset.roles(model["window"], model["chunk"])
+
+
+def _frames(count: float | None, otherwise: str = "all") -> str:
+    return otherwise if count is None else f"{count:.2f}".removesuffix(".00")
+
+
+def _flat(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _linked(source: str) -> str:
+    return ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
