@@ -24,17 +24,6 @@ from headforcing.testing.hosts.longlive import LongLiveHost
 from headforcing.testing.hosts.self_forcing import SelfForcingHost
 from headforcing.wan import WanAdapter
 
-MAY_SKIP = {
-    "anyflow_far": {
-        *("rotation_of_merged_patches", "host_counts_on", "prompt_switch_is_heard", "edited_cache_refused"),
-        *("parity_through_eviction", "parity_through_eviction_bf16"),  # Full is all it remembers
-    },
-    "infinity_rope": {"release_frees", "cache_comes_back"},
-    "fastvideo": {"wrapped_layers_are_called"},
-    "sana_wm": {"edited_cache_refused", "release_frees", "cache_comes_back"},
-    "causvid": {"parity_through_eviction", "parity_through_eviction_bf16", "edited_cache_refused"},
-}
-
 
 def test_every_adapter_in_the_folder_has_a_host() -> None:
     assert set(host_names()) == {adapter.name for adapter in adapters()}
@@ -48,7 +37,7 @@ def test_every_adapter_in_the_folder_passes(name: str) -> None:
     report = check_adapter(None, host)
     report.raise_if_failed()
     assert report.adapter == name
-    assert {r.name for r in report.results if r.outcome == "skipped"} <= MAY_SKIP.get(name, set())
+    assert {r.name for r in report.results if r.outcome == "skipped"} == host.unconcerned
 
 
 def test_self_forcing_passes_without_a_sink_and_with_the_adapter_given() -> None:

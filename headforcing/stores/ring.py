@@ -200,10 +200,8 @@ class _Bank:
         return k, v
 
     def numbers(self) -> list[list[int]]:
-        if self._ids is _NOTHING:
-            return []
-        numbers: list[list[int]] = self._ids[:, : len(self.frames)].tolist()
-        return numbers
+        held: list[list[int]] = [] if self._ids is _NOTHING else self._ids[:, : len(self.frames)].tolist()
+        return held
 
     def nbytes(self) -> int:
         packed = [tensor for _, *some in self._some.values() for tensor in some]

@@ -27,6 +27,7 @@ class Host(ABC):
         memory: the role whose heads remember what the untouched model remembers.
         window: frames the model was trained on, to compare; `None`: not compared.
         single: whether it can also run chunks of one frame.
+        unconcerned: checks that have nothing to look at here; our tests want all others to be run.
     """
 
     adapter: Adapter | None = None
@@ -37,6 +38,7 @@ class Host(ABC):
     memory: HeadRole = Full()
     window: int | None = None
     single: bool = False
+    unconcerned: frozenset[str] = frozenset()
 
     def missing(self) -> str | None:
         """Why it cannot run here, as where a package is not installed; default `None`, it can."""

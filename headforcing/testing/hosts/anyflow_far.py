@@ -30,6 +30,16 @@ SIZE = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 2, "ff
 class AnyFlowFARHost(Host):
     """Chunks of two frames, of which the cache keeps two in full and older ones coarsely."""
 
+    unconcerned = frozenset(
+        {
+            "rotation_of_merged_patches",
+            "host_counts_on",
+            "prompt_switch_is_heard",
+            "edited_cache_refused",
+            "parity_through_eviction",
+            "parity_through_eviction_bf16",
+        }
+    )
     chunk, frames, dense, window, single = 2, 12, 12, 12, True
 
     def missing(self) -> str | None:

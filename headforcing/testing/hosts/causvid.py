@@ -42,6 +42,9 @@ class CausVidAttention(StandInAttention):
 class CausVidHost(StandInHost):
     """A stand-in with CausVid's interface: it holds everything and has room for seven chunks."""
 
+    unconcerned = frozenset(
+        {"parity_through_eviction", "parity_through_eviction_bf16", "edited_cache_refused"}
+    )
     frames, dense, window, slots = 18, 18, 21, 21
     memory: HeadRole = Full()
     attention = CausVidAttention

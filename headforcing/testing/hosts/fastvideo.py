@@ -180,6 +180,7 @@ class FastVideoModel(nn.Module):
 class FastVideoHost(CountingHost):
     """A stand-in with FastVideo's interface: nine frames and a sink."""
 
+    unconcerned = frozenset({"wrapped_layers_are_called"})
     policy = "absolute"
     memory: HeadRole = SlidingWindow(WINDOW, SINK, positions="absolute")
 

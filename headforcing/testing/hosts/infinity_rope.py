@@ -49,6 +49,7 @@ class InfinityRopeAttention(StandInAttention):
 class InfinityRopeHost(CountingHost):
     """A stand-in with Infinity-RoPE's interface: frames sit at their place in the cache."""
 
+    unconcerned = frozenset({"release_frees", "cache_comes_back"})
     memory: HeadRole = SlidingWindow(9, 1, positions="compact")
     attention = InfinityRopeAttention
 

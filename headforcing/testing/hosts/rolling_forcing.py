@@ -61,6 +61,7 @@ class RollingForcingAttention(StandInAttention):
 class RollingForcingHost(CountingHost):
     """A stand-in with Rolling Forcing's interface, a window of nine frames, and one chunk at a time."""
 
+    unconcerned = frozenset({"single_frames"})
     adapter = RollingForcing(chunks=1)
     slots, single = 12, False
     memory: HeadRole = Rolling(9)
