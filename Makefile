@@ -46,10 +46,15 @@ format: $(READY) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 # The API pages are read from an installed copy: only there is integrations/ in its importable place.
-docs: $(READY_DOCS) ## build the documentation into site/
-	rm -rf build
+# Both engines read mkdocs.yml. MkDocs is what is published; Zensical, its successor, passes over what it does not know,
+# so what they built is checked.
+docs: $(READY_DOCS) ## build the documentation into site/, and with Zensical into build/
+	rm -rf build site
 	$(BIN)/python -m pip install --quiet --no-deps --target build/docs-package .
+	$(BIN)/zensical build --strict --clean
+	mv site build/site-zensical
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python .ci/check_site.py docs site build/site-zensical
 
 bench: $(READY) ## measure the attention beside the dense one, into runs/bench
 	$(BIN)/python benchmarks/attention.py --out runs/bench/attention.json
