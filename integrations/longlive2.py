@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError, UnsupportedModelError
-from headforcing.host_cache import mark, untouched
+from headforcing.host_cache import alive, mark, untouched
 from headforcing.shots import Edit, Truncation
 from headforcing.types import AttentionCall, Pin
 from headforcing.wan import CALL
@@ -123,6 +123,13 @@ class LongLive2(DeferringWan):
         super().forget(memo)
         memo.pop("pins", None)
         memo.pop("left", None)
+
+    def give_back(self, anchor: object, memo: Memo) -> None:
+        """No shot is pinned in a cache that nothing was written to."""
+        super().give_back(anchor, memo)
+        for (known, _), nothing in zip(memo.get("pins", ((), NO_PIN))[0], NO_PIN, strict=False):
+            for pin in alive([known]):
+                pin.fill_(nothing)
 
 
 ADAPTER = LongLive2()

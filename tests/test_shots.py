@@ -108,6 +108,18 @@ def test_the_hosts_own_memory_changes_nothing(
             HOST.new_video(one, caches)
 
 
+def test_removal_gives_the_caches_back_without_pins() -> None:
+    model = model_of()
+    caches, fresh = HOST.caches(model), HOST.caches(model)
+    handle = applied(model)
+    video(model, caches)
+    assert counted(caches) != counted(fresh)
+    handle.remove()
+    assert counted(caches) == counted(fresh)
+    expected = video(model_of(), fresh)
+    assert all(torch.equal(a, b) for a, b in zip(expected, video(model, caches), strict=True))
+
+
 def test_pins_and_offsets_show() -> None:
     """Controls: each of them changes the video of the untouched model."""
     outs = {

@@ -236,6 +236,7 @@ def _removal(bench: Bench) -> Outcome:
     pipeline = bench.few_step()
     facts = _facts(bench, pipeline)
     _video(pipeline, bench.noise())
+    facts["attributes"] = _facts(bench, pipeline)["attributes"]  # pipelines set some, too
     outcome = bench.outcome()
     if bench.handle is not None:
         bench.handle.remove()
@@ -292,7 +293,8 @@ def _digest(state: dict[str, Tensor]) -> list[list[str]]:
 def _layout(cache: dict[str, Any]) -> dict[str, list[Any]]:
     """Describe a cache dict; the indices are compared with the results."""
     layout: dict[str, list[Any]] = {
-        name: [list(value.shape), str(value.dtype)] for name, value in cache.items()
+        name: [list(value.shape), str(value.dtype)] if isinstance(value, Tensor) else [value]
+        for name, value in cache.items()
     }
     for name in ("k", "v"):
         layout[name] += [bool((cache[name] == 0).all()), cache[name].untyped_storage().nbytes()]

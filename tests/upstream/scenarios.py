@@ -270,6 +270,12 @@ PASS_THROUGH = (
     Scenario("gradients", "gradients", window=9, sink=3, frames=3, passes=1, repositories=WITH_FASTVIDEO),
 )
 REMOVAL = Scenario("removal", "removal", window=9, sink=3, frames=15, passes=50, repositories=WITH_BOTH)
+REMOVALS = (
+    REMOVAL,
+    replace(ROLLING, name="rolling, removal", driver="removal", frames=27, passes=2 * 2 * 13),
+    replace(TWO_SHOTS, name="two shots, removal", driver="removal", passes=100),
+    replace(ROLLOUTS, name="rollouts, removal", driver="removal", passes=2 * 7 * 4),
+)
 
 GRADIENTS_MIDWAY = Scenario(
     "gradients midway",
@@ -345,7 +351,7 @@ PAST_ENDS = (PAST_THE_END, PAST_THE_WINDOW, *PAST_TABLES)
 AVERAGED = "its averages"
 OTHER_AVERAGES = "averages of other weights"
 
-EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, REMOVAL, GRADIENTS_MIDWAY, *SWITCHES)
+EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, *REMOVALS, GRADIENTS_MIDWAY, *SWITCHES)
 SCENARIOS = {
     item.name: item for item in (*EVERY, *PAST_ENDS, *WITHOUT_A_TABLE, *EMPTIED, AVERAGES, LONG_AVERAGES)
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .harness import MARKS, Upstream, assert_identical
-from .scenarios import EMPTIED, GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVAL, SWITCHES, Case, cases_of
+from .scenarios import EMPTIED, GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVALS, SWITCHES, Case, cases_of
 
 pytestmark = MARKS
 
@@ -26,7 +26,7 @@ def test_gradients_in_the_middle_of_a_video_are_right_or_refused(case: Case, ups
         assert_identical(untouched, applied)
 
 
-@pytest.mark.parametrize("case", cases_of(REMOVAL), ids=str)
+@pytest.mark.parametrize("case", cases_of(*REMOVALS), ids=str)
 def test_removal_leaves_no_trace(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == case.scenario.passes // 2 * LAYERS
