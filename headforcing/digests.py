@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headforcing.digest import Digest, Past, Tokens
-from headforcing.errors import RoleError, StreamShapeError
+from headforcing.errors import RoleError, StreamError, StreamShapeError
 from headforcing.role import HeadRole
 from headforcing.types import Chunk, Encode, FrameTable, Grid, Selection
 
@@ -43,9 +43,15 @@ class Digests:
         """Refuses a chunk that cannot be digested, before anything changes.
 
         Raises:
+            StreamError: the host moves it in time, and a role cannot follow.
             StreamShapeError: its grid does not go, or it has no queries where a role chooses by them.
         """
         for role, digest in self._digests.items():
+            if chunk.shift and not role.bounded:
+                raise StreamError(
+                    f"layer {self._layer}: the host moves a later shot in time, but {role} keeps parts of "
+                    "frames where they were: give it positions='compact', or set the host's offset to 0"
+                )
             digest.check(chunk.grid, before)
             if before is not None and chunk.grid != before:
                 raise StreamShapeError(

@@ -23,7 +23,8 @@ def rerun(chunk: Chunk, stream: Stream, options: Options) -> Chunk:
     pending, frames = stream.store.pending, chunk.frames
     if pending is None or frames.stop != pending.stop or frames.start >= pending.start:
         return chunk
-    whole = frames.start == 0 and len(frames) <= options.window  # nothing is beside it
+    alone = frames.start == 0 or stream.store.empty  # nothing is beside it
+    whole = alone and len(frames) <= options.window
     last = len(frames) if whole else max(n for n in range(1, len(frames) + 1) if _fits(options, n))
     switch = Switch("recache", frames=last)
     for met in (stream, *stream.behind):

@@ -9,14 +9,15 @@ them before: our roles say where frames sit. MemRoPE has it, too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError
-from headforcing.types import AttentionCall
+from headforcing.shots import Edit, Truncation
+from headforcing.types import AttentionCall, Pin
 from headforcing.wan import CALL
 from headforcing.wan_counting import DeferringWan
 
@@ -38,17 +39,23 @@ class LongLive(DeferringWan):
         """See `Adapter.begins_video`.
 
         Raises:
-            ExternalEditError: the cache was emptied in the middle of a video.
+            ExternalEditError: the cache was emptied in the middle of a video, and the host does not say so.
         """
         if super().begins_video(call, memo):
             return True
-        if self.wrote(call, memo) or call.arguments["sink_recache_after_switch"]:
+        if self.wrote(call, memo) and not call.arguments["sink_recache_after_switch"]:
             raise ExternalEditError(
-                "the cache was emptied for a new prompt, first frames included (global_sink=False), which is "
-                "not served: set global_sink=True, or put handle.switch_prompt(...) in place of the "
-                "pipeline's _recache_after_switch"
+                "the cache was emptied for a new prompt, and its first frames stay empty (global_sink=False "
+                "in a pipeline that does not pass sink_recache_after_switch): set global_sink=True, or put "
+                "handle.switch_prompt(...) in place of the pipeline's _recache_after_switch"
             )
         return False
+
+    def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
+        """Where first frames run again as well: the cache was emptied, its sink is the first of them."""
+        if not call.arguments["sink_recache_after_switch"]:
+            return ()
+        return Truncation(), Pin(call.start, int(module.sink_size))  # type: ignore[arg-type]
 
 
 ADAPTER = LongLive()

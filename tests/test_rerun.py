@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from headforcing.backends.sdpa import attend
-from headforcing.errors import ChunkOrderError, StreamError
+from headforcing.errors import ChunkOrderError, StreamError, WindowError
 from headforcing.plan import Options, Stream
 from headforcing.rerun import rerun, seats
 from headforcing.role_map import RoleMap
 from headforcing.roles import Full, HeadRole, SlidingWindow
+from headforcing.shots import Truncation
 from headforcing.stores import store_class
 from headforcing.switch import Switch
-from headforcing.types import Chunk, Heads
+from headforcing.types import Chunk, Heads, Pin
 
 STORES = ("ring", "reference")
 WINDOW = 12
@@ -113,3 +114,29 @@ def test_queries_that_are_not_seen_sit_before_those_that_are(
     positions: tuple[int, ...], frames: int, chunk: int, expected: tuple[int, ...]
 ) -> None:
     assert seats(positions, frames, chunk) == expected
+
+
+def test_frames_that_run_again_behind_an_emptied_cache_are_all_remembered(
+    rolled: tuple[Stream, Options],
+) -> None:
+    """As LongLive does where its first frames run again: the first of them are the sink from then on."""
+    stream, options = rolled
+    stream.store.edit(Truncation(), 9)
+    stream.store.edit(Pin(9, 3), 9)
+    stream.store.write(rerun(chunk_of(9, 9, 0.5), stream, options))
+    again = [9.5, 10.5, 11.5, 12.5, 13.5, 14.5, 15.5, 16.5, 17.5]
+    assert seen(stream, ROLLED)[2].tolist() == again
+    stream.store.write(rerun(chunk_of(18, 3), stream, options))
+    assert seen(stream, ROLLED)[2].tolist() == [*again[:3], *again[6:], 18, 19, 20]
+
+
+def test_more_frames_than_the_window_do_not_run_again_alone(rolled: tuple[Stream, Options]) -> None:
+    stream, options = rolled
+    stream.store.edit(Truncation(), 0)
+    with pytest.raises(WindowError, match="a chunk of 15 frames"):
+        stream.store.write(chunk_again(stream, 3, 15))
+
+
+def chunk_again(stream: Stream, start: int, frames: int) -> Chunk:
+    stream.store.scenes.ask(Switch("recache", frames=frames))
+    return chunk_of(start, frames)

@@ -80,8 +80,6 @@ class KVStore(Storage):
             )
         shape = Shape.of(chunk)
         self.digests.check(chunk, self._grid if chunk.start else None)
-        if chunk.shift:
-            self._check_shift()
         again = self.scenes.rerun(self.frames_so_far)
         if again is None and self._rolls(chunk):
             shape.check_follows(self._shape, self.layer)
@@ -96,7 +94,8 @@ class KVStore(Storage):
         else:
             check_order(chunk.frames, self._pending, self._end, again, self.layer)
             shape.check_follows(self._shape, self.layer)
-            if again != 0 or shape.frames > self.window:  # beside frames that run again from 0 is nothing
+            alone = again == 0 or (again is not None and self.empty)
+            if not alone or shape.frames > self.window:
                 self._check_roles(shape.frames)
             self._commit_before(chunk.start)
             if again is None:  # roles choose first: a switch keeps what they would have kept
@@ -153,21 +152,21 @@ class KVStore(Storage):
         self._clear()
 
     def edit(self, edit: Edit, start: int) -> None:
-        """Follows what the host did to its cache before the chunk at frame `start`.
+        """Follows what the host did to its cache before it runs frames from `start` on.
 
         Raises:
             WindowError: a role has no room for the first frames of a shot.
-            StreamError: the cache was emptied, and another chunk than the pending one comes.
+            StreamError: the cache was emptied, and frames come that do not replace the pending chunk.
         """
         if isinstance(edit, Pin):
             for role in self.heads:
                 role.follow(edit, 1 if self._pending is None else len(self._pending))
             self.scenes.hold(edit)
             return
-        if self._pending is None or self._pending.start != start:
+        if self._pending is None or self._pending.start < start:
             raise StreamError(
                 f"layer {self.layer}: the host emptied its cache before frame {start}, but frames "
-                f"{self._pending} were not written since: reset the stream with handle.reset()"
+                f"{self._pending} are not run again: reset the stream with handle.reset()"
             )
         self._moving = True
         for role in self.heads:
@@ -183,6 +182,11 @@ class KVStore(Storage):
             StreamError: there is no such mark, or frames that come again cannot be told from others.
         """
         self.scenes.check(switch, self.frames_so_far, self._held, self.layer)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no role holds a frame of the past."""
+        return not any(self._held(role) for role in self.heads)
 
     @property
     def pending(self) -> range | None:
@@ -253,15 +257,6 @@ class KVStore(Storage):
         self._end, self.turned = start, self.turned or switch is not None
         self._moving = False
         return went
-
-    def _check_shift(self) -> None:
-        """Parts of frames that are seen where they were would have to move as well."""
-        for role in self.heads:
-            if not role.bounded and self.digests.get(role) is not None:
-                raise StreamError(
-                    f"layer {self.layer}: the host moves a later shot in time, but {role} keeps parts of "
-                    "frames where they were: give it positions='compact', or set the host's offset to 0"
-                )
 
     def _check_roles(self, chunk: int) -> None:
         for role in self.heads:

@@ -139,6 +139,9 @@ RECACHE = Scenario(
 EMPTIED = (
     replace(RECACHE, name="recache, emptied", driver="emptied"),
     replace(RECACHE, name="recache, emptied early", driver="emptied", switch=7),
+    replace(RECACHE, name="recache, emptied, raw keys", driver="emptied", raw_keys=True),
+)
+EMPTIED_UNSAID = (
     replace(RECACHE, name="recache, emptied unsaid", driver="emptied unsaid"),
     replace(RECACHE, name="recache, emptied early unsaid", driver="emptied unsaid", switch=7),
 )
@@ -353,7 +356,8 @@ OTHER_AVERAGES = "averages of other weights"
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, *REMOVALS, GRADIENTS_MIDWAY, *SWITCHES)
 SCENARIOS = {
-    item.name: item for item in (*EVERY, *PAST_ENDS, *WITHOUT_A_TABLE, *EMPTIED, AVERAGES, LONG_AVERAGES)
+    item.name: item
+    for item in (*EVERY, *PAST_ENDS, *WITHOUT_A_TABLE, *EMPTIED, *EMPTIED_UNSAID, AVERAGES, LONG_AVERAGES)
 }
 
 

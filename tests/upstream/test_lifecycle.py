@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from .harness import MARKS, Upstream, assert_identical
-from .scenarios import EMPTIED, GRADIENTS_MIDWAY, LAYERS, PASS_THROUGH, REMOVALS, SWITCHES, Case, cases_of
+from .scenarios import (
+    EMPTIED,
+    EMPTIED_UNSAID,
+    GRADIENTS_MIDWAY,
+    LAYERS,
+    PASS_THROUGH,
+    REMOVALS,
+    SWITCHES,
+    Case,
+    cases_of,
+)
 
 pytestmark = MARKS
 
@@ -43,7 +53,15 @@ def test_a_prompt_switch_does_what_is_done_by_hand_upstream(case: Case, upstream
 
 
 @pytest.mark.parametrize("case", cases_of(*EMPTIED), ids=str)
-def test_a_prompt_switch_that_empties_the_cache_is_refused(case: Case, upstream: Upstream) -> None:
+def test_a_prompt_switch_may_empty_the_cache(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    assert applied.facts["refused"] == ""
+    assert applied.calls == case.scenario.passes * LAYERS
+    assert_identical(untouched, applied)
+
+
+@pytest.mark.parametrize("case", cases_of(*EMPTIED_UNSAID), ids=str)
+def test_a_prompt_switch_that_leaves_an_empty_sink_is_refused(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert untouched.facts["refused"] == ""
     assert "global_sink=True" in applied.facts["refused"]
