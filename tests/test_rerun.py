@@ -131,7 +131,7 @@ def test_frames_that_run_again_behind_an_emptied_cache_are_all_remembered(
 
 
 def test_more_frames_than_the_window_do_not_run_again_alone(rolled: tuple[Stream, Options]) -> None:
-    stream, options = rolled
+    stream, _ = rolled
     stream.store.edit(Truncation(), 0)
     with pytest.raises(WindowError, match="a chunk of 15 frames"):
         stream.store.write(chunk_again(stream, 3, 15))
