@@ -18,16 +18,15 @@ from headforcing.plan import (
     LayerPlan,
     Options,
     Stream,
-    Timeline,
     check_clean,
     check_settled,
-    open_stream,
 )
 from headforcing.role_map import RoleMap
 from headforcing.sites import Site, check_reachable, check_removable, sites_of
 from headforcing.status import Status, collect
 from headforcing.stores import KVStore
 from headforcing.switch import Mode, Switch
+from headforcing.timeline import Timeline, open_stream
 from headforcing.types import Tier
 
 

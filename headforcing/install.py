@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,7 @@ from headforcing.handle import HeadForcing
 from headforcing.hooks import hear_phases
 from headforcing.plan import Activity, LayerPlan, Options
 from headforcing.sites import Site, is_own, sites_of
-
-RUNS_ALWAYS = {"peft_autocast_disable"}
-"""Hooks of diffusers that put a forward of their own around the module's and always call it."""
+from headforcing.skipping import check_runs
 
 
 def install(model: nn.Module, options: Options) -> HeadForcing:
@@ -24,7 +23,7 @@ def install(model: nn.Module, options: Options) -> HeadForcing:
     Raises:
         PatchedModuleError: something else intercepts calls of one of them.
     """
-    _check_runs(model)
+    check_runs(model.named_modules())
     sites = sites_of(model, [module for _, module in options.adapter.attentions(model)])
     for site in sites:
         _check_patchable(site)
@@ -38,23 +37,18 @@ def install(model: nn.Module, options: Options) -> HeadForcing:
         plan.original = weakref.ref(site.original)
         plan.own_forward = replacement.__dict__.pop("forward", None)
         replacement.__dict__["_headforcing"] = plan
+        plan.module = weakref.ref(replacement)
         site.put(replacement)
+    activity.way = _way(model, sites)
     hear_phases(model, options.roles, options.adapter, activity)
     return HeadForcing(model, sites, plans)
 
 
-def _check_runs(model: nn.Module) -> None:
-    """Looks for caches of diffusers, which skip modules: attention that is skipped remembers nothing."""
-    for path, module in model.named_modules():
-        hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
-        names = [name for name, hook in hooks.items() if hasattr(hook, "new_forward")]
-        names = [name for name in names if name not in RUNS_ALWAYS]
-        if names or module.__dict__.get("_cache_config") is not None:
-            raise PatchedModuleError(
-                f"{path or 'the model'}: a cache of diffusers ({', '.join(names) or 'enable_cache'}) skips "
-                "calls of attention, whose keys would be missing from the memory: disable_cache(), or "
-                "remove its hooks, then apply; roles and such caches cannot be combined"
-            )
+def _way(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, weakref.ref[nn.Module]]]:
+    """The modules whose call leads to an attention, and the attentions themselves."""
+    names = [site.path.split(".") for site in sites]
+    paths = {".".join(parts[:depth]) for parts in names for depth in range(len(parts) + 1)}
+    return [(path, weakref.ref(module)) for path, module in model.named_modules() if path in paths]
 
 
 def _check_patchable(site: Site) -> None:

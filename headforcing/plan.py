@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from headforcing.adapter import Adapter
@@ -19,19 +20,11 @@ from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observer
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
+from headforcing.skipping import check_complete, check_runs, warn_of_idle
 from headforcing.stores import KVStore
+from headforcing.timeline import open_stream
 from headforcing.types import AttentionCall, Heads, Phase
-
-
-class Timeline:
-    """The anchor of a stream that the user opened, for hosts whose calls carry no cache object."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-open_stream: ContextVar[Timeline | None] = ContextVar("headforcing_stream", default=None)
-"""The stream opened by `handle.stream()` in this thread or task."""
+from headforcing.weights import Marks, Watch
 
 
 @dataclass(eq=False)
@@ -44,6 +37,9 @@ class Stream:
         released: bytes of the host's cache that are free meanwhile.
         behind: the same timeline in the layers after the first, as the last pass met them.
         phase: of the last pass, where roles ask.
+        module: the attention, while it is there.
+        marks: of its weights when the last chunk began.
+        turn: number and first frame of the last pass.
     """
 
     store: KVStore
@@ -51,17 +47,43 @@ class Stream:
     released: int = 0
     behind: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
     phase: Phase | None = None
+    module: weakref.ref[nn.Module] | None = None
+    marks: Marks | None = None
+    turn: tuple[int | None, int] | None = None
+
+    def mark(self) -> Marks | None:
+        """Notes down the weights of the attention; returns what was noted before."""
+        module = None if self.module is None else self.module()
+        before, self.marks = self.marks, None if module is None else Marks.of(module)
+        return before
 
 
 class Activity:
-    """What happened since apply, shared by all layers of a model."""
+    """What happened since apply, shared by all layers of a model.
+
+    Attributes:
+        calls: attention calls served.
+        layers: those that have roles.
+        served: those of them that were called.
+        bypassed: calls that went to the original forward although they had a cache.
+        depth: calls in progress.
+        observers: who is shown every call.
+        hears_phases: whether a hook tells the phase.
+        way: modules that hold or are attentions, by name; unknown in a copy.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
+        self.layers: set[int] = set()
+        self.served: set[int] = set()
         self.bypassed = 0
         self.depth = 0
         self.observers: list[Observer] = []
         self.hears_phases = False
+        self.way: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
+        self._sought_idle = False
+        self._weights = Watch()
+        self._turns = itertools.count()
         self._lock = threading.Lock()
         self._pass = threading.local()
 
@@ -91,6 +113,7 @@ class Activity:
         """Marks a call in progress."""
         with self._lock:
             self.depth += 1
+        self._pass.turn = next(self._turns)
         try:
             yield
         finally:
@@ -105,19 +128,49 @@ class Activity:
         Raises:
             NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
                 committed it, so it can be written again.
+            StreamError: the last pass over the chunk before skipped some layer.
+            PatchedModuleError: a cache of diffusers may skip some.
         """
         self.calls += 1
+        self.served.add(layer)
+        pending = stream.store.pending
+        grown = pending is not None and start > pending.start
+        if grown and layer == min(self.served) and not self._sought_idle:
+            if idle := sorted(self.layers - self.served):
+                warn_of_idle(idle)
+            self._sought_idle = True
         if layer:
-            first = getattr(self._pass, "first", lambda: None)()
+            first: Stream | None = getattr(self._pass, "first", lambda: None)()
             if first is not None:
                 first.behind.add(stream)
                 stream.store.digests.notes = first.store.digests.notes
+                stream.turn = first.turn
+            if stream.marks is None:
+                stream.mark()
             return
-        pending = stream.store.pending
-        if pending is not None and start > pending.start:
-            for met in (stream, *sorted(stream.behind, key=lambda later: later.store.layer)):
-                met.store.check()
+        turn = getattr(self._pass, "turn", None), start
+        met = [stream, *sorted(stream.behind, key=lambda later: later.store.layer)]
+        if pending is not None and grown:
+            number, first_frame = stream.turn or turn
+            if number != turn[0] and first_frame == pending.start:  # else it is the same call, or one failed
+                late = [one for one in met if one.store.pending == pending and one.turn != stream.turn]
+                check_complete([one.store.layer for one in late], pending)
+            for one in met:
+                one.store.check()
+        if pending is None or start != pending.start or not start:
+            self._look_around(met, start)
+        stream.turn = turn
         self._pass.first = weakref.ref(stream)
+
+    def _look_around(self, met: Sequence[Stream], start: int) -> None:
+        """A chunk begins: whether all attention will run, and with the weights that made the past."""
+        held = self.way or [(f"layer {one.store.layer}", one.module) for one in met if one.module]
+        check_runs((path, module) for path, ref in held if (module := ref()) is not None)
+        marks = [(one.store.layer, one.mark(), one.marks) for one in met]
+        if start:
+            self._weights.look(start, marks)
+        else:
+            self._weights.begin()
 
     def bypass(self) -> None:
         """Counts a call that went to the original forward although it had a cache; warns once."""
@@ -196,6 +249,7 @@ class LayerPlan:
         activity: counters shared by all layers.
         handle: the handle of the model, while somebody holds it.
         original: the module that was replaced, while somebody holds it.
+        module: ours in its place, likewise.
         own_forward: the module's own forward, where it lay in its `__dict__`, as accelerate leaves it.
         streams: memories of this layer by the anchor of their timeline.
     """
@@ -205,10 +259,12 @@ class LayerPlan:
     activity: Activity
     handle: weakref.ref[Any] | None = None
     original: weakref.ref[Any] | None = None
+    module: weakref.ref[nn.Module] | None = None
     own_forward: Any = None
     streams: MutableMapping[object, Stream] = field(default_factory=_by_anchor, compare=False)
 
     def __post_init__(self) -> None:
+        self.activity.layers.add(self.layer)
         row = self.options.roles.layers[self.layer]
         members: dict[HeadRole, list[int]] = {}
         for head, role in enumerate(row):
@@ -227,12 +283,17 @@ class LayerPlan:
         stream = self.streams.get(anchor)
         if stream is None:
             store = self.options.store(self.heads, window=self.options.window, layer=self.layer)
-            stream = self.streams[anchor] = Stream(store)
+            stream = self.streams[anchor] = Stream(store, module=self.module)
         return stream
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled plan serves the same roles with an empty memory of its own."""
-        return {**self.__dict__, "streams": None, "handle": None, "original": None, "own_forward": None}
+        module = None if self.module is None else self.module()
+        left = dict.fromkeys(("streams", "handle", "original", "own_forward"))
+        return {**self.__dict__, **left, "module": module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, streams=_by_anchor())
+        module = state["module"]  # that of the copy, which is copied together with its plan
+        ref = None if module is None else weakref.ref(module)
+        self.__dict__.update(state, streams=_by_anchor(), module=ref)
+        self.activity.layers.add(self.layer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from headforcing.plan import LayerPlan, Stream
 from headforcing.roles import HeadRole
+from headforcing.skipping import layers_named
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Status:
         window: frames the model was trained on.
         roles: heads per role, over all layers.
         calls: attention calls served since apply.
+        unserved: layers never called with a cache since apply.
         bypassed: calls that had a cache but went to the original forward (training, gradients).
         streams: the timelines alive now.
         stored_bytes: keys and values held by all layers and streams.
@@ -47,6 +49,7 @@ class Status:
     window: int
     roles: Mapping[HeadRole, int]
     calls: int
+    unserved: tuple[int, ...]
     bypassed: int
     streams: tuple[StreamStatus, ...]
     stored_bytes: int
@@ -59,10 +62,11 @@ class Status:
 
     def __str__(self) -> str:
         roles = "\n".join(f"  {count:4d} heads  {role}" for role, count in self.roles.items())
+        idle = f"  {layers_named(self.unserved)}: not called so far\n" if self.unserved else ""
         state = "active" if self.active else "no call yet" if self.applied else "removed"
         return (
             f"head forcing on {self.layers} layers x {self.heads} heads ({self.adapter}, window "
-            f"{self.window} frames), {state}\n{roles}\n"
+            f"{self.window} frames), {state}\n{roles}\n{idle if self.active else ''}"
             f"  {len(self.streams)} streams, {self.stored_bytes / 1e6:.2f} MB stored, "
             f"{self.released_bytes / 1e6:.2f} MB of the host's cache released"
         )
@@ -80,6 +84,7 @@ def collect(plans: Sequence[LayerPlan], applied: bool) -> Status:
         window=first.options.window,
         roles=first.options.roles.counts(),
         calls=first.activity.calls,
+        unserved=tuple(sorted(first.activity.layers - first.activity.served)),
         bypassed=first.activity.bypassed,
         streams=tuple(_stream_status(stream) for stream in list(first.streams.values())),
         stored_bytes=sum(stream.store.nbytes() for stream in streams),

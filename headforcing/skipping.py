@@ -1,0 +1,63 @@
+"""Attention that is skipped remembers nothing: who may skip it, and how it is noticed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from headforcing.errors import InactiveLayerWarning, PatchedModuleError, StreamError
+from headforcing.types import runs
+
+RUNS_ALWAYS = {"peft_autocast_disable"}
+"""Hooks of diffusers that put a forward of their own around the module's and always call it."""
+
+
+def check_runs(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Looks whether a cache of diffusers may skip one of the modules, given with their names.
+
+    Raises:
+        PatchedModuleError: one may.
+    """
+    for path, module in modules:
+        hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
+        names = [name for name, hook in hooks.items() if hasattr(hook, "new_forward")]
+        names = [name for name in names if name not in RUNS_ALWAYS]
+        if names or module.__dict__.get("_cache_config") is not None:
+            raise PatchedModuleError(
+                f"{path or 'the model'}: a cache of diffusers ({', '.join(names) or 'enable_cache'}) skips "
+                "calls of attention, whose keys would be missing from the memory: disable_cache(), or "
+                "remove its hooks, then apply; roles and such caches cannot be combined"
+            )
+
+
+def check_complete(late: Sequence[int], chunk: range) -> None:
+    """Looks whether the last pass over a chunk left layers out, which hold what an earlier pass wrote.
+
+    Raises:
+        StreamError: it did.
+    """
+    if late:
+        raise StreamError(
+            f"{layers_named(late)}: not called in the last pass over frames {chunk.start}..{chunk.stop - 1}, "
+            "which layer 0 ran, so keys of an earlier pass would stay: run that pass again, or take out what "
+            "skips attention (a cache, a hook on the blocks)"
+        )
+
+
+def warn_of_idle(layers: Sequence[int]) -> None:
+    """Says which layers have roles, and nobody calls them."""
+    warnings.warn(
+        f"{layers_named(layers)}: never called with a cache, though others ran a whole chunk, so roles have "
+        "no effect there. Something calls other code in its place (a forward that was replaced), or skips "
+        "it: take that out, then apply again; handle.status() says who is served",
+        InactiveLayerWarning,
+        stacklevel=5,
+    )
+
+
+def layers_named(numbers: Sequence[int]) -> str:
+    """Ascending layers in words."""
+    ends = [f"{first}..{stop - 1}" if stop - first > 1 else f"{first}" for first, stop in runs(numbers)]
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(ends)}"
