@@ -24,14 +24,16 @@ from headforcing.shots import Edit
 from headforcing.types import AttentionCall, Phase
 
 Memo = MutableMapping[str, Any]
-"""What an adapter notes down per layer and stream; empty when the stream begins."""
+"""What an adapter notes down per layer and timeline, a dict; empty when the timeline begins."""
 
 
 class Adapter(ABC):
     """How to read, project, rotate and answer one call of a host's self-attention."""
 
-    name: str
-    """Short name, as `status()` shows it."""
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name, as `status()` shows it; a class attribute does."""
 
     @abstractmethod
     def why_not(self, model: nn.Module) -> str | None:
@@ -61,11 +63,16 @@ class Adapter(ABC):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """The call in our words; `None` where it has no cache and belongs to the original forward."""
+        """The call in our words; `None` where it has no cache and belongs to the original forward.
+
+        What `rotate` needs of the module, it finds in the call's `arguments`: put it there.
+        """
 
     @abstractmethod
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """Whether the host says that a new video begins with this call.
+
+        False will do where a video begins with a chunk at frame 0, which begins one in any case.
 
         Raises:
             ExternalEditError: the host's cache was changed in a way this adapter does not know.
@@ -93,7 +100,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
-        """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored."""
+        """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored.
+
+        Keys and values are not written to the host's cache: they would be held twice.
+        """
 
     def split(self, module: nn.Module, call: AttentionCall) -> Sequence[AttentionCall]:
         """The chunks of a call, in order, where the host runs the video so far again in one.
@@ -129,8 +139,10 @@ class Adapter(ABC):
             "not reset it: define cross_attentions and forget_prompt"
         )
 
-    def forget_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:  # noqa: B027
-        """Makes a call of a cross-attention module project the prompt anew."""
+    def forget_prompt(  # noqa: B027 - optional on purpose
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Makes a call of a cross-attention module project the prompt anew, wherever it is cached."""
 
     def forget(self, memo: Memo) -> None:  # noqa: B027 - optional on purpose
         """Drops what was noted about the host's counters, because the stream is reset by hand."""

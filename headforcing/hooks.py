@@ -40,7 +40,7 @@ class NewPrompt:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forgets the old prompt."""
         if self.plan.activity.heard_prompt(self.plan.layer):
-            self.plan.options.adapter.forget_prompt(args, kwargs)
+            self.plan.options.adapter.forget_prompt(module, args, kwargs)
 
 
 def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:

@@ -157,7 +157,7 @@ class WanAdapter(Adapter):
             raise UnsupportedModelError(f"a block has no {self.neighbour}: its prompt cannot be switched")
         return found  # type: ignore[return-value]
 
-    def forget_prompt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def forget_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The host projects the prompt where `is_init` of the cache is false."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, dict) and "is_init" in value:

@@ -301,7 +301,7 @@ class GivesBackAnywhere(SelfForcing):
 
 
 class KeepsThePrompt(SelfForcing):
-    def forget_prompt(self, args: Any, kwargs: Any) -> None:
+    def forget_prompt(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         pass
 
 
