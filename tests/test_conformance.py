@@ -591,6 +591,14 @@ class ProjectsToFloat32(SelfForcing):
         return super().output(module, out.to(module.o.weight.dtype), call, memo)
 
 
+class NormsOfOnes(SelfForcingHost):
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
+        model = super().model(dtype)
+        for block in model.blocks:
+            nn.init.ones_(block.self_attn.norm_k.weight)
+        return model
+
+
 class OneChunk(SelfForcingHost):
     dense = 3
 
@@ -599,6 +607,7 @@ CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
     "host_repeats_itself": Random,
     "host_hears_its_input": Deaf,
     "host_begins_anew": Forgetful,
+    "weights_tell_apart": NormsOfOnes,
     "fits": NeverFits,
     "rotation_is_relative": RotatesBySquares,
     "dense_parity": RotatesWithinSix,

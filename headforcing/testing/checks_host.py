@@ -47,4 +47,15 @@ def host_begins_anew(kit: Kit) -> None:
     same(take.video(frames), kit.truth(frames), hint)
 
 
-CHECKS: Sequence[Any] = (host_repeats_itself, host_hears_its_input, host_begins_anew)
+def weights_tell_apart(kit: Kit) -> None:
+    """Weights of attention are random, those of norms too: with all ones, two norms cannot be told apart."""
+    for path, module in kit.sites(kit.host.model()):
+        for name, weight in module.named_parameters():
+            alike = weight.numel() > 1 and bool((weight == weight.flatten()[0]).all())
+            assert not alike, (
+                f"{path}.{name} is {float(weight.flatten()[0]):g} everywhere, so that a norm which is "
+                "left out, or mistaken for another, may not show: Host.model() must randomise all weights"
+            )
+
+
+CHECKS: Sequence[Any] = (host_repeats_itself, host_hears_its_input, host_begins_anew, weights_tell_apart)

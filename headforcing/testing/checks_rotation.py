@@ -14,6 +14,8 @@ from headforcing.types import AttentionCall
 
 FAR = 5000
 """A frame far past any table."""
+ROUNDING = 1e-4
+"""What differs by less, relative to the largest, is computed alike but for its precision."""
 
 
 def project_shapes(kit: Kit) -> None:
@@ -29,7 +31,10 @@ def project_shapes(kit: Kit) -> None:
 def values_are_the_hosts(kit: Kit) -> None:
     """`project` returns the values that the host caches, bit for bit."""
     for path, _, _, v, _, values in _beside_the_host(kit):
-        assert torch.equal(v, values), f"{path}: the third of project() is not what the host caches as values"
+        assert torch.equal(v, values), (
+            f"{path}: the third of project() is not what the host caches as values: if one layer projects "
+            "all three, does it split heads first, or queries, keys and values?"
+        )
 
 
 def keys_are_the_hosts(kit: Kit) -> None:
@@ -46,10 +51,16 @@ def rotation_is_the_hosts(kit: Kit) -> None:
     """`rotate` at the chunk's own frames gives the keys that the host caches, bit for bit."""
     for path, call, k, _, keys, _ in _beside_the_host(kit):
         turned = kit.adapter.rotate(k, call, range(call.start, call.start + call.grid[0]))
+        apart = float((turned.double() - keys.double()).abs().max())
+        hint = "is a step computed in another precision, or in another order?"
+        if apart > ROUNDING * float(keys.abs().max()):
+            hint = (
+                "positions off by one, height and width exchanged, another theta, neighbouring channels "
+                "turned together where the host pairs halves, or the other way round?"
+            )
         assert torch.equal(turned, keys), (
             f"{path}: rotated keys of frames from {call.start} differ from the host's by up to "
-            f"{float((turned.double() - keys.double()).abs().max()):.3g}: positions off by one, the order of "
-            "height and width, or a step of the computation in another precision?"
+            f"{apart:.3g}: {hint}"
         )
 
 

@@ -254,6 +254,16 @@ def noise_of(shape: tuple[int, ...], start: int, draw: int, dtype: torch.dtype) 
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+def randomised_norms(model: nn.Module) -> nn.Module:
+    """Weights that are ones at first get random numbers: else one norm could stand for another."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if bool((weight == 1).all()):
+                weight.copy_(1 + 0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The type of the parameters."""
     return next(model.parameters()).dtype

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from headforcing.testing.host import Host
-from headforcing.testing.standin import dtype_of, noise_of
+from headforcing.testing.standin import dtype_of, noise_of, randomised_norms
 
 DIFFUSERS = "diffusers.models.transformers.transformer_anyflow_far"
 CHANNELS, HEIGHT, WIDTH = 5, 4, 8  # of the latents: 2 x 4 patches in full, 1 x 2 coarse ones
@@ -62,7 +62,8 @@ class AnyFlowFARHost(Host):
         for block in model.blocks:
             block.attn1.set_processor(_on_sdpa()())
         model.rope._build_freqs(torch.device("cpu"))  # it keeps its table, which is no trace of ours
-        made: nn.Module = nn.Module.to(model.eval().requires_grad_(False), dtype)  # diffusers' own warns
+        model = randomised_norms(model).eval().requires_grad_(False)
+        made: nn.Module = nn.Module.to(model, dtype)  # diffusers' own warns
         return made
 
     def caches(self, model: nn.Module, batch: int = 1) -> Any:

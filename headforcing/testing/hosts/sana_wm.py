@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headforcing.roles import HeadRole, Local
 from headforcing.testing.host import Host
-from headforcing.testing.standin import dtype_of, noise_of
+from headforcing.testing.standin import dtype_of, noise_of, randomised_norms
 
 DIFFUSERS = "diffusers.models.transformers.transformer_sana_wm_refiner"
 GRID, TOKENS, CHANNELS, WORDS, FPS = (2, 4), 8, 5, 6, 16.0
@@ -100,7 +100,8 @@ class SanaWMHost(Host):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             model = kind(**SIZE, **VIDEO, **AUDIO, rope_type=self.rope_type, gated_attn=self.gated)
-        made: nn.Module = nn.Module.to(model.eval().requires_grad_(False), dtype)  # diffusers' own warns
+        model = randomised_norms(model).eval().requires_grad_(False)
+        made: nn.Module = nn.Module.to(model, dtype)  # diffusers' own warns
         return made
 
     def caches(self, model: nn.Module, batch: int = 1) -> Caches:
