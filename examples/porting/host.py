@@ -1,0 +1,54 @@
+"""A tiny Brook and the calls its pipeline makes, for the conformance kit."""
+
+import torch
+
+from headforcing.roles import SlidingWindow
+from headforcing.testing import Host
+from porting.adapter import ADAPTER
+from porting.model import CLEAN, Brook
+
+FRAME = (4, 6)  # not square, so that height and width cannot be mistaken for each other
+
+
+class BrookHost(Host):
+    adapter = ADAPTER
+    layers, chunk, frames = 2, 2, 12  # two layers, two frames at once, and a video of twelve
+    dense, window = 6, 6  # no frame of the first six is dropped; six were trained on
+    memory = SlidingWindow(6, positions="absolute")  # then it sees six, at their own positions
+    single = True  # chunks of one frame run as well
+    unconcerned = frozenset({"edited_cache_refused", "release_frees", "cache_comes_back"})
+
+    def model(self, dtype=torch.float32):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Brook(depth=2).eval().requires_grad_(False).to(dtype)
+
+    def caches(self, model, batch=1):
+        return {"memories": model.new_memory(), "prompt": random(7, batch, 5, 32)}
+
+    def new_video(self, model, caches):
+        for memory in caches["memories"]:
+            memory.clear()
+
+    def call(self, model, caches, start, frames, draw):
+        clean, prompt, dtype = draw % 10 == 0, caches["prompt"], model.embed.weight.dtype
+        noise = random(100 * draw + start, len(prompt), frames, 4, *FRAME).to(dtype)
+        level = torch.full((len(prompt),), CLEAN if clean else 0.1 * (draw % 10), dtype=dtype)
+        return model(noise, level, prompt.to(dtype), caches["memories"], start, remember=clean)
+
+    # What follows is optional, and tells one mistake from another.
+
+    def cached(self, model, caches, layer):
+        memory = caches["memories"][layer]
+        return tuple(torch.cat(each, dim=2).transpose(1, 2) for each in (memory.keys, memory.values))
+
+    def uncached(self, model):
+        return model(random(1, 1, 4, 4, *FRAME), torch.ones(1), random(7, 1, 5, 32))
+
+    def switch_prompt(self, model, caches):
+        caches["prompt"] = caches["prompt"] + 1
+        return True
+
+
+def random(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
