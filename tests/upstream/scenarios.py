@@ -117,7 +117,14 @@ ROLLOUTS = Scenario(
 PAST_THE_END = replace(ROLLOUTS, name="past the end", driver="past_the_end", frames=27, passes=9 * 4)
 FASTVIDEO = replace(SLIDING, repositories=("FastVideo",))
 PAST_THE_WINDOW = replace(
-    FASTVIDEO, name="past the window", driver="past_the_end", window=-1, sink=0, frames=24, passes=8 * 5
+    SLIDING,
+    name="past the window",
+    driver="past_the_end",
+    window=-1,
+    sink=0,
+    frames=24,
+    passes=8 * 5,
+    repositories=WITH_FASTVIDEO,
 )
 PAST_ANY_TABLE = replace(
     FASTVIDEO, name="past any table", window=6, sink=1, frames=1032, passes=344 * 2, steps=(1000,)
