@@ -18,7 +18,7 @@ FLOORS = [
     | {"shots", "host_cache", "skipping", "weights", "timeline"},
     {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
-    {"health", "scene", "storage", "digests", "eval_files"},
+    {"health", "scene", "storage", "bank", "digests", "eval_files"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
@@ -42,7 +42,7 @@ ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrati
 ONLY = {
     "integrations": {"types", "adapter", "rope", "wan", "wan_counting", "errors", "shots", "host_cache"},
     "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
-    | {"scene", "switch", "shape", "order", "shots", "storage", "stores"},
+    | {"scene", "switch", "shape", "order", "shots", "storage", "bank", "stores"},
     "backends": {"types", "errors", "lookup", "backends"},
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder
