@@ -27,8 +27,8 @@ def check_runs(modules: Iterable[tuple[str, nn.Module]]) -> None:
         if names or module.__dict__.get("_cache_config") is not None:
             raise PatchedModuleError(
                 f"{path or 'the model'}: a cache of diffusers ({', '.join(names) or 'enable_cache'}) skips "
-                "calls of attention, whose keys would be missing from the memory: disable_cache(), or "
-                "remove its hooks, then apply; roles and such caches cannot be combined"
+                "calls of attention, whose keys would be missing from the memory. Take it out first, with "
+                "disable_cache() or by removing its hooks: roles and such caches cannot be combined"
             )
 
 
