@@ -128,3 +128,32 @@ def test_only_a_reason_spares_a_fence():
 def test_a_command_that_does_not_exist_is_found():
     assert unknown("```bash\n$ A=1 make test && make -j2 check  # both\n```\n") == []
     assert unknown("```bash\nmake tset\n```\n") == ["make tset"]
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert len(links) > 20
+    assert [path for path, _, _ in links if not (ROOT / path).exists()] == []
+    missing = [
+        f"{path}#{place}"
+        for path, _, place in links
+        if place and place not in headings((ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert missing == []
+
+
+def headings(text: str) -> set[str]:
+    """The places in a page that a link may name."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title.lower())) for title in titles}
+
+
+def test_the_porting_guide_names_every_question_of_an_adapter():
+    adapter = pytest.importorskip("headforcing.adapter").Adapter
+    said = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
+    questions = [
+        name for name in vars(adapter) if not name.startswith("_") and callable(getattr(adapter, name))
+    ]
+    assert len(questions) > 15
+    assert [name for name in questions if not re.search(rf"`{name}[(`]", said)] == []
