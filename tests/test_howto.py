@@ -155,7 +155,9 @@ def test_a_new_prompt_is_encoded_and_takes_effect(place: str) -> None:
         exec(compile(fence.body, place, "exec"), space)
         if "switch_prompt" not in fence.body:
             stage.run()
+            stage.run()
             before = space["pipeline"].handle.frames(0, 0)[0][0]
+            assert len(before) > 6
     assert space["told"] == [["a prompt"]]
     stage.run()
     after = space["pipeline"].handle.frames(0, 0)[0][0]
