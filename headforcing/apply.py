@@ -29,6 +29,7 @@ from headforcing.plan import Options
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
+from headforcing.sites import check_single, sites_of
 from headforcing.stores import KVStore, store_class
 
 Roles = RoleMap | HeadRole | Sequence[Sequence[HeadRole]] | str | Path
@@ -82,6 +83,7 @@ def apply_head_forcing(
     """
     _check_model(model)
     adapter = find_adapter(model) if adapter is None else _adapter(adapter)
+    check_single(sites_of(model, [module for _, module in adapter.attentions(model)]))
     layers, heads, head_dim = _shape(model, adapter)
     window = _count(adapter.window(model) if window is None else window, "window")
     chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")

@@ -53,11 +53,6 @@ def _way(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, weakref.ref
 
 def _check_patchable(site: Site) -> None:
     own = site.original.__dict__
-    if any(name == "original_module" for _, name in site.places):
-        raise PatchedModuleError(
-            f"{site.path}: PEFT keeps this module beside a copy that it trains (modules_to_save), so one "
-            "layer has two attentions: take it out of modules_to_save, or merge_and_unload() first"
-        )
     forward = own.get("forward")
     compiled = own.get("_compiled_call_impl") is not None
     compiled = compiled or any(name == "_orig_mod" for _, name in site.places)

@@ -58,6 +58,20 @@ def sites_of(model: nn.Module, modules: Sequence[nn.Module]) -> list[Site]:
     return [Site(paths[id(m)], tuple(places[id(m)]), _original_of(m)) for m in modules]
 
 
+def check_single(sites: Sequence[Site]) -> None:
+    """Looks whether PEFT keeps an attention beside a copy of it, so that there seem to be more layers.
+
+    Raises:
+        PatchedModuleError: it does.
+    """
+    for site in sites:
+        if any(name == "original_module" for _, name in site.places):
+            raise PatchedModuleError(
+                f"{site.path}: PEFT keeps this module beside a copy that it trains (modules_to_save), so one "
+                "layer has two attentions: take it out of modules_to_save, or merge_and_unload() first"
+            )
+
+
 def _original_of(module: nn.Module) -> nn.Module:
     if not isinstance(module, HeadForcingMixin):
         return module
