@@ -805,12 +805,29 @@ def sharded(model: Any, what: str) -> None:
 def test_a_model_sharded_before_apply_is_forced_and_given_back(rig: Rig, what: str) -> None:
     sharded(rig.model, what)
     assert equal(play(rig), plain())
-    before = modules(rig.model)
+    before = snapshot(rig.model)
     handle = apply(rig.model)
     assert equal(play(rig), forced())
     handle.remove()
-    assert modules(rig.model) == before
+    assert before.diff(snapshot(rig.model)) == []
     assert equal(play(rig), plain())
+
+
+@pytest.mark.usefixtures("group")
+def test_a_snapshot_of_a_sharded_model_sees_every_change_of_its_shards(rig: Rig) -> None:
+    sharded(rig.model, "blocks")
+    before = snapshot(rig.model)
+    assert before.diff(snapshot(rig.model)) == []
+    weight: Any = rig.model.blocks[1].self_attn.k.weight
+    with torch.no_grad():
+        weight.to_local()[0, 0] += 1
+    (line,) = before.diff(snapshot(rig.model))
+    assert line.startswith("blocks.1.self_attn.k.weight: ")
+    assert "Shard(dim=0)" in line
+    with torch.no_grad():
+        weight.to_local()[0, 0] -= 1
+    rig.model.blocks[1].self_attn.k.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    assert any(line.startswith("blocks.1.self_attn.k.weight: ") for line in before.diff(snapshot(rig.model)))
 
 
 @pytest.mark.usefixtures("group")

@@ -80,10 +80,10 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 
 def bits(tensor: Tensor) -> str:
-    """A digest of a tensor's content; NaN equals NaN."""
+    """A digest of a tensor's content, of this process's part of it where it is sharded; NaN equals NaN."""
     if tensor.is_meta:
         return "no content"
-    flat = tensor.detach().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = _own(tensor).resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -114,4 +114,12 @@ def _attribute_fact(value: object) -> object:
 
 def _tensor_facts(tensor: Tensor) -> tuple[object, ...]:
     layout = (tuple(tensor.shape), tensor.stride(), str(tensor.dtype), str(tensor.device))
-    return (*layout, tensor.requires_grad, tensor.data_ptr(), bits(tensor))
+    spread = str(getattr(tensor, "placements", "on one device"))
+    return (*layout, spread, tensor.requires_grad, _own(tensor).data_ptr(), bits(tensor))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or what this process holds of a sharded one."""
+    plain = tensor.detach()
+    own: Tensor = plain.to_local() if hasattr(plain, "to_local") else plain
+    return own
