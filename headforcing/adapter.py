@@ -219,11 +219,17 @@ def adapters() -> Iterator[Adapter]:
     """Those in `headforcing.integrations`, then those of installed plug-ins.
 
     Raises:
-        UnsupportedModelError: the folder is not installed.
+        UnsupportedModelError: the folder is not installed, or a plug-in brings something else.
     """
     yield from (module.ADAPTER for module in _integrations() if hasattr(module, "ADAPTER"))
     for point in entry_points(group="headforcing.adapters"):
-        yield point.load()
+        adapter = point.load()
+        if not isinstance(adapter, Adapter):
+            raise UnsupportedModelError(
+                f"the plug-in {point.name} = {point.value!r} is {adapter!r:.80}: expected an instance of a "
+                "subclass of headforcing.Adapter; mend its entry point, or uninstall it"
+            )
+        yield adapter
 
 
 def _integrations() -> Iterator[ModuleType]:

@@ -109,6 +109,12 @@ class AnchorIsAView(SelfForcing):
         return call and dataclasses.replace(call, anchor=call.anchor[:])
 
 
+class AnchorIsTheDict(SelfForcing):
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = super().read(module, args, kwargs)
+        return call and dataclasses.replace(call, anchor=call.arguments["kv_cache"])
+
+
 class AnchorIsTheModule(SelfForcing):
     def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = super().read(module, args, kwargs)
@@ -337,6 +343,7 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (ReadsNothing, "layers_in_order"),
     (ReadsUncached, "uncached_calls_pass_through"),
     (AnchorIsAView, "anchor_is_the_timeline"),
+    (AnchorIsTheDict, "anchor_is_the_timeline"),
     (AnchorIsTheModule, "anchor_is_the_timeline"),
     (WindowInTokens, "heads_and_sizes"),
     (ChunkOfOne, "heads_and_sizes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,10 @@ def anchor_is_the_timeline(kit: Kit) -> None:
     first = [call.anchor for _, _, call in kit.calls(take, 0)]
     if first[0] is None:
         raise Skipped("calls carry no cache object: users name the timeline with handle.stream()")
+    assert all(_can_be_referred_to(anchor) for anchor in first), (
+        f"the anchor is a {type(first[0]).__name__}, which cannot be referred to weakly, so our memory "
+        "could not go with it: take a tensor or an object in it, or put one of your own there"
+    )
     later = [call.anchor for _, _, call in kit.calls(take, kit.host.chunk)]
     assert all(a is b for a, b in zip(first, later, strict=True)), (
         "the anchor is another object in the next chunk: take one that lives as long as the video, not a view"
@@ -177,6 +182,14 @@ def clock_tells_the_clean_pass(kit: Kit) -> None:
         f"two noisy passes and a clean one are {heard}: is the clock called once per pass, does phase() "
         "compare with the timestep of the clean pass?"
     )
+
+
+def _can_be_referred_to(anchor: object) -> bool:
+    try:
+        weakref.ref(anchor)
+    except TypeError:
+        return False
+    return True
 
 
 CHECKS: Sequence[Any] = (

@@ -43,7 +43,8 @@ def keys_are_the_hosts(kit: Kit) -> None:
         mine, theirs = k.float().norm(dim=-1), keys.float().norm(dim=-1)
         assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4), (
             f"{path}: keys of project() are not the host's, their lengths differ by up to "
-            f"{float((mine - theirs).abs().max()):.3g}: are q and k swapped, or is a norm missing?"
+            f"{float((mine - theirs).abs().max()):.3g}: are q and k or their norms "
+            "swapped, or is a norm missing?"
         )
 
 
