@@ -51,12 +51,34 @@ model = make()
 nothing = 3
 """
 
+APART = """
+from headforcing.integrations.causvid import CausVid
+from headforcing.testing.hosts.self_forcing import SelfForcingHost
+from own_host import Backwards
+
+class Plain(Backwards):
+    name = "plain"
+
+instance = Plain()
+"""
+
+TWO = """
+from headforcing.testing.host import Host
+from own_host import Backwards, BadHost
+
+class Own(Backwards): ...
+class First(BadHost): ...
+class Second(BadHost): ...
+class Unfinished(Host): ...
+"""
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_host.py").write_text(OWN)
+    for name, text in {"own_host": OWN, "apart": APART, "two_hosts": TWO}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "own_host", raising=False)
 
 
 def test_a_known_model_is_explained_and_not_touched() -> None:
@@ -167,8 +189,12 @@ def test_explain_says_by_its_exit_code_that_none_fits() -> None:
         ("explain", "own_host:absent", "own_host has no absent"),
         ("explain", "own_host:nothing", "returned int: expected a torch module"),
         ("explain", "own_host:needs_more", "is called without arguments"),
-        ("check", "sena", "'sena' is neither MODULE:HOST nor one of "),
-        ("check", "own_host:make", "is DemoModel: expected a subclass of headforcing.testing.Host"),
+        ("check", "sena", "'sena' is neither MODULE:ADAPTER, MODULE:HOST nor one of "),
+        (
+            "check",
+            "own_host:make",
+            "is DemoModel: expected a subclass of headforcing.Adapter or headforcing.t",
+        ),
         ("check", "own_host:nothing", "is int: expected a subclass"),
     ],
 )
@@ -203,6 +229,60 @@ def test_check_fails_a_bad_adapter_and_says_where_to_begin() -> None:
     result = RUN.invoke(app, ["check", "own_host:BadHost", "--stop", "--quiet"])
     assert result.exit_code == 1
     assert "begin with layers_in_order" in result.stdout
+
+
+def checked(*arguments: str) -> tuple[str, str]:
+    """The adapter and the host of a check."""
+    result = RUN.invoke(app, ["check", *arguments, "--only", "fits", "--json"])
+    assert result.exit_code == 0, result.output
+    (report,) = json.loads(result.stdout)
+    return report["adapter"], report["host"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["own_host:Backwards"], ("backwards", "BadHost")),
+        (["own_host:Backwards", "--host", "apart:SelfForcingHost"], ("backwards", "SelfForcingHost")),
+        (["apart:Plain", "--host", "own_host:BadHost"], ("plain", "BadHost")),
+        (["apart:instance", "--host", "own_host:BadHost"], ("plain", "BadHost")),
+        (["own_host:BadHost"], ("backwards", "BadHost")),
+        (["own_host:BadHost", "--adapter", "apart:Plain"], ("plain", "BadHost")),
+        (["own_host:BadHost", "--adapter", "apart:instance"], ("plain", "BadHost")),
+        (["apart:SelfForcingHost"], ("self_forcing", "SelfForcingHost")),
+        (["self_forcing", "--adapter", "apart:Plain"], ("plain", "SelfForcingHost")),
+    ],
+)
+def test_check_takes_an_adapter_or_a_host(arguments: list[str], found: tuple[str, str]) -> None:
+    assert checked(*arguments) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["apart:Plain"], "apart defines no subclass of headforcing.testing.Host: say which"),
+        (["apart:Plain"], "as in check apart:Plain --host my_host:MyHost"),
+        (
+            ["two_hosts:Own"],
+            "two_hosts defines 2 subclasses of headforcing.testing.Host (First, Second): say",
+        ),
+        (["own_host:Backwards", "--host", "apart:Plain"], "apart:Plain is Plain: expected a subclass of"),
+        (["own_host:Backwards", "--adapter", "apart:Plain"], "is an adapter itself: leave out --adapter"),
+        (["own_host:BadHost", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
+        (["self_forcing", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
+        (["own_host:BadHost", "--adapter", "own_host:BadHost"], "is BadHost: expected a subclass of headfor"),
+        (["--adapter", "apart:Plain"], "--host and --adapter go with a target"),
+        (["--host", "own_host:BadHost"], "--host and --adapter go with a target"),
+        (
+            ["own_host:BadHost", "--adapter", "Plain"],
+            "'Plain' is not MODULE:NAME, as in my_adapter:MyAdapter",
+        ),
+    ],
+)
+def test_check_says_what_to_write(arguments: list[str], said: str) -> None:
+    result = RUN.invoke(app, ["check", *arguments])
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
 
 
 def test_check_prints_json_and_nothing_else() -> None:

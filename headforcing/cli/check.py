@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,11 +14,16 @@ from headforcing.cli.target import importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
 if TYPE_CHECKING:
+    from headforcing.adapter import Adapter
     from headforcing.testing.conformance import Report
     from headforcing.testing.host import Host
 
 EXAMPLES = examples(
-    "check", "check self_forcing", "check my_host:MyHost --stop", "check my_host:MyHost --json"
+    "check",
+    "check self_forcing",
+    "check my_adapter:MyAdapter --stop",
+    "check my_adapter:MyAdapter --host my_host:MyHost",
+    "check my_host:MyHost --adapter my_adapter:MyAdapter --json",
 )
 COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
@@ -25,11 +32,19 @@ def check(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODULE:HOST]",
+            metavar="[MODULE:ADAPTER|MODULE:HOST]",
             show_default=False,
-            help="A subclass of headforcing.testing.Host, or a function that returns one; its attribute "
-            "adapter says what is checked. Or the name of one of our adapters. Without it: all of them.",
+            help="An adapter, whose host is --host, or else the only one that its module defines. Or a "
+            "subclass of headforcing.testing.Host, whose adapter is --adapter, or else its attribute "
+            "adapter, or else the one that fits; classes, instances, or functions that return one. Or the "
+            "name of one of our adapters. Without it: all of them.",
         ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="MODULE:HOST", help="The host that drives an adapter of yours.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="MODULE:ADAPTER", help="The adapter to check with a host.")
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Checks to run, separated by commas. [default: all]")
@@ -47,15 +62,15 @@ def check(
     names = None if only is None else [name.strip() for name in only.split(",")]
     reports = []
     with clean_errors(HeadForcingError), importable_here():
-        hosts, missing = _hosts(target)
+        pairs, missing = _pairs(target, host, adapter)
         with progress(quiet=quiet or as_json) as tell:
-            for host in hosts:
-                kind = type(host).__name__
+            for what, driver in pairs:
+                kind = type(driver).__name__
 
                 def told(done: int, total: int, name: str, kind: str = kind) -> None:
                     tell(kind, done, total)
 
-                reports.append(check_adapter(None, host, only=names, stop=stop, progress=told))
+                reports.append(check_adapter(what, driver, only=names, stop=stop, progress=told))
     if as_json:
         print_json([{**dataclasses.asdict(report), "ok": report.ok} for report in reports])
     else:
@@ -66,32 +81,83 @@ def check(
         raise typer.Exit(1)
 
 
-def _hosts(target: str | None) -> tuple[list[Host], dict[str, str]]:
-    """What is to be checked, and which of ours cannot be here, with the reason.
+def _pairs(
+    target: str | None, host: str | None, adapter: str | None
+) -> tuple[list[tuple[Adapter | None, Host]], dict[str, str]]:
+    """What is to be checked with which host, and which of ours cannot be here, with the reason.
 
     Raises:
-        OptionError: there is no such adapter, it cannot be checked here, or the name stands for something
-            else.
+        OptionError: there is no such adapter, it cannot be checked here, a name stands for something else, or
+            nobody says which host.
     """
-    from headforcing.testing.host import Host
     from headforcing.testing.hosts import find_host, host_names
 
     if target is None:
+        if host is not None or adapter is not None:
+            raise OptionError("--host and --adapter go with a target, as in check MODULE:ADAPTER --host ...")
         ours = {name: find_host(name) for name in host_names()}
-        missing = {name: reason for name, host in ours.items() if (reason := host.missing()) is not None}
-        return [host for name, host in ours.items() if name not in missing], missing
-    if ":" not in target:
-        if target not in host_names():
-            raise OptionError(f"{target!r} is neither MODULE:HOST nor one of {', '.join(host_names())}")
-        host = find_host(target)
-        if (reason := host.missing()) is not None:
-            raise OptionError(f"{target} cannot be checked here: {reason}")
-        return [host], {}
-    made = named(target, "my_host:MyHost")
-    made = made() if callable(made) else made
-    if not isinstance(made, Host):
-        raise OptionError(f"{target} is {kind(made)}: expected a subclass of headforcing.testing.Host")
-    return [made], {}
+        missing = {name: reason for name, one in ours.items() if (reason := one.missing()) is not None}
+        return [(None, one) for name, one in ours.items() if name not in missing], missing
+    if ":" not in target and target not in host_names():
+        raise OptionError(
+            f"{target!r} is neither MODULE:ADAPTER, MODULE:HOST nor one of {', '.join(host_names())}"
+        )
+    what, driver = _pair(target, _made(target) if ":" in target else find_host(target), host, adapter)
+    if (reason := driver.missing()) is not None:
+        raise OptionError(f"{target} cannot be checked here: {reason}")
+    return [(what, driver)], {}
+
+
+def _pair(target: str, found: Any, host: str | None, adapter: str | None) -> tuple[Adapter | None, Host]:
+    """What a target stands for, adapter or host, with the other one."""
+    from headforcing.adapter import Adapter
+    from headforcing.testing.host import Host
+
+    what = found if isinstance(found, Adapter) else None if adapter is None else _made(adapter)
+    driver = found if isinstance(found, Host) else None if host is None else _made(host)
+    if isinstance(found, Host) and host is not None:
+        raise OptionError(f"{target} is a host itself: leave out --host, or name an adapter in its place")
+    if isinstance(found, Adapter) and adapter is not None:
+        raise OptionError(f"{target} is an adapter itself: leave out --adapter, or name a host in its place")
+    if not isinstance(found, Adapter | Host):
+        wanted = "headforcing.Adapter or headforcing.testing.Host"
+        raise OptionError(f"{target} is {kind(found)}: expected a subclass of {wanted}")
+    if not (what is None or isinstance(what, Adapter)):
+        raise OptionError(f"{adapter} is {kind(what)}: expected a subclass of headforcing.Adapter")
+    driver = _only_host(target) if driver is None else driver
+    if not isinstance(driver, Host):
+        raise OptionError(f"{host} is {kind(driver)}: expected a subclass of headforcing.testing.Host")
+    return what, driver
+
+
+def _made(target: str) -> Any:
+    """What `MODULE:NAME` stands for; a class or a function is called."""
+    found = named(target, "my_adapter:MyAdapter")
+    return found() if callable(found) else found
+
+
+def _only_host(target: str) -> Host:
+    """The host that the module of an adapter defines.
+
+    Raises:
+        OptionError: it defines none, or several.
+    """
+    from headforcing.testing.host import Host
+
+    where = target.partition(":")[0]
+    hosts = [
+        value
+        for value in vars(sys.modules[where]).values()
+        if isinstance(value, type) and issubclass(value, Host) and not inspect.isabstract(value)
+    ]
+    own = list(dict.fromkeys(one for one in hosts if one.__module__ == where))
+    if len(own) != 1:
+        names = f" ({', '.join(one.__name__ for one in own)})" if own else ""
+        raise OptionError(
+            f"{where} defines {len(own) or 'no'} subclass{'es' * (len(own) > 1)} of headforcing.testing.Host"
+            f"{names}: say which host drives the adapter, as in check {target} --host my_host:MyHost"
+        )
+    return own[0]()
 
 
 def _table(report: Report) -> Any:
