@@ -81,9 +81,6 @@ class BrookAdapter(Adapter):
             )
         return False
 
-    def forget(self, memo):
-        memo.clear()
-
     def clock(self, model):
         told = {"noise_level", "remember"}
         return next((module for module in model.modules() if told <= {*parameter_names(module)}), None)
