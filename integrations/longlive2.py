@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from headforcing.adapter import Memo
@@ -129,7 +130,8 @@ class LongLive2(DeferringWan):
         super().give_back(anchor, memo)
         for (known, _), nothing in zip(memo.get("pins", ((), NO_PIN))[0], NO_PIN, strict=False):
             for pin in alive([known]):
-                pin.fill_(nothing)
+                with torch.inference_mode(pin.is_inference()):
+                    pin.fill_(nothing)
 
 
 ADAPTER = LongLive2()
