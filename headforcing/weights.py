@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from headforcing.errors import WeightsChangedWarning
 from headforcing.skipping import layers_named
 
-ADAPTED = {"merged_adapters", "_disable_adapters"}  # what layers of PEFT have, and nobody else
 BASES = {"base_layer", "original_module"}
 _DIGITS = 6  # scaling an adapter up and down again rounds
 
@@ -47,24 +46,29 @@ class Marks:
         adapters: list[tuple[str, object]] = []
         tensors: list[tuple[str, object]] = []
         parts: list[tuple[str, nn.Module | None]] = [("", module)]
-        while parts:
-            name, part = parts.pop()
+        for name, part in parts:  # grows meanwhile
             if part is None:
                 continue
-            tensors += [(name + key, tensor) for key, tensor in part._parameters.items()]
-            if ADAPTED.isdisjoint(part.__dict__):
-                parts += part._modules.items()
+            inside = part.__dict__
+            if inside["_parameters"]:
+                tensors += [(name + key, tensor) for key, tensor in inside["_parameters"].items()]
+            if "merged_adapters" not in inside and "_disable_adapters" not in inside:
+                parts += inside["_modules"].items()
                 continue
             on, factors = _adapters(part)
-            adapters += [(name, on)] if on else []
+            if on:
+                adapters.append((name, on))
             tensors += factors.items()
-            for key, child in part._modules.items():
+            for key, child in inside["_modules"].items():
                 if key in BASES:
                     parts.append((name, child))
                 elif child is not None and (own := child._modules or child._parameters):
-                    found = [own.get(one) for one in factors]  # a dict of what each adapter has
-                    tensors += [(name + key, one) for one in found]
-                    parts += [(key, one) for one in found if isinstance(one, nn.Module) and one._parameters]
+                    for one in factors:  # a dict of what each adapter has
+                        found = own.get(one)
+                        if isinstance(found, Tensor):
+                            tensors.append((name + key, found))
+                        elif found is not None and found._parameters:
+                            parts.append((key, found))
         writes = [
             ((name, id(tensor), tensor._cdata, tensor.is_meta), tensor._version)
             for name, tensor in tensors
