@@ -526,6 +526,7 @@ def frames(start: int, seed: int = 0) -> Tensor:
     return torch.randn(1, 2, 4, 32, generator=torch.Generator().manual_seed(100 * seed + start))
 
 
+@pytest.mark.filterwarnings("ignore:layer 1. never called")  # that is what it does
 def test_one_layer_of_a_foreign_host_with_full_roles_sees_the_whole_past() -> None:
     model = ForeignModel()
     layer, table = model.stack["one"], model.table
