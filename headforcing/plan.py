@@ -39,7 +39,7 @@ class Stream:
         phase: of the last pass, where roles ask.
         module: the attention, while it is there.
         marks: of its weights when the last chunk began.
-        turn: number and first frame of the last pass.
+        turn: number and first frame of the last pass that wrote.
     """
 
     store: KVStore
@@ -63,11 +63,9 @@ class Activity:
 
     Attributes:
         calls: attention calls served.
-        layers: those that have roles.
-        served: those of them that were called.
+        layers, served: those that have roles, and which of them were called.
         bypassed: calls that went to the original forward although they had a cache.
-        depth: calls in progress.
-        observers: who is shown every call.
+        depth, observers: calls in progress, and who is shown every call.
         hears_phases: whether a hook tells the phase.
         way: modules that hold or are attentions, by name; unknown in a copy.
     """
@@ -105,7 +103,10 @@ class Activity:
         return True
 
     def note_turn(self, layer: int, store: KVStore) -> None:
-        """Notes down whose prompt the cross-attention of a layer is about to hear."""
+        """Notes down that a layer wrote, and whose prompt its cross-attention is about to hear."""
+        stream, turn = getattr(self._pass, "serving", (lambda: None, None))
+        if (wrote := stream()) is not None and wrote.store is store:
+            wrote.turn = turn
         self._pass.__dict__.setdefault("turned", {})[layer] = weakref.ref(store)
 
     @contextmanager
@@ -144,7 +145,7 @@ class Activity:
             if first is not None:
                 first.behind.add(stream)
                 stream.store.digests.notes = first.store.digests.notes
-                stream.turn = first.turn
+                self._pass.serving = weakref.ref(stream), first.turn
             if stream.marks is None:
                 stream.mark()
             return
@@ -152,15 +153,15 @@ class Activity:
         met = [stream, *sorted(stream.behind, key=lambda later: later.store.layer)]
         if pending is not None and grown:
             number, first_frame = stream.turn or turn
-            if number != turn[0] and first_frame == pending.start:  # else it is the same call, or one failed
+            if number != turn[0] and first_frame == pending.start:  # else the same call goes on
                 late = [one for one in met if one.store.pending == pending and one.turn != stream.turn]
                 check_complete([one.store.layer for one in late], pending)
             for one in met:
                 one.store.check()
         if pending is None or start != pending.start or not start:
             self._look_around(met, start)
-        stream.turn = turn
         self._pass.first = weakref.ref(stream)
+        self._pass.serving = self._pass.first, turn
 
     def _look_around(self, met: Sequence[Stream], start: int) -> None:
         """A chunk begins: whether all attention will run, and with the weights that made the past."""
