@@ -50,14 +50,16 @@ class HeadForcingMixin(nn.Module):
         adapter, stream = plan.options.adapter, plan.stream(call)
         if adapter.begins_video(call, stream.memo):
             stream.store.reset()
-        for edit in adapter.edits(self, call, stream.memo):
+        edits = adapter.edits(self, call, stream.memo)
+        for edit in edits:
             stream.store.edit(edit, call.start)
         if plan.activity.hears_phases:
             call = _heard(call, stream, plan)
         plan.activity.serve(plan.layer, stream, call.start)
         q, k, v = adapter.project(self, call)  # [B, F, P, H, D]
-        chunk = Chunk(call.start, k.detach(), v.detach(), call.grid[1:], q.detach(), call.rolling, call.shift)
-        chunk = rerun(chunk, stream, plan.options) if call.repeats else chunk
+        k, v, past = k.detach(), v.detach(), q.detach()
+        brought = Chunk(call.start, k, v, call.grid[1:], past, rolling=call.rolling, shift=call.shift)
+        chunk = rerun(brought, stream, plan.options, call.emptied) if call.repeats else brought
         stream.store.write(chunk)
         stream.phase = call.phase
         plan.activity.note_turn(plan.layer, stream.store)
@@ -85,7 +87,8 @@ class HeadForcingMixin(nn.Module):
             positions = [view.positions for _, view in looks]
             sizes = [_sizes(adapter, call, view) for _, view in looks]
             sides = (parts, frames, positions, out, _encoder(adapter, call), sizes)
-            observe(Observation(plan.layer, call, stream, chunk, q, *sides))
+            edited = bool(edits) or chunk is not brought
+            observe(Observation(plan.layer, call, stream, chunk, q, *sides, edited))
         return adapter.output(self, out, call, stream.memo)
 
     def _original(self, call: AttentionCall | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

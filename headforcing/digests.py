@@ -47,7 +47,7 @@ class Digests:
             StreamShapeError: its grid does not go, or it has no queries where a role chooses by them.
         """
         for role, digest in self._digests.items():
-            if chunk.shift and not role.bounded:
+            if chunk.shift and role.scheme == "absolute":
                 raise StreamError(
                     f"layer {self._layer}: the host moves a later shot in time, but {role} keeps parts of "
                     "frames where they were: give it positions='compact', or set the host's offset to 0"

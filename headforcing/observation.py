@@ -31,6 +31,7 @@ class Observation:
         encode: rotates keys or queries to positions.
         sizes: per part, the keys of each of those frames; those that follow belong to no frame. `None`: all
             have one per patch of the chunk.
+        edited: whether the host edited its cache before this call, or runs frames again.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class Observation:
     out: Tensor
     encode: Encode
     sizes: Sequence[tuple[int, ...]] | None = None
+    edited: bool = False
 
 
 Observer = Callable[[Observation], None]

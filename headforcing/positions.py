@@ -17,6 +17,8 @@ PositionScheme = Literal["absolute", "adjoining", "compact", "clamped"]
 SCHEMES: tuple[PositionScheme, ...] = ("absolute", "adjoining", "compact", "clamped")
 BOUNDED: tuple[PositionScheme, ...] = ("compact", "clamped")
 """Those that stay in the range the model was trained on."""
+TRUE: tuple[PositionScheme, ...] = ("absolute", "adjoining")
+"""Those where the own chunk sits at its frame number."""
 
 
 def place(scheme: PositionScheme, frames: Sequence[int | None], chunk: int, window: int) -> tuple[int, ...]:

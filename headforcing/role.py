@@ -78,7 +78,7 @@ class HeadRole(ABC):
         """
         placed = place(self.positions, frames, chunk, window)
         if digested and self.positions == "compact":
-            first = getattr(self, "sink", 0)
+            first = self.first_frames
             placed = (*placed[:first], *(position + digested for position in placed[first:]))
         if self.bounded and placed[-1] >= window:
             raise WindowError(
@@ -87,7 +87,7 @@ class HeadRole(ABC):
             )
         return placed
 
-    def follow(self, pin: Pin, chunk: int) -> None:  # noqa: B027 - most have room
+    def follow(self, pin: Pin, chunk: int) -> None:  # noqa: B027 - others hold no more than they did
         """Looks whether there is room when the first frames of a shot become the sink.
 
         Raises:
@@ -98,6 +98,16 @@ class HeadRole(ABC):
     def bounded(self) -> bool:
         """Whether positions stay in `[0, window)` for ever."""
         return self.positions in BOUNDED
+
+    @property
+    def scheme(self) -> PositionScheme:
+        """Where its whole frames sit."""
+        return self.positions
+
+    @property
+    def first_frames(self) -> int:
+        """How many frames it holds because a video, or a shot, begins with them."""
+        return getattr(self, "sink", 0)
 
     @property
     def reads_per_query(self) -> bool:
@@ -111,7 +121,7 @@ class HeadRole(ABC):
 
     def tier(self, frame: int | None, start: int) -> Tier:
         """Where it holds a frame when a chunk begins at `start`; decides what outlives a scene."""
-        return "sink" if frame is not None and frame < getattr(self, "sink", 0) else "recent"
+        return "sink" if frame is not None and frame < self.first_frames else "recent"
 
     def digest(self) -> Digest | None:
         """What it keeps beside whole frames, as a new and empty memory; default nothing."""

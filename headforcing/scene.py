@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from headforcing.errors import OptionError, StreamError
+from headforcing.positions import TRUE
 from headforcing.role import HeadRole
 from headforcing.switch import Switch
 from headforcing.types import Pin, Tier
@@ -82,6 +83,7 @@ class Scenes:
 
     def __init__(self, roles: Iterable[HeadRole]) -> None:
         self._scenes = dict.fromkeys(roles, Scene())
+        self._follow = {role for role in self._scenes if role.digest() is None}
         self._marks: dict[str, dict[HeadRole, _Named]] = {}
         self._due: list[str] = []
         self._switch: Switch | None = None
@@ -106,16 +108,35 @@ class Scenes:
         self._pin = pin
 
     def pin(self, role: HeadRole) -> Pin | None:
-        """First frames of a later shot, as a role counts them; none, where time restarted since."""
+        """First frames of a later shot, as a role counts them; none, where time restarted since.
+
+        Roles that keep anything beside whole frames put it behind first ones of the video, and hold those.
+        """
         scene = self._scenes[role]
-        if self._pin is None or self._pin.begin < scene.begin:
+        if self._pin is None or self._pin.begin < scene.begin or role not in self._follow:
             return None
         return replace(self._pin, begin=scene.inside(self._pin.begin))
 
-    def left(self, keep: int, role: HeadRole, held: Held) -> list[int]:
-        """Rows of a role's history that lie before frame `keep` of the video, as the host counts it."""
-        frames = self.outside(role, held(role))
-        return [row for row, frame in enumerate(frames) if frame is not None and frame < keep]
+    def skip(self, start: int, frames: int) -> None:
+        """Of the frames from `start` on, the first ones are not remembered: they are no first frames."""
+        if self._pin is not None and self._pin.begin == start:
+            self._pin = replace(self._pin, begin=start + frames)
+
+    def empty(self, keep: int, start: int, held: Held, take: Take, put: Put) -> None:
+        """Drops all but frames before `keep`, because the host did, and runs frames again from `start` on.
+
+        Roles without true positions count anew.
+        """
+        self._pin = None
+        for role in self._scenes:
+            frames = self.outside(role, held(role))
+            kept = take(role, [row for row, f in enumerate(frames) if f is not None and f < keep])
+            if role.scheme in TRUE:
+                put(role, kept)
+                continue
+            names = self.outside(role, kept.frames)
+            self._scenes[role] = Scene(names, start, len(names))
+            put(role, kept.restarted())
 
     def mark(self, name: str) -> None:
         """Names what the heads hold when the next chunk begins.
@@ -201,7 +222,7 @@ class Scenes:
         scene, pin, frames = self._scenes[role], self.pin(role), held(role)
         found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
         if pin is not None and "sink" in tiers:
-            pinned = range(pin.begin, pin.begin + min(pin.frames, getattr(role, "sink", 0)))
+            pinned = range(pin.begin, pin.begin + min(pin.frames, role.first_frames))
             found = [tier or frame in pinned for tier, frame in zip(found, frames, strict=True)]
         return [row for row, stays in enumerate(found) if stays]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headforcing.positions import TRUE, PositionScheme
 from headforcing.types import Pin
 
 
@@ -40,11 +41,17 @@ class Shifts:
         if shift != (self._shots[-1][1] if self._shots else 0):
             self._shots.append((start, shift))
 
-    def moved(self, positions: Sequence[float], frames: Sequence[int | None]) -> tuple[float, ...]:
-        """Positions of frames, as the host counts these, where the host puts them."""
-        if not self._shots:
+    def moved(
+        self, positions: Sequence[float], frames: Sequence[int | None], scheme: PositionScheme
+    ) -> tuple[float, ...]:
+        """Positions of frames, as the host counts these, where the host puts them; the own chunk comes last.
+
+        True ones move with their shot, adjoining ones with the chunk, others stay in range.
+        """
+        if not self._shots or scheme not in TRUE:
             return tuple(positions)
-        return tuple(p + self._of(f) for p, f in zip(positions, frames, strict=True))
+        shifts = [self._of(frame if scheme == "absolute" else frames[-1]) for frame in frames]
+        return tuple(position + shift for position, shift in zip(positions, shifts, strict=True))
 
     def clear(self) -> None:
         """A new video."""

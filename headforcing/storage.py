@@ -9,11 +9,23 @@ from torch import Tensor
 
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
-from headforcing.types import Chunk, Encode, KVView, Phase
+from headforcing.types import Chunk, Encode, Grid, Heads, KVView, Phase
 
 
 class Storage(ABC):
     """The tensors of one layer on one stream: a history per role, and the pending chunk."""
+
+    heads: dict[HeadRole, Heads]
+
+    def _whole(self, start: int, grid: Grid | None) -> Chunk:
+        """A copy of the pending chunk, all heads together."""
+        parts = list(self._staged())
+        count = sum(len(heads) for heads in self.heads.values())
+        k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
+        for role, part_k, part_v in parts:
+            self.heads[role].put(k, part_k)
+            self.heads[role].put(v, part_v)
+        return Chunk(start, k, v, grid)
 
     @abstractmethod
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:

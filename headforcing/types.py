@@ -39,9 +39,10 @@ class Chunk:
         v: values, `[B, F, P, H, D]`.
         grid: height and width of a frame in patches, for roles that merge patches.
         q: queries before RoPE, likewise, for roles that choose by what is asked for.
-        shift: how far the host moves its frames on the temporal axis, in frames.
         rolling: whether it may come again with more or fewer frames behind its first ones, as where several
             chunks are denoised at once; those before the next chunk are remembered.
+        shift: how far the host moves its frames on the temporal axis, in frames.
+        alone: whether its frames run again with nothing of the past beside them.
     """
 
     start: int
@@ -51,6 +52,7 @@ class Chunk:
     q: Tensor | None = None
     rolling: bool = False
     shift: float = 0
+    alone: bool = False
 
     @property
     def frames(self) -> range:
@@ -167,6 +169,7 @@ class AttentionCall:
         phase: which pass this is, where the host makes it known.
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the host runs these frames again, as behind a new prompt.
+        emptied: whether nothing of the past is beside the frames that run again.
         rolling: whether the host denoises several chunks at once; see `Chunk`.
         shift: how far the host moves these frames on the temporal axis, in frames.
         heads: whose queries or keys are rotated, for hosts that turn every head otherwise; `None`: all.
@@ -179,6 +182,7 @@ class AttentionCall:
     arguments: Mapping[str, Any] = field(repr=False)
     phase: Phase = "denoise"
     repeats: bool = False
+    emptied: bool = False
     rolling: bool = False
     shift: float = 0
     heads: Heads | None = None

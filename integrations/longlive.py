@@ -33,7 +33,11 @@ class LongLive(DeferringWan):
     ) -> AttentionCall | None:
         """The call, which may bring frames of the past again."""
         call = super().read(module, args, kwargs)
-        return None if call is None else dataclasses.replace(call, repeats=True)
+        if call is None:
+            return None
+        return dataclasses.replace(
+            call, repeats=True, emptied=bool(call.arguments["sink_recache_after_switch"])
+        )
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`.
@@ -43,7 +47,7 @@ class LongLive(DeferringWan):
         """
         if super().begins_video(call, memo):
             return True
-        if self.wrote(call, memo) and not call.arguments["sink_recache_after_switch"]:
+        if self.wrote(call, memo) and not call.emptied:
             raise ExternalEditError(
                 "the cache was emptied for a new prompt, and its first frames stay empty (global_sink=False "
                 "in a pipeline that does not pass sink_recache_after_switch): set global_sink=True, or put "
@@ -53,7 +57,7 @@ class LongLive(DeferringWan):
 
     def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
         """Where first frames run again as well: the cache was emptied, its sink is the first of them."""
-        if not call.arguments["sink_recache_after_switch"]:
+        if not call.emptied:
             return ()
         return Truncation(), Pin(call.start, int(module.sink_size))  # type: ignore[arg-type]
 

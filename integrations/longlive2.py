@@ -92,23 +92,28 @@ class LongLive2(DeferringWan):
         found: list[Edit] = []
         frame, cache = call.tokens_per_frame, call.arguments["kv_cache"]
         if "left" in memo:
-            found.append(Truncation(memo.pop("left") // frame))
-        marks, before = memo.get("pins", ((), NO_PIN))
-        if all(untouched(cache[name], left) for name, left in zip(PINS, marks, strict=False)):
+            found.append(Truncation(memo["left"] // frame))
+        marks, before = memo.get("pins", ((), None))
+        if marks and all(untouched(cache[name], left) for name, left in zip(PINS, marks, strict=True)):
             return found
-        start, length = now = tuple(int(cache[name]) for name in PINS)
-        if now != before and length > 0:
+        memo["now"] = start, length = tuple(int(cache[name]) for name in PINS)
+        if before in (None, memo["now"]):
+            return found
+        if length > 0:
             first = memo["ends"][0] - memo["ends"][1] + start
             always = int(module.global_sink_size)  # type: ignore[arg-type]
             found.append(Pin(first // frame, length // frame, always))
-        elif now != before and not found:
-            raise ExternalEditError(f"{' and '.join(PINS)} became {now}, expected {before} or a later shot")
-        memo["pins"] = (marks, now)
+        elif not found:
+            raise ExternalEditError(
+                f"{' and '.join(PINS)} became {memo['now']}, expected {before} or a later shot"
+            )
         return found
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and moves a pin as the host would where it rolls its cache."""
-        cache, (_, (start, length)) = call.arguments["kv_cache"], memo.get("pins", ((), NO_PIN))
+        cache, (_, before) = call.arguments["kv_cache"], memo.get("pins", ((), NO_PIN))
+        start, length = memo.pop("now", before)
+        memo.pop("left", None)  # until here the store may have refused, and the call comes again
         evicted, sink = self.counted(module, call, memo)[2], int(module.global_sink_size)  # type: ignore[arg-type]
         if evicted and length and start > sink * call.tokens_per_frame:
             cache[PINS[0]].sub_(evicted)
@@ -121,9 +126,10 @@ class LongLive2(DeferringWan):
         return []
 
     def forget(self, memo: Memo) -> None:
+        """Drops what was noted about indices, keys and pins."""
         super().forget(memo)
-        memo.pop("pins", None)
-        memo.pop("left", None)
+        for name in ("pins", "now", "left"):
+            memo.pop(name, None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """No shot is pinned in a cache that nothing was written to."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from headforcing.errors import OptionError
 from headforcing.types import AttentionCall, Phase
 from headforcing.wan import CALL
 from headforcing.wan_counting import CountingWan
@@ -43,8 +44,17 @@ class RollingForcing(CountingWan):
         return self.chunks * super().chunk(model)
 
     def step(self, chunk: int) -> int:
-        """Those of one chunk."""
-        return max(1, chunk // self.chunks)
+        """Those of one chunk.
+
+        Raises:
+            OptionError: they are not so many chunks.
+        """
+        if chunk % self.chunks:
+            raise OptionError(
+                f"chunk is {chunk}: expected the frames of all {self.chunks} chunks denoised at once; for "
+                "another number of them pass adapter=RollingForcing(chunks=...)"
+            )
+        return chunk // self.chunks
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"}
     | {"shots", "host_cache", "skipping", "weights", "timeline"},
-    {"positions", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
+    {"positions", "shots", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
     {"health", "scene", "storage", "bank", "digests", "eval_files"},
     {"stores", "backends"},

@@ -123,7 +123,7 @@ def test_frames_that_run_again_behind_an_emptied_cache_are_all_remembered(
     stream, options = rolled
     stream.store.edit(Truncation(), 9)
     stream.store.edit(Pin(9, 3), 9)
-    stream.store.write(rerun(chunk_of(9, 9, 0.5), stream, options))
+    stream.store.write(rerun(chunk_of(9, 9, 0.5), stream, options, emptied=True))
     again = [9.5, 10.5, 11.5, 12.5, 13.5, 14.5, 15.5, 16.5, 17.5]
     assert seen(stream, ROLLED)[2].tolist() == again
     stream.store.write(rerun(chunk_of(18, 3), stream, options))

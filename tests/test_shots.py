@@ -1,28 +1,49 @@
-"""Videos of several shots: first frames that move on, caches that are emptied, frames that are moved."""
+"""Videos of several shots, and hosts that edit their caches: between calls that fail, in every mode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import headforcing as hf
-from headforcing.errors import ExternalEditError, StreamError, UnsupportedModelError, WindowError
-from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
+from headforcing import rope
+from headforcing.adapter import find_adapter
+from headforcing.errors import (
+    ExternalEditError,
+    OptionError,
+    ProfileError,
+    StreamError,
+    UnsupportedModelError,
+    WindowError,
+)
+from headforcing.integrations.rolling_forcing import RollingForcing
+from headforcing.metrics.output_regret import OutputRegret
+from headforcing.profiler import Protocol, profile_heads
+from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
+from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
+from headforcing.roles.pyramid_forcing import Strided
 from headforcing.shots import Shifts, Truncation
 from headforcing.stores import KVStore, store_class
 from headforcing.switch import Switch
+from headforcing.testing.hosts.longlive import LongLiveHost
 from headforcing.testing.hosts.longlive2 import LongLive2Host, LongLive2Model
+from headforcing.testing.hosts.rolling_forcing import RollingForcingHost
 from headforcing.testing.standin import TOKENS
 from headforcing.types import Chunk, Heads, Pin
 
 HOST = LongLive2Host()
 CHUNK, FRAMES, CUT, OFFSET = 3, 42, 12, 8.0
 STORES = ("ring", "reference")
+OWN = SlidingWindow(9, 1, positions="absolute")
+MODES = (torch.no_grad, torch.inference_mode)
 
 
 def model_of(sink: int = 3, relative: bool = False, shared: bool = True) -> LongLive2Model:
@@ -88,6 +109,20 @@ def counted(caches: Any) -> list[list[int]]:
     return [[int(cache[name]) for name in names] for cache in caches["kv"]]
 
 
+def chunk_of(start: int, frames: int = CHUNK, shift: float = 0) -> Chunk:
+    k = torch.arange(start, start + frames, dtype=torch.float32).view(1, frames, 1, 1, 1)
+    return Chunk(start, k.expand(1, frames, 2, 1, 4), k.expand(1, frames, 2, 1, 4), (1, 2), shift=shift)
+
+
+def store_of(name: str, role: HeadRole, window: int = 9) -> KVStore:
+    return store_class(name)({role: Heads((0,), 1)}, window=window, layer=0)
+
+
+def seen(store: KVStore, role: HeadRole) -> tuple[list[int | None], list[float], list[float]]:
+    view = store.view(role, "denoise", lambda x, positions: x)
+    return list(view.frames), list(view.positions), view.v[0, :, 0, 0, 0].tolist()
+
+
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("emptied", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 2.5])
@@ -136,20 +171,6 @@ def test_pins_and_offsets_show() -> None:
         for second in range(first):
             difference = (outs[names[first]] - outs[names[second]]).abs().max()
             assert difference > 1e-3, (names[first], names[second])
-
-
-def chunk_of(start: int, frames: int = CHUNK, shift: float = 0) -> Chunk:
-    k = torch.arange(start, start + frames, dtype=torch.float32).view(1, frames, 1, 1, 1)
-    return Chunk(start, k.expand(1, frames, 2, 1, 4), k.expand(1, frames, 2, 1, 4), (1, 2), shift=shift)
-
-
-def store_of(name: str, role: HeadRole, window: int = 9) -> KVStore:
-    return store_class(name)({role: Heads((0,), 1)}, window=window, layer=0)
-
-
-def seen(store: KVStore, role: HeadRole) -> tuple[list[int | None], list[float], list[float]]:
-    view = store.view(role, "denoise", lambda x, positions: x)
-    return list(view.frames), list(view.positions), view.v[0, :, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -234,11 +255,13 @@ def test_shifts_forget_a_chunk_that_is_written_again() -> None:
     shifts.note(0, 0)
     shifts.note(3, 8)
     shifts.note(3, 0)
-    assert shifts.moved([3, 4], [3, 4]) == (3, 4)
+    assert shifts.moved([3, 4], [3, 4], "absolute") == (3, 4)
     shifts.note(6, 4)
-    assert shifts.moved([5, 6, 0], [5, 6, None]) == (5, 10, 0)
+    assert shifts.moved([5, 6], [5, 6], "absolute") == (5, 10)
+    assert shifts.moved([5, 6], [2, 6], "adjoining") == (9, 10), "all with the own chunk"
+    assert shifts.moved([0, 1], [2, 6], "compact") == (0, 1), "in range"
     shifts.clear()
-    assert shifts.moved([6], [6]) == (6,)
+    assert shifts.moved([6], [6], "absolute") == (6,)
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -260,7 +283,7 @@ def test_a_cache_emptied_before_another_chunk_is_refused(name: str) -> None:
     store = store_of(name, Local())
     store.write(chunk_of(0))
     store.write(chunk_of(3))
-    with pytest.raises(StreamError, match=r"emptied its cache before frame 6, but frames range\(3, 6\)"):
+    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not run again"):
         store.edit(Truncation(), 6)
 
 
@@ -268,10 +291,12 @@ def test_a_window_without_room_for_both_is_refused_before_anything_changes() -> 
     role = SlidingWindow(7, 3)
     store = store_of("ring", role)
     store.write(chunk_of(0))
-    with pytest.raises(WindowError, match="no room for a chunk of 3 frames beside 6 first ones"):
-        store.edit(Pin(0, 3, always=3), 3)
-    store.write(chunk_of(3))
-    assert store.frames(role)[0] == [0, 1, 2]
+    store.edit(Pin(0, 3, always=3), 3)
+    for _ in range(2):
+        with pytest.raises(WindowError, match="no room for a chunk of 3 frames beside 6 first ones"):
+            store.write(chunk_of(3))
+        assert store.pending == range(3)
+        assert store.frames(role)[0] == []
 
 
 def test_parts_of_frames_do_not_move() -> None:
@@ -369,7 +394,7 @@ def test_scaled_time_scales_all_positions() -> None:
     applied(model)
     outs = []
     for one in (plain, model):
-        adapter = hf.adapter.find_adapter(one)
+        adapter = find_adapter(one)
         x = torch.randn(1, 2, 8, 3, 16, generator=torch.Generator().manual_seed(0))
         grid = torch.tensor([[2, 2, 4]])
         call = adapter.read(
@@ -378,7 +403,7 @@ def test_scaled_time_scales_all_positions() -> None:
             {"t_scale": 0.5},
         )
         outs.append((adapter.rotate(x, call, [4, 6]), adapter.rotate(x, call, [2.0, 3.0])))
-    half = hf.rope.rotate(x, model.freqs, [2.0, 3.0], 2, 4)
+    half = rope.rotate(x, model.freqs, [2.0, 3.0], 2, 4)
     assert torch.equal(outs[0][0], half)
     assert not torch.equal(outs[0][1], half)
 
@@ -401,3 +426,318 @@ def test_a_new_video_and_an_emptied_cache_have_no_pin(name: str) -> None:
         for start in range(begin, begin + 9, CHUNK):
             store.write(chunk_of(start))
         assert store.frames(role)[0] == [begin]
+
+
+def again(model: Any, caches: Any, start: int, frames: int, draw: int, **told: Any) -> Tensor:
+    """A call of LongLive, which may say that the first frames run again as well."""
+    host = LongLiveHost()
+    host.told = lambda first, end, clean: {"current_start": first, **told}  # type: ignore[method-assign]
+    with torch.no_grad():
+        return host.call(model, caches, start, frames, draw)
+
+
+def make_empty(caches: Any) -> None:
+    """As LongLive does at a prompt switch with global_sink=False."""
+    for cache in caches["kv"]:
+        for name in ("k", "v"):
+            cache[name].zero_()
+    for cache in caches["cross"]:
+        cache["is_init"] = False
+
+
+def longlive(role: Any, frames: int = 30) -> tuple[Any, Any, hf.HeadForcing]:
+    """An applied stand-in in mid-video."""
+    model = LongLiveHost().model()
+    caches = LongLiveHost().caches(model)
+    handle = hf.apply_head_forcing(model, role)
+    for start in range(0, frames, 3):
+        again(model, caches, start, 3, 1)
+        again(model, caches, start, 3, 0)
+    return model, caches, handle
+
+
+def fail_once(module: nn.Module) -> None:
+    whole, armed = module.forward, [True]
+
+    def forward(x: Tensor) -> Any:
+        if armed and armed.pop():
+            raise RuntimeError("out of memory")
+        return whole(x)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def with_queries(chunk: Chunk) -> Chunk:
+    return dataclasses.replace(chunk, q=chunk.k)
+
+
+def as_it_is(x: Tensor, *_: object) -> Tensor:
+    return x
+
+
+def test_a_pin_that_was_refused_is_refused_again() -> None:
+    model = model_of()
+    caches = HOST.caches(model)
+    applied(model, SlidingWindow(7, 3, positions="absolute"))
+    for start in (0, 3, 6):
+        run(model, caches, start, 0)
+    pin(model, caches)
+    for _ in range(4):
+        with pytest.raises(WindowError):
+            run(model, caches, 9, 0)
+
+
+def test_frames_that_run_again_can_run_once_more() -> None:
+    outs = []
+    for fails in (False, True):
+        model, caches, _ = longlive(OWN)
+        make_empty(caches)
+        if fails:
+            fail_once(model.blocks[1].self_attn.q)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                again(model, caches, 21, 9, 0, sink_recache_after_switch=True)
+        outs.append(again(model, caches, 21, 9, 0, sink_recache_after_switch=True))
+        outs.append(again(model, caches, 30, 3, 1))
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[3])
+
+
+def test_first_frames_that_run_again_are_the_hosts_own() -> None:
+    """The stand-in writes them where it held the first frames of the video."""
+    outs = []
+    for role in (None, OWN):
+        model = LongLiveHost().model()
+        caches = LongLiveHost().caches(model)
+        if role is not None:
+            hf.apply_head_forcing(model, role)
+        for start in range(0, 18, 3):
+            again(model, caches, start, 3, 0)
+        make_empty(caches)
+        told = [again(model, caches, 9, 9, 0, sink_recache_after_switch=True)]
+        told += [again(model, caches, start, 3, draw) for start in (18, 21, 24) for draw in (1, 0)]
+        outs.append(told)
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+@pytest.mark.parametrize("role", [Memory(1, 2, 1), [[Local(0)] * 3, [OWN] * 3]], ids=["chosen", "per layer"])
+def test_all_layers_agree_when_frames_run_again_behind_an_emptied_cache(role: Any) -> None:
+    model, caches, handle = longlive(role)
+    make_empty(caches)
+    again(model, caches, 21, 9, 0, sink_recache_after_switch=True)
+    handle.mark("here")
+    again(model, caches, 30, 3, 1)
+
+
+def test_layers_agree_on_the_frames_that_run_again() -> None:
+    model, caches, handle = longlive([[Local(0)] * 3, [OWN] * 3])
+    again(model, caches, 21, 9, 0)
+    handle.mark("here")
+
+
+def test_first_frames_that_run_again_are_held_where_only_the_last_have_room() -> None:
+    model, caches, handle = longlive(Anchor(1))
+    make_empty(caches)
+    again(model, caches, 12, 18, 0, sink_recache_after_switch=True)
+    again(model, caches, 30, 3, 1)
+    assert handle.frames(0, 0)[0][0]
+
+
+def shots_of(model: Any) -> Callable[[], Any]:
+    return lambda: video(model, HOST.caches(model))
+
+
+def prompts_of(model: Any) -> Callable[[], None]:
+    def generate() -> None:
+        caches = LongLiveHost().caches(model)
+        for start in range(0, 18, 3):
+            again(model, caches, start, 3, 0)
+        again(model, caches, 9, 9, 0)
+        again(model, caches, 18, 3, 0)
+
+    return generate
+
+
+@pytest.mark.parametrize(
+    ("model", "drive"),
+    [(model_of(), shots_of), (LongLiveHost().model(), prompts_of)],
+    ids=["shots", "prompts"],
+)
+def test_regret_is_not_measured_where_the_host_edits_its_cache(model: Any, drive: Any) -> None:
+    role = SlidingWindow(9, 3, positions="absolute")
+    with pytest.raises(ProfileError, match="measure on videos of one prompt"):
+        profile_heads(model, drive(model), [OutputRegret([role])], protocol=Protocol(history=role))
+
+
+@pytest.mark.parametrize("edit", ["pin", "emptied"])
+@pytest.mark.parametrize("name", STORES)
+def test_commit_forcing_sees_what_the_role_inside_does(name: str, edit: str) -> None:
+    inside, views = Averaging(9, 2), []
+    for role in (inside, CommitForcing(inside, 9)):
+        store = store_of(name, role)
+        for start in range(0, 33, CHUNK):
+            if start == 15 and edit == "pin":
+                store.edit(Pin(12, 3), start)
+            store.write(chunk_of(start))
+            if start == 12 and edit == "emptied":
+                store.edit(Truncation(), start)
+                store.write(chunk_of(start))
+            seen(store, role)
+        views.append(seen(store, role))
+    assert views[0] == views[1]
+
+
+def test_commit_forcing_has_no_more_room_than_the_role_inside() -> None:
+    store = store_of("ring", CommitForcing(SlidingWindow(7, 3, positions="absolute"), 7))
+    for start in (0, 3, 6):
+        store.write(chunk_of(start))
+    store.edit(Pin(6, 3, always=3), 9)
+    with pytest.raises(WindowError):
+        store.write(chunk_of(9))
+
+
+def test_commit_forcing_recalls_pinned_frames() -> None:
+    role = CommitForcing(Local(2, 1), 9)
+    store = store_of("ring", role)
+    for start in range(0, 24, CHUNK):
+        if start == 9:
+            store.edit(Pin(6, 3), start)
+        if start == 15:
+            store.scenes.mark("shot")
+        if start == 18:
+            store.scenes.ask(Switch("recall", mark="shot"))
+        store.write(chunk_of(start))
+    assert seen(store, role)[2][0] == 6
+
+
+@pytest.mark.parametrize("role", [Participating(21, 10, 4, 2), Averaging(12, 3)], ids=str)
+def test_what_is_kept_beside_frames_sits_right_behind_the_first_ones(role: Any) -> None:
+    """They are those of the video, whatever is pinned."""
+    store, places = store_of("ring", role, 21), []
+    for start in range(0, 57, CHUNK):
+        if start == 24:
+            store.edit(Pin(21, 1), start)
+        store.write(with_queries(chunk_of(start)))
+        placed = seen(store, role)[1]
+        asked: list[tuple[float, ...]] = []
+
+        def encode(x: Tensor, positions: Any, *_: object, asked: Any = asked) -> Tensor:
+            asked.append(tuple(positions))
+            return x
+
+        store.view_digest(role, encode)
+        if start > 30 and asked:
+            places.append((max(asked[0]), placed))
+    assert places
+    for last, placed in places:
+        assert last == role.sink + len({*range(int(placed[-1]))} - {*placed}) - 1
+    assert store.frames(role)[0][: role.sink] == list(range(role.sink))
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_a_longer_chunk_behind_a_pin_is_refused_whole(positions: Any) -> None:
+    role = SlidingWindow(9, 3, positions=positions)
+    store = store_of("ring", role)
+    for start in (0, 3, 6):
+        store.write(chunk_of(start))
+    store.edit(Pin(6, 3, always=3), 9)
+    store.write(chunk_of(9))
+    with pytest.raises(WindowError, match="no room for a chunk of 6 frames"):
+        store.write(chunk_of(12, 6))
+    store.write(chunk_of(12))
+    assert len(seen(store, role)[0]) == 9
+
+
+def test_a_new_video_is_not_measured_against_the_pin_of_the_last_one() -> None:
+    store = store_of("ring", role := SlidingWindow(9, 3))
+    for start in (0, 3, 6):
+        store.write(chunk_of(start))
+    store.edit(Pin(6, 3, always=3), 9)
+    store.write(chunk_of(0, 6))
+    assert seen(store, role)[0] == [*range(6)]
+
+
+def test_a_shot_that_is_moved_leaves_roles_with_places_of_their_own_in_range() -> None:
+    role = Strided(1, 1, near=6, far=7)
+    store = store_of("reference", role)
+    for start in range(0, 33, CHUNK):
+        store.write(chunk_of(start, shift=8.0 * (start >= 12) + 8.0 * (start >= 24)))
+        placed = store.view(role, "denoise", as_it_is, start).positions
+        assert placed[-1] < role.far + CHUNK
+
+
+def test_frames_that_adjoin_do_so_in_a_shot_that_is_moved() -> None:
+    role = Rolling(9, 2)
+    store = store_of("ring", role)
+    for start in range(0, 21, CHUNK):
+        store.write(chunk_of(start, shift=8.0 * (start >= 12)))
+    assert seen(store, role)[1] == list(range(20, 29))
+
+
+@pytest.mark.parametrize("role", [Averaging(12, 2), Participating(12, 2, 1, 1)], ids=str)
+def test_a_longer_window_shows_what_became_of_frames_that_made_room(role: Any) -> None:
+    store = store_of("ring", role, 12)
+    for start in range(0, 12, CHUNK):
+        store.write(with_queries(dataclasses.replace(chunk_of(start), rolling=True)))
+        store.view_digest(role, as_it_is)
+    store.write(with_queries(dataclasses.replace(chunk_of(9, 6), rolling=True)))
+    assert store.digests.get(role).places
+    assert store.view_digest(role, as_it_is) is not None
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_a_cache_that_was_emptied_leaves_the_pending_chunk(name: str) -> None:
+    """Also where the pass that was to follow failed, and the next chunk comes."""
+    role = SlidingWindow(9, 2, positions="absolute")
+    store = store_of(name, role)
+    for start in range(0, 15, CHUNK):
+        store.write(chunk_of(start))
+    store.edit(Truncation(2), 12)
+    store.write(chunk_of(15))
+    assert seen(store, role) == ([0, 1, 12, 13, 14, 15, 16, 17],) * 3
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_what_was_kept_beside_frames_goes_with_an_emptied_cache(name: str) -> None:
+    role = Averaging(9, 2)
+    store = store_of(name, role)
+    for start in range(0, 18, CHUNK):
+        store.write(chunk_of(start))
+    assert store.view_digest(role, as_it_is) is not None
+    store.edit(Truncation(), 15)
+    store.write(chunk_of(15))
+    assert store.view_digest(role, as_it_is) is None
+    assert seen(store, role)[:2] == ([15, 16, 17], [0, 1, 2])
+
+
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_a_chunk_that_is_no_multiple_is_refused(chunk: int) -> None:
+    with pytest.raises(OptionError, match="all 5 chunks denoised at once"):
+        hf.apply_head_forcing(
+            RollingForcingHost().model(), "streaming_llm", adapter=RollingForcing(5), chunk=chunk, window=21
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_reset_by_hand_forgets_a_pin(mode: Any) -> None:
+    with mode():
+        model = model_of()
+        caches = HOST.caches(model)
+        handle = applied(model)
+        for start in (0, 3, 6):
+            HOST.call(model, caches, start, 3, 0)
+        pin(model, caches)
+        handle.reset()
+        for start in range(0, 15, 3):
+            HOST.call(model, caches, start, 3, 0)
+        assert handle.frames(0, 0)[0][0][:3] == [0, 1, 2]
+    handle.remove()
+
+
+def test_pinned_frames_are_not_cut_to_pieces_as_well() -> None:
+    role = Dynamic(2, 2, 0)
+    store = store_of("ring", role)
+    for start in range(0, 18, CHUNK):
+        if start == 15:
+            store.edit(Pin(12, 3), start)
+        store.write(chunk_of(start))
+    assert store.frames(role)[0] == [0, 1, 14]

@@ -65,7 +65,16 @@ class OutputRegret(Metric):
         self._window = window
 
     def watch(self, seen: Observation) -> None:
-        """See `Metric.watch`."""
+        """See `Metric.watch`.
+
+        Raises:
+            ProfileError: the host edits its cache, which candidates would have to follow.
+        """
+        if seen.edited:
+            raise ProfileError(
+                f"output_regret: before frame {seen.call.start} the host edited its cache or ran frames "
+                "again (a new prompt, a new shot): measure on videos of one prompt, or leave this metric out"
+            )
         if seen.timeline not in self._shadows:
             self._shadows[seen.timeline] = _Shadow(self.roles, seen, self._window)
         self._shadows[seen.timeline].follow(seen.chunk)

@@ -15,8 +15,9 @@ from typing import ClassVar
 
 from headforcing.digest import Digest
 from headforcing.errors import RoleError, WindowError
+from headforcing.positions import PositionScheme
 from headforcing.role import HeadRole
-from headforcing.types import FrameTable, Phase, Selection, Tier
+from headforcing.types import FrameTable, Phase, Pin, Selection, Tier
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,23 @@ class CommitForcing(HeadRole):
         more = {"query": query} if query is not None else {}
         if not digested:
             return self.role.place(frames, chunk, window, **more)
-        unseen = [frame for frame in range(getattr(self.role, "sink", 0)) if frame not in frames]
+        unseen = [frame for frame in range(self.role.first_frames) if frame not in frames]
         placed = self.role.place((*unseen, *frames), chunk, window, **more, digested=digested)
         return placed[len(unseen) :]
+
+    def follow(self, pin: Pin, chunk: int) -> None:
+        """As the role inside."""
+        self.role.follow(pin, chunk)
+
+    @property
+    def scheme(self) -> PositionScheme:
+        """As the role inside."""
+        return self.role.scheme
+
+    @property
+    def first_frames(self) -> int:
+        """As the role inside."""
+        return self.role.first_frames
 
     @property
     def bounded(self) -> bool:

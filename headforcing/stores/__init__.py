@@ -86,7 +86,7 @@ class KVStore(Storage):
             self._check_roles(shape.frames)
             self._make_room(chunk.frames)
         elif self._begins_video(chunk, shape) and again != 0:
-            self._check_roles(shape.frames)
+            self._check_roles(shape.frames, pinned=False)
             self.reset()
             self._make_room(chunk.frames)
         elif chunk.frames == self._pending and again != chunk.start:
@@ -94,8 +94,7 @@ class KVStore(Storage):
         else:
             check_order(chunk.frames, self._pending, self._end, again, self.layer)
             shape.check_follows(self._shape, self.layer)
-            alone = again == 0 or (again is not None and self.empty)
-            if not alone or shape.frames > self.window:
+            if not (again == 0 or chunk.alone) or shape.frames > self.window:
                 self._check_roles(shape.frames)
             self._commit_before(chunk.start)
             if again is None:  # roles choose first: a switch keeps what they would have kept
@@ -155,24 +154,22 @@ class KVStore(Storage):
         """Follows what the host did to its cache before it runs frames from `start` on.
 
         Raises:
-            WindowError: a role has no room for the first frames of a shot.
             StreamError: the cache was emptied, and frames come that do not replace the pending chunk.
         """
         if isinstance(edit, Pin):
-            for role in self.heads:
-                role.follow(edit, 1 if self._pending is None else len(self._pending))
             self.scenes.hold(edit)
             return
         if self._pending is None or self._pending.start < start:
+            what = "no chunk is" if self._pending is None else f"frames from {self._pending.start} on are not"
             raise StreamError(
-                f"layer {self.layer}: the host emptied its cache before frame {start}, but frames "
-                f"{self._pending} are not run again: reset the stream with handle.reset()"
+                f"layer {self.layer}: the host emptied its cache before frame {start}, but {what} run again: "
+                "reset the stream with handle.reset()"
             )
+        pending = self._whole(self._pending.start, self._grid)
         self._moving = True
-        for role in self.heads:
-            self._put(role, self._take(role, self.scenes.left(edit.keep, role, self._held)))
+        self.scenes.empty(edit.keep, start, self._held, self._take, self._put)
         self.digests.clear()
-        self.scenes.hold(None)
+        self._stage(pending)
         self._moving = False
 
     def check_switch(self, switch: Switch) -> None:
@@ -182,11 +179,6 @@ class KVStore(Storage):
             StreamError: there is no such mark, or frames that come again cannot be told from others.
         """
         self.scenes.check(switch, self.frames_so_far, self._held, self.layer)
-
-    @property
-    def empty(self) -> bool:
-        """Whether no role holds a frame of the past."""
-        return not any(self._held(role) for role in self.heads)
 
     @property
     def pending(self) -> range | None:
@@ -245,7 +237,7 @@ class KVStore(Storage):
         if (digest := self.digests.get(role)) is not None:
             more["digested"] = digest.places
         placed = role.place(frames, chunk, self.window, **more)
-        return placed if role.bounded else self._shifts.moved(placed, self.scenes.outside(role, frames))
+        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.scheme)
 
     def _turn(self, start: int) -> bool:
         """Marks and switches that were asked for, because a chunk begins at `start`; whether frames went."""
@@ -258,9 +250,11 @@ class KVStore(Storage):
         self._moving = False
         return went
 
-    def _check_roles(self, chunk: int) -> None:
+    def _check_roles(self, chunk: int, pinned: bool = True) -> None:
         for role in self.heads:
             role.fit(self.window, chunk)
+            if pinned and (pin := self.scenes.pin(role)) is not None:
+                role.follow(pin, chunk)
 
     def _commit_before(self, start: int) -> None:
         if self._pending is None:
@@ -282,6 +276,7 @@ class KVStore(Storage):
 
     def _make_room(self, own: range) -> None:
         self._moving = True
+        self.digests.refresh()
         self._begin(own)
         self._moving = False
 
