@@ -154,8 +154,9 @@ class Activity:
         if pending is not None and grown:
             number, first_frame = stream.turn or turn
             if number != turn[0] and first_frame == pending.start:  # else the same call goes on
-                late = [one for one in met if one.store.pending == pending and one.turn != stream.turn]
-                check_complete([one.store.layer for one in late], pending)
+                ran = {one.store.layer for one in met if one.turn == stream.turn}
+                late = {one.store.layer for one in met if one.store.pending == pending} - ran
+                check_complete(sorted(late), pending)
             for one in met:
                 one.store.check()
         if pending is None or start != pending.start or not start:
