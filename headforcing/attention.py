@@ -18,9 +18,10 @@ from headforcing.adapter import Adapter
 from headforcing.backends import Part
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.observation import Observation
-from headforcing.plan import LayerPlan, Stream, check_clean
+from headforcing.plan import LayerPlan
 from headforcing.rerun import rerun, seats
 from headforcing.roles import HeadRole
+from headforcing.stream import Stream, check_clean
 from headforcing.types import AttentionCall, Chunk, Encode, Heads, KVView
 
 

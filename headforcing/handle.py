@@ -9,24 +9,18 @@ from types import TracebackType
 
 from torch import nn
 
+from headforcing.activity import Activity
 from headforcing.attention import HeadForcingMixin
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.hooks import hear_prompts, remove_hooks
 from headforcing.observation import Observer
-from headforcing.plan import (
-    Activity,
-    LayerPlan,
-    Options,
-    Stream,
-    check_clean,
-    check_settled,
-)
+from headforcing.plan import LayerPlan, Options, check_settled
 from headforcing.role_map import RoleMap
 from headforcing.sites import Site, check_reachable, check_removable, sites_of
 from headforcing.status import Status, collect
 from headforcing.stores import KVStore
+from headforcing.stream import Stream, Timeline, check_clean, open_stream
 from headforcing.switch import Mode, Switch
-from headforcing.timeline import Timeline, open_stream
 from headforcing.types import Tier
 
 

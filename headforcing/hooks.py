@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from headforcing.activity import Activity
 from headforcing.adapter import Adapter
 from headforcing.errors import StreamError, UnsupportedModelError
-from headforcing.plan import Activity, LayerPlan
+from headforcing.plan import LayerPlan
 from headforcing.role_map import RoleMap
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from headforcing.activity import Activity
 from headforcing.attention import patched_class, with_class
 from headforcing.errors import PatchedModuleError
 from headforcing.handle import HeadForcing
 from headforcing.hooks import hear_phases
-from headforcing.plan import Activity, LayerPlan, Options
+from headforcing.plan import LayerPlan, Options
 from headforcing.sites import Site, is_own, sites_of
 from headforcing.skipping import check_runs
 

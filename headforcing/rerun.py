@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from headforcing.errors import WindowError
-from headforcing.plan import Options, Stream
+from headforcing.plan import Options
+from headforcing.stream import Stream
 from headforcing.switch import Switch
 from headforcing.types import Chunk
 

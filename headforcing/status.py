@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from headforcing.plan import LayerPlan, Stream
+from headforcing.plan import LayerPlan
 from headforcing.roles import HeadRole
 from headforcing.skipping import layers_named
+from headforcing.stream import Stream
 
 
 @dataclass(frozen=True)

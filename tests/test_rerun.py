@@ -10,12 +10,13 @@ from torch import Tensor
 
 from headforcing.backends.sdpa import attend
 from headforcing.errors import ChunkOrderError, StreamError, WindowError
-from headforcing.plan import Options, Stream
+from headforcing.plan import Options
 from headforcing.rerun import rerun, seats
 from headforcing.role_map import RoleMap
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.shots import Truncation
 from headforcing.stores import store_class
+from headforcing.stream import Stream
 from headforcing.switch import Switch
 from headforcing.types import Chunk, Heads, Pin
 
