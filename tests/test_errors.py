@@ -220,7 +220,7 @@ def test_a_sliding_window_without_room_for_sink_and_chunk_says_what_it_needs(rig
         (lambda: Local(recent=-1), "Local.recent is -1 ... expected a number of frames >= 0"),
         (lambda: Anchor(sink=1.5), "Anchor.sink is 1.5 ... expected"),
         (lambda: Local(recent=True), "Local.recent is True ... expected"),
-        (lambda: Local(positions="relative"), "'relative' ... expected one of absolute, adjoining, compact, clamped"),
+        (lambda: Local(positions="relative"), "'relative' ... expected one of absolute, adjoining, compact"),
         (lambda: SlidingWindow(3, sink=3), "sink must be smaller than window"),
         (lambda: Memory(update="maxmin"), "Memory.update is 'maxmin' ... expected an EpisodicUpdate"),
         (lambda: Memory(positions="clamped"), "use positions='compact' or update=Uniform()"),
