@@ -93,6 +93,12 @@ class LayerPlan:
                 f"layer {self.layer}: the call carries no cache object, so its timeline cannot be told: "
                 "run it inside `with handle.stream(name):`, one name per video and CFG branch"
             )
+        if not type(anchor).__weakrefoffset__:
+            raise StreamError(
+                f"layer {self.layer}: {self.options.adapter.name} anchors the timeline at a "
+                f"{type(anchor).__name__}, to which nothing can refer weakly, so our memory would outlive it: "
+                "take an object that lives as long, such as a tensor of the cache, or put one into it"
+            )
         stream = self.streams.get(anchor)
         if stream is None:
             store = self.options.store(self.heads, window=self.options.window, layer=self.layer)

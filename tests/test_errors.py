@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -32,6 +33,7 @@ from headforcing.errors import (
     UnsupportedModelError,
     WindowError,
 )
+from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.testing import Caches, Rig, snapshot
 
@@ -659,3 +661,18 @@ def test_a_refused_commit_names_the_layer_and_the_head_where_the_trouble_began(
     rig.call(caches, 9, 3)
     hook.remove()
     refused(NonFiniteKVError, f"layer {layer}, heads 2: ... 9..11 ... reset", lambda: rig.call(caches, 12, 3))
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_an_anchor_that_nothing_can_refer_to_weakly_is_named(kind: type) -> None:
+    class Anchored(SelfForcing):
+        def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return dataclasses.replace(super().read(module, args, kwargs), anchor=kind())
+
+    rig = Rig()
+    hf.apply_head_forcing(rig.model, Local(), adapter=Anchored())
+    refused(
+        StreamError,
+        f"layer 0: self_forcing anchors the timeline at a {kind.__name__} ... a tensor of the cache",
+        lambda: rig.call(rig.caches(), 0, 3),
+    )

@@ -321,9 +321,9 @@ def test_a_cut_of_ours_ends_a_pin_of_the_hosts() -> None:
     assert store.frames(role)[0] == [15, 16]
 
 
+@pytest.mark.parametrize("role", [Local(2, 1), CommitForcing(Local(2, 1), 9)], ids=str)
 @pytest.mark.parametrize("name", STORES)
-def test_pinned_first_frames_are_what_a_mark_recalls(name: str) -> None:
-    role = Local(recent=2, sink=1)
+def test_pinned_first_frames_are_what_a_mark_recalls(name: str, role: HeadRole) -> None:
     store = store_of(name, role)
     for start in range(0, 24, CHUNK):
         if start == 9:
@@ -593,20 +593,6 @@ def test_commit_forcing_has_no_more_room_than_the_role_inside() -> None:
     store.edit(Pin(6, 3, always=3), 9)
     with pytest.raises(WindowError):
         store.write(chunk_of(9))
-
-
-def test_commit_forcing_recalls_pinned_frames() -> None:
-    role = CommitForcing(Local(2, 1), 9)
-    store = store_of("ring", role)
-    for start in range(0, 24, CHUNK):
-        if start == 9:
-            store.edit(Pin(6, 3), start)
-        if start == 15:
-            store.scenes.mark("shot")
-        if start == 18:
-            store.scenes.ask(Switch("recall", mark="shot"))
-        store.write(chunk_of(start))
-    assert seen(store, role)[2][0] == 6
 
 
 @pytest.mark.parametrize("role", [Participating(21, 10, 4, 2), Averaging(12, 3)], ids=str)
