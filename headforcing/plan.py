@@ -96,8 +96,8 @@ class LayerPlan:
         if not type(anchor).__weakrefoffset__:
             raise StreamError(
                 f"layer {self.layer}: {self.options.adapter.name} anchors the timeline at a "
-                f"{type(anchor).__name__}, to which nothing can refer weakly, so our memory would outlive it: "
-                "take an object that lives as long, such as a tensor of the cache, or put one into it"
+                f"{type(anchor).__name__}, which nothing can refer to weakly, so our memory would outlive "
+                "it: take an object that lives as long, such as a tensor of the cache, or put one into it"
             )
         stream = self.streams.get(anchor)
         if stream is None:
