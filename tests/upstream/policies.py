@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 import headforcing as hf
+from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.positions import PositionScheme
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
@@ -43,6 +44,10 @@ class ThirdWindow(SlidingWindow):
 
 def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     """Apply the roles of a policy to a model, and return the handle."""
+    if policy == PRESET and "RollingForcing" in scenario.repositories:
+        chunks = len(scenario.steps)
+        adapter = RollingForcing(chunks)
+        return hf.apply_head_forcing(model, PRESET, adapter=adapter, chunk=chunks * scenario.chunk)
     if policy == PRESET:
         return hf.apply_head_forcing(model, PRESET, chunk=scenario.chunk)
     roles = POLICIES[policy](scenario)
