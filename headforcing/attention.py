@@ -76,7 +76,7 @@ class HeadForcingMixin(nn.Module):
             k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
             beside = stream.store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
             if beside is not None:
-                k, v = torch.cat([beside[0], k], 1), torch.cat([beside[1], v], 1)
+                k, v = (_joined(first, rest) for first, rest in zip(beside, (k, v), strict=True))
             rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)
             return Part(heads, rotated.flatten(1, 2), k, v, rows), view
 
@@ -129,6 +129,11 @@ def _heard(call: AttentionCall, stream: Stream, plan: LayerPlan) -> AttentionCal
     if pending is not None and call.start > pending.start:
         check_clean(stream, plan.layer)
     return dataclasses.replace(call, phase=phase)
+
+
+def _joined(first: Tensor, rest: Tensor) -> Tensor:
+    """Tokens `[B, M, Hr, D]`, one behind the other, head by head in memory as attention reads them."""
+    return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], 2).transpose(1, 2)
 
 
 def _encoder(adapter: Adapter, call: AttentionCall) -> Encode:
