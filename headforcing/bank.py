@@ -27,14 +27,13 @@ class Bank:
     Args:
         role: whose slots these are.
         heads: those that have the role.
-        window: frames the model was trained on.
 
     Attributes:
         frames: of the history, as the role counts them; `None`: chosen by content.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads, window: int) -> None:
-        self.role, self.heads, self.window = role, heads, window
+    def __init__(self, role: HeadRole, heads: Heads) -> None:
+        self.role, self.heads = role, heads
         self.frames: tuple[int | None, ...] = ()
         self._new = 0
         self._raw = self._rotated = self._v = _NOTHING  # [B, slots, P, Hr, D]
@@ -52,9 +51,9 @@ class Bank:
         kept = self.role.retain(table)
         return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
 
-    def begin(self, kept: Selection, own: range, place: Place) -> None:
-        """Keeps what was chosen."""
-        self.frames = kept.frames(self.table(self._new, own))
+    def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
+        """Keeps what was chosen of the table."""
+        self.frames = kept.frames(table)
         self._move(kept, self._next_positions(own, place))
         self._new = 0
         self._some.clear()

@@ -52,8 +52,8 @@ class Digest(ABC):
     wants_queries: bool = False
     """Whether it chooses by the queries of committed frames."""
 
-    def check(self, grid: Grid | None, before: Grid | None) -> None:  # noqa: B027 - optional on purpose
-        """Refuses frames of a grid, or of another grid than before, before anything changes."""
+    def check(self, grid: Grid | None) -> None:  # noqa: B027 - optional on purpose
+        """Refuses frames of a grid before anything changes; another one than before is refused in any case."""
 
     def add(self, past: Past) -> None:  # noqa: B027 - optional on purpose
         """Takes frames that were committed just now, in order."""

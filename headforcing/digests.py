@@ -52,11 +52,11 @@ class Digests:
                     f"layer {self._layer}: the host moves a later shot in time, but {role} keeps parts of "
                     "frames where they were: give it positions='compact', or set the host's offset to 0"
                 )
-            digest.check(chunk.grid, before)
+            digest.check(chunk.grid)
             if before is not None and chunk.grid != before:
                 raise StreamShapeError(
                     f"{role} keeps more than whole frames, but after frames of {before} patches come some of "
-                    f"{chunk.grid}: use a role that keeps whole frames"
+                    f"{chunk.grid}: start a new video, or use a role that keeps whole frames"
                 )
             if digest.wants_queries and chunk.q is None:
                 raise StreamShapeError(f"{role} chooses by queries, but the chunk has none: give it q=...")

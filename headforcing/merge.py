@@ -36,17 +36,12 @@ class Blocks(Digest):
         self._sum: tuple[Tensor, Tensor] | None = None
         self._count = 0
 
-    def check(self, grid: Grid | None, before: Grid | None) -> None:
-        """Looks whether frames of a grid can be merged, and with those before.
+    def check(self, grid: Grid | None) -> None:
+        """Looks whether frames of a grid can be merged.
 
         Raises:
-            StreamShapeError: the grid is not known, is another one than before, or has a side that is no
-                multiple of the patch.
+            StreamShapeError: the grid is not known, or has a side that is no multiple of the patch.
         """
-        if before is not None and grid != before:
-            raise StreamShapeError(
-                f"frames of this video had {before} patches, now {grid}: start a new video"
-            )
         side = self.patch
         if grid is None or grid[0] % side or grid[1] % side:
             raise StreamShapeError(

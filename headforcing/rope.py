@@ -41,8 +41,7 @@ def rotate(
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`; computed in the precision of the table.
     """
-    space = table.shape[1] // 3
-    time = table.shape[1] - 2 * space
+    time = temporal_columns(table)
     spatial = _spatial_rows(table[:, time:], height, width, patch)
     turns = table.new_empty(len(spatial), table.shape[1])  # [P, D/2]
     turns[:, time:] = spatial
@@ -94,6 +93,12 @@ def rotate_real(
 def temporal_columns(table: Tensor) -> int:
     """Columns of a table `[rows, D/2]` that turn with time."""
     return table.shape[1] - 2 * (table.shape[1] // 3)
+
+
+def begins(columns: Tensor) -> list[int]:
+    """Rows of `[rows, columns]` that differ from the one before. Reads the device."""
+    moved = (columns[1:] != columns[:-1]).any(1)
+    return [0, *(moved.nonzero()[:, 0] + 1).tolist()]
 
 
 @functools.lru_cache(maxsize=64)

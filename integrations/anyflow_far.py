@@ -230,8 +230,9 @@ _LAYOUTS: MutableMapping[Tensor, _Layout] = WeakIdKeyDictionary()
 
 def _layout_of(freqs: Tensor) -> _Layout:
     if freqs not in _LAYOUTS:
-        table, time = freqs[0, 0], _time_columns(freqs)
-        frames, rows = _begins(table[:, :1]), _begins(table[:, [0, time]])
+        table = freqs[0, 0]
+        time = rope.temporal_columns(table)
+        frames, rows = rope.begins(table[:, :1]), rope.begins(table[:, [0, time]])
         starts = (*frames, len(table))
         spans = [range(*ends) for ends in itertools.pairwise(starts)]
         far = sum(len(span) != len(spans[-1]) for span in spans)
@@ -241,16 +242,6 @@ def _layout_of(freqs: Tensor) -> _Layout:
         )
         _LAYOUTS[freqs] = _Layout(starts, far, grid, coarse, table[frames, :time])
     return _LAYOUTS[freqs]
-
-
-def _begins(columns: Tensor) -> list[int]:
-    """Rows that differ from the one before."""
-    moved = (columns[1:] != columns[:-1]).any(1)
-    return [0, *(moved.nonzero()[:, 0] + 1).tolist()]
-
-
-def _time_columns(freqs: Tensor) -> int:
-    return freqs.shape[-1] - 2 * (freqs.shape[-1] // 3)
 
 
 def _chunks_of(layout: _Layout, mask: Any) -> list[range]:
@@ -268,7 +259,7 @@ def _projected(module: Any, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor
     x, freqs = call.x, call.arguments["rotary_emb"]["query"][0, 0]
     q, k = module.norm_q(module.to_q(x)).to(x.dtype), module.norm_k(module.to_k(x)).to(x.dtype)
     q, k, v = (y.unflatten(2, (module.heads, -1)) for y in (q, k, module.to_v(x)))
-    space = slice(_time_columns(freqs), None)
+    space = slice(rope.temporal_columns(freqs), None)
     return _turned(q, freqs[:, None, space], space), _turned(k, freqs[:, None, space], space), v
 
 

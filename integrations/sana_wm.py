@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from headforcing import rope
 from headforcing.adapter import Adapter, Memo, bind, parameter_names
 from headforcing.errors import PatchedModuleError, RoleError, StreamError, StreamShapeError
 from headforcing.types import AttentionCall, Grid, Heads, Phase
@@ -229,7 +230,7 @@ def _frames_of(cos: Tensor, sin: Tensor) -> _Frames:
     turns = _turns(cos, sin, cos.shape[-2])
     time = turns.shape[1] % AXES
     slow, high = turns[:, time::AXES][:, :2], turns[:, time + 1 : time + 2]
-    frames, lines = _begins(slow), _begins(torch.cat([slow, high], 1))
+    frames, lines = rope.begins(slow), rope.begins(torch.cat([slow, high], 1))
     patches, width = (len(turns) // len(begins) for begins in (frames, lines))
     if any(begins != [*range(0, len(turns), size)] for begins, size in ((frames, patches), (lines, width))):
         raise StreamShapeError(f"frames begin at tokens {frames}, lines at {lines}: expected whole frames")
@@ -242,11 +243,6 @@ def _turns(cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
     apart = cos.dim() == 4  # then pairs come once, else twice
     rows = (t[0, :, :tokens].transpose(0, 1).flatten(1) if apart else t[0, :tokens, ::2] for t in (cos, sin))
     return torch.complex(*rows)
-
-
-def _begins(columns: Tensor) -> list[int]:
-    """Rows that differ from the one before."""
-    return [0, *((columns[1:] != columns[:-1]).any(1).nonzero()[:, 0] + 1).tolist()]
 
 
 def _gaps(keys: Sequence[Key]) -> list[float]:

@@ -93,7 +93,7 @@ class Pieces(Digest):
         """Frames that were cut."""
         return self._cut
 
-    def check(self, grid: Grid | None, before: Grid | None) -> None:
+    def check(self, grid: Grid | None) -> None:
         """Looks whether frames can be cut.
 
         Raises:

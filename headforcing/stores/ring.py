@@ -33,7 +33,7 @@ class RingStore(KVStore):
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         super().__init__(heads, window=window, layer=layer)
-        self._banks = {role: Bank(role, heads[role], window) for role in heads}
+        self._banks = {role: Bank(role, heads[role]) for role in heads}
 
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
         bank = self._banks[role]
@@ -59,7 +59,7 @@ class RingStore(KVStore):
             inside = self.scenes.inside(role, own)
             table, kept = bank.choose(inside, self.scenes.pin(role))
             self.digests.let_go(role, kept, table, bank.rows, self._grid)
-            bank.begin(kept, inside, functools.partial(self._place, role))
+            bank.begin(table, kept, inside, functools.partial(self._place, role))
 
     def _stage(self, chunk: Chunk) -> None:
         for bank in self._banks.values():
