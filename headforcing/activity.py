@@ -16,6 +16,7 @@ from headforcing.observation import Observer
 from headforcing.skipping import check_complete, check_runs, warn_of_idle
 from headforcing.stores import KVStore
 from headforcing.stream import Stream
+from headforcing.traced import counter
 from headforcing.types import Phase
 from headforcing.weights import Watch
 
@@ -29,11 +30,13 @@ class Activity:
         bypassed: calls that went to the original forward although they had a cache.
         depth, observers: calls in progress, and who is shown every call.
         hears_phases: whether a hook tells the phase.
+        order: written by every compiled call; see `headforcing.traced`.
         way: modules that hold or are attentions, by name; unknown in a copy.
     """
 
     def __init__(self) -> None:
         self.calls = 0
+        self.order = counter()
         self.layers: set[int] = set()
         self.served: set[int] = set()
         self.bypassed = 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from headforcing.errors import UnsupportedModelError
 from headforcing.lookup import module_names
 from headforcing.shots import Edit
-from headforcing.types import AttentionCall, Phase
+from headforcing.types import AttentionCall, Outline, Phase
 
 Memo = MutableMapping[str, Any]
 """What an adapter notes down per layer and timeline, a dict; empty when the timeline begins."""
@@ -123,6 +123,20 @@ class Adapter(ABC):
         For hosts whose frames are not all of one grid; their adapter fills the smaller ones up.
         """
         return x.flatten(1, 2)
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """What `torch.compile` must know of a call, so that the model stays one graph; it may read no tensor.
+
+        Default `None`, as for a call that has no cache: attention is served between two graphs.
+        """
+        return None
+
+    def answer(self, y: Tensor, told: Tensor) -> Any:
+        """What a compiled forward returns: `y` as `output` made it, and the whole numbers beside it.
+
+        Default: `y` alone, for hosts that are told none.
+        """
+        return y
 
     def clock(self, model: nn.Module) -> nn.Module | None:
         """The module whose forward is told how noisy a pass is; default `None`, nobody knows."""

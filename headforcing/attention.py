@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headforcing import traced
 from headforcing.adapter import Adapter
 from headforcing.backends import Part
 from headforcing.errors import StreamActiveError, StreamError
@@ -32,11 +33,31 @@ class HeadForcingMixin(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs hooks and forward; meanwhile head forcing cannot be removed."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
         with self._headforcing.activity.running():
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns exactly what the original forward does."""
+        if torch.compiler.is_compiling():
+            return self._traced(args, kwargs)
+        return self._attended(args, kwargs)
+
+    def served(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a compiled model, which ran the hooks itself."""
+        with self._headforcing.activity.running():
+            return self._attended(args, kwargs)
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as one operator of a graph, or served between two graphs."""
+        plan, adapter = self._headforcing, self._headforcing.options.adapter
+        outline = adapter.outline(self, args, kwargs)
+        if outline is None or needs_grad(self, outline.like) or not traced.fits([args, kwargs]):
+            return _between_graphs(self, args, kwargs)
+        return adapter.answer(*traced.attend(plan.key, plan.activity.order, outline, args, kwargs))
+
+    def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan = self._headforcing
         call = plan.options.adapter.read(self, args, kwargs)
         if call is None or needs_grad(self, call.x):
@@ -157,6 +178,11 @@ def needs_grad(module: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _between_graphs(module: HeadForcingMixin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module.served(*args, **kwargs)
+
+
 @functools.cache
 def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class of a replacement: the mixin in front of the original's class, signature kept."""
@@ -165,12 +191,7 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: HeadForcingMixin, *args: Any, **kwargs: Any) -> Any:
         return HeadForcingMixin.forward(self, *args, **kwargs)
 
-    # A compiled model calls us eagerly: the stores choose frames in Python.
-    members = {
-        "forward": torch.compiler.disable(forward),
-        "__call__": torch.compiler.disable(HeadForcingMixin.__call__),
-    }
-    return type(f"HeadForced{original.__name__}", (HeadForcingMixin, original), members)
+    return type(f"HeadForced{original.__name__}", (HeadForcingMixin, original), {"forward": forward})
 
 
 def with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

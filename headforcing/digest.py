@@ -53,7 +53,7 @@ class Digest(ABC):
     """Whether it chooses by the queries of committed frames."""
 
     def check(self, grid: Grid | None) -> None:  # noqa: B027 - optional on purpose
-        """Refuses frames of a grid before anything changes; another one than before is refused in any case."""
+        """Refuses frames of a grid before anything changes; another than before is refused anyway."""
 
     def add(self, past: Past) -> None:  # noqa: B027 - optional on purpose
         """Takes frames that were committed just now, in order."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from headforcing import traced
 from headforcing.activity import Activity
 from headforcing.adapter import Adapter
 from headforcing.errors import StreamError, UnsupportedModelError
@@ -23,12 +24,25 @@ class TellPhase:
     """Before a pass of the model: notes down whether it is a clean one."""
 
     def __init__(self, adapter: Adapter, activity: Activity) -> None:
-        self.adapter, self.activity = adapter, activity
+        self.adapter, self.activity, self.key = adapter, activity, traced.number(self)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the phase of the pass that begins."""
+        if torch.compiler.is_compiling() and traced.fits([args, kwargs]):
+            traced.hear(self.key, self.activity.order, args, kwargs)
+        else:
+            self._between_graphs(args, kwargs)
+
+    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the phase of a call; see `headforcing.traced`."""
         self.activity.phase = self.adapter.phase(args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _between_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.serve(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return TellPhase, (self.adapter, self.activity)
 
 
 class NewPrompt:

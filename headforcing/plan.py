@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from headforcing.activity import Activity
@@ -18,6 +18,7 @@ from headforcing.role_map import RoleMap
 from headforcing.roles import HeadRole
 from headforcing.stores import KVStore
 from headforcing.stream import Stream, open_stream
+from headforcing.traced import number
 from headforcing.types import AttentionCall, Heads
 
 
@@ -65,6 +66,7 @@ class LayerPlan:
         module: ours in its place, likewise.
         own_forward: the module's own forward, where it lay in its `__dict__`, as accelerate leaves it.
         streams: memories of this layer by the anchor of their timeline.
+        key: the number by which compiled calls find this plan.
     """
 
     layer: int
@@ -75,9 +77,11 @@ class LayerPlan:
     module: weakref.ref[nn.Module] | None = None
     own_forward: Any = None
     streams: MutableMapping[object, Stream] = field(default_factory=_by_anchor, compare=False)
+    key: Tensor = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self.activity.layers.add(self.layer)
+        self.key = number(self)
         row = self.options.roles.layers[self.layer]
         members: dict[HeadRole, list[int]] = {}
         for head, role in enumerate(row):
@@ -105,14 +109,19 @@ class LayerPlan:
             stream = self.streams[anchor] = Stream(store, module=self.module)
         return stream
 
+    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serves one call of the layer's module; see `headforcing.traced`."""
+        module: Any = None if self.module is None else self.module()
+        return module.served(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled plan serves the same roles with an empty memory of its own."""
         module = None if self.module is None else self.module()
-        left = dict.fromkeys(("streams", "handle", "original", "own_forward"))
+        left = dict.fromkeys(("streams", "handle", "original", "own_forward", "key"))
         return {**self.__dict__, **left, "module": module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         module = state["module"]  # that of the copy, which is copied together with its plan
         ref = None if module is None else weakref.ref(module)
-        self.__dict__.update(state, streams=_by_anchor(), module=ref)
+        self.__dict__.update(state, streams=_by_anchor(), module=ref, key=number(self))
         self.activity.layers.add(self.layer)

@@ -193,6 +193,21 @@ class AttentionCall:
         return self.grid[1] * self.grid[2]
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What `torch.compile` must know of a call that it does not look into.
+
+    Attributes:
+        like: what the forward returns has this shape, and its dtype unless autocast says otherwise.
+        writes: tensors of the host that are written, keys and values excluded.
+        told: how many whole numbers the forward returns beside it.
+    """
+
+    like: Tensor
+    writes: tuple[Tensor, ...] = ()
+    told: int = 0
+
+
 class Heads:
     """A set of heads of one layer, and how to take them out of a tensor and put them back.
 

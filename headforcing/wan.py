@@ -17,7 +17,7 @@ from headforcing import rope
 from headforcing.adapter import Adapter, Memo, bind, parameter_names
 from headforcing.errors import StreamShapeError, UnsupportedModelError
 from headforcing.host_cache import allocate_again, free
-from headforcing.types import AttentionCall, Phase
+from headforcing.types import AttentionCall, Outline, Phase
 
 CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
 """The first arguments of the attention's `forward`, alike in all of these hosts."""
@@ -110,6 +110,15 @@ class WanAdapter(Adapter):
                 f"per frame ({height}x{width}): expected tokens, not frames"
             )
         return AttentionCall(arguments["x"], start, (frames, height, width), cache["k"], arguments)
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """See `Adapter.outline`."""
+        told = self.told(args, kwargs)
+        return None if told.get("kv_cache") is None else Outline(told[self.forward[0]])
+
+    def told(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, defaults left out."""
+        return {**dict(zip(self.forward, args, strict=False)), **kwargs}
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """False: a chunk at frame 0 begins a video, where the host says nothing else."""

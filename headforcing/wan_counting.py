@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from headforcing.adapter import Memo
 from headforcing.errors import ExternalEditError
 from headforcing.host_cache import alive, mark, untouched, version
-from headforcing.types import AttentionCall
+from headforcing.types import AttentionCall, Outline
 from headforcing.wan import WanAdapter
 
 INDICES = ("global_end_index", "local_end_index")
@@ -21,7 +23,20 @@ class CountingWan(WanAdapter):
 
     `global_end_index` counts tokens of the video, `local_end_index` those in the cache, where a full one is
     rolled left behind its sink; a new video replaces both by zeros.
+
+    Attributes:
+        counters: what of a cache dict an adapter writes to.
     """
+
+    counters: ClassVar[tuple[str, ...]] = INDICES
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """See `Adapter.outline`; the counters are written."""
+        outline = super().outline(module, args, kwargs)
+        if outline is None:
+            return None
+        cache = self.told(args, kwargs)["kv_cache"]
+        return dataclasses.replace(outline, writes=tuple([cache[name] for name in self.counters]))
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; reads the indices only when the host touched them."""
@@ -89,6 +104,15 @@ class DeferringWan(CountingWan):
 
     The model counts and writes once all layers ran.
     """
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """See `Adapter.outline`; two ends are told."""
+        outline = super().outline(module, args, kwargs)
+        return None if outline is None else dataclasses.replace(outline, told=2)
+
+    def answer(self, y: Tensor, told: Tensor) -> Any:
+        """What `output` returns, the ends as tensors."""
+        return y, (told[0], told[1], None)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and says where the cache ends; the model has nothing to write, it only counts."""

@@ -8,6 +8,7 @@ these stands for the timeline; a video begins with new dicts, or with zeros in t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from headforcing import rope
 from headforcing.adapter import bind
 from headforcing.errors import StreamShapeError
-from headforcing.types import AttentionCall, Grid
+from headforcing.types import AttentionCall, Grid, Outline
 from headforcing.wan_counting import INDICES, CountingWan
 
 GIVEN = ("q", "k", "v")
@@ -61,6 +62,14 @@ class FastVideo(CountingWan):
         x = next((part for part in given if part.requires_grad), given[0])
         grid = _grid(arguments, tokens, first)
         return AttentionCall(x.flatten(2), start, (frames, *grid), anchor, arguments)
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """See `Adapter.outline`; like `x` of the call, what needs gradients."""
+        outline, told = super().outline(module, args, kwargs), self.told(args, kwargs)
+        if outline is None:
+            return None
+        learnt = [told[name] for name in GIVEN if told[name].requires_grad]
+        return dataclasses.replace(outline, like=learnt[0]) if learnt else outline
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """What the block projected; a cache of keys before RoPE keeps them in its own precision."""

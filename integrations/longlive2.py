@@ -21,7 +21,7 @@ from headforcing.host_cache import alive, mark, untouched
 from headforcing.shots import Edit, Truncation
 from headforcing.types import AttentionCall, Pin
 from headforcing.wan import CALL
-from headforcing.wan_counting import DeferringWan
+from headforcing.wan_counting import INDICES, DeferringWan
 
 SHOTS = ("t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset")
 PINS, NO_PIN = ("pinned_start", "pinned_len"), (-1, 0)
@@ -33,6 +33,7 @@ class LongLive2(DeferringWan):
     name = "longlive2"
     forward = (*CALL, "cache_start", *SHOTS)
     numbers = ("num_heads", "head_dim", "local_attn_size", "sink_size", "global_sink_size")
+    counters = (*INDICES, *PINS)
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
     {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"}
-    | {"shots", "host_cache", "skipping", "weights"},
+    | {"shots", "host_cache", "skipping", "weights", "traced"},
     {"positions", "shots", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
     {"health", "scene", "storage", "bank", "digests", "eval_files"},

@@ -16,7 +16,9 @@ class BrookHost(Host):
     dense, window = 6, 6  # no frame of the first six is dropped; six were trained on
     memory = SlidingWindow(6, positions="absolute")  # then it sees six, at their own positions
     single = True  # chunks of one frame run as well
-    unconcerned = frozenset({"edited_cache_refused", "release_frees", "cache_comes_back"})
+    unconcerned = frozenset(
+        {"edited_cache_refused", "release_frees", "cache_comes_back", "compiled_is_one_operator"}
+    )
 
     def model(self, dtype=torch.float32):
         with torch.random.fork_rng(devices=[]):

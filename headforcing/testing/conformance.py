@@ -23,6 +23,7 @@ import torch
 from headforcing.adapter import Adapter, find_adapter
 from headforcing.errors import OptionError
 from headforcing.testing import (
+    checks_compile,
     checks_host,
     checks_leaving,
     checks_life,
@@ -45,6 +46,7 @@ _CHECKS: tuple[Callable[[Kit], None], ...] = (
     *checks_rotation.CHECKS,
     *checks_parity.CHECKS,
     *checks_life.CHECKS,
+    *checks_compile.CHECKS,
     *checks_leaving.CHECKS,
 )
 _NEEDED = ("host_repeats_itself", "host_hears_its_input", "host_begins_anew", "fits", "layers_found")

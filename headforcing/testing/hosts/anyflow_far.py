@@ -38,6 +38,7 @@ class AnyFlowFARHost(Host):
             "edited_cache_refused",
             "parity_through_eviction",
             "parity_through_eviction_bf16",
+            "compiled_is_one_operator",
         }
     )
     chunk, frames, dense, window, single = 2, 12, 12, 12, True

@@ -80,7 +80,9 @@ class SanaWMHost(Host):
         gated: whether every head has a gate.
     """
 
-    unconcerned = frozenset({"edited_cache_refused", "release_frees", "cache_comes_back"})
+    unconcerned = frozenset(
+        {"edited_cache_refused", "release_frees", "cache_comes_back", "compiled_is_one_operator"}
+    )
     chunk, frames, dense, window, single = 3, 18, 12, 14, True
     memory: HeadRole = Local(8, 3, positions="adjoining")
     rope_type = "split"

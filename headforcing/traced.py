@@ -1,0 +1,204 @@
+"""A call as one operator, so that a compiled model stays one graph around it.
+
+`torch.compile` cannot look into a memory whose choices are made in Python, and need not. To the graph, a call
+of attention is `headforcing::attend`: it knows the shape of what comes out, and which tensors are written.
+When the graph runs, the operator puts the call together again and serves it as without a compiler.
+
+What is written is declared, with one exception: the first call of a timeline takes the host's own keys and
+values their memory (`Adapter.release`). No graph reads them, and declared they would be copied.
+
+A call travels as its tensors, its numbers, and a template that says where they were. What cannot be taken
+apart so, because it carries an object of the host's own, is served between two graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import weakref
+from collections.abc import Mapping, MutableMapping
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from headforcing.errors import StreamShapeError
+from headforcing.types import Outline
+
+
+class Served(Protocol):
+    """What serves calls."""
+
+    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serves one, without a compiler."""
+
+
+_served: MutableMapping[int, Served] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def number(served: Served) -> Tensor:
+    """A new number, by which an operator finds what serves its calls; a tensor, so that layers are alike."""
+    key = next(_numbers)
+    _served[key] = served
+    return torch.tensor(key, device="cpu")
+
+
+def counter() -> Tensor:
+    """What every operator of a model writes, so that a graph leaves none out and keeps their order."""
+    return torch.zeros((), dtype=torch.long, device="cpu")
+
+
+# Under the compiler -----------------------------------------------------------------------------------
+
+
+def fits(value: Any) -> bool:
+    """Whether a call can be taken apart."""
+    if value is None or isinstance(value, Tensor | bool | int | float):
+        return True
+    if isinstance(value, str):
+        return value.isprintable() and '"' not in value and "\\" not in value
+    if type(value) is dict:
+        return all(isinstance(key, str) and fits(key) and fits(item) for key, item in value.items())
+    return type(value) in (list, tuple) and all(fits(item) for item in value)
+
+
+def attend(
+    key: Tensor, order: Tensor, outline: Outline, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """One call of attention: what comes out, and the whole numbers told beside it."""
+    like, dtype = outline.like, outline.like.dtype
+    casts = torch.is_autocast_enabled(like.device.type)
+    if casts:
+        dtype = torch.get_autocast_dtype(like.device.type)
+    told = torch.empty(outline.told, dtype=torch.long, device="cpu")
+    written = [key, order, *outline.writes, told]
+    call, *parts = _taken_apart([like, args, kwargs], written)
+    template = f'{{"call":{call},"dtype":"{dtype}","casts":{int(casts)}}}'
+    return torch.ops.headforcing.attend(written, *parts, template), told
+
+
+def hear(key: Tensor, order: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """One call of which only its arguments matter."""
+    written = [key, order]
+    call, *parts = _taken_apart([args, kwargs], written)
+    torch.ops.headforcing.hear(written, *parts, call)
+
+
+def _taken_apart(value: Any, written: list[Tensor]) -> tuple[str, list[Tensor], list[int], list[float]]:
+    """The template of a value; its tensors, but for those that are written; its numbers."""
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    floats: list[float] = []
+    return _template(value, (written, tensors, numbers, floats)), tensors, numbers, floats
+
+
+def _template(value: Any, parts: tuple[list[Any], ...]) -> str:
+    """A value as JSON, written by hand because a compiler follows; tensors and numbers by their place."""
+    if isinstance(value, dict):
+        return "{" + ",".join([f'"{key}":{_template(item, parts)}' for key, item in value.items()]) + "}"
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return f'["{kind}",{",".join(["0", *[_template(item, parts) for item in value]])}]'
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    written, tensors, numbers, floats = parts
+    if isinstance(value, Tensor):
+        return _place(value, written, tensors)
+    kind, held = ("float", floats) if isinstance(value, float) else ("number", numbers)
+    held.append(value)
+    return f'["{kind}",{len(held) - 1}]'
+
+
+def _place(x: Tensor, written: list[Tensor], tensors: list[Tensor]) -> str:
+    for place, known in enumerate(written):
+        if known is x:
+            return f'["written",{place}]'
+    kind = "complex" if x.is_complex() else "tensor"  # inductor passes over operators given complex ones
+    tensors.append(torch.view_as_real(x) if x.is_complex() else x)
+    return f'["{kind}",{len(tensors) - 1}]'
+
+
+# When the graph runs ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("headforcing::attend", mutates_args=("written",), tags=(torch.Tag.cudagraph_unsafe,))
+def _attend(
+    written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
+) -> Tensor:
+    layout, like, told = _read(template), tensors[0], written[-1]
+    parts: dict[str, list[Any]] = {"written": written, "tensor": tensors, "number": numbers, "float": floats}
+    _, args, kwargs = _together(layout["call"], parts)
+    dtype = _dtype(layout)
+    with torch.autocast(like.device.type, dtype) if layout["casts"] else nullcontext():
+        answer = _serve(written, args, kwargs)
+    y: Tensor
+    y, *ends = [leaf for leaf in pytree.tree_leaves(answer) if leaf is not None]
+    if (y.shape, y.dtype, len(ends)) != (like.shape, dtype, len(told)):
+        raise StreamShapeError(
+            f"under torch.compile, attention returned {tuple(y.shape)} in {y.dtype} and {len(ends)} numbers, "
+            f"but its adapter's outline() promised {tuple(like.shape)} in {dtype} and {len(told)}: mend "
+            "outline(), or return None there"
+        )
+    told.copy_(torch.tensor(ends, dtype=told.dtype))
+    return y.contiguous()
+
+
+@_attend.register_fake
+def _(
+    written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
+) -> Tensor:
+    return tensors[0].new_empty(tensors[0].shape, dtype=_dtype(_read(template)))
+
+
+@torch.library.custom_op("headforcing::hear", mutates_args=("written",), tags=(torch.Tag.cudagraph_unsafe,))
+def _hear(
+    written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
+) -> None:
+    parts: dict[str, list[Any]] = {"written": written, "tensor": tensors, "number": numbers, "float": floats}
+    _serve(written, *_together(_read(template), parts))
+
+
+@_hear.register_fake
+def _(
+    written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
+) -> None:
+    return None
+
+
+def _serve(written: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    key, order = written[:2]
+    order.add_(1)
+    return _served[int(key)].serve(args, kwargs)
+
+
+def _dtype(layout: Mapping[str, Any]) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, layout["dtype"].removeprefix("torch."))
+    return dtype
+
+
+@functools.lru_cache(maxsize=256)
+def _read(template: str) -> Any:
+    return json.loads(template)
+
+
+def _together(node: Any, parts: Mapping[str, list[Any]]) -> Any:
+    """The value a template stands for."""
+    if isinstance(node, dict):
+        return {key: _together(item, parts) for key, item in node.items()}
+    if not isinstance(node, list):
+        return node
+    kind, place, *items = node
+    if kind == "complex":
+        return torch.view_as_complex(parts["tensor"][place])
+    if kind in parts:
+        return parts[kind][place]
+    values = [_together(item, parts) for item in items]
+    return values if kind == "list" else tuple(values)
