@@ -53,9 +53,9 @@ class HeadForcingMixin(nn.Module):
         """The call as one operator of a graph, or served between two graphs."""
         plan, adapter = self._headforcing, self._headforcing.options.adapter
         outline = adapter.outline(self, args, kwargs)
-        if outline is None or needs_grad(self, outline.like) or not traced.fits([args, kwargs]):
+        if outline is None or needs_grad(self, outline.like) or not traced.fits(outline.call):
             return _between_graphs(self, args, kwargs)
-        return adapter.answer(*traced.attend(plan.key, plan.activity.order, outline, args, kwargs))
+        return adapter.answer(*traced.attend(plan.key, plan.activity.order, outline))
 
     def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan = self._headforcing

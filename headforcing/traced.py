@@ -66,9 +66,7 @@ def fits(value: Any) -> bool:
     return type(value) in (list, tuple) and all(fits(item) for item in value)
 
 
-def attend(
-    key: Tensor, order: Tensor, outline: Outline, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def attend(key: Tensor, order: Tensor, outline: Outline) -> tuple[Tensor, Tensor]:
     """One call of attention: what comes out, and the whole numbers told beside it."""
     like, dtype = outline.like, outline.like.dtype
     casts = torch.is_autocast_enabled(like.device.type)
@@ -76,7 +74,7 @@ def attend(
         dtype = torch.get_autocast_dtype(like.device.type)
     told = torch.empty(outline.told, dtype=torch.long, device="cpu")
     written = [key, order, *outline.writes, told]
-    call, *parts = _taken_apart([like, args, kwargs], written)
+    call, *parts = _taken_apart([like, (), outline.call], written)
     template = f'{{"call":{call},"dtype":"{dtype}","casts":{int(casts)}}}'
     return torch.ops.headforcing.attend(written, *parts, template), told
 

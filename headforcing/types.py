@@ -198,11 +198,13 @@ class Outline:
     """What `torch.compile` must know of a call that it does not look into.
 
     Attributes:
+        call: its arguments by name, without what the adapter does not read.
         like: what the forward returns has this shape, and its dtype unless autocast says otherwise.
         writes: tensors of the host that are written, keys and values excluded.
         told: how many whole numbers the forward returns beside it.
     """
 
+    call: Mapping[str, Any]
     like: Tensor
     writes: tuple[Tensor, ...] = ()
     told: int = 0

@@ -112,13 +112,9 @@ class WanAdapter(Adapter):
         return AttentionCall(arguments["x"], start, (frames, height, width), cache["k"], arguments)
 
     def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
-        """See `Adapter.outline`."""
-        told = self.told(args, kwargs)
-        return None if told.get("kv_cache") is None else Outline(told[self.forward[0]])
-
-    def told(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, defaults left out."""
-        return {**dict(zip(self.forward, args, strict=False)), **kwargs}
+        """See `Adapter.outline`; masks are for training, roles say what is seen."""
+        call = {**dict(zip(self.forward, args, strict=False)), **kwargs, "block_mask": None}
+        return None if call.get("kv_cache") is None else Outline(call, call[self.forward[0]])
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """False: a chunk at frame 0 begins a video, where the host says nothing else."""

@@ -35,7 +35,7 @@ class CountingWan(WanAdapter):
         outline = super().outline(module, args, kwargs)
         if outline is None:
             return None
-        cache = self.told(args, kwargs)["kv_cache"]
+        cache = outline.call["kv_cache"]
         return dataclasses.replace(outline, writes=tuple([cache[name] for name in self.counters]))
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:

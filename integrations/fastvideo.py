@@ -65,10 +65,10 @@ class FastVideo(CountingWan):
 
     def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
         """See `Adapter.outline`; like `x` of the call, what needs gradients."""
-        outline, told = super().outline(module, args, kwargs), self.told(args, kwargs)
+        outline = super().outline(module, args, kwargs)
         if outline is None:
             return None
-        learnt = [told[name] for name in GIVEN if told[name].requires_grad]
+        learnt = [outline.call[name] for name in GIVEN if outline.call[name].requires_grad]
         return dataclasses.replace(outline, like=learnt[0]) if learnt else outline
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

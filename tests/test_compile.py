@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import logging
 import warnings
@@ -264,7 +265,7 @@ class Promises(SelfForcing):
 
     def outline(self, module: nn.Module, args: Any, kwargs: Any) -> Outline | None:
         outline = super().outline(module, args, kwargs)
-        return None if outline is None else Outline(outline.like, outline.writes, told=1)
+        return None if outline is None else dataclasses.replace(outline, told=1)
 
 
 def test_a_broken_promise_is_said() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 import headforcing as hf
+from headforcing.adapter import find_adapter
 from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.positions import PositionScheme
 from headforcing.roles import Full, HeadRole, SlidingWindow
@@ -19,6 +20,7 @@ from headforcing.roles.rolling_forcing import Rolling
 from .scenarios import (
     AVERAGED,
     COMMIT,
+    COMPILED,
     EQUAL,
     GROUPS,
     HEADS,
@@ -54,7 +56,11 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     if isinstance(roles, HeadRole):
         roles = [roles] * HEADS
     store = "reference" if policy == REFERENCE else "ring"
-    return hf.apply_head_forcing(model, [roles] * LAYERS, store=store)
+    handle = hf.apply_head_forcing(model, [roles] * LAYERS, store=store)
+    if policy == COMPILED:
+        for _, module in find_adapter(model).attentions(model):
+            module.compile(backend="eager", fullgraph=True)
+    return handle
 
 
 def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> SlidingWindow:
@@ -86,6 +92,7 @@ def _commit(scenario: Scenario) -> HeadRole:
 POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     EQUAL: _equal,
     WRAPPER: _equal,
+    COMPILED: _equal,
     REFERENCE: _equal,
     GROUPS: _groups,
     COMMIT: _commit,

@@ -31,6 +31,7 @@ WRAPPER = "equal, applied to the wrapper"
 REFERENCE = "equal, in the reference store"
 GROUPS = "equal, in three head groups"
 COMMIT = "equal, in commit forcing"
+COMPILED = "equal, every attention one operator of a graph"
 CONTROLS = (
     "last frames in the clean pass",
     "no sink",
@@ -397,7 +398,8 @@ def sliding_cases(*policies: str) -> list[Case]:
 
 def parity_cases() -> list[Case]:
     """Return the runs whose output must equal the untouched run's."""
-    return [*cases_of(*PARITY, FIRST_CHUNK), *sliding_cases(GROUPS, WRAPPER, REFERENCE, COMMIT)]
+    compiled = cases_of(SLIDING, RECACHE, TWO_SHOTS, ROLLING, ROLLOUTS, policy=COMPILED)
+    return [*cases_of(*PARITY, FIRST_CHUNK), *sliding_cases(GROUPS, WRAPPER, REFERENCE, COMMIT), *compiled]
 
 
 def every_case(policy: str) -> list[Case]:
