@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import logging
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -171,6 +172,50 @@ def test_new_video_guidance_and_passes_without_the_compiler() -> None:
         made.append(rig.call(first, 0, 3, draw=9))
         outs.append(made)
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+ACTIONS = ("again", "again", "next", "next", "other cache", "new video", "reset", "commit")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(ACTIONS), min_size=4, max_size=16))
+def test_any_course_of_videos_is_the_one_without_a_compiler(actions: list[str]) -> None:
+    made = [course(rig, handle, actions) for rig, handle in both_rigs()]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@functools.cache
+def both_rigs() -> list[tuple[Rig, hf.HeadForcing]]:
+    """The same model twice, the second one compiled."""
+    rigs = [Rig(9), Rig(9)]
+    handles = [apply(rig.model) for rig in rigs]
+    rigs[1].model = torch.compile(rigs[1].model, backend="eager", fullgraph=True)  # type: ignore[assignment]
+    return list(zip(rigs, handles, strict=True))
+
+
+def course(rig: Rig, handle: hf.HeadForcing, actions: list[str]) -> list[Tensor]:
+    outs, caches, ends = [], [rig.caches(), rig.caches()], [0, 0]
+    turn, pending = 0, [False, False]
+    for draw, action in enumerate(actions):
+        if action == "other cache":
+            turn = 1 - turn
+        elif action == "new video":
+            caches[turn].new_video()
+            ends[turn] = 0
+        elif action == "reset":
+            handle.reset()
+            for one in caches:
+                one.new_video()
+            ends = [0, 0]
+        elif action == "commit":
+            handle.commit()
+            pending = [False, False]
+            continue
+        again = action != "next" and ends[turn] and pending[turn]
+        start = ends[turn] - 3 if again else ends[turn]
+        outs.append(rig.call(caches[turn], start, 3, draw=draw))
+        ends[turn], pending[turn] = start + 3, True
+    return outs
 
 
 def test_the_phase_is_heard_inside_the_graph() -> None:
