@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
 FLOORS = [
     {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"}
-    | {"shots", "host_cache", "skipping", "weights", "traced"},
+    | {"shots", "host_cache", "skipping", "weights", "traced"}
+    | {"part", "needs", "segments", "folding"},
     {"positions", "shots", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
     {"health", "scene", "storage", "bank", "digests", "eval_files"},
@@ -43,7 +44,7 @@ ONLY = {
     "integrations": {"types", "adapter", "rope", "wan", "wan_counting", "errors", "shots", "host_cache"},
     "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
     | {"scene", "switch", "shape", "order", "shots", "storage", "bank", "stores"},
-    "backends": {"types", "errors", "lookup", "backends"},
+    "backends": {"types", "errors", "lookup", "part", "needs", "segments", "folding", "backends"},
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder
 AT_IMPORT = {*sys.stdlib_module_names, "torch", "einops", "numpy", "headforcing"}  # integrations

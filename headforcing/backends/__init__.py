@@ -1,44 +1,38 @@
-"""Backends: one function each, `attend(parts, num_heads)`, for heads that see different lengths."""
+"""Backends: one function each, `attend(parts, num_heads)`, for heads that see different lengths.
+
+A backend is one file in this folder with two names: `attend`, and `NEEDS`, a table of what it cannot do
+without. It knows no roles, frames or stores, only where tensors lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
-from torch import Tensor
-
+from headforcing.errors import OptionError
 from headforcing.lookup import named_module
-from headforcing.types import Heads
+from headforcing.needs import Needs
+from headforcing.part import Attend, Part
 
-
-@dataclass(frozen=True)
-class Part:
-    """The heads of one role, and what they attend to.
-
-    Attributes:
-        heads: which heads of the layer these are.
-        q: rotated queries, `[B, L, Hr, D]`.
-        k: rotated keys, `[B, M, Hr, D]`; `M` differs per role.
-        v: values, `[B, M, Hr, D]`.
-        rows: which queries of the chunk these are; all of them, unless a role reads per query frame.
-    """
-
-    heads: Heads
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    rows: slice = field(default_factory=lambda: slice(None))
-
-
-Attend = Callable[[Sequence[Part], int], Tensor]
-"""Softmax attention of all parts, put together: `[B, L, H, D]`, contiguous, for `L` queries."""
+__all__ = ["Attend", "Part", "find_backend", "needs_of"]
 
 
 def find_backend(name: str) -> Attend:
     """The `attend` of the module `headforcing.backends.<name>`.
 
     Raises:
-        OptionError: there is no such module; the message lists the folder.
+        OptionError: there is no such module, and the message lists the folder; or what it calls is not
+            installed here.
     """
+    missing = needs_of(name).missing()
+    if missing is not None:
+        raise OptionError(f"backend {name!r} is not possible here: {missing}")
     return cast(Attend, named_module(__name__, name).attend)
+
+
+def needs_of(name: str) -> Needs:
+    """What the backend of this name cannot do without.
+
+    Raises:
+        OptionError: there is no such backend; the message lists the folder.
+    """
+    return cast(Needs, named_module(__name__, name).NEEDS)

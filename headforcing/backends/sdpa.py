@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from headforcing.backends import Part
+from headforcing.needs import Needs
+from headforcing.part import queries
+
+NEEDS = Needs()
 
 
 def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
@@ -15,8 +19,8 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
     if len(parts) == 1:
         return _attend(parts[0]).contiguous()
     q = parts[0].q
-    queries = max(part.rows.stop or part.q.shape[1] for part in parts)
-    out = torch.empty((q.shape[0], queries, num_heads, q.shape[3]), dtype=q.dtype, device=q.device)
+    shape = (q.shape[0], queries(parts), num_heads, q.shape[3])
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
     for part in parts:
         part.heads.put(out[:, part.rows], _attend(part))
     return out

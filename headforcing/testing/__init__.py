@@ -12,6 +12,7 @@ from headforcing.demo.attention import DemoConfig
 from headforcing.demo.camera import VIEW
 from headforcing.demo.model import DemoModel
 from headforcing.demo.words import PROMPT_WORDS, WORDS
+from headforcing.testing.backends import check_backend
 from headforcing.testing.conformance import Report, Result, check_adapter, check_names
 from headforcing.testing.host import Host
 from headforcing.testing.snapshot import Snapshot, bits, snapshot
@@ -25,6 +26,7 @@ __all__ = [
     "Snapshot",
     "bits",
     "check_adapter",
+    "check_backend",
     "check_names",
     "snapshot",
 ]

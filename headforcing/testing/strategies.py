@@ -16,6 +16,7 @@ from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.roles.rolling_forcing import Rolling
+from headforcing.testing.backends import Arrangement, Group
 from headforcing.types import Grid
 
 UPDATES: tuple[EpisodicUpdate, ...] = (MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform())
@@ -139,3 +140,22 @@ def frame_tensor(frames: range, seed: int, batch: int, heads: int, tokens: int =
         generator = torch.Generator().manual_seed(1_000_003 * seed + frame)
         parts.append(torch.randn(batch, 1, tokens, heads, dim, generator=generator))
     return torch.cat(parts, dim=1)
+
+
+def arrangements() -> st.SearchStrategy[Arrangement]:
+    """What a backend may be given: scattered heads of one to three lengths, in one storage or in many."""
+    few = st.integers(1, 3)
+    length = st.one_of(st.integers(1, 12), st.integers(120, 140), st.integers(250, 260))
+    facts = st.tuples(length, st.integers(0, 2), st.booleans())
+    owners = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+
+    def build(
+        owners: list[int], facts: list[tuple[int, int, bool]], sizes: tuple[int, int, int], shared: bool
+    ) -> Arrangement:
+        members = {group: tuple(h for h, owner in enumerate(owners) if owner == group) for group in owners}
+        groups = tuple(Group(heads, *facts[group]) for group, heads in members.items())
+        batch, frames, patches = sizes
+        return Arrangement(groups, batch, frames, patches, shared=shared)
+
+    sizes = st.tuples(st.integers(1, 2), few, few)
+    return st.builds(build, owners, st.lists(facts, min_size=3, max_size=3), sizes, st.booleans())

@@ -1,0 +1,207 @@
+"""What every backend has to do, checked against attention in float64 with an error budget.
+
+Example:
+    >>> from headforcing.backends.sdpa import attend
+    >>> check_backend(attend)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headforcing.backends.sdpa import attend as sdpa
+from headforcing.part import Attend, Part, queries
+from headforcing.types import Heads
+
+WORSE = 2
+"""How many times the error of `sdpa` another backend may have, beside the budget of rounding."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heads that see the same.
+
+    Attributes:
+        heads: which of the layer these are.
+        keys: how many keys they see, `M`.
+        spare: tokens of room behind them that are not seen.
+        alone: whether every frame of queries reads by itself, and sees one key more than the one before it.
+    """
+
+    heads: tuple[int, ...]
+    keys: int
+    spare: int = 0
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Parts as a store might bring them, of random content.
+
+    Attributes:
+        groups: together every head once.
+        batch: samples, `B`.
+        frames: frames of queries, `F`.
+        patches: queries of a frame, `P`.
+        dim: channels per head, `D`.
+        shared: whether keys lie in one storage and values in another, each head's tokens one run of rows;
+            else every part has its own, the heads of a token side by side.
+    """
+
+    groups: tuple[Group, ...]
+    batch: int = 1
+    frames: int = 2
+    patches: int = 5
+    dim: int = 16
+    shared: bool = True
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the layer, `H`."""
+        return sum(len(group.heads) for group in self.groups)
+
+    def parts(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Part]:
+        """The parts; what is not seen is `NaN`, so that a result which depends on it shows."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        readings = [(group, *reading) for group in self.groups for reading in self._readings(group)]
+        sizes = [(self.batch, len(group.heads), keys + group.spare) for group, _, keys in readings]
+        sides = [self._rooms(sizes, draw) for _ in ("k", "v")]
+        parts = []
+        for (group, rows, keys), k, v in zip(readings, *sides, strict=True):
+            heads = Heads(group.heads, self.num_heads)
+            q = draw(self.batch, rows.stop - rows.start, len(heads), self.dim)
+            k[:, keys:], v[:, keys:] = torch.nan, torch.nan
+            parts.append(Part(heads, q, k[:, :keys], v[:, :keys], rows))
+        return parts
+
+    def _readings(self, group: Group) -> list[tuple[slice, int]]:
+        """Query rows that see the same, and how many keys they see."""
+        if not group.alone:
+            return [(slice(0, self.frames * self.patches), group.keys)]
+        starts = range(0, self.frames * self.patches, self.patches)
+        return [(slice(at, at + self.patches), group.keys + number) for number, at in enumerate(starts)]
+
+    def _rooms(self, sizes: Sequence[tuple[int, int, int]], draw: Callable[..., Tensor]) -> list[Tensor]:
+        """Room for keys or values `[B, M, Hr, D]` of `(B, Hr, M)`."""
+        if not self.shared:
+            return [draw(batch, tokens, heads, self.dim) for batch, heads, tokens in sizes]
+        flat = draw(sum(math.prod(size) for size in sizes), self.dim)
+        pieces = flat.split([math.prod(size) for size in sizes])
+        return [piece.view(*size, -1).transpose(1, 2) for piece, size in zip(pieces, sizes, strict=True)]
+
+
+ARRANGEMENTS = (
+    Arrangement((Group((0, 1, 2), keys=30),)),
+    Arrangement((Group((0, 2), 7), Group((1,), 150), Group((3, 4), 64)), batch=2),
+    Arrangement((Group((1, 3), 20, spare=9), Group((0, 2), 130, spare=3)), batch=2),
+    Arrangement((Group((2,), 12, alone=True), Group((0, 1), 40)), frames=3),
+    Arrangement((Group((0, 2), 33, spare=4), Group((1,), 3)), batch=2, shared=False),
+)
+"""One role; heads of three lengths; memories that are not full; reading per query frame; many storages."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What attention is, and how far from it a backend may be.
+
+    Attributes:
+        exact: attention in float64, `[B, L, H, D]`.
+        allowed: the greatest error, element by element.
+    """
+
+    exact: Tensor
+    allowed: Tensor
+
+    def check(self, out: Tensor, what: str) -> None:
+        """Looks whether an output `[B, L, H, D]` is near enough.
+
+        Raises:
+            AssertionError: it is not.
+        """
+        assert out.shape == self.exact.shape, (
+            f"{what}: {tuple(out.shape)}, expected {tuple(self.exact.shape)}"
+        )
+        assert out.is_contiguous(), f"{what}: strides {out.stride()}, expected a contiguous tensor"
+        error = (out.double() - self.exact).abs()
+        far = ~(error <= self.allowed)  # also where it is NaN
+        assert not far.any(), (
+            f"{what}: {int(far.sum())} of {far.numel()} are off by up to {error[far].max():.2e}, where "
+            f"{self.allowed[far].min():.2e} is allowed; first at {far.nonzero()[0].tolist()}"
+        )
+
+
+def budget_of(parts: Sequence[Part], num_heads: int) -> Budget:
+    """How far from attention in float64 a backend may be: as `sdpa` is, and as far as rounding explains.
+
+    With unit roundoff `u` of the dtype and `w` of float32, in which kernels accumulate at least, scores
+    `s = q·k/√D` of `D` products are off by `d <= (D + 4) w Σ|q||k|/√D`, so weights by a factor `exp(2d)`;
+    they are rounded to the dtype once, summed with `M` roundings of float32, and so are the outputs. With
+    `A = Σ p|v|`, what the outputs may cancel from, that is `(2d + 2u + 2 M w) A + u |o|`, to first order.
+    """
+    shape = (parts[0].q.shape[0], queries(parts), num_heads, parts[0].q.shape[-1])
+    exact, rounding = (parts[0].q.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    u, w = torch.finfo(parts[0].q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
+    for part in parts:
+        q, k, v = (x.double().transpose(1, 2) for x in (part.q, part.k, part.v))
+        scale = q.shape[-1] ** -0.5
+        weights = (scale * q @ k.mT).softmax(-1)
+        out, around = weights @ v, weights @ v.abs()
+        apart = (q.shape[-1] + 4) * w * scale * (q.abs() @ k.abs().mT).amax(-1, keepdim=True)
+        off = (2 * apart + 2 * u + 2 * k.shape[-2] * w) * around + u * out.abs()
+        for whole, piece in ((exact, out), (rounding, off)):
+            part.heads.put(whole[:, part.rows], piece.transpose(1, 2))
+    known = (sdpa(parts, num_heads).double() - exact).abs().max()
+    return Budget(exact, WORSE * known + rounding)
+
+
+def check_backend(
+    attend: Attend,
+    *,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    dim: int = 16,
+    arrangements: Sequence[Arrangement] = ARRANGEMENTS,
+) -> None:
+    """Checks what every backend has to do: attention within the budget, inputs as they were, twice alike.
+
+    Args:
+        attend: the backend.
+        device: where to look.
+        dtypes: of queries, keys and values.
+        dim: channels per head.
+        arrangements: parts to try.
+
+    Raises:
+        AssertionError: it does something else; the message says where.
+    """
+    for parts, num_heads, what in _trials(device, dtypes, dim, arrangements):
+        before = [x.clone() for part in parts for x in (part.q, part.k, part.v)]
+        budget = budget_of(parts, num_heads)
+        with torch.no_grad():
+            out = attend(parts, num_heads)
+        assert out.dtype == parts[0].q.dtype, f"{what}: {out.dtype}, expected {parts[0].q.dtype}"
+        budget.check(out, what)
+        after = [x for part in parts for x in (part.q, part.k, part.v)]
+        same = all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        assert same, f"{what}: queries, keys or values were changed"
+        with torch.inference_mode():
+            budget.check(attend(parts, num_heads), f"{what}, again")
+
+
+def _trials(
+    device: str, dtypes: Sequence[torch.dtype], dim: int, arrangements: Sequence[Arrangement]
+) -> Iterator[tuple[list[Part], int, str]]:
+    for dtype, (number, arrangement) in itertools.product(dtypes, enumerate(arrangements)):
+        fitting = Arrangement(**{**vars(arrangement), "dim": dim})
+        what = f"arrangement {number} in {dtype} on {device}"
+        yield fitting.parts(device, dtype, seed=number), fitting.num_heads, what
