@@ -66,7 +66,9 @@ def apply_head_forcing(
         window: frames the model was trained on; default: what the model says.
         chunk: frames of the longest chunk; default: what the model says.
         store: where keys and values live, by name or class.
-        backend: how attention is computed, by name or function.
+        backend: how attention is computed, by name (`sdpa`, `varlen`, `flash`, `flex`, or `auto`, which
+            chooses by device, dtype and head dim) or function. One that cannot attend raises; none is
+            taken instead.
         replace: swap the roles of a model that is applied already, dropping what it remembers.
         strict: refuse a role map or file unless it was measured on exactly these weights.
 
@@ -80,6 +82,7 @@ def apply_head_forcing(
         WindowError: a role needs more frames than the model was trained on.
         AlreadyAppliedError: other roles are applied, and `replace` is false.
         PatchedModuleError: something else has replaced `forward` on an attention module.
+        OptionError: an option has a value that does not exist, or the backend calls what is not installed.
     """
     _check_model(model)
     adapter = find_adapter(model) if adapter is None else _adapter(adapter)

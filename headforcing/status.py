@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from headforcing.backends import Attend, find_backend
 from headforcing.plan import LayerPlan
 from headforcing.roles import HeadRole
 from headforcing.skipping import layers_named
@@ -34,6 +35,7 @@ class Status:
         layers: attention layers served.
         heads: heads per layer.
         window: frames the model was trained on.
+        backend: how attention is computed: the name of a backend, or of the function that was passed.
         roles: heads per role, over all layers.
         calls: attention calls served since apply.
         unserved: layers never called with a cache since apply.
@@ -48,6 +50,7 @@ class Status:
     layers: int
     heads: int
     window: int
+    backend: str
     roles: Mapping[HeadRole, int]
     calls: int
     unserved: tuple[int, ...]
@@ -67,7 +70,7 @@ class Status:
         state = "active" if self.active else "no call yet" if self.applied else "removed"
         return (
             f"head forcing on {self.layers} layers x {self.heads} heads ({self.adapter}, window "
-            f"{self.window} frames), {state}\n{roles}\n{idle if self.active else ''}"
+            f"{self.window} frames, {self.backend}), {state}\n{roles}\n{idle if self.active else ''}"
             f"  {len(self.streams)} streams, {self.stored_bytes / 1e6:.2f} MB stored, "
             f"{self.released_bytes / 1e6:.2f} MB of the host's cache released"
         )
@@ -83,6 +86,7 @@ def collect(plans: Sequence[LayerPlan], applied: bool) -> Status:
         layers=len(plans),
         heads=first.num_heads,
         window=first.options.window,
+        backend=_name(first.options.attend),
         roles=first.options.roles.counts(),
         calls=first.activity.calls,
         unserved=tuple(sorted(first.activity.layers - first.activity.served)),
@@ -91,6 +95,14 @@ def collect(plans: Sequence[LayerPlan], applied: bool) -> Status:
         stored_bytes=sum(stream.store.nbytes() for stream in streams),
         released_bytes=sum(stream.released for stream in streams),
     )
+
+
+def _name(attend: Attend) -> str:
+    """A backend's module without the folder, or the name of a function passed in."""
+    module, folder = getattr(attend, "__module__", ""), f"{find_backend.__module__}."
+    if module.startswith(folder):
+        return module.removeprefix(folder)
+    return getattr(attend, "__qualname__", type(attend).__qualname__)
 
 
 def _stream_status(stream: Stream) -> StreamStatus:
