@@ -113,6 +113,7 @@ SPARE = Arrangement((Group((0, 2), 130, spare=2), Group((1,), 5, spare=1)), batc
 @pytest.mark.parametrize("name", FOLDED)
 @given(arrangement=arrangements(), shuffle=st.randoms(use_true_random=False), seed=st.integers(0, 99))
 @example(SPARE, None, 0)
+@example(ARRANGEMENTS[-1], None, 0)  # two lengths of queries, each more than a block
 def test_folded_heads_attend_as_each_by_itself(name, arrangement, shuffle, seed):
     """Whatever the kernel is told agrees with what it should compute; nothing unseen leaks in."""
     parts = arrangement.parts(seed=seed)
@@ -174,36 +175,39 @@ def part_of(heads, k, v, num_heads=3):
 
 
 D = 8
-FLAT = [torch.randn(400 * D) for _ in range(2)]
+FLAT = [torch.randn(400 * D) for _ in range(4)]
 
 
-def two(first, second, other=None):
-    """Two parts on one storage: heads 0 and 2 of `M` 5, head 1 of `M` 7, at offsets and strides."""
+def two(*keys, values=None, storages=1):
+    """Heads 0 and 2 that see 5 keys, head 1 that sees 7, at offsets and strides of sample, token, head."""
     parts = []
-    for (heads, keys), (offset, sample, token, head), values in (
-        (((0, 2), 5), first, first),
-        (((1,), 7), second, other or second),
-    ):
-        sizes = (2, keys, len(heads), D)
-        k = FLAT[0].as_strided(sizes, (sample, token, head, 1), offset)
-        v = FLAT[1].as_strided(sizes, (values[1], values[2], values[3], 1), values[0])
-        parts.append(part_of(heads, k, v))
+    for number, (heads, count) in enumerate([((0, 2), 5), ((1,), 7)]):
+        sides = []
+        for side, (offset, *strides) in enumerate((keys[number], (values or keys)[number])):
+            flat = FLAT[side + 2 * (number % storages)]
+            sides.append(flat.as_strided((2, count, len(heads), D), (*strides, 1), offset))
+        parts.append(part_of(heads, *sides))
     return parts
 
 
 ONE_BY_ONE = (0, 10 * D, D, 5 * D), (20 * D, 7 * D, D, 0)
+FURTHER = (33 * D, 10 * D, D, 5 * D), (53 * D, 7 * D, D, 0)
 MEMORY = {
     "role by role": (two(*ONE_BY_ONE), True),
     "other roles first": (two((14 * D, 10 * D, D, 5 * D), (0, 7 * D, D, 0)), True),
     "sample by sample": (two((0, 17 * D, D, 5 * D), (10 * D, 17 * D, D, 0)), True),
     "head by head": (two((0, 5 * D, D, 20 * D), (40 * D, 7 * D, D, 0)), True),
     "far apart": (two((D, 60 * D, D, 30 * D), (150 * D, 70 * D, D, 0)), True),
+    "values further on": (two(*ONE_BY_ONE, values=FURTHER), True),
+    "keys further on": (two(*FURTHER, values=ONE_BY_ONE), True),
+    "values elsewhere": (two(*ONE_BY_ONE, values=(ONE_BY_ONE[0], FURTHER[1])), False),
+    "two storages": (two(*ONE_BY_ONE, storages=2), False),
     "tokens apart": (two((0, 20 * D, 2 * D, 10 * D), (40 * D, 14 * D, 2 * D, 0)), False),
     "token by token": (two((0, 10 * D, 2 * D, D), (20 * D, 7 * D, D, 0)), False),
     "no whole rows": (two((3, 10 * D, D, 5 * D), (20 * D + 3, 7 * D, D, 0)), False),
-    "shared rows": (two((0, 10 * D, D, 5 * D), (18 * D, 7 * D, D, 0)), False),
+    "a shared row": (two((0, 10 * D, D, 5 * D), (19 * D, 7 * D, D, 0)), False),
     "one for both samples": (two((0, 10 * D, D, 5 * D), (20 * D, 0, D, 0)), False),
-    "values elsewhere": (two(*ONE_BY_ONE, (21 * D, 7 * D, D, 0)), False),
+    "unevenly mixed": (two((0, 40 * D, D, 14 * D), (5 * D, 25 * D, D, 0)), False),
 }
 
 

@@ -121,8 +121,7 @@ def _blocks(low: Tensor, high: Tensor, blocks: int) -> tuple[Listed, Listed]:
     whole = (low + BLOCK - 1) // BLOCK
     end = torch.maximum(high // BLOCK, whole)
     number = torch.arange(blocks, dtype=low.dtype)
-    before = (whole - first).clamp(max=behind - first)  # 1 where the first block is covered in part
-    skipped = torch.where(number < before[:, None], 0, (end - first - before)[:, None])
-    parted = before + (behind - end).clamp(min=0)
+    before, after = whole - first, behind - end  # 1 where that block is covered in part
+    skipped = torch.where(number < before[:, None], 0, (end - whole)[:, None])
     partial = (first[:, None] + number + skipped) % blocks
-    return (parted, partial), (end - whole, (whole[:, None] + number) % blocks)
+    return (before + after, partial), (end - whole, (whole[:, None] + number) % blocks)

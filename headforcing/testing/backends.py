@@ -106,8 +106,10 @@ ARRANGEMENTS = (
     Arrangement((Group((1, 3), 20, spare=9), Group((0, 2), 130, spare=3)), batch=2),
     Arrangement((Group((2,), 12, alone=True), Group((0, 1), 40)), frames=3),
     Arrangement((Group((0, 2), 33, spare=4), Group((1,), 3)), batch=2, shared=False),
+    Arrangement((Group((1,), 5, alone=True), Group((0, 2), 300)), frames=3, patches=130),
 )
-"""One role; heads of three lengths; memories that are not full; reading per query frame; many storages."""
+"""One role; heads of three lengths; memories that are not full; reading per query frame; many storages; more
+queries than a kernel takes at once."""
 
 
 @dataclass(frozen=True)
