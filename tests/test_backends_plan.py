@@ -304,6 +304,30 @@ def test_a_kernel_that_reads_all_the_room_is_found_out():
         budget_of(parts, 3).check(varlen.attend_with(careless, parts, 3), "all the room")
 
 
+def tiled(q, k, v, asked, begins, *longest, seqused_k):
+    """FlashAttention-3: weights behind `seqused_k` are zero, but values are read by whole tiles of 64."""
+    out = torch.empty_like(q)
+    for i, used in enumerate(seqused_k.tolist()):
+        rows, first = slice(int(asked[i]), int(asked[i + 1])), int(begins[i])
+        read = min(math.ceil(used / 64) * 64, len(k) - first)
+        scores = q[rows, 0] @ k[first : first + read, 0].T * q.shape[-1] ** -0.5
+        scores[:, used:] = -torch.inf
+        out[rows, 0] = scores.softmax(-1) @ v[first : first + read, 0]
+    return out
+
+
+def test_where_unread_rows_count_as_zero_times_themselves_there_are_none(monkeypatch):
+    parts = SPARE.parts()
+    budget = budget_of(parts, 3)
+    budget.check(varlen.attend_with(tiled, parts, 3, gaps=False), "packed")
+    with pytest.raises(AssertionError):
+        budget.check(varlen.attend_with(tiled, parts, 3, gaps=True), "in place")
+    assert varlen.leaves_gaps()
+    for active, leaves in (("FA3", False), ("FA4", False), ("mine", False), ("FA2", True)):
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda found=active: found)
+        assert varlen.leaves_gaps() == leaves
+
+
 def test_the_stand_ins_agree_with_sdpa_on_one_head():
     parts = Arrangement((Group((0,), 40),), frames=1).parts()
     expected = sdpa(parts, 1)

@@ -11,8 +11,9 @@ up, keys and values are packed. Queries are filled up to whole blocks, so that a
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
         OptionError: these tensors are none for it, or PyTorch is too old.
     """
     NEEDS.check("flex", parts)
-    return attend_with(_compiled(), parts, num_heads)
+    return attend_with(_flex_attention, parts, num_heads)
 
 
 def attend_with(flex_attention: Callable[..., Any], parts: Sequence[Part], num_heads: int) -> Tensor:
@@ -58,12 +59,19 @@ def attend_with(flex_attention: Callable[..., Any], parts: Sequence[Part], num_h
         return attend_by(kernel, parts, num_heads, step=BLOCK, gaps=False)
 
 
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any) -> Any:
+    kind = (q.device.type, q.dtype, q.shape[-1], block_mask.BLOCK_SIZE)
+    return _compiled(kind)(q, k, v, block_mask=block_mask)
+
+
 @functools.cache
-def _compiled() -> Callable[..., Any]:
-    """Compiled once for all shapes; whole or not at all, since the rest of it would hold all scores."""
+def _compiled(kind: Hashable) -> Callable[..., Any]:
+    """One kernel per kind, for all lengths; whole or not at all, since what is not would hold all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    knows = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    apart: dict[str, Any] = {"isolate_recompiles": True} if knows else {}  # kinds do not count together
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True, fullgraph=True, **apart)
     return compiled
 
 

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from headforcing.backends import Part
@@ -35,18 +36,30 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
         OptionError: these tensors are none for the kernel, or PyTorch lacks it.
     """
     NEEDS.check("varlen", parts)
-    return attend_with(NEEDS.load(), parts, num_heads)
+    return attend_with(NEEDS.load(), parts, num_heads, gaps=leaves_gaps())
 
 
-def attend_with(varlen_attn: Callable[..., Tensor], parts: Sequence[Part], num_heads: int) -> Tensor:
-    """The same with another function of the signature of `varlen_attn`."""
+def leaves_gaps() -> bool:
+    """Whether keys behind `seqused_k` may hold anything, as in memories that are not full yet.
+
+    FlashAttention-2, PyTorch's own, clears them. FlashAttention-3 and 4, which may be activated in its place,
+    multiply them by zero, and a `NaN` stays one: https://github.com/Dao-AILab/flash-attention/issues/2374
+    """
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return active in (None, "FA2")
+
+
+def attend_with(
+    varlen_attn: Callable[..., Tensor], parts: Sequence[Part], num_heads: int, *, gaps: bool = True
+) -> Tensor:
+    """The same with another function of the signature of `varlen_attn`; `gaps` as in `leaves_gaps`."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         asked, begins, used = _starts(plan, q.device)
         longest = (max(plan.queries), max(plan.used))
         return varlen_attn(q, k, v, asked, begins, *longest, seqused_k=used)
 
-    return attend_by(kernel, parts, num_heads)
+    return attend_by(kernel, parts, num_heads, gaps=gaps)
 
 
 @functools.lru_cache(maxsize=KEPT)
