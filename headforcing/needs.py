@@ -6,6 +6,9 @@ import functools
 import importlib
 import inspect
 import operator
+import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +57,7 @@ class Needs:
         dtypes: of queries, keys and values; empty: any.
         head_dims: channels per head; `None`: any number.
         capability: least CUDA compute capability, asked for on `cuda` alone.
+        compiler: whether it is compiled, which on a CPU needs a C++ compiler.
         function: `module:name` of what it calls; imported when the backend is chosen, not before.
         argument: a parameter that the function must have; older releases lack it.
         remedy: what brings the function.
@@ -63,6 +67,7 @@ class Needs:
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: range | None = None
     capability: tuple[int, int] | None = None
+    compiler: bool = False
     function: str | None = None
     argument: str | None = None
     remedy: str = ""
@@ -95,6 +100,8 @@ class Needs:
         least = self.capability if case.device == "cuda" else None
         if least is not None and (case.capability is None or case.capability < least):
             return f"it needs an NVIDIA GPU of compute capability {_dotted(least)} or higher"
+        if self.compiler and case.device == "cpu" and not _is_there(name := _compiler()):
+            return f"it is compiled, and there is no C++ compiler {name!r}: install one, or name one in CXX"
         return self.missing()
 
     def check(self, name: str, parts: Sequence[Part]) -> None:
@@ -135,6 +142,16 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def _compiler() -> str:
+    """The C++ compiler that PyTorch would call."""
+    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+
+
+@functools.lru_cache(maxsize=8)
+def _is_there(command: str) -> bool:
+    return shutil.which(command) is not None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -30,6 +30,9 @@ def case(device: str, dtype: torch.dtype, dim: int = 16) -> Case:
     return Case.of(torch.empty(1, 1, 1, dim, dtype=dtype, device=device))
 
 
+NO_FLEX = needs_of("flex").why_not(case("cpu", torch.float32))
+COMPILES = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex: {NO_FLEX}")
+
 # Every backend in the folder: it attends as the budget allows, or says why it does not.
 
 
@@ -51,6 +54,7 @@ def test_a_backend_attends_or_says_why_not(name, dtype, device, request):
         assert piece in str(error.value)
 
 
+@COMPILES
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_flex_in_half_precision(dtype):
@@ -198,6 +202,13 @@ def test_an_older_function_is_told_from_the_one_that_is_needed():
     assert "nowhere" in str(Needs(function="headforcing.backends.sdpa:nowhere").missing())
 
 
+def test_flex_says_that_it_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    reason = needs_of("flex").why_not(case("cpu", torch.float32))
+    assert "no C++ compiler 'no-such-compiler'" in str(reason)
+    assert needs_of("flex").why_not(Case("cuda", torch.bfloat16, 128, (9, 0))) is None
+
+
 def test_what_cannot_run_here_says_so_at_the_first_call():
     rig = Rig()
     if not HERE:
@@ -243,7 +254,7 @@ def exact():
 @pytest.mark.parametrize("store", ["ring", "reference"])
 @pytest.mark.parametrize(
     "backend",
-    ["flex", "auto", functools.partial(varlen.attend_with, follows)],
+    [pytest.param("flex", marks=COMPILES), "auto", functools.partial(varlen.attend_with, follows)],
     ids=["flex", "auto", "varlen without its kernel"],
 )
 def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
@@ -254,6 +265,7 @@ def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     assert status.backend == (backend if isinstance(backend, str) else "partial")
 
 
+@COMPILES
 def test_a_video_in_inference_mode():
     rig = Rig(window=9)
     plain, _ = film("flex")

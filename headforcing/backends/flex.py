@@ -32,6 +32,7 @@ NEEDS = Needs(
     devices=("cpu", "cuda"),
     dtypes=(torch.float32, *HALF),
     head_dims=range(16, 257),
+    compiler=True,
     function="torch.nn.attention.flex_attention:BlockMask.from_kv_blocks",
     argument="compute_q_blocks",
     remedy="install a newer PyTorch",
