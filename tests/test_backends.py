@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import headforcing as hf
 from headforcing import backends
@@ -19,6 +21,7 @@ from headforcing.roles import Anchor, Local, Memory, SlidingWindow
 from headforcing.roles.pyramid_forcing import Veil, Wave
 from headforcing.testing import Rig, check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
+from headforcing.testing.strategies import arrangements
 
 pytestmark = pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
 NAMES = module_names(backends.__name__)
@@ -60,6 +63,15 @@ def test_a_backend_attends_or_says_why_not(name, dtype, device, request):
 def test_flex_in_half_precision(dtype):
     check_backend(flex.attend, dtypes=[dtype])
     check_backend(flex.attend, dtypes=[dtype], dim=128)
+
+
+@COMPILES
+@pytest.mark.slow
+@given(arrangements(), st.integers(0, 99))
+def test_flex_compiles_once_for_all_lengths(arrangement, seed):
+    """Beside sizes of one, which PyTorch compiles apart; many more kernels than that it refuses."""
+    parts = arrangement.parts(seed=seed)
+    budget_of(parts, arrangement.num_heads).check(flex.attend(parts, arrangement.num_heads), "flex")
 
 
 @pytest.mark.parametrize("name", NAMES)
