@@ -112,6 +112,19 @@ class ModelSize:
 
         return self._most("ring", roles, moves, (RING_BUFFERS * self.head_bytes // 2, RING_ID))
 
+    def store_bytes(self, store: str, roles: RoleMap) -> int | None:
+        """What `status().stored_bytes` says of any full store at the end of a chunk, at most.
+
+        `None` is without bound. The `ring` store by its arithmetic; others are simulated with every role.
+
+        Raises:
+            OptionError: there is no such store, or what it holds cannot be told from the size of a head.
+            WindowError: a role does not fit the window.
+        """
+        if store == "ring":
+            return self.ring_bytes(roles)
+        return self._most(store, roles, lambda role: True, (0, 0))
+
     def _most(
         self, store: str | None, roles: RoleMap, moves: Callable[[HeadRole], bool], slot: tuple[int, int]
     ) -> int | None:
@@ -162,3 +175,10 @@ MODELS = {
     "demo": ModelSize(6, 4, 32, window=21, chunk=3, tokens_per_frame=16, itemsize=ITEMSIZES["fp32"]),
 }
 """Sizes of known models by name: Wan2.1 at 480p in bf16, and the embedded demo."""
+
+GRIDS = {
+    "wan-1.3b": (480 // 8 // 2, 832 // 8 // 2),
+    "wan-14b": (480 // 8 // 2, 832 // 8 // 2),
+    "demo": (4, 4),
+}
+"""Height and width of a frame of these models in patches."""

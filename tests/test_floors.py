@@ -34,7 +34,7 @@ FLOORS = [
     {"profiler", "ablation"},
     {""},
     {"plots"},
-    {"integrations", "demo", "testing", "cli"},
+    {"integrations", "demo", "testing", "cli", "census", "rehearsal", "estimate"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -1,4 +1,4 @@
-"""The command line: `headforcing demo`, `compare`, `profile`, `presets`, `check`, `roles ...` and others.
+"""The command line: `headforcing demo`, `profile`, `presets`, `estimate`, `check`, `roles ...` and others.
 
 Torch and the drawing libraries are imported inside the commands. Exit codes: 0 fine, 1 a file is not
 valid, 2 the command could not be carried out.
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli import check, contest, demo, explain, presets, profile, roles, scenes
+from headforcing.cli import check, contest, demo, estimate, explain, presets, profile, roles, scenes
 from headforcing.cli.console import command_of
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("scenes", epilog=scenes.EXAMPLES)(command_of(scenes.scenes, scenes.O
 app.command("compare", epilog=contest.EXAMPLES)(command_of(contest.contest, contest.Options))
 app.command("profile", epilog=profile.EXAMPLES)(command_of(profile.profile, profile.Options))
 app.command("presets", epilog=presets.EXAMPLES)(command_of(presets.presets, presets.Options))
+app.command("estimate", epilog=estimate.EXAMPLES)(command_of(estimate.estimate, estimate.Options))
 app.command("check", epilog=check.EXAMPLES)(check.check)
 app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.add_typer(roles.app, name="roles")

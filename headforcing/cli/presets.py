@@ -17,7 +17,6 @@ from headforcing.footprint import ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
     from headforcing.preset import Preset
-    from headforcing.role_map import RoleMap
     from headforcing.roles import HeadRole
 
 EXAMPLES = examples(
@@ -148,7 +147,10 @@ BYTES = ("bytes", "ring_bytes", "of_window")
 
 def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
     """Bytes for all heads of the model, in the published proportions."""
-    found, heads = _published_map(preset, roles, size)
+    from headforcing.estimate import published_map
+
+    found = published_map(preset, roles, size)
+    heads = sum(found.counts().values())
     held: list[int | None] = []
     for count in (size.kv_bytes, size.ring_bytes):
         total = count(found)
@@ -156,17 +158,6 @@ def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> di
     plain, ring = held
     share = None if plain is None else plain / size.window_bytes
     return {"bytes": plain, "ring_bytes": ring, "of_window": share}
-
-
-def _published_map(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> tuple[RoleMap, int]:
-    """A map with the published numbers of heads, as one layer, or of the model, and how many heads it has."""
-    from headforcing.role_map import RoleMap
-
-    if not preset.labels_needed(size.window, size.chunk):
-        (role,) = roles.values()
-        return RoleMap.uniform(role, size.layers, size.heads), size.count
-    row = [role for label, role in roles.items() for _ in range(preset.published[label])]
-    return RoleMap((tuple(row),)), len(row)
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:

@@ -1,0 +1,193 @@
+"""`headforcing estimate`: what one choice of memories takes on a model, before either is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headforcing.cli.console import AsJson, choices, clean_errors, examples, print_json, print_parts
+from headforcing.cli.presets import in_units, itemsize
+from headforcing.errors import OptionError
+from headforcing.footprint import GRIDS, ITEMSIZES, MODELS, ModelSize
+
+if TYPE_CHECKING:
+    from headforcing.estimate import Choice, Setting, Takes
+
+EXAMPLES = examples(
+    "estimate --preset head_forcing",
+    "estimate --model wan-14b --grid 45x80 --preset head_forcing --branches 2",
+    "estimate --model wan-1.3b --grid 30x52 --roles roles.json --json",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """For which model, and which choice."""
+
+    preset: Annotated[str | None, typer.Option(help="A preset; see `headforcing presets`.")] = None
+    roles: Annotated[Path | None, typer.Option(help="Or a role-map file of the model.")] = None
+    model: Annotated[str, typer.Option(help=f"Sizes to begin with: one of {', '.join(MODELS)}.")] = "wan-1.3b"
+    grid: Annotated[
+        str | None, typer.Option(help="Patches of a frame, HEIGHTxWIDTH: 30x52 is 480p, 45x80 is 720p.")
+    ] = None
+    layers: Annotated[int | None, typer.Option(help="Attention layers. [default: of the model]")] = None
+    heads: Annotated[int | None, typer.Option(help="Heads per layer.")] = None
+    head_dim: Annotated[int | None, typer.Option(help="Channels per head.")] = None
+    window: Annotated[int | None, typer.Option(help="Frames the model was trained on.")] = None
+    chunk: Annotated[int | None, typer.Option(help="Frames of a chunk.")] = None
+    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
+    store: Annotated[str, typer.Option(help=f"One of {choices('headforcing.stores')}.")] = "ring"
+    videos: Annotated[int, typer.Option(help="Videos of a batch.")] = 1
+    branches: Annotated[int, typer.Option(help="Timelines per video, 2 with CFG.")] = 1
+    as_json: AsJson = False
+
+
+def estimate(options: Options) -> None:
+    """Show what one choice of memories takes, beside the dense window and StreamingLLM, without a model.
+
+    Stored is what the store holds once a video is long, kept is what of it the roles keep as keys and values,
+    attended is what a query sees in a noisy pass, own chunk included, mean over heads. Peak is stored and
+    work, the most that one self-attention layer makes in one pass and has alive at once. Not in it: weights,
+    the rest of the model, scratch space inside kernels. StreamingLLM sees as many frames, to the nearest.
+
+    The cost of attention follows the frames that are attended; what does not shrink with them, such as RoPE
+    of the own chunk and the rest of the model, is not in the ratio. It is no measurement.
+    """
+    with clean_errors():
+        from headforcing.estimate import dense, streaming_at, takes
+
+        setting = _setting(options)
+        choice = _choice(options, setting.size)
+        rows = [dense(setting), takes(choice, setting)]
+        if rows[1].attended is not None:
+            rows.append(takes(streaming_at(rows[1].attended, setting.size), setting))
+    if options.as_json:
+        print_json(_facts(rows, setting, options.model))
+    else:
+        print_parts(_table(rows), _notes(rows, setting))
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Height and width in patches.
+
+    Raises:
+        OptionError: it is no HEIGHTxWIDTH.
+    """
+    if (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)) is None:
+        raise OptionError(f"grid is {text!r}: expected HEIGHTxWIDTH in patches of a frame, as in 30x52")
+    return int(found[1]), int(found[2])
+
+
+def _setting(options: Options) -> Setting:
+    from headforcing.estimate import Setting
+
+    if options.model not in MODELS:
+        raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
+    names = ("layers", "heads", "head_dim", "window", "chunk")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.dtype is not None:
+        given["itemsize"] = itemsize(options.dtype)
+    grid = GRIDS[options.model] if options.grid is None else parse_grid(options.grid)
+    size = dataclasses.replace(MODELS[options.model], **given, tokens_per_frame=grid[0] * grid[1])
+    return Setting(size, grid, options.store, options.videos, options.branches)
+
+
+def _choice(options: Options, size: ModelSize) -> Choice:
+    from headforcing.estimate import of_map, of_preset
+    from headforcing.presets import PRESETS
+    from headforcing.role_map import RoleMap
+
+    if (options.preset is None) == (options.roles is None):
+        raise OptionError("give one of --preset and --roles: a preset by name, or a role-map file")
+    if options.roles is not None:
+        return of_map(options.roles.name, RoleMap.load(options.roles), size)
+    if options.preset not in PRESETS:
+        raise OptionError(f"unknown preset {options.preset!r}: expected one of {', '.join(PRESETS)}")
+    return of_preset(PRESETS[options.preset], size)
+
+
+def _facts(rows: list[Takes], setting: Setting, model: str) -> dict[str, Any]:
+    """Everything as JSON values; `None` is without bound."""
+    size, (first, *_) = setting.size, rows
+    return {
+        "model": {"name": model, **dataclasses.asdict(size), "grid": list(setting.grid)},
+        "store": setting.store,
+        "videos": setting.videos,
+        "branches": setting.branches,
+        "frame_bytes": size.frame_bytes,
+        "released_bytes": first.stored,
+        "rows": [
+            {
+                "name": row.name,
+                **_numbers(row),
+                "of_dense": {name: _ratio(row, first, name) for name in _numbers(first)},
+            }
+            for row in rows
+        ],
+        "attention_cost_of_dense": _ratio(rows[1], first, "attended"),
+    }
+
+
+def _numbers(row: Takes) -> dict[str, int | float | None]:
+    return {
+        "stored": row.stored,
+        "kept": row.kept,
+        "attended": None if row.attended is None else float(row.attended),
+        "work": row.work,
+        "peak": row.peak,
+    }
+
+
+def _ratio(row: Takes, first: Takes, name: str) -> float | None:
+    """A number over that of the dense window."""
+    ours, theirs = _numbers(row)[name], _numbers(first)[name]
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def _table(rows: list[Takes]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="estimate", show_edge=False, pad_edge=False)
+    table.add_column("memory", no_wrap=True)
+    for column in _numbers(rows[0]):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, *(_cell(name, value) for name, value in _numbers(row).items()))
+        if row is not rows[0] and row.stored is not None:
+            shares = [_ratio(row, rows[0], name) for name in _numbers(row)]
+            table.add_row("  of dense", *("" if share is None else f"{share:.0%}" for share in shares))
+    return table
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "grows"
+    return f"{value:.2f}".removesuffix(".00") if name == "attended" else in_units(value)
+
+
+def _notes(rows: list[Takes], setting: Setting) -> str:
+    size, (first, ours, *_) = setting.size, rows
+    streams = f"{setting.videos} x {setting.branches} timelines, " if setting.streams > 1 else ""
+    lines = [
+        f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {setting.grid[0]}x"
+        f"{setting.grid[1]} = {size.tokens_per_frame} tokens per frame, {size.itemsize} bytes each, {streams}"
+        f"store {setting.store}.",
+    ]
+    if ours.attended is None:
+        lines.append(f"{ours.name} keeps every frame: what it takes grows with the video.")
+    else:
+        lines.append(
+            f"The host's cache of {in_units(first.stored or 0)} is released. Attention is expected to cost "
+            f"{float(ours.attended) / size.window:.0%} of dense: attended over {size.window} frames, not "
+            "measured; what does not shrink with memory is not in it."
+        )
+    lines.append(
+        "Peak is stored, and the most of one layer's pass; weights, the rest of the model and scratch space "
+        "inside kernels come on top."
+    )
+    return "\n".join(lines)
