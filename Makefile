@@ -12,7 +12,7 @@ READY_DOCS := $(VENV)/.installed-docs
 FAST := not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format docs bench clean
+.PHONY: help setup demo test test-all check format docs bench bench-all clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ docs: $(READY_DOCS) ## build the documentation into site/, and with Zensical int
 
 bench: $(READY) ## measure the attention beside the dense one, into runs/bench
 	$(BIN)/python benchmarks/attention.py --out runs/bench/attention.json
+
+bench-all: $(READY) ## every benchmark of speed and memory, into runs/bench/report.md
+	$(BIN)/python benchmarks/all.py --out runs/bench
 
 clean: ## remove what was built, keep .venv and runs
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,6 +43,7 @@ from measuring import (
 )
 from mixes import plain_mixes, preset_mixes
 from phases import phases, show_phases
+from pictures import draw_ratios
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ class Variant:
     ) -> None:
         self.name, self.roles, self.case = name, roles, case
         dim = case.heads * case.head_dim
-        config = demo.DemoConfig(dim=dim, layers=1, heads=case.heads, chunk=CHUNK, window=case.window)
+        sizes = {"chunk": CHUNK, "window": case.window, "rope_rows": case.rope_rows}
+        config = demo.DemoConfig(dim=dim, layers=1, heads=case.heads, **sizes)
         model = nn.ModuleList([demo.DemoCausalSelfAttention(config)]).eval().requires_grad_(False)
         module: Any = model[0]
         module.max_attention_size = case.window * case.tokens
@@ -250,7 +252,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also show where the time goes, on a CPU")
     args = parser.parse_args()
     if args.quick:
-        args.grids, args.repeats = ["4x6"], 1
+        args.grids, args.dtypes, args.repeats = ["4x6"], args.dtypes[:1], 1
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -304,6 +306,7 @@ def main() -> None:
                 show_phases(console, found["profile"])
             report["cases"].append(found)
             write(args.out, report)
+            draw_ratios(report["cases"], args.out.with_suffix(".png"))
     console.print(*report["left_out"], f"written to {args.out}", sep="\n")
 
 

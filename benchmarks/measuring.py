@@ -45,6 +45,7 @@ class Case:
         heads: of a layer.
         head_dim: channels of a head.
         window: frames that the dense side attends to.
+        rope_rows: frames after which the dense side's table of positions ends.
     """
 
     height: int
@@ -54,6 +55,7 @@ class Case:
     heads: int = 12
     head_dim: int = 128
     window: int = WINDOW
+    rope_rows: int = 1024
 
     @property
     def tokens(self) -> int:

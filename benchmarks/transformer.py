@@ -12,6 +12,7 @@ are for those that ran. See README.md in this folder.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from measuring import (
     write,
 )
 from mixes import Mix, beside_streaming, runnable
+from pictures import draw_ratios
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -267,6 +269,13 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def let_go(device: str) -> None:
+    """Gives back what the last case held, so that the next one has room."""
+    gc.collect()
+    if device != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
 def main() -> None:
     """Measures, shows, and writes the JSON file."""
     args, console = arguments(), Console(width=120)
@@ -286,9 +295,11 @@ def main() -> None:
                 report["left_out"].append(f"{name}, {one}: no time was left")
                 continue
             found = measured(name, one, args, deadline, presets)
+            let_go(args.device)
             show(console, found)
             report["cases"].append(found)
             write(args.out, report)
+            draw_ratios(report["cases"], args.out.with_suffix(".png"))
     console.print(*report["left_out"], f"written to {args.out}", sep="\n")
 
 

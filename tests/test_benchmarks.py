@@ -1,0 +1,228 @@
+"""The benchmarks of speed and memory run, say what every number is about, and compare what they claim to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headforcing.role_map import RoleMap
+from headforcing.roles import SlidingWindow
+from headforcing.steady import steady
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+ABOUT = {"variant", "scope", "warm_up", "backend", "store", "dtype", "device", "frames"}
+TIMED = {"ideal", "best_wall", "best_wall_ratio", "median_wall", "stored_bytes", "roles", "passes"}
+TOLD = {"pass_bytes", "growth_bytes", "host_syncs", "sync_places", "allocated_bytes"}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Modules of the folder by name; they import each other as scripts do."""
+    sys.path.insert(0, str(FOLDER))
+    yield importlib.import_module
+    sys.path.remove(str(FOLDER))
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_every_benchmark_runs(tmp_path):
+    """One run for all of it, because it takes half a minute: `all.py --quick`."""
+    command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--device", "cpu", "--threads", "1"]
+    answer = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for word in ("backend", "store ring", "device cpu", "float32", "12 chunks"):
+        assert word in answer.stdout
+    for check in CHECKS:
+        check(tmp_path)
+
+
+def every_row_says_what_it_is_about(folder):
+    reports = [read(folder, name) for name in ("attention", "presets", "transformer")]
+    assert all(report["cases"] and report["machine"]["threads"] == 1 for report in reports)
+    for found in (found for report in reports for found in report["cases"]):
+        for row in found["rows"]:
+            assert row.keys() >= ABOUT | TIMED
+            assert len(row["passes"]) == found["chunks"]
+            assert all(len(chunk) == 5 for chunk in row["passes"])
+            assert all(row[name] for name in ABOUT)
+        assert found["rows"][0]["variant"] == "dense"
+        assert found["identity_differs_by"] == 0
+
+
+def the_transformer_says_what_only_an_accelerator_knows(folder):
+    for found in read(folder, "transformer")["cases"]:
+        for row in found["rows"]:
+            assert row.keys() >= TOLD | {"attention_share", "per_layer", "released_bytes", "equals"}
+            assert all(row[name] is None for name in TOLD), "a CPU does not tell"
+
+
+def what_a_grid_cannot_do_is_said_and_run_on_one_that_can(folder):
+    first, odd, even = read(folder, "transformer")["cases"]
+    assert (odd["grid"], even["grid"]) == ([5, 6], [4, 6])
+    assert any("multiples of 2" in reason for reason in odd["left_out"])
+    names = [[row["variant"].partition(":")[0] for row in found["rows"]] for found in (first, odd, even)]
+    assert "pyramid_forcing" in names[0]
+    assert "pyramid_forcing" not in names[1]
+    assert names[2][:2] == ["dense", "pyramid_forcing"]
+    assert "head_forcing" not in names[2]
+
+
+def streaming_llm_has_the_bytes_or_the_frames_that_it_is_said_to_have(folder):
+    for found in read(folder, "transformer")["cases"]:
+        rows = {row["variant"]: row for row in found["rows"]}
+        for row in rows.values():
+            for kind, _, name in (other.partition(" of ") for other in row["equals"]):
+                key = {"bytes": "stored_bytes", "frames": "frames"}[kind]
+                one_frame = row[key] / row["frames"]
+                assert abs(row[key] - rows[name][key]) <= 0.75 * one_frame
+
+
+def the_trend_and_the_line(folder):
+    report = read(folder, "length")
+    assert report["flat"][0]["variant"] == "dense"
+    for row in report["flat"]:
+        assert row.keys() >= ABOUT
+        for clock in ("wall", "cpu"):
+            assert row[clock]["low"] <= row[clock]["high"]
+            assert len(row[clock]["seconds"]) == row["chunks"] == 40
+    assert [row["frames"] for row in report["linear"]] == [6, 12, 24]
+    assert all(row.keys() >= ABOUT | {"fitted", "largest_residual"} for row in report["linear"])
+
+
+def the_report_holds_every_table_and_says_where_numbers_are_from(folder):
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    machine = read(folder, "machine")
+    assert {"torch", "cpu", "threads", "load_average", "device", "commit"} <= machine.keys()
+    for name in ("transformer", "attention", "presets", "length"):
+        assert f"## {name}\n\n`python benchmarks/" in page
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+        report = read(folder, name)
+        for found in report.get("cases", []):
+            assert all(f"| {row['variant']} |" in page for row in found["rows"])
+    assert page.count("Scope: ") == page.count("Warm-up: ") == page.count("Backend sdpa, store ring") >= 6
+
+
+CHECKS = [
+    every_row_says_what_it_is_about,
+    the_transformer_says_what_only_an_accelerator_knows,
+    what_a_grid_cannot_do_is_said_and_run_on_one_that_can,
+    streaming_llm_has_the_bytes_or_the_frames_that_it_is_said_to_have,
+    the_trend_and_the_line,
+    the_report_holds_every_table_and_says_where_numbers_are_from,
+]
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_twins_are_one(bench):
+    wan = bench("wan_shaped")
+    model = wan.random_model(wan.SHAPES["tiny"], 2, torch.float32, "cpu", chunk=3, window=21, tokens=24)
+    twin = model.twin()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    assert twin.blocks[0].self_attn is not model.blocks[0].self_attn
+
+
+@pytest.mark.parametrize(("name", "billions"), [("wan-1.3b", 1.42), ("wan-14b", 14.29)])
+def test_the_shapes_have_as_many_weights_as_the_models_they_are_of(bench, name, billions):
+    wan = bench("wan_shaped")
+    shape = wan.SHAPES[name]
+    with torch.device("meta"):
+        model = wan.WanShaped(shape, shape.layers, 3, 21, 1)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(
+        billions, rel=0.02
+    )
+
+
+def test_softmax_attention_is_left_out_on_both_sides_and_then_back(bench):
+    measuring, attention = bench("measuring"), bench("attention")
+    case = measuring.Case(2, 4, torch.float32, "cpu")
+    sides = [
+        attention.Variant(name, roles, case, "sdpa", {})
+        for name, roles in (("dense", []), ("forced", [SlidingWindow(6)] * 12))
+    ]
+    with measuring.without_softmax_attention():
+        assert all(not side.run(0).any() for side in sides)
+    assert all(side.run(0).any() for side in sides)
+
+
+@given(frames=st.integers(4, 21), heads=st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_streaming_llm_is_its_own_equal(bench, frames, heads):
+    """At the bytes and at the frames of a window there is that window."""
+    mixes, measuring = bench("mixes"), bench("measuring")
+    case = measuring.Case(4, 6, torch.bfloat16, "cpu", heads=heads)
+    window = mixes.streaming(frames, case)
+    assert mixes.equal_bytes(window, case, "ring") == frames
+    assert mixes.equal_frames(window, case) == frames
+
+
+def test_what_takes_more_than_the_window_has_no_equal(bench):
+    mixes, measuring = bench("mixes"), bench("measuring")
+    case = measuring.Case(4, 6, torch.bfloat16, "cpu")
+    (pyramid,) = [mix for mix in mixes.preset_mixes(case, False) if mix.name.startswith("pyramid")]
+    size = mixes.size_of(case)
+    held = size.store_bytes("ring", RoleMap((tuple(pyramid.roles),)))
+    assert held > size.store_bytes("ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
+    assert mixes.equal_bytes(pyramid, case, "ring") is None
+    assert mixes.equal_frames(pyramid, case) == 10
+    assert all(steady(role, 21, 3) is not None for role in pyramid.roles)
+
+
+class Turns:
+    """What takes turns, and who had one."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.chunk = name, log, 0
+
+    def run(self, number):
+        self.log.append((self.name, self.chunk, number))
+
+
+def test_turns_are_taken_pass_by_pass_in_rotating_order(bench):
+    log = []
+    taken = bench("measuring").measure([Turns(name, log) for name in "abc"], 2)
+    assert [len(chunks) for chunks in taken] == [2, 2, 2]
+    assert [len(chunk) for chunk in taken[0]] == [5, 5]
+    turns = ["".join(name for name, *_ in log[at : at + 3]) for at in range(0, len(log), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert turns[:4] == ["abc", "bca", "bca", "cab"]
+    assert [number for name, chunk, number in log if name == "a"] == [0, 1, *range(5), *range(5)]
+
+
+def test_nothing_more_begins_when_the_time_is_over(bench):
+    measuring = bench("measuring")
+    taken = measuring.measure([Turns("a", [])], 9, measuring.Deadline(0))
+    assert len(taken[0]) == 1, "one chunk in any case"
+    assert not measuring.Deadline(None).passed
+
+
+@given(st.floats(-0.5, 0.5), st.integers(50, 400))
+@settings(max_examples=25, deadline=None)
+def test_a_trend_is_found_whatever_single_chunks_do(bench, rise, count):
+    """`rise` per thousand chunks of a millisecond, with a chunk in ten that takes ten times as long."""
+    seconds = [1e-3 * (1 + rise * n / 1000) * (10 if n % 10 == 3 else 1) for n in range(count)]
+    found = bench("length").trend(seconds)
+    middle = found["median"] / 1e-3
+    assert found["low"] - 0.02 <= rise / middle <= found["high"] + 0.02
+    assert found["per_1000_chunks"] == pytest.approx(rise / middle, abs=0.05)
+
+
+@given(st.floats(1e-4, 1), st.floats(1e-6, 1))
+def test_a_line_is_found(bench, fixed, per_frame):
+    frames = [6, 12, 24, 48]
+    found = bench("length").line(frames, [fixed + per_frame * one for one in frames])
+    assert found == pytest.approx((fixed, per_frame, 0), rel=1e-6, abs=1e-9)
