@@ -61,5 +61,5 @@ def _syncs(video: Launches, module: Any) -> list[str]:
                 video.launch(number)
         finally:
             module.set_sync_debug_mode("default")
-    found = [one for one in heard if "synchroniz" in str(one.message)]
+    found = [one for one in heard if "called a synchronizing" in str(one.message)]
     return [f"{Path(one.filename).name}:{one.lineno}" for one in found]

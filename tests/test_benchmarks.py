@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,54 @@ def test_a_line_is_found(bench, fixed, per_frame):
     frames = [6, 12, 24, 48]
     found = bench("length").line(frames, [fixed + per_frame * one for one in frames])
     assert found == pytest.approx((fixed, per_frame, 0), rel=1e-6, abs=1e-9)
+
+
+class Pretended:
+    """The module of an accelerator that there is not: memory that a video takes, and two places that wait."""
+
+    def __init__(self):
+        self.now = self.most = 100
+        self.mode = "default"
+
+    def take(self, count):
+        self.now += count
+        self.most = max(self.most, self.now)
+
+    def synchronize(self):
+        assert self.mode == "default"
+
+    def reset_peak_memory_stats(self):
+        self.most = self.now
+
+    def memory_allocated(self):
+        return self.now
+
+    def max_memory_allocated(self):
+        return self.most
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+
+def test_what_an_accelerator_tells_is_read_rightly(bench, monkeypatch):
+    module, numbers = Pretended(), []
+
+    class Video:
+        chunk = 7
+
+        def launch(self, number):
+            numbers.append((self.chunk, number))
+            module.take(50)
+            module.take(-50 + (number == 0))  # a byte per chunk stays
+            if number < 2:
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    facts = bench("accelerator").accelerator_facts(Video(), "cuda", 3)
+    assert numbers == [(chunk, number) for chunk in (7, 8, 9) for number in range(5)]
+    (place,) = facts.pop("sync_places")
+    assert place.startswith("test_benchmarks.py:")
+    assert facts == {"pass_bytes": 53, "growth_bytes": 3, "host_syncs": 2}
+    assert module.mode == "default"
+    assert set(bench("accelerator").accelerator_facts(Video(), "cpu", 3).values()) == {None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,6 +297,18 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_counted():
     assert "…" not in said.stdout
     for word in ("dense, 21 frames", "of dense", "5.62 GiB", "14.20", "not measured", "scratch space"):
         assert word in said.stdout
+
+
+def test_the_documentation_shows_what_the_command_prints():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    options = "--model wan-1.3b --grid 30x52 --preset head_forcing"
+    assert f"headforcing estimate {options}\n" in page
+    printed = RUN.invoke(app, ["estimate", *options.split()]).stdout.splitlines()
+    table = [line.rstrip() for line in printed if {"│", "┃", "━"} & set(line)]
+    assert len(table) == 7
+    assert "\n".join(table) in page
+    low, high = BOUND
+    assert f"within {low} to {high} of it" in page
 
 
 def test_the_table_says_what_grows():

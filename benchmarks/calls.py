@@ -1,0 +1,90 @@
+"""What softmax attention of a chunk costs in one call per query frame instead of one for all of them.
+
+Roles that see other frames from every query frame, such as those of Pyramid Forcing, are attended to so. Both
+ways attend to as many tokens; they take turns, and of each the best counts.
+
+    python benchmarks/calls.py --threads 1
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from measuring import CHUNK, Case, common_arguments, finish, machine, parse_grid, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from headforcing.backends import Part, find_backend
+from headforcing.types import Heads
+
+
+def ways(case: Case, heads: int, frames: int, backend: str) -> list[Callable[[], Tensor]]:
+    """Attention of a chunk to so many frames: in one call, and in one per query frame."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        x = torch.randn(1, heads, count * case.tokens, case.head_dim, generator=generator)
+        return x.to(case.device, case.dtype).transpose(1, 2)  # head by head in memory, as in the store
+
+    q, k, v = draw(CHUNK), draw(frames), draw(frames)
+    everyone, attend = Heads(range(heads), heads), find_backend(backend)
+    rows = [slice(n * case.tokens, (n + 1) * case.tokens) for n in range(CHUNK)]
+    whole = [Part(everyone, q, k, v)]
+    split = [Part(everyone, q[:, own], k, v, own) for own in rows]
+    return [lambda: attend(whole, heads), lambda: attend(split, heads)]
+
+
+def shortest(taken: Sequence[Callable[[], Tensor]], repeats: int, device: str) -> list[float]:
+    """Seconds of each, the best of some; a first turn is thrown away."""
+    found = [float("inf")] * len(taken)
+    for turn in range(repeats + 1):
+        for number, call in enumerate(taken):
+            began = time.perf_counter()
+            call()
+            finish(device)
+            if turn:
+                found[number] = min(found[number], time.perf_counter() - began)
+    return found
+
+
+def main() -> None:
+    """Measures, shows, and writes the JSON file."""
+    parser = common_arguments(__doc__.splitlines()[0], "runs/bench/calls.json")
+    parser.add_argument("--grid", default="16x24", help="patches per frame, HxW")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--heads", type=int, nargs="+", default=[1, 5, 6])
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 9, 11])
+    parser.add_argument("--repeats", type=int, default=6)
+    args, console = parser.parse_args(), Console(width=110)
+    if args.quick:
+        args.grid, args.repeats = "2x4", 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for dtype in args.dtypes:
+        case = Case(*parse_grid(args.grid), getattr(torch, dtype), args.device)
+        for heads in args.heads:
+            for frames in args.frames:
+                one, many = shortest(ways(case, heads, frames, args.backend), args.repeats, args.device)
+                about = {"backend": args.backend, "dtype": dtype, "device": args.device}
+                rows.append({**about, "heads": heads, "frames": frames, "one": one, "per_frame": many})
+    table = Table("dtype", "heads", "frames", "one call, ms", f"{CHUNK} calls, ms", "ratio", title=str(case))
+    for row in rows:
+        cells = (
+            f"{1e3 * row['one']:.2f}",
+            f"{1e3 * row['per_frame']:.2f}",
+            f"{row['per_frame'] / row['one']:.2f}",
+        )
+        table.add_row(row["dtype"], str(row["heads"]), str(row["frames"]), *cells)
+    console.print(f"softmax attention alone; backend {args.backend}, device {args.device}", table)
+    ratios = [row["per_frame"] / row["one"] for row in rows]
+    console.print(f"{min(ratios):.2f} to {max(ratios):.2f} times as long")
+    write(args.out, {"machine": machine(args.device), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
