@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
@@ -109,6 +109,7 @@ def cases(draw):
 
 @settings(max_examples=6, deadline=None)
 @given(cases())
+@example(("pyramid_forcing", Setting(dataclasses.replace(SMALL, heads=12, head_dim=8), GRID, "ring", 1, 2)))
 def test_a_real_layer_holds_sees_and_makes_what_was_said(case):
     """Bytes of the store, frames that queries see, and tensors alive at once: exactly, for any size."""
     name, setting = case
@@ -269,9 +270,16 @@ def test_a_preset_on_a_model_beside_dense_and_streaming_llm():
     assert rows[1]["of_dense"]["kept"] == rows[1]["kept"] / rows[0]["kept"]
     assert answer["attention_cost_of_dense"] == pytest.approx(14.2 / 21)
     assert all(row["peak"] == row["stored"] + row["work"] for row in rows)
-    by_presets = json.loads(RUN.invoke(app, ["presets", "--json"]).stdout)["presets"]
-    (other,) = [row for row in by_presets if row["name"] == "head_forcing"]
-    assert (rows[1]["kept"], rows[1]["stored"]) == (other["bytes"], other["ring_bytes"])
+
+
+def test_the_bytes_are_those_of_headforcing_presets():
+    """Also on a model of another number of heads than the published ones."""
+    answer = told("--preset", "forcing_kv", "--model", "wan-14b")
+    by_presets = json.loads(RUN.invoke(app, ["presets", "--model", "wan-14b", "--json"]).stdout)["presets"]
+    (other,) = [row for row in by_presets if row["name"] == "forcing_kv"]
+    row = answer["rows"][1]
+    assert (row["kept"], row["stored"]) == (other["bytes"], other["ring_bytes"])
+    assert row["attended"] == pytest.approx(other["attended"])
 
 
 def test_a_role_map_file_with_sizes_one_by_one(tmp_path):
