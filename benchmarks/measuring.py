@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -213,14 +214,10 @@ def machine(device: str) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """What was measured; `None` outside of a checkout."""
-    here = Path(__file__).parent
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        cwd=here,
-        check=False,
-    )
+    if (git := shutil.which("git")) is None:
+        return None
+    asked, here = [git, "describe", "--always", "--dirty"], Path(__file__).parent
+    said = subprocess.run(asked, capture_output=True, text=True, cwd=here, check=False)  # noqa: S603
     return said.stdout.strip() or None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,15 +62,17 @@ def rehearse(
     layer = Layer(size, grid, videos)
     handle = layer.force(row, _unchecked(store)) if row else None
     work, stored, full = 0, 0, _full(row, size)
+    noisy, clean = torch.tensor([1.0]), torch.tensor([0.0])
     with torch.no_grad(), ResultAlone():
-        for chunk in range(full + _cycle(row, size)):
-            for clean in (False, True):  # the first pass commits, moves and rotates
-                with Census() if chunk >= full else nullcontext() as census:
-                    layer(chunk, torch.tensor([0.0 if clean else 1.0]))
-                work = max(work, 0 if census is None else census.most)
-            if chunk >= full:
-                held = layer.cache_bytes if handle is None else handle.status().stored_bytes
-                stored = max(stored, held)
+        for chunk in range(full):
+            layer(chunk, clean)
+        for chunk in range(full, full + _cycle(row, size)):
+            for time in (noisy, clean):  # the first pass commits, moves and rotates
+                with Census() as census:
+                    layer(chunk, time)
+                work = max(work, census.most)
+            held = layer.cache_bytes if handle is None else handle.status().stored_bytes
+            stored = max(stored, held)
     return Rehearsed(stored, work, 0 if handle is None else handle.status().released_bytes)
 
 

@@ -38,6 +38,7 @@ def read(folder, name):
 
 def test_every_benchmark_runs(tmp_path):
     """One run for all of it, because it takes half a minute: `all.py --quick`."""
+    pytest.importorskip("matplotlib", reason="every benchmark draws a picture")
     command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--device", "cpu", "--threads", "1"]
     answer = subprocess.run(
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False, timeout=240
