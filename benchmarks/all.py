@@ -30,14 +30,16 @@ ON_CUDA = {
     "presets": ["--presets", "--grids", "30x52", "--dtypes", "bfloat16", "--repeats", "8"],
     "transformer": [],
     "length": ["--dtype", "bfloat16", "--grid", "30x52", "--chunks", "300"],
+    "calls": ["--grid", "30x52", "--dtypes", "bfloat16"],
 }
 ON_CPU: dict[str, list[str]] = {
     "attention": [],
     "presets": ["--presets", "--grids", "16x24", "--repeats", "8"],
     "transformer": ["--models", "wan-1.3b", "--grids", "16x24", "--dtypes", "float32", "--layers", "1"],
     "length": [],
+    "calls": [],
 }
-SHARE = {"transformer": 0.5, "attention": 0.2, "presets": 0.15, "length": 0.15}
+SHARE = {"transformer": 0.5, "attention": 0.2, "presets": 0.15, "length": 0.1, "calls": 0.05}
 """Of the time that there is, first things first."""
 GRACE = 3.0
 """Minutes that a part may take beyond its share, for the case that it is in the middle of."""
@@ -66,7 +68,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     found = []
     for name, share in SHARE.items():
         script = "attention" if name == "presets" else name
-        backends = args.backends if name != "length" else args.backends[:1]
+        backends = args.backends[:1] if name == "length" else args.backends
         for backend in backends:
             told = [*options[name], "--device", args.device, "--store", args.store, "--backend", backend]
             told += ["--quick"] if args.quick else []
@@ -104,8 +106,8 @@ def page(facts: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
         report = part["report"]
         if report is None:
             continue
-        if "flat" in report:
-            blocks.append(tables.length(report))
+        if part["name"].startswith(("length", "calls")):
+            blocks.append(tables.length(report) if "flat" in report else tables.calls(report))
             continue
         table = tables.transformer if part["name"].startswith("transformer") else tables.attention
         blocks += [table(found) for found in report["cases"]]

@@ -21,6 +21,12 @@ from torch import Tensor
 from headforcing.backends import Part, find_backend
 from headforcing.types import Heads
 
+ABOUT = {
+    "scope": "softmax attention of a chunk alone",
+    "warm_up": "one turn",
+    "store": "none",
+}
+
 
 def ways(case: Case, heads: int, frames: int, backend: str) -> list[Callable[[], Tensor]]:
     """Attention of a chunk to so many frames: in one call, and in one per query frame."""
@@ -70,7 +76,7 @@ def main() -> None:
         for heads in args.heads:
             for frames in args.frames:
                 one, many = shortest(ways(case, heads, frames, args.backend), args.repeats, args.device)
-                about = {"backend": args.backend, "dtype": dtype, "device": args.device}
+                about = {**ABOUT, "backend": args.backend, "dtype": dtype, "device": args.device}
                 rows.append({**about, "heads": heads, "frames": frames, "one": one, "per_frame": many})
     table = Table("dtype", "heads", "frames", "one call, ms", f"{CHUNK} calls, ms", "ratio", title=str(case))
     for row in rows:
@@ -80,7 +86,7 @@ def main() -> None:
             f"{row['per_frame'] / row['one']:.2f}",
         )
         table.add_row(row["dtype"], str(row["heads"]), str(row["frames"]), *cells)
-    console.print(f"softmax attention alone; backend {args.backend}, device {args.device}", table)
+    console.print(f"{ABOUT['scope']}; backend {args.backend}, device {args.device}", table)
     ratios = [row["per_frame"] / row["one"] for row in rows]
     console.print(f"{min(ratios):.2f} to {max(ratios):.2f} times as long")
     write(args.out, {"machine": machine(args.device), "rows": rows})

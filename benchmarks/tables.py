@@ -115,6 +115,21 @@ def length(report: dict[str, Any]) -> str:
     )
 
 
+def calls(report: dict[str, Any]) -> str:
+    """What `calls.py` found."""
+    rows = [
+        (
+            f"{row['heads']} heads, {row['frames']} frames, {row['dtype']}",
+            f"{1e3 * row['one']:.2f}",
+            f"{1e3 * row['per_frame']:.2f}",
+            f"{row['per_frame'] / row['one']:.2f}",
+        )
+        for row in report["rows"]
+    ]
+    columns = ("attended", "one call, ms", "one per query frame, ms", "ratio")
+    return "\n\n".join([about(report["rows"][0]), markdown(columns, rows)])
+
+
 def machine(facts: dict[str, Any]) -> str:
     """What the numbers depend on, as a list."""
     return "\n".join(f"* {name}: {value}" for name, value in facts.items())

@@ -103,6 +103,12 @@ def the_trend_and_the_line(folder):
     assert all(row.keys() >= ABOUT | {"fitted", "largest_residual"} for row in report["linear"])
 
 
+def calls_are_compared_at_equal_tokens(folder):
+    rows = read(folder, "calls")["rows"]
+    assert rows
+    assert all(row.keys() >= (ABOUT - {"variant"}) | {"heads", "one", "per_frame"} for row in rows)
+
+
 def the_report_holds_every_table_and_says_where_numbers_are_from(folder):
     page = (folder / "report.md").read_text(encoding="utf-8")
     machine = read(folder, "machine")
@@ -113,7 +119,7 @@ def the_report_holds_every_table_and_says_where_numbers_are_from(folder):
         report = read(folder, name)
         for found in report.get("cases", []):
             assert all(f"| {row['variant']} |" in page for row in found["rows"])
-    assert page.count("Scope: ") == page.count("Warm-up: ") == page.count("Backend sdpa, store ring") >= 6
+    assert page.count("Scope: ") == page.count("Warm-up: ") == page.count("Backend sdpa, store ") >= 7
 
 
 CHECKS = [
@@ -122,6 +128,7 @@ CHECKS = [
     what_a_grid_cannot_do_is_said_and_run_on_one_that_can,
     streaming_llm_has_the_bytes_or_the_frames_that_it_is_said_to_have,
     the_trend_and_the_line,
+    calls_are_compared_at_equal_tokens,
     the_report_holds_every_table_and_says_where_numbers_are_from,
 ]
 
