@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +50,13 @@ def accelerator_facts(video: Launches, device: str, chunks: int) -> dict[str, An
     finish(device)
     most, growth = module.max_memory_allocated() - before, module.memory_allocated() - before
     return dict(zip(FACTS, (most, growth, len(places) / chunks, sorted(set(places))), strict=True))
+
+
+def let_go(device: str) -> None:
+    """Gives back what the last case held, so that the next one has room."""
+    gc.collect()
+    if device != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def _syncs(video: Launches, module: Any) -> list[str]:

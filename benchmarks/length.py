@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention import SCOPE, WARM_UP, Variant, facts_of, fill
 from measuring import (
     CHUNK,
     CLOCKS,
@@ -36,6 +35,7 @@ from mixes import plain_mixes
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from variant import SCOPE, WARM_UP, Variant, facts_of, fill
 
 from headforcing.roles import SlidingWindow
 

@@ -12,13 +12,12 @@ are for those that ran. See README.md in this folder.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerator import accelerator_facts, allocated
+from accelerator import accelerator_facts, allocated, let_go
 from attention_presets import cycle_of
 from measuring import (
     CHUNK,
@@ -267,13 +266,6 @@ def arguments() -> argparse.Namespace:
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
-
-
-def let_go(device: str) -> None:
-    """Gives back what the last case held, so that the next one has room."""
-    gc.collect()
-    if device != "cpu":
-        torch.get_device_module(device).empty_cache()
 
 
 def main() -> None:

@@ -157,10 +157,10 @@ def test_the_shapes_have_as_many_weights_as_the_models_they_are_of(bench, name, 
 
 
 def test_softmax_attention_is_left_out_on_both_sides_and_then_back(bench):
-    measuring, attention = bench("measuring"), bench("attention")
+    measuring, variant = bench("measuring"), bench("variant")
     case = measuring.Case(2, 4, torch.float32, "cpu")
     sides = [
-        attention.Variant(name, roles, case, "sdpa", {})
+        variant.Variant(name, roles, case, "sdpa", {})
         for name, roles in (("dense", []), ("forced", [SlidingWindow(6)] * 12))
     ]
     with measuring.without_softmax_attention():
