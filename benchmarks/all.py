@@ -33,14 +33,14 @@ ON_CUDA = {
     "calls": ["--grid", "30x52", "--dtypes", "bfloat16"],
 }
 ON_CPU: dict[str, list[str]] = {
-    "attention": [],
+    "attention": ["--grids", "15x26"],
     "presets": ["--presets", "--grids", "16x24", "--repeats", "8"],
     "transformer": ["--models", "wan-1.3b", "--grids", "16x24", "--dtypes", "float32", "--layers", "1"],
     "length": [],
     "calls": [],
 }
 SHARE = {"transformer": 0.5, "attention": 0.2, "presets": 0.15, "length": 0.1, "calls": 0.05}
-"""Of the time that there is, first things first."""
+"""Of the time that there is, first things first; what one does not need goes to those behind it."""
 GRACE = 3.0
 """Minutes that a part may take beyond its share, for the case that it is in the middle of."""
 
@@ -53,13 +53,13 @@ class Part:
         name: of its files.
         script: which benchmark.
         options: what it is given.
-        minutes: how long it may begin things.
+        share: of the time that it has, in proportion to the others.
     """
 
     name: str
     script: str
     options: tuple[str, ...]
-    minutes: float
+    share: float
 
 
 def parts(args: argparse.Namespace) -> list[Part]:
@@ -74,21 +74,21 @@ def parts(args: argparse.Namespace) -> list[Part]:
             told += ["--quick"] if args.quick else []
             told += ["--threads", str(args.threads)] if args.threads else []
             title = name if len(backends) == 1 else f"{name}-{backend}"
-            found.append(Part(title, script, tuple(told), args.minutes * share / len(backends)))
+            found.append(Part(title, script, tuple(told), share / len(backends)))
     return found
 
 
-def run(part: Part, folder: Path) -> dict[str, Any]:
-    """What became of a part."""
+def run(part: Part, minutes: float, folder: Path) -> dict[str, Any]:
+    """What became of a part that had so many minutes to begin things."""
     out, began = folder / f"{part.name}.json", time.monotonic()
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / f"{part.script}.py"), *part.options]
-    command += ["--minutes", f"{part.minutes:g}", "--out", str(out)]
+    command += ["--minutes", f"{minutes:g}", "--out", str(out)]
     try:
-        code = subprocess.run(command, check=False, timeout=60 * (part.minutes + GRACE)).returncode  # noqa: S603
+        code = subprocess.run(command, check=False, timeout=60 * (minutes + GRACE)).returncode  # noqa: S603
         ended = "ended" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
-        ended = f"was stopped: not done {GRACE:g} minutes after its share of {part.minutes:.1f}"
+        ended = f"was stopped: not done {GRACE:g} minutes after its share of {minutes:.1f}"
     return {
         "name": part.name,
         "command": " ".join([f"python benchmarks/{part.script}.py", *part.options]),
@@ -135,8 +135,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     facts, done = machine(args.device), []
     write(args.out / "machine.json", facts)
-    for part in parts(args):
-        done.append(run(part, args.out))
+    began, todo = time.monotonic(), parts(args)
+    for number, part in enumerate(todo):
+        left = max(0.0, args.minutes - (time.monotonic() - began) / 60)
+        share = part.share / sum(other.share for other in todo[number:])
+        done.append(run(part, left * share, args.out))
         (args.out / "report.md").write_text(page(facts, done), encoding="utf-8")
     failed = [part["name"] for part in done if part["ended"] != "ended"]
     sys.stdout.write(f"written to {args.out / 'report.md'}\n")

@@ -199,7 +199,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, shows, draws, and writes the JSON file."""
     args, console = arguments(), Console(width=110)
-    deadline, half = Deadline(args.minutes), Deadline(args.minutes and args.minutes / 2)
+    deadline, first = Deadline(args.minutes), Deadline(args.minutes and 0.85 * args.minutes)
     grid, dtype = parse_grid(args.grid), getattr(torch, args.dtype)
     rows = CHUNK * (args.chunks + 2 * FILL)
     case = Case(*grid, dtype, args.device, rope_rows=rows)
@@ -208,7 +208,7 @@ def main() -> None:
         f"{args.store}, device {args.device}"
     )
     report: dict[str, Any] = {"machine": machine(args.device), "case": str(case)}
-    report["flat"] = flat(case, args, half)
+    report["flat"] = flat(case, args, first)
     long = Case(*grid, dtype, args.device, window=max(args.frames))
     report["linear"] = linear(long, args, deadline)
     show(console, report)
