@@ -1,24 +1,24 @@
-"""The slots of one role in the `ring` store: history first, oldest in slot 0, then the pending chunk.
+"""The slots of one role in one layer: history first, oldest in slot 0, then the pending chunk.
 
-Buffers are allocated once and lie head by head, so that a head's keys are one piece of memory.
+Keys before RoPE and values, in rooms that the store hands out. What is seen of them is rotated in every pass,
+into memory that is free again when nobody looks at it; see `headforcing.rotated` for what remembers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from headforcing.digest import nbytes
+from headforcing.arena import cut
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.types import Encode, FrameTable, Heads, Pin, Selection, runs
 
 Place = Callable[[Sequence[int | None], int], tuple[float, ...]]
 """Where frames of a view sit, its own ones last, and how many those are."""
-_Plan = tuple[tuple[int, ...], tuple[float, ...]]
-_NOTHING = torch.empty(0)
+NOTHING = torch.empty(0)
 
 
 class Bank:
@@ -30,16 +30,23 @@ class Bank:
 
     Attributes:
         frames: of the history, as the role counts them; `None`: chosen by content.
+        rooms: `[B, slots, P, Hr, D]`: `raw` keys and values `v`.
     """
 
     def __init__(self, role: HeadRole, heads: Heads) -> None:
         self.role, self.heads = role, heads
         self.frames: tuple[int | None, ...] = ()
+        self.rooms: dict[str, Tensor] = {"raw": NOTHING, "v": NOTHING}
+        self._ids = NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
         self._new = 0
-        self._raw = self._rotated = self._v = _NOTHING  # [B, slots, P, Hr, D]
-        self._ids = _NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
-        self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
-        self._some: dict[int | None, tuple[_Plan, Tensor, Tensor]] = {}  # by query frame
+
+    @property
+    def _raw(self) -> Tensor:
+        return self.rooms["raw"]
+
+    @property
+    def _v(self) -> Tensor:
+        return self.rooms["v"]
 
     def table(self, new: int, own: range, pin: Pin | None = None) -> FrameTable:
         """The history as the role is shown it, because the chunk of the frames `own` looks or begins."""
@@ -52,19 +59,53 @@ class Bank:
         return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
 
     def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
-        """Keeps what was chosen of the table."""
+        """Keeps what was chosen of the table, because the chunk of the frames `own` begins.
+
+        `place` tells where they will sit.
+        """
         self.frames = kept.frames(table)
-        self._move(kept, self._next_positions(own, place))
+        for buffer in (self._raw, self._v, self._ids):
+            _select(buffer, kept)
         self._new = 0
-        self._some.clear()
+
+    def slots(self, k: Tensor, v: Tensor) -> int:
+        """Slots it has for frames like those of `k` and `v [B, F, P, H, D]`."""
+        batch, _, tokens, _, dim = k.shape
+        shape = (batch, tokens, len(self.heads), dim)
+        alike = all(
+            (room.shape[:1] + room.shape[2:], room.dtype, room.device) == (shape, x.dtype, x.device)
+            for room, x in ((self._raw, k), (self._v, v))
+        )
+        return self._raw.shape[1] if alike else 0
+
+    def wanted(self, k: Tensor, v: Tensor) -> int:
+        """Slots it needs with a chunk of such frames behind its history; those it has, where they do."""
+        slots, needed, chunk = self.slots(k, v), len(self.frames) + k.shape[1], k.shape[1]
+        if needed <= slots:
+            return slots
+        capacity = self.role.capacity(chunk)
+        return max(needed, 2 * slots if capacity is None else capacity + chunk)
+
+    def move(self, rooms: Mapping[str, Tensor]) -> None:
+        """Moves into other rooms, with the history."""
+        held = slice(0, len(self.frames))
+        old = {**self.rooms, "ids": self._ids}
+        with torch.inference_mode(False):
+            ids = torch.empty(rooms["v"].shape[:2], dtype=torch.long, device=rooms["v"].device)
+        for name, room in {**rooms, "ids": ids}.items():
+            if self.frames:
+                room[:, held] = old[name][:, held]
+        self.rooms, self._ids = dict(rooms), ids
+
+    def leave(self) -> None:
+        """Gives up its rooms, and all that is in them."""
+        self.rooms, self._ids = dict.fromkeys(self.rooms, NOTHING), NOTHING
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Writes the heads' part of the pending chunk, `[B, F, P, H, D]`, behind the history."""
-        first, last = len(self.frames), len(self.frames) + k.shape[1]
-        self._reserve(k, v, last)
-        self.heads.take_into(self._raw[:, first:last], k)
-        self.heads.take_into(self._v[:, first:last], v)
-        self._placed[first:last] = [None] * k.shape[1]
+        own = slice(len(self.frames), len(self.frames) + k.shape[1])
+        self.heads.take_into(self._raw[:, own], k)
+        self.heads.take_into(self._v[:, own], v)
 
     def append(self, frames: range, inside: range) -> None:
         """Turns the first pending frames, as the host and as the role count them, into history."""
@@ -89,8 +130,6 @@ class Bank:
         for buffer, x in ((self._raw, kept.k), (self._v, kept.v), (self._ids, kept.numbers)):
             buffer[:, :held] = x
         self.frames, self._new = kept.frames, 0
-        self._placed = [None] * len(self._placed)
-        self._some.clear()
 
     def staged(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values of the pending chunk."""
@@ -99,137 +138,79 @@ class Bank:
 
     def see(self, positions: Sequence[float], encode: Encode) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of the history and the pending chunk."""
-        stale = [slot for slot, place in enumerate(positions) if self._placed[slot] != place]
-        for first, last in runs(stale):
-            self._rotated[:, first:last] = encode(self._raw[:, first:last], positions[first:last])
-            self._placed[first:last] = positions[first:last]
-        return self._rotated[:, : len(positions)], self._v[:, : len(positions)]
+        k, v = self._raw[:, : len(positions)], self._v[:, : len(positions)]
+        return encode(k, positions).to(v.dtype), v
 
     def see_some(
-        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, query: int | None
+        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, which: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The same for a part of the history, packed once per chunk and query frame."""
-        held = len(rows)
-        raw, v = self.staged(len(positions) - held)
-        plan = (tuple(rows), tuple(positions))
-        if query not in self._some or self._some[query][0] != plan:
-            self._some[query] = (plan, *self._packed(rows, positions, encode, len(positions)))
-        _, some_k, some_v = self._some[query]
-        some_k[:, held:] = encode(raw, positions[held:])
-        if held == len(self.frames):
-            return some_k, self._v[:, : len(positions)]
-        some_v[:, held:] = v
-        return some_k, some_v
+        """The same for a part of the history.
 
-    def _packed(
-        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, slots: int
-    ) -> tuple[Tensor, Tensor]:
-        """Rotated keys of some rows, and their values where they are not all of them, with room behind."""
-        shape = (self._v.shape[0], slots, *self._v.shape[2:])
-        every = len(rows) == len(self.frames)
-        with torch.inference_mode(False):
-            k = _slots(shape, self._v)
-            v = k.new_empty(0) if every else _slots(shape, self._v)
-        past, values = ([x[:, first:last] for first, last in runs(rows)] for x in (self._raw, self._v))
-        if rows:
-            k[:, : len(rows)] = encode(torch.cat(past, dim=1), positions[: len(rows)])
-        if rows and not every:
-            v[:, : len(rows)] = torch.cat(values, dim=1)
-        return k, v
+        Args:
+            rows: of the history.
+            positions: of the rows and the pending chunk.
+            encode: rotates keys to positions.
+            which: number in the chunk of the frame that looks, for a role that reads per query frame.
+        """
+        own = range(len(self.frames), len(self.frames) + len(positions) - len(rows))
+        k, v = (gathered(x, [*rows, *own]) for x in (self._raw, self._v))
+        return encode(k, positions).to(v.dtype), v
 
     def numbers(self) -> list[list[int]]:
         """Frames held, per sample, as the host counts them. Reads the device."""
-        held: list[list[int]] = [] if self._ids is _NOTHING else self._ids[:, : len(self.frames)].tolist()
+        held: list[list[int]] = [] if self._ids is NOTHING else self._ids[:, : len(self.frames)].tolist()
         return held
 
-    def nbytes(self) -> int:
-        """Bytes held, copies for looking included."""
-        packed = [tensor for _, *some in self._some.values() for tensor in some]
-        return nbytes([*self._buffers(), *packed])
+    def tensors(self) -> list[Tensor]:
+        """What it holds."""
+        return [*self.rooms.values(), self._ids]
 
     def clear(self) -> None:
-        """Forgets everything but the buffers."""
+        """Forgets everything but the rooms."""
         self.frames = ()
         self._new = 0
-        self._placed = [None] * len(self._placed)
-        self._some.clear()
 
     def _keys(self, rows: Sequence[int]) -> Tensor:
         """Keys of neighbouring history rows, `[B, rows, P, Hr, D]`."""
         return self._raw[:, rows[0] : rows[-1] + 1]
 
-    def _next_positions(self, own: range, place: Place) -> Sequence[float | None]:
-        """Where the history will sit in the first pass; nowhere, for a role that sees a part of it."""
-        if self.role.reads_per_query:
-            return [None] * len(self.frames)
-        if len(self.role.attend(self.table(0, own), "denoise")) < len(self.frames):
-            return [None] * len(self.frames)
-        return place((*self.frames, *own), len(own))
 
-    def _move(self, selection: Selection, positions: Sequence[float | None]) -> None:
-        """Slides the selected rows to the front; rotated keys only where their position stays."""
-        chosen = 0 if selection.chosen is None else selection.chosen.shape[1]
-        after = len(selection.before) + chosen
-        kept = [*enumerate(selection.before), *enumerate(selection.after, after)]  # (slot, row)
-        settled = [(slot, row) for slot, row in kept if self._placed[row] == positions[slot] is not None]
-        for buffer in (self._raw, self._v, self._ids):
-            picked = None if selection.chosen is None else _pick(buffer, selection.chosen)
-            _slide(buffer, kept[: len(selection.before)])
-            if picked is not None:
-                buffer[:, len(selection.before) : after] = picked
-            _slide(buffer, kept[len(selection.before) :])
-        _slide(self._rotated, settled)
-        self._placed = [None] * len(self._placed)
-        for slot, _ in settled:
-            self._placed[slot] = positions[slot]
-
-    def _reserve(self, k: Tensor, v: Tensor, slots: int) -> None:
-        """Makes room for `slots` frames like those of `k` and `v`, keeping the history."""
-        batch, chunk, tokens, _, dim = k.shape
-        fits = self._raw.shape[:1] + self._raw.shape[2:] == (batch, tokens, len(self.heads), dim)
-        fits = fits and all(
-            (b.dtype, b.device) == (x.dtype, x.device) for b, x in ((self._raw, k), (self._v, v))
-        )
-        if fits and slots <= self._raw.shape[1]:
-            return
-        capacity = self.role.capacity(chunk)
-        slots = max(slots, 2 * len(self._placed) if capacity is None else capacity + chunk)
-        shape = (batch, slots, tokens, len(self.heads), dim)
-        with torch.inference_mode(False):
-            raw, values = _slots(shape, k), _slots(shape, v)
-            rotated = values.new_empty(0) if self.role.reads_per_query else _slots(shape, v)
-            ids = torch.empty(shape[:2], dtype=torch.long, device=k.device)
-        fresh = (raw, rotated, values, ids)
-        if self.frames:
-            held = slice(0, len(self.frames))
-            for new, old in zip(fresh, self._buffers(), strict=True):
-                if new.numel():
-                    new[:, held] = old[:, held]
-        self._raw, self._rotated, self._v, self._ids = fresh
-        self._placed = [*self._placed[: len(self.frames)], *[None] * (slots - len(self.frames))]
-
-    def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self._raw, self._rotated, self._v, self._ids
+def gathered(room: Tensor, slots: Sequence[int]) -> Tensor:
+    """A copy of some slots that lies head by head, `[B, n, P, Hr, D]`."""
+    batch, _, tokens, heads, dim = room.shape
+    (copy,) = cut([(len(slots), heads)], (batch, tokens, dim), room)
+    first = 0
+    for start, stop in runs(slots):
+        copy[:, first : first + stop - start] = room[:, start:stop]
+        first += stop - start
+    return copy
 
 
-def _slots(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Room for frames `[B, slots, P, H, D]` that lies head by head, as attention reads it."""
-    batch, slots, tokens, heads, dim = shape
-    room = torch.empty((batch, heads, slots, tokens, dim), dtype=like.dtype, device=like.device)
-    return room.permute(0, 2, 3, 1, 4)
+def slide(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> None:
+    """Copies rows to slots that are never later, `(slot, row)` ascending."""
+    for slot, row, count in _blocks(moves):
+        buffer[:, slot : slot + count] = buffer[:, row : row + count]
+
+
+def known_moves(kept: Selection) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """`(slot, row)` of what stays without having been chosen by content: before what was, and after it."""
+    after = len(kept.before) + (0 if kept.chosen is None else kept.chosen.shape[1])
+    return list(enumerate(kept.before)), list(enumerate(kept.after, after))
+
+
+def _select(buffer: Tensor, kept: Selection) -> None:
+    """Slides the selected rows to the front."""
+    before, after = known_moves(kept)
+    picked = None if kept.chosen is None else _pick(buffer, kept.chosen)
+    slide(buffer, before)
+    if picked is not None:
+        buffer[:, len(before) : len(before) + picked.shape[1]] = picked
+    slide(buffer, after)
 
 
 def _pick(buffer: Tensor, rows: Tensor) -> Tensor:
     """Rows chosen per sample, `[B, slots, ...]` and `[B, m] -> [B, m, ...]`."""
-    sample = torch.arange(rows.shape[0], device=rows.device)[:, None] * buffer.shape[1]
-    picked = buffer.flatten(0, 1).index_select(0, (rows + sample).flatten())
-    return picked.view(*rows.shape, *buffer.shape[2:])
-
-
-def _slide(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> None:
-    """Copies rows to slots that are never later, `(slot, row)` ascending."""
-    for slot, row, count in _blocks(moves):
-        buffer[:, slot : slot + count] = buffer[:, row : row + count]
+    return torch.stack([sample.index_select(0, own) for sample, own in zip(buffer, rows, strict=True)])
 
 
 def _blocks(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

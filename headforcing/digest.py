@@ -80,5 +80,5 @@ class Digest(ABC):
 
 
 def nbytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
-    """Bytes of all elements."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of the memory behind tensors, each piece counted once and as a whole, whatever of it is used."""
+    return sum(storage.nbytes() for storage in {tensor.untyped_storage() for tensor in tensors})

@@ -1,14 +1,18 @@
-"""What a store defines: where its tensors lie. When they move is the same for all of them."""
+"""What a store defines: where its tensors lie. When they move is the same for all of them.
+
+`headforcing.stores.KVStore` says when, and what roles are told; `_inside` and `_place` are its answers.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from headforcing.digests import Digests
 from headforcing.role import HeadRole
-from headforcing.scene import Kept
+from headforcing.scene import Kept, Scenes
 from headforcing.types import Chunk, Encode, Grid, Heads, KVView, Phase
 
 
@@ -16,6 +20,10 @@ class Storage(ABC):
     """The tensors of one layer on one stream: a history per role, and the pending chunk."""
 
     heads: dict[HeadRole, Heads]
+    scenes: Scenes
+    digests: Digests
+    _pending: range | None
+    _grid: Grid | None
 
     def _whole(self, start: int, grid: Grid | None) -> Chunk:
         """A copy of the pending chunk, all heads together."""
@@ -26,6 +34,16 @@ class Storage(ABC):
             self.heads[role].put(k, part_k)
             self.heads[role].put(v, part_v)
         return Chunk(start, k, v, grid)
+
+    @abstractmethod
+    def _inside(self, role: HeadRole, query: int | None) -> tuple[range, int | None]:
+        """The pending chunk and a query frame, as a role counts them."""
+
+    @abstractmethod
+    def _place(
+        self, role: HeadRole, frames: Sequence[int | None], chunk: int, query: int | None = None
+    ) -> tuple[float, ...]:
+        """Where the frames of a view sit, the `chunk` own ones last, all as the role counts them."""
 
     @abstractmethod
     def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
@@ -43,8 +61,8 @@ class Storage(ABC):
         """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
 
     @abstractmethod
-    def _nbytes(self) -> int:
-        """Bytes held for whole frames."""
+    def _tensors(self) -> Iterable[Tensor]:
+        """What is held for whole frames."""
 
     @abstractmethod
     def _begin(self, own: range) -> None:

@@ -19,7 +19,7 @@ FLOORS = [
     | {"part", "needs", "segments", "folding"},
     {"positions", "shots", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
     | {"rope", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
-    {"health", "scene", "storage", "bank", "digests", "eval_files"},
+    {"health", "scene", "storage", "arena", "bank", "rotated", "banked", "digests", "eval_files"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},
     {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
@@ -43,7 +43,8 @@ ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrati
 ONLY = {
     "integrations": {"types", "adapter", "rope", "wan", "wan_counting", "errors", "shots", "host_cache"},
     "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
-    | {"scene", "switch", "shape", "order", "shots", "storage", "bank", "stores"},
+    | {"scene", "switch", "shape", "order", "shots", "storage", "bank", "rotated", "banked"}
+    | {"stores"},
     "backends": {"types", "errors", "lookup", "part", "needs", "segments", "folding", "backends"},
 }
 BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder

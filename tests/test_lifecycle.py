@@ -276,7 +276,7 @@ def test_no_stored_tensor_carries_a_gradient_graph() -> None:
     assert out.grad_fn is None
     stores = [stream.store for plan in handle._plans for stream in plan.streams.values()]
     banks = [bank for store in stores for bank in store._banks.values()]  # type: ignore[attr-defined]
-    assert not any(t.requires_grad for bank in banks for t in bank._buffers())
+    assert not any(t.requires_grad for bank in banks for t in bank.tensors())
 
 
 # Caches given back --------------------------------------------------------------------------------

@@ -433,7 +433,7 @@ class Moving(RingStore):
     def _begin(self, chunk: int) -> None:
         super()._begin(chunk)
         for bank in self._banks.values():
-            bank.other, bank._rotated = bank._rotated, bank._rotated.clone()
+            bank.other, bank.rooms["rotated"] = bank.rooms["rotated"], bank.rooms["rotated"].clone()
 
 
 class Knotted(RingStore):

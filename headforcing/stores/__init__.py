@@ -207,9 +207,9 @@ class KVStore(Storage):
         return self.digests.see(role, own.start, asked, encode)
 
     def nbytes(self) -> int:
-        """Bytes held, counted from the tensors; marks included."""
+        """Bytes held, counted from the memory behind the tensors; marks included."""
         queries = [] if self._queries is None else [self._queries]
-        return self._nbytes() + nbytes([*self.digests.tensors(), *self.scenes.tensors(), *queries])
+        return nbytes([*self._tensors(), *self.digests.tensors(), *self.scenes.tensors(), *queries])
 
     def _rolls(self, chunk: Chunk) -> bool:
         """Whether it is the pending chunk with other frames behind its first ones."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.digest import nbytes
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.stores import KVStore
@@ -59,10 +58,11 @@ class ReferenceStore(KVStore):
     def frames(self, role: HeadRole) -> list[list[int]]:
         return [[frame.number for frame in sample] for sample in self._history[role]]
 
-    def _nbytes(self) -> int:
-        frames = [f for samples in self._history.values() for sample in samples for f in sample]
-        own = [] if self._chunk is None else [self._chunk.k, self._chunk.v]
-        return nbytes([frame.k for frame in frames] + [frame.v for frame in frames] + own)
+    def _tensors(self) -> Iterator[Tensor]:
+        for frame in (f for samples in self._history.values() for sample in samples for f in sample):
+            yield from (frame.k, frame.v)
+        if self._chunk is not None:
+            yield from (self._chunk.k, self._chunk.v)
 
     def _begin(self, own: range) -> None:
         for role, samples in self._history.items():
@@ -87,7 +87,7 @@ class ReferenceStore(KVStore):
         for role, samples in self._history.items():
             k, v = self.heads[role].take(self._chunk.k), self.heads[role].take(self._chunk.v)
             for index, sample in enumerate(samples):
-                sample += [_Frame(n, k[index, i], v[index, i]) for i, n in enumerate(frames)]
+                sample += [_Frame(n, k[index, i].clone(), v[index, i].clone()) for i, n in enumerate(frames)]
             self._known[role] = (*self._known[role], *self.scenes.inside(role, frames))
         self._new = len(frames)
 
@@ -102,7 +102,7 @@ class ReferenceStore(KVStore):
     def _put(self, role: HeadRole, kept: Kept) -> None:
         self._known[role] = kept.frames
         self._history[role] = [
-            [_Frame(*frame) for frame in zip(numbers, k, v, strict=True)]
+            [_Frame(n, x.clone(), y.clone()) for n, x, y in zip(numbers, k, v, strict=True)]
             for numbers, k, v in zip(kept.numbers.tolist(), kept.k, kept.v, strict=True)
         ]
         self._new = 0

@@ -1,0 +1,147 @@
+"""A bank that remembers what it rotated: at most once per chunk, whatever the number of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headforcing.arena import cut
+from headforcing.bank import NOTHING, Bank, Place, gathered, known_moves, slide
+from headforcing.role import HeadRole
+from headforcing.scene import Kept
+from headforcing.types import Encode, FrameTable, Heads, Selection, runs
+
+_Plan = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+@dataclass
+class _Copy:
+    """Room for a part of what is kept, and what lies in it: rows of the history, and where they sit."""
+
+    k: Tensor
+    v: Tensor
+    plan: _Plan | None = None
+
+
+class RotatedBank(Bank):
+    """See the module.
+
+    One more room, `rotated`, holds the keys where they sit now. A role that reads per query frame has none:
+    its keys sit elsewhere for every frame that looks. What it sees, like what any role sees that attends to
+    a part, is copied once per chunk, into memory of its own, because only time shows how much that is.
+    """
+
+    def __init__(self, role: HeadRole, heads: Heads) -> None:
+        super().__init__(role, heads)
+        if not role.reads_per_query:
+            self.rooms["rotated"] = NOTHING
+        self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
+        self._copies: dict[int | None, _Copy] = {}  # by the query frame of the chunk
+
+    def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
+        """Keeps what was chosen, and of its rotated keys those that sit where they sat."""
+        super().begin(table, kept, own, place)
+        self._settle(kept, self._next_positions(own, place))
+        self._forget_copies()
+
+    def move(self, rooms: Mapping[str, Tensor]) -> None:
+        """Moves into other rooms; copies are made anew."""
+        super().move(rooms)
+        held = self._placed[: len(self.frames)]
+        self._placed = [*held, *[None] * (self._v.shape[1] - len(held))]
+        self._copies.clear()
+
+    def leave(self) -> None:
+        """Gives up its rooms and copies."""
+        super().leave()
+        self._placed = []
+        self._copies.clear()
+
+    def stage(self, k: Tensor, v: Tensor) -> None:
+        """Writes the pending chunk, which is not rotated yet."""
+        super().stage(k, v)
+        first, count = len(self.frames), k.shape[1]
+        self._placed[first : first + count] = [None] * count
+
+    def put(self, kept: Kept) -> None:
+        """Makes this the history, none of it rotated yet."""
+        super().put(kept)
+        self._placed = [None] * len(self._placed)
+        self._forget_copies()
+
+    def see(self, positions: Sequence[float], encode: Encode) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values; only keys that do not sit there yet are rotated."""
+        rotated = self.rooms["rotated"]
+        stale = [slot for slot, place in enumerate(positions) if self._placed[slot] != place]
+        for first, last in runs(stale):
+            rotated[:, first:last] = encode(self._raw[:, first:last], positions[first:last])
+            self._placed[first:last] = positions[first:last]
+        return rotated[:, : len(positions)], self._v[:, : len(positions)]
+
+    def see_some(
+        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, which: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a part of the history, copied once until another part or place is asked for."""
+        held, slots = len(rows), len(positions)
+        every = held == len(self.frames)
+        own_k, own_v = self.staged(slots - held)
+        copy, plan = self._copy(which, slots, every), (tuple(rows), tuple(positions))
+        if copy.plan != plan:
+            copy.plan = None
+            if rows:
+                copy.k[:, :held] = encode(gathered(self._raw, rows), positions[:held])
+            if rows and not every:
+                copy.v[:, :held] = gathered(self._v, rows)
+            copy.plan = plan
+        copy.k[:, held:slots] = encode(own_k, positions[held:])
+        if every:
+            return copy.k[:, :slots], self._v[:, :slots]
+        copy.v[:, held:slots] = own_v
+        return copy.k[:, :slots], copy.v[:, :slots]
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds, copies for looking included."""
+        copies = [tensor for copy in self._copies.values() for tensor in (copy.k, copy.v)]
+        return [*super().tensors(), *copies]
+
+    def clear(self) -> None:
+        """Forgets everything but rooms and copies' memory."""
+        super().clear()
+        self._placed = [None] * len(self._placed)
+        self._forget_copies()
+
+    def _copy(self, which: int | None, slots: int, every: bool) -> _Copy:
+        """The copy for a query frame, with room for so many slots; values only where they are not all."""
+        copy = self._copies.setdefault(which, _Copy(NOTHING, NOTHING))
+        batch, _, tokens, heads, dim = self._v.shape
+        if copy.k is NOTHING or copy.k.shape[1] < slots:
+            copy.k, copy.plan = NOTHING, None
+            (copy.k,) = cut([(slots, heads)], (batch, tokens, dim), self._v)
+        if not every and (copy.v is NOTHING or copy.v.shape[1] < slots):
+            copy.v, copy.plan = NOTHING, None
+            (copy.v,) = cut([(slots, heads)], (batch, tokens, dim), self._v)
+        return copy
+
+    def _forget_copies(self) -> None:
+        for copy in self._copies.values():
+            copy.plan = None
+
+    def _next_positions(self, own: range, place: Place) -> Sequence[float | None]:
+        """Where the history will sit in the first pass; nowhere, for a role that sees a part of it."""
+        if self.role.reads_per_query:
+            return [None] * len(self.frames)
+        if len(self.role.attend(self.table(0, own), "denoise")) < len(self.frames):
+            return [None] * len(self.frames)
+        return place((*self.frames, *own), len(own))
+
+    def _settle(self, kept: Selection, positions: Sequence[float | None]) -> None:
+        """Slides rotated keys along with the rows that stay, where their position stays."""
+        moves = [move for part in known_moves(kept) for move in part]
+        settled = [(slot, row) for slot, row in moves if self._placed[row] == positions[slot] is not None]
+        self._placed = [None] * len(self._placed)
+        if settled:
+            slide(self.rooms["rotated"], settled)
+        for slot, _ in settled:
+            self._placed[slot] = positions[slot]
