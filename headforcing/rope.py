@@ -39,13 +39,14 @@ def rotate(
         patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
 
     Returns:
-        `[B, n, P, H, D]` in the dtype of `x`; computed in the precision of the table.
+        `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
+        do; computed in the precision of the table.
     """
     time = temporal_columns(table)
     spatial = _spatial_rows(table[:, time:], height, width, patch)
     turns = table.new_empty(len(spatial), table.shape[1])  # [P, D/2]
     turns[:, time:] = spatial
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x)
     for frame, turn in enumerate(temporal_rows(table[:, :time], positions)):
         turns[:, :time] = turn
         wide = x[:, frame].to(table.real.dtype, memory_format=torch.contiguous_format, copy=True)
@@ -70,7 +71,7 @@ def rotate_real(
         patch: side of the squares of patches that are one in `x`.
 
     Returns:
-        `[B, n, P, H, D]` in the dtype of `x`.
+        `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does.
     """
     time = temporal_columns(tables[0])
     merged = (slice(None, None, patch),) * 2
@@ -78,7 +79,7 @@ def rotate_real(
         table[: height * width, time:].unflatten(0, (height, width))[merged].flatten(0, 1) for table in tables
     ]
     times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x)
     for frame in range(x.shape[1]):
         cos, sin = (
             torch.cat([turns[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]

@@ -240,7 +240,7 @@ def test_an_impossible_number_in_a_role_is_refused_when_the_role_is_made(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"store": "disk"}, "unknown store 'disk' ... expected one of ... reference ... ring"),
+        ({"store": "disk"}, "unknown store 'disk' ... expected one of ... lean ... reference ... ring"),
         ({"backend": "triton"}, "unknown backend 'triton' ... expected one of ... sdpa"),
     ],
     ids=["store", "backend"],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from headforcing.lookup import module_names
 from headforcing.preset import Preset
 from headforcing.presets import PRESETS
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
@@ -26,7 +27,7 @@ from headforcing.stores.ring import RingStore
 from headforcing.types import Chunk, Heads
 
 WINDOW, CHUNKS = 21, 71
-STORES, LENGTHS = ("reference", "ring"), (3, 1)
+STORES, LENGTHS = module_names("headforcing.stores"), (3, 1)
 GRID, PATCHES, NOISE = (6, 4), 24, 4
 
 

@@ -16,6 +16,7 @@ from headforcing.demo.model import DemoConfig, DemoModel
 from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.world import sample_scene
 from headforcing.errors import RoleError, WindowError
+from headforcing.lookup import module_names
 from headforcing.presets import PRESETS
 from headforcing.role_map import RoleMap
 from headforcing.roles.memrope import Averages, Averaging
@@ -24,7 +25,7 @@ from headforcing.testing.strategies import frame_tensor
 from headforcing.types import Chunk, Heads
 
 PATCHES, HEADS, DIM, WINDOW = 3, 2, 4, 21
-STORES = ["reference", "ring"]
+STORES = module_names("headforcing.stores")
 
 
 def turn(x: torch.Tensor, positions: Any, *_: int) -> torch.Tensor:
@@ -134,7 +135,7 @@ def test_frames_that_a_chunk_takes_back_are_not_averaged(role, steps, store):
 
 
 @given(averagings(), st.integers(1, 4), st.integers(0, 9))
-def test_both_stores_see_the_same_bit_for_bit(role, chunk, seed):
+def test_all_stores_see_the_same_bit_for_bit(role, chunk, seed):
     heads = {role: Heads(range(HEADS), HEADS)}
     stores = [store_class(name)(heads, window=WINDOW, layer=0) for name in STORES]
     for start in range(0, 12 * chunk, chunk):
@@ -142,15 +143,15 @@ def test_both_stores_see_the_same_bit_for_bit(role, chunk, seed):
         for noise in (1.0, 0.0):
             for store in stores:
                 store.write(Chunk(start, x + noise, noise - x))
-            one, two = (store.view(role, "denoise", turn) for store in stores)
-            assert (one.frames, one.positions) == (two.frames, two.positions)
-            assert torch.equal(one.k, two.k)
-            assert torch.equal(one.v, two.v)
-            seen = [store.view_digest(role, turn) for store in stores]
-            if seen[0] is None:
-                assert seen[1] is None
-            else:
-                assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+            one, *others = (store.view(role, "denoise", turn) for store in stores)
+            for two in others:
+                assert (one.frames, one.positions) == (two.frames, two.positions)
+                assert torch.equal(one.k, two.k)
+                assert torch.equal(one.v, two.v)
+            first, *rest = (store.view_digest(role, turn) for store in stores)
+            for seen in rest:
+                assert (first is None) == (seen is None)
+                assert all(torch.equal(a, b) for a, b in zip(first or (), seen or (), strict=True))
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -20,6 +20,7 @@ from headforcing.demo.words import PROMPT_WORDS
 from headforcing.episodic import Uniform
 from headforcing.errors import RoleError, RoleMapError, StreamError, UnsupportedModelError, WindowError
 from headforcing.integrations.self_forcing import SelfForcing
+from headforcing.lookup import module_names
 from headforcing.observation import Observation
 from headforcing.role_map import RoleMap
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
@@ -91,7 +92,7 @@ ROLES: list[HeadRole] = [
     role=st.sampled_from(ROLES),
     window=st.integers(CHUNK, 16),
     lengths=st.lists(st.integers(1, CHUNK), min_size=1, max_size=9),
-    store=st.sampled_from(["reference", "ring"]),
+    store=st.sampled_from(module_names("headforcing.stores")),
 )
 def test_the_clean_pass_sees_the_newest_frames_and_noisy_ones_what_the_role_sees(
     role: HeadRole, window: int, lengths: list[int], store: str

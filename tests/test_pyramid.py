@@ -17,6 +17,7 @@ from headforcing.demo.pipeline import DemoPipeline
 from headforcing.demo.world import sample_scene
 from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError
 from headforcing.integrations.self_forcing import SelfForcing
+from headforcing.lookup import module_names
 from headforcing.presets import pyramid_forcing
 from headforcing.role_map import RoleMap
 from headforcing.roles import Local
@@ -69,7 +70,7 @@ roles = st.builds(
 )
 
 
-@given(roles, st.integers(1, 4), st.sampled_from(["reference", "ring"]))
+@given(roles, st.integers(1, 4), st.sampled_from(module_names("headforcing.stores")))
 def test_what_is_kept_is_enough_and_no_more_than_said(role, chunk, store):
     found = seen(role, chunk, 12 * chunk, store)
     for start, frames in found.items():
@@ -238,7 +239,7 @@ def block_means(keys, starts, role: Veil) -> torch.Tensor:
     return torch.stack(means, 1)
 
 
-@pytest.mark.parametrize("store", ["reference", "ring"])
+@pytest.mark.parametrize("store", module_names("headforcing.stores"))
 def test_the_golden_blocks_of_a_veil(store):
     role = Veil()
     keys, found = merged(role, 3, 66, store)
@@ -433,7 +434,8 @@ def test_positions_below_zero_are_refused_by_rope():
 @pytest.mark.parametrize("role", [Wave(), Strided(), Veil()])
 def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
     stores = [
-        store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0) for name in ("reference", "ring")
+        store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0)
+        for name in module_names("headforcing.stores")
     ]
     for start in range(0, 30, 3):
         x = torch.randn(1, 3, 24, 2, 4, generator=torch.Generator().manual_seed(start))
@@ -442,9 +444,9 @@ def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
                 for store in stores:
                     store.write(Chunk(start, x + number, x, GRID))
                 for query in range(start, start + 3):
-                    one, two = (store.view(role, "denoise", lambda y, at: y * 2, query) for store in stores)
-                    assert torch.equal(one.k, two.k)
-                    assert torch.equal(one.v, two.v)
+                    views = [store.view(role, "denoise", lambda y, at: y * 2, query) for store in stores]
+                    assert all(torch.equal(view.k, views[0].k) for view in views)
+                    assert all(torch.equal(view.v, views[0].v) for view in views)
 
 
 @pytest.mark.parametrize(("role", "most"), [(Wave(), 2 * 29 + 3 * 2 * 9), (Strided(), 2 * 11 + 3 * 11)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headforcing.backends.sdpa import attend
 from headforcing.errors import ChunkOrderError, StreamError, WindowError
+from headforcing.lookup import module_names
 from headforcing.plan import Options
 from headforcing.rerun import rerun, seats
 from headforcing.role_map import RoleMap
@@ -20,7 +21,7 @@ from headforcing.stream import Stream
 from headforcing.switch import Switch
 from headforcing.types import Chunk, Heads, Pin
 
-STORES = ("ring", "reference")
+STORES = module_names("headforcing.stores")
 WINDOW = 12
 ROLLED = SlidingWindow(9, sink=3, positions="absolute")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import headforcing as hf
 from headforcing.errors import ChunkOrderError, StreamShapeError, WindowError
 from headforcing.integrations.rolling_forcing import RollingForcing
+from headforcing.lookup import module_names
 from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
 from headforcing.stores import KVStore, store_class
 from headforcing.testing.hosts.rolling_forcing import RollingForcingHost
@@ -88,7 +89,7 @@ def test_the_host_counts_on_after_every_call() -> None:
                 assert [int(c[name]) for c in mine["kv"]] == [int(c[name]) for c in theirs["kv"]]
 
 
-@pytest.mark.parametrize("name", ["ring", "reference"])
+@pytest.mark.parametrize("name", module_names("headforcing.stores"))
 def test_a_longer_window_on_the_same_frames_makes_room(name: str) -> None:
     role = SlidingWindow(9)
     store = store_class(name)({role: Heads((0,), 1)}, window=9, layer=0)
@@ -219,7 +220,7 @@ def test_a_host_that_does_not_roll_keeps_its_chunks() -> None:
 
 
 def test_another_resolution_in_a_window_is_refused() -> None:
-    for name in ("ring", "reference"):
+    for name in module_names("headforcing.stores"):
         store = store_class(name)({Local(): Heads((0,), 1)}, window=9, layer=0)
         k = torch.zeros(1, 6, 2, 1, 4)
         store.write(Chunk(0, k, k, rolling=True))

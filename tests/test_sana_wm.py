@@ -24,6 +24,7 @@ from headforcing.errors import (
 )
 from headforcing.integrations import sana_wm
 from headforcing.integrations.sana_wm import SanaWM
+from headforcing.lookup import module_names
 from headforcing.roles import CommitForcing, Full, HeadRole, Local, SlidingWindow
 from headforcing.testing import check_adapter, check_names, snapshot
 from headforcing.testing.hosts.sana_wm import DIFFUSERS, FPS, GRID, TOKENS, SanaWMHost
@@ -108,7 +109,7 @@ def model() -> Any:
 
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("store", ["ring", "reference"])
+@pytest.mark.parametrize("store", module_names("headforcing.stores"))
 def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.dtype, store: str) -> None:
     model = made(rope, gated, dtype)
     expected = refined(model)

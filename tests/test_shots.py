@@ -22,6 +22,7 @@ from headforcing.errors import (
     WindowError,
 )
 from headforcing.integrations.rolling_forcing import RollingForcing
+from headforcing.lookup import module_names
 from headforcing.metrics.output_regret import OutputRegret
 from headforcing.profiler import Protocol, profile_heads
 from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
@@ -41,7 +42,7 @@ from headforcing.types import Chunk, Heads, Pin
 
 HOST = LongLive2Host()
 CHUNK, FRAMES, CUT, OFFSET = 3, 42, 12, 8.0
-STORES = ("ring", "reference")
+STORES = module_names("headforcing.stores")
 OWN = SlidingWindow(9, 1, positions="absolute")
 MODES = (torch.no_grad, torch.inference_mode)
 
