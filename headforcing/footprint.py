@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number, by the name of its type."""
-RING_BUFFERS = 3
-"""The `ring` store keeps keys before RoPE, rotated keys, and values."""
-RING_ID = 8
+BUFFERS = {"ring": 3, "lean": 2}
+"""Stores that have a slot for every frame that a role may keep: keys before RoPE, values; rotated keys."""
+FRAME_ID = 8
 """And the number of every frame, once per role and layer."""
 
 
@@ -80,7 +80,7 @@ class ModelSize:
     @property
     def ring_head_bytes(self) -> int:
         """What the `ring` store holds for one frame in one head, at most: 1.5 times, and a number."""
-        return RING_BUFFERS * self.head_bytes // 2 + RING_ID
+        return BUFFERS["ring"] * self.head_bytes // 2 + FRAME_ID
 
     def kv_bytes(self, roles: RoleMap) -> int | None:
         """Keys and values of what is kept and of the own chunk; `None` is without bound.
@@ -96,21 +96,33 @@ class ModelSize:
 
         return self._most(None, roles, keeps_beside, (self.head_bytes, 0))
 
-    def ring_bytes(self, roles: RoleMap) -> int | None:
-        """What `status().stored_bytes` says of a full `ring` store at the end of a chunk, at most.
+    def stored_bytes(self, store: str, roles: RoleMap) -> int | None:
+        """What `status().stored_bytes` says of a full store at the end of a chunk, at most.
 
-        `None` is without bound. Roles for which the store packs a part of what it keeps are simulated.
+        `None` is without bound. Counted from the capacity of roles where a store has slots and copies nothing
+        for them; all else is simulated.
+
+        Args:
+            store: name of the store.
+            roles: roles that fit the window.
 
         Raises:
-            OptionError: what the store packs cannot be told from the size of a head.
+            OptionError: there is no such store, or what it holds cannot be told from the size of a head.
             WindowError: a role that has to be simulated does not fit the window.
         """
         from headforcing.steady import keeps_beside
+        from headforcing.stores import store_class
+
+        store_class(store)  # refuses unknown names, also where nothing is simulated
 
         def moves(role: HeadRole) -> bool:
-            return packs(role) or keeps_beside(role)
+            return store not in BUFFERS or keeps_beside(role) or (store == "ring" and packs(role))
 
-        return self._most("ring", roles, moves, (RING_BUFFERS * self.head_bytes // 2, RING_ID))
+        return self._most(store, roles, moves, (BUFFERS.get(store, 0) * self.head_bytes // 2, FRAME_ID))
+
+    def ring_bytes(self, roles: RoleMap) -> int | None:
+        """The same of the `ring` store."""
+        return self.stored_bytes("ring", roles)
 
     def store_bytes(self, store: str, roles: RoleMap) -> int | None:
         """What `status().stored_bytes` says of any full store at the end of a chunk, at most.

@@ -15,7 +15,7 @@ import headforcing as hf
 from headforcing.cli import app
 from headforcing.cli.presets import in_units
 from headforcing.errors import OptionError
-from headforcing.footprint import MODELS, ModelSize
+from headforcing.footprint import BUFFERS, MODELS, ModelSize
 from headforcing.presets import PRESETS
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.forcing_kv import Dynamic
@@ -122,13 +122,10 @@ PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 @pytest.mark.parametrize(
     ("store", "row"),
     [
-        ("ring", ROWS["pyramid"]),
-        ("ring", ROWS["veils"]),
-        ("ring", ROWS["pieces"]),
-        ("ring", ROWS["averages"]),
+        *((store, row) for store in BUFFERS for row in ROWS.values()),
         ("reference", (Wave(), Strided(), *PLAIN[:2])),
     ],
-    ids=["pyramid", "veils", "pieces", "averages", "reference"],
+    ids=[*(f"{store}, {name}" for store in BUFFERS for name in ROWS), "reference"],
 )
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
@@ -139,8 +136,11 @@ def test_a_real_rollout_holds_as_many_bytes(row, store):
         for chunk in range(32):
             rig.video(caches, 1, first=chunk)
             held.append(handle.status().stored_bytes)
-    said = size.kv_bytes(roles) if store == "reference" else size.ring_bytes(roles)
-    assert max(held[12:]) == said
+    assert max(held[12:]) == size.stored_bytes(store, roles)
+    if store == "reference":
+        assert max(held[12:]) == size.kv_bytes(roles)
+    if store == "ring":
+        assert max(held[12:]) == size.ring_bytes(roles)
 
 
 def test_frames_are_those_of_a_noisy_pass_and_bytes_those_after_the_clean_one():
@@ -170,10 +170,26 @@ def test_what_averages_take_by_hand():
 
 def test_plain_roles_are_counted_as_they_are_simulated():
     for role in PLAIN:
-        for store, count in ((None, ModelSize.kv_bytes), ("ring", ModelSize.ring_bytes)):
-            size, one = MODELS["wan-1.3b"], hf.RoleMap.uniform(role, 30, 12)
+        size, one = MODELS["wan-1.3b"], hf.RoleMap.uniform(role, 30, 12)
+        said = {None: size.kv_bytes(one)} | {store: size.stored_bytes(store, one) for store in BUFFERS}
+        for store, count in said.items():
             held = held_bytes(store, role, 21, 3, 2).of(12, size.tokens_per_frame, size.head_dim)
-            assert count(size, one) == 30 * max(held)
+            assert count == 30 * max(held)
+
+
+def test_a_store_with_slots_twice_takes_a_third_less():
+    size, roles = MODELS["wan-1.3b"], hf.RoleMap((PLAIN * 3,) * 30)
+    lean, ring = (size.stored_bytes(store, roles) for store in ("lean", "ring"))
+    assert size.kv_bytes(roles) < lean < 1.001 * size.kv_bytes(roles)
+    assert 1.499 < ring / lean < 1.5
+
+
+def test_a_store_that_there_is_not_is_refused_and_what_grows_has_no_size():
+    size = MODELS["demo"]
+    with pytest.raises(OptionError, match="unknown store 'disk': expected one of lean, reference, ring"):
+        size.stored_bytes("disk", hf.RoleMap.uniform(Local(1), 6, 4))
+    for store in ("lean", "reference", "ring"):
+        assert size.stored_bytes(store, hf.RoleMap.uniform(Full(), 6, 4)) is None
 
 
 # --- headforcing presets ------------------------------------------------------------------------------
