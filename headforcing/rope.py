@@ -4,6 +4,8 @@ The base models ship a table of complex multipliers `[rows, D/2]` whose columns 
 height and width. Inside the table we use its rows, so the result is the host's, bit for bit; past its
 last row the angle is computed, so there is no frame number at which it ends. Other models have tables of
 cosines and sines, and in them only the frames of the call: these are computed at any position.
+
+The device decides how: frame by frame on a CPU, all frames at once elsewhere (`headforcing.fused`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import RoleError
+from headforcing.fused import at_once
 from headforcing.types import runs
 
 THETA = 10000
@@ -43,16 +46,24 @@ def rotate(
         do; computed in the precision of the table.
     """
     time = temporal_columns(table)
-    spatial = _spatial_rows(table[:, time:], height, width, patch)
-    turns = table.new_empty(len(spatial), table.shape[1])  # [P, D/2]
-    turns[:, time:] = spatial
+    times = temporal_rows(table[:, :time], positions)
+    spaces = _spatial_rows(table[:, time:], height, width, patch)
+    if x.device.type == "cpu":
+        return _by_frame(x, times, spaces)
+    return at_once(x, (times.real, times.imag), (spaces.real, spaces.imag))
+
+
+def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
+    """Complex multiplication, frame by frame: on a CPU, the wide copies of a frame stay in the cache."""
+    turns = times.new_empty(len(spaces), times.shape[1] + spaces.shape[1])  # [P, D/2]
+    turns[:, times.shape[1] :] = spaces
     out = torch.empty_like(x)
-    for frame, turn in enumerate(temporal_rows(table[:, :time], positions)):
-        turns[:, :time] = turn
-        wide = x[:, frame].to(table.real.dtype, memory_format=torch.contiguous_format, copy=True)
+    for frame, turn in enumerate(times):
+        turns[:, : times.shape[1]] = turn
+        wide = x[:, frame].to(times.real.dtype, memory_format=torch.contiguous_format, copy=True)
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, P, H, D/2], shares memory
         pairs *= turns[:, None]
-        out[:, frame] = wide  # frame by frame: the wide copies stay in the CPU's cache
+        out[:, frame] = wide
     return out
 
 
@@ -79,6 +90,8 @@ def rotate_real(
         table[: height * width, time:].unflatten(0, (height, width))[merged].flatten(0, 1) for table in tables
     ]
     times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
+    if x.device.type != "cpu":
+        return at_once(x, times, (spaces[0], spaces[1]))
     out = torch.empty_like(x)
     for frame in range(x.shape[1]):
         cos, sin = (
@@ -102,14 +115,21 @@ def begins(columns: Tensor) -> list[int]:
     return [0, *(moved.nonzero()[:, 0] + 1).tolist()]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def temporal_tables(
     positions: tuple[float, ...], columns: int, dtype: torch.dtype, device: torch.device
 ) -> Tables:
-    """Temporal columns of cosines and sines at any positions, `[n, columns]`, computed where tables are."""
+    """Temporal columns of cosines and sines at any positions, `[n, columns]`.
+
+    Computed on the CPU, as hosts do. Positions that were not there before are copied to an accelerator once,
+    without waiting for it.
+    """
     rates = 1.0 / THETA ** (torch.arange(0, 2 * columns, 2, dtype=dtype) / (2 * columns))
     angles = torch.outer(torch.tensor(positions, dtype=dtype), rates)
-    return angles.cos().to(device), angles.sin().to(device)
+    found = torch.stack([angles.cos(), angles.sin()])
+    found = found.pin_memory() if device.type == "cuda" else found
+    cos, sin = found.to(device, non_blocking=True)
+    return cos, sin
 
 
 def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
@@ -122,7 +142,8 @@ def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
     parts, table_dtype = [], table.real.dtype
     for whole, group in itertools.groupby(positions, lambda position: isinstance(position, int)):
         if not whole:
-            parts.append(_turns(table, torch.tensor([*group], dtype=table_dtype, device=table.device)))
+            angles = [torch.full((), place, dtype=table_dtype, device=table.device) for place in group]
+            parts.append(_turns(table, torch.stack(angles)))  # made where they are: nothing to wait for
             continue
         for start, stop in runs([int(position) for position in group]):
             if stop <= len(table):

@@ -1,0 +1,106 @@
+"""Rotation of all frames at once, in one kernel: for accelerators, where every small one costs a launch.
+
+`turned` is the specification. `at_once` runs it compiled wherever tensors hold data and lie on no CPU: the
+device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch raises.
+One compiled function serves every number of frames, tokens and heads; it is made anew only for another dtype,
+device, head dim or kind of memory layout, of which a video has six at most.
+
+On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.rope` bit for bit,
+in float32 and below; in float64 it was so wherever it was tried, and is within rounding in any case. On an
+accelerator the compiler may multiply and add in one step: not measured, no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines."""
+_Turned = Callable[[Tensor, Tensor, Tensor], Tensor]
+_PLAIN = ("cpu", "meta")
+
+
+def turned(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
+    """Turns neighbouring channels: `(a, b) -> (a cos - b sin, b cos + a sin)`, in the precision of the turns.
+
+    Args:
+        x: `[A, F*P, D]` or, with several samples one behind the other, `[A, B*F*P, D]`.
+        times: cosines and sines of every frame, `[2, F + 1, T]`, flat, the last row unused: so no size of it
+            is 1 or equal to another one, which a compiler would make use of.
+        spaces: those of every patch, `[2, P, S]` with `T + S = D/2`; columns behind those of `times`.
+
+    Returns:
+        As `x`, in its dtype.
+    """
+    patches, columns = spaces.shape[1], x.shape[2] // 2 - spaces.shape[2]
+    rows = times.shape[0] // (2 * columns)
+    token = torch.arange(x.shape[1], device=x.device) % ((rows - 1) * patches)
+    time = times.unflatten(0, (2, rows, columns)).index_select(1, token // patches)
+    cos, sin = torch.cat([time, spaces.index_select(1, token % patches)], -1)  # [F*P, D/2]
+    cos, sin = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
+    wide = x.to(cos.dtype)
+    partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    rotated: Tensor = (wide * cos + partner * sin).to(x.dtype)
+    return rotated
+
+
+def at_once(x: Tensor, times: Turns, spaces: Turns) -> Tensor:
+    """Rotates frames `[B, n, P, Hr, D]`; the result lies as `x` does.
+
+    Args:
+        x: queries or keys before RoPE.
+        times: of every frame, `[n, T]` each.
+        spaces: of every patch, `[P, S]` each.
+    """
+    plain = x.device.type in _PLAIN or (x.requires_grad and torch.is_grad_enabled())
+    with torch.inference_mode(False):
+        time = torch.cat([part.flatten() for turns in times for part in (turns, turns[-1])])
+        space = torch.stack(spaces)
+        flat, back = _tokens(x)
+        if plain:
+            return back(turned(flat, time, space))
+        flat = _alone(flat)
+        torch._dynamo.mark_static(flat, 2)  # channels are those of the model
+        torch._dynamo.mark_static(space, [0, 2])
+        with torch.no_grad():
+            return back(compiled(x.device, x.dtype, x.shape[4])(flat, time, space))
+
+
+@functools.cache
+def compiled(device: torch.device, dtype: torch.dtype, channels: int) -> _Turned:
+    """`turned`, compiled when it is called first.
+
+    PyTorch counts for every code object how often it had to compile it, and gives up at some number, with an
+    error: so every device, dtype and number of channels has its own.
+    """
+    code = turned.__code__.replace(co_name=f"turned_{str(dtype).rpartition('.')[2]}")
+    own = types.FunctionType(code, turned.__globals__)
+    return cast(_Turned, torch.compile(own, dynamic=True, fullgraph=True))
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Frames `[B, n, P, Hr, D]` as `[A, M, D]`, `M` over tokens of frames, and the way back.
+
+    A view wherever frames of a bank or of a whole chunk come in; else a copy.
+    """
+    batch, frames, patches, heads, _ = x.shape
+    if x.stride(3) < x.stride(2):  # token by token
+        flat = x.permute(3, 0, 1, 2, 4).flatten(1, 3)
+        return flat, lambda y: y.unflatten(1, (batch, frames, patches)).permute(1, 2, 3, 0, 4)
+    flat = x.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    return (
+        flat,
+        lambda y: y.unflatten(1, (frames, patches)).unflatten(0, (batch, heads)).permute(0, 2, 3, 1, 4),
+    )
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: of a view, a compiled function also minds where it begins."""
+    own: Tensor = torch.from_dlpack(x.detach())  # type: ignore[attr-defined]
+    return own
