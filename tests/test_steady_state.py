@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,7 @@ from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWind
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
 
 WINDOW, CHUNK, TOKENS, DIM = 12, 3, 2, 4
@@ -59,6 +61,8 @@ EVERY_ROLE = (*ROLES.values(), Anchor(1))  # the heads of the anchor role are no
 ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "every role": EVERY_ROLE}
 FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "every role")]
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +132,20 @@ class Layer:
         return sdpa(parts, num_heads)
 
 
+class FromHost(TorchFunctionMode):
+    """Writes down tensors made of Python numbers on a device: no operator tells of the copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.device.type != "cpu":
+            self.made.append(f"{func.__name__} on {out.device}")
+        return out
+
+
 class Operators(TorchDispatchMode):
     """Writes down every operator that runs: name, shapes, whether it reads data, whether it moves it."""
 
@@ -185,11 +203,12 @@ def check_no_operator_depends_on_data(layer: Layer) -> None:
 def check_data_is_never_read(layer: Layer) -> None:
     """For a layer on the meta device: any read of data raises, any transfer is written down."""
     layer.run(WARM_UP)
-    with Operators() as seen:
+    with FromHost() as host, Operators() as seen:
         layer.run(4)
     assert {x.device.type for x in layer.cache.values()} == {"meta"}
     assert seen.reads == []
     assert seen.moves == []
+    assert host.made == []
 
 
 def work(layer: Layer) -> list[list[Any]]:
@@ -288,26 +307,29 @@ def check_history_is_rotated_once_per_chunk(layer: Layer, turns: Turns) -> None:
 # What we ship passes them -------------------------------------------------------------------------
 
 
+@both_stores
 @each_row
-def test_no_operator_depends_on_data(row):
-    check_no_operator_depends_on_data(Layer(row))
+def test_no_operator_depends_on_data(row, store):
+    check_no_operator_depends_on_data(Layer(row, store=store))
 
 
 PYRAMID = {"wave": (Wave(), Wave()), "strided": (Strided(), Strided()), "veil": (Veil(patch=1), Wave())}
 every_row = pytest.mark.parametrize("row", [*ROWS.values(), *PYRAMID.values()], ids=[*ROWS, *PYRAMID])
 
 
+@both_stores
 @every_row
-def test_no_data_is_read_and_none_crosses_devices(row, monkeypatch):
+def test_no_data_is_read_and_none_crosses_devices(row, store, monkeypatch):
     with verdicts_left_out(monkeypatch) as checked:
-        layer = Layer(row, device="meta")
+        layer = Layer(row, device="meta", store=store)
         check_data_is_never_read(layer)
     assert checked == list(range(0, layer.start - CHUNK, CHUNK)), "one check for NaN per commit"
 
 
+@both_stores
 @pytest.mark.parametrize("row", FIXED, ids=lambda row: str(row[0]))
-def test_every_chunk_is_the_same_work(row):
-    check_work_is_constant(Layer(row))
+def test_every_chunk_is_the_same_work(row, store):
+    check_work_is_constant(Layer(row, store=store))
 
 
 @pytest.mark.parametrize("row", [ROWS["memory, uniform"], EVERY_ROLE], ids=["uniform", "every role"])
@@ -342,13 +364,35 @@ def test_compact_history_is_rotated_in_the_first_pass_of_a_chunk():
     assert turned(layer, turns) == [8, 0, 0], "all but the sink"
 
 
+@pytest.mark.parametrize("name", ["absolute", "memory, max-min"])
+def test_the_lean_store_rotates_all_it_shows_in_every_pass(name):
+    turns = Turns()
+    layer = Layer([ROLES[name]], adapter=turns, store=LeanStore).run(WARM_UP)
+    assert turned(layer, turns) == [WINDOW - CHUNK] * 3
+
+
 def test_no_tensor_stays():
-    check_no_tensor_stays(Layer(), chunks=60)
+    check_no_tensor_stays(Layer(), chunks=100)
 
 
+@pytest.mark.parametrize("row", [PYRAMID["wave"], PYRAMID["strided"]], ids=["wave", "strided"])
+def test_no_copy_stays_and_all_of_them_stay_where_they_are(row):
+    check_no_tensor_stays(Layer(row), chunks=100)
+
+
+def test_no_tensor_stays_in_the_lean_store():
+    """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of rooms do."""
+    layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
+    (stream,) = layer.handle._plans[0].streams.values()
+    rooms = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
+    check_no_tensor_stays(layer, chunks=100)
+    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == rooms
+
+
+@both_stores
 @pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
-def test_nothing_stays_of_what_is_kept_beside_frames(role):
-    layer = Layer([role, role], passes=2, addresses=False)
+def test_nothing_stays_of_what_is_kept_beside_frames(role, store):
+    layer = Layer([role, role], passes=2, addresses=False, store=store)
     check_no_tensor_stays(layer, chunks=60)
     check_no_object_stays(layer, chunks=100, allowed=SOME_BYTES)
 
@@ -364,6 +408,46 @@ def test_nothing_stays_of_ten_thousand_chunks():
     check_no_tensor_stays(layer, chunks=9000)
     check_no_object_stays(layer, chunks=900, allowed=64 * 1024)
     assert layer.start >= 30_000
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@both_stores
+@every_row
+def test_no_host_waits_for_a_gpu(row, store):
+    layer = Layer(row, store=store, device="cuda").run(WARM_UP)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.run(8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_host_that_waits_is_found():
+    layer = Layer(**reading(SEEN["item"]), device="cuda").run(WARM_UP)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            layer.run(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@both_stores
+@every_row
+def test_a_gpu_allocates_nothing_that_stays(row, store):
+    ring = store is RingStore and not any(role.digest() for role in row)
+    layer = Layer(row, store=store, device="cuda", addresses=ring).run(WARM_UP)
+    torch.cuda.synchronize()
+    before, buffers = torch.cuda.memory_allocated(), set(layer.buffers)
+    layer.run(100)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert layer.buffers == buffers
 
 
 # Planted bugs fail them ---------------------------------------------------------------------------
@@ -392,6 +476,7 @@ MOVES: dict[str, Callable[[Tensor], Any]] = {
     "index by list": lambda k: k[torch.tensor([0])],
     "to the host": lambda k: k.cpu(),
     "from the host": lambda k: k + torch.zeros(DIM),
+    "made of numbers": lambda k: k + torch.tensor([1.0] * DIM, device=k.device),
 }
 META = {**SEEN, **UNSEEN, **MOVES}
 
