@@ -3,7 +3,7 @@
 `turned` is the specification. `at_once` runs it compiled wherever tensors hold data and lie on no CPU: the
 device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch raises.
 One compiled function serves every number of frames, tokens and heads; it is made anew only for another dtype,
-device, head dim or kind of memory layout, of which a video has six at most.
+device, head dim or kind of memory layout, of which a video has about six.
 
 On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.rope` bit for bit,
 in float32 and below; in float64 it was so wherever it was tried, and is within rounding in any case. On an

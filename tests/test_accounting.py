@@ -22,6 +22,9 @@ from headforcing.demo.attention import DemoCausalSelfAttention, DemoConfig, rope
 from headforcing.lookup import module_names
 from headforcing.presets import PRESETS
 from headforcing.roles import HeadRole, Local, Memory
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
+from headforcing.roles.pyramid_forcing import Veil
 from headforcing.stores import store_class
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.reference import ReferenceStore
@@ -184,6 +187,16 @@ def test_what_the_lean_store_rotates_is_free_when_the_layer_is_through(name: str
             video.run(4)
         above.append(found.peak)
     assert above[1] <= above[0] + HEADS * FRAME, above
+
+
+@pytest.mark.parametrize("role", [Veil(), Averaging(), Dynamic()], ids=lambda role: type(role).__name__)
+def test_the_lean_store_keeps_nothing_of_what_was_looked_at(role: HeadRole) -> None:
+    held = {}
+    for name in ("lean", "ring"):
+        video = Video([role] * HEADS, name).run(FULL_AFTER)
+        held[name] = [x for _, stream in video.handle._streams() for x in stream.store.digests._seen.values()]
+    assert held["lean"] == []
+    assert held["ring"] != []
 
 
 @pytest.mark.parametrize("store", STORES)
