@@ -175,7 +175,7 @@ def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> lis
     for index in range(chunks):
         k, v = torch.randn(2, *shape, generator=generator).to(DTYPES[tiny.itemsize])
         try:
-            store.write(Chunk(index * chunk, k, v, tiny.grid, k))
+            store.write(Chunk(index * chunk, k, v, tiny.grid, k.clone()))  # in memory of their own
         except StreamShapeError as error:
             raise OptionError(f"{role} cannot be simulated on {tiny.grid} patches: {error}") from error
         kept = store.nbytes()
