@@ -187,7 +187,7 @@ def main() -> None:
                 f"load {found['load_average'][0]:.1f}\n"
             )
             if args.profile:
-                found["profile"] = phases(partial(filled, case, args), 2)
+                found["profile"] = phases(partial(filled, case, args), 2, args.store)
                 show_phases(console, found["profile"])
             report["cases"].append(found)
             write(args.out, report)

@@ -121,9 +121,9 @@ def equal_frames(mix: Mix, case: Case) -> int:
 def equal_bytes(mix: Mix, case: Case, store: str) -> int | None:
     """Frames of StreamingLLM whose bytes in the store are nearest; `None`: more than the window would be."""
     size = size_of(case)
-    wanted = size.store_bytes(store, RoleMap((tuple(role.fit(case.window, CHUNK) for role in mix.roles),)))
+    wanted = size.stored_bytes(store, RoleMap((tuple(role.fit(case.window, CHUNK) for role in mix.roles),)))
     held = {
-        frames: size.store_bytes(store, RoleMap((tuple(streaming(frames, case).roles),)))
+        frames: size.stored_bytes(store, RoleMap((tuple(streaming(frames, case).roles),)))
         for frames in range(CHUNK + 1, case.window + 1)
     }
     assert wanted is not None  # no mix grows

@@ -16,7 +16,7 @@ from torch import nn
 
 from headforcing.demo import attention as demo
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.stores.ring import RingStore
+from headforcing.stores import store_class
 
 SDPA = "scaled_dot_product_attention"
 
@@ -66,18 +66,21 @@ PHASES = {
 }
 
 
-def phases(make: Callable[[dict[str, Any]], Sequence[Any]], repeats: int) -> list[dict[str, Any]]:
+def phases(make: Callable[[dict[str, Any]], Sequence[Any]], repeats: int, store: str) -> list[dict[str, Any]]:
     """Milliseconds per phase, of the first pass over a chunk and of a later one.
 
     Args:
         make: makes variants whose memory is full, with options for head forcing.
         repeats: chunks of which the best counts.
+        store: where keys and values live, by name.
     """
-    clock = Clock()
-    store = type("Store", (RingStore,), {n: clock.wrap(getattr(RingStore, n), p) for n, p in PHASES.items()})
+    clock, own = Clock(), store_class(store)
+    timed = type(
+        "Timed", (own,), {name: clock.wrap(getattr(own, name), phase) for name, phase in PHASES.items()}
+    )
     rotate = clock.wrap(SelfForcing.rotate, "rotate queries")
     adapter = type("Rotating", (SelfForcing,), {"rotate": rotate})()
-    chosen = make({"store": store, "adapter": adapter})
+    chosen = make({"store": timed, "adapter": adapter})
     dense: Any = demo.DemoCausalSelfAttention
     rows = []
     with ExitStack() as stack:

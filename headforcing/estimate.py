@@ -157,7 +157,7 @@ def takes(choice: Choice, setting: Setting) -> Takes:
     heads = sum(counts.values())
     frames = sum((found.attended * counts[role] for role, found in seen.items() if found), Fraction())
     share = Fraction(size.count, heads) * setting.streams
-    stored, kept = size.store_bytes(setting.store, choice.roles), size.kv_bytes(choice.roles)
+    stored, kept = size.stored_bytes(setting.store, choice.roles), size.kv_bytes(choice.roles)
     assert stored is not None
     assert kept is not None  # no role grows
     done = [

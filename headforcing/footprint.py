@@ -124,19 +124,6 @@ class ModelSize:
         """The same of the `ring` store."""
         return self.stored_bytes("ring", roles)
 
-    def store_bytes(self, store: str, roles: RoleMap) -> int | None:
-        """What `status().stored_bytes` says of any full store at the end of a chunk, at most.
-
-        `None` is without bound. The `ring` store by its arithmetic; others are simulated with every role.
-
-        Raises:
-            OptionError: there is no such store, or what it holds cannot be told from the size of a head.
-            WindowError: a role does not fit the window.
-        """
-        if store == "ring":
-            return self.ring_bytes(roles)
-        return self._most(store, roles, lambda role: True, (0, 0))
-
     def _most(
         self, store: str | None, roles: RoleMap, moves: Callable[[HeadRole], bool], slot: tuple[int, int]
     ) -> int | None:

@@ -1,7 +1,8 @@
 """Rotation of all frames at once, in one kernel: for accelerators, where every small one costs a launch.
 
-`turned` is the specification. `at_once` runs it compiled wherever tensors hold data and lie on no CPU: the
-device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch raises.
+`turned` is the specification. `at_once` runs it compiled where PyTorch brings a compiler for the device: the
+device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch
+raises; with `TORCH_COMPILE_DISABLE=1` in the environment it is run as it is.
 One compiled function serves every number of frames, tokens and heads; it is made anew only for another dtype,
 device, head dim or kind of memory layout, of which a video has about six.
 
@@ -23,7 +24,8 @@ from torch import Tensor
 Turns = tuple[Tensor, Tensor]
 """Cosines and sines."""
 _Turned = Callable[[Tensor, Tensor, Tensor], Tensor]
-_PLAIN = ("cpu", "meta")
+COMPILED = ("cuda", "xpu")
+"""Devices for which a compiler comes with PyTorch."""
 
 
 def turned(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ def at_once(x: Tensor, times: Turns, spaces: Turns) -> Tensor:
         times: of every frame, `[n, T]` each.
         spaces: of every patch, `[P, S]` each.
     """
-    plain = x.device.type in _PLAIN or (x.requires_grad and torch.is_grad_enabled())
+    plain = x.device.type not in COMPILED or (x.requires_grad and torch.is_grad_enabled())
+    plain = plain or torch._dynamo.config.disable  # PyTorch's own name for the variable in the environment
     with torch.inference_mode(False):
         time = torch.cat([part.flatten() for turns in times for part in (turns, turns[-1])])
         space = torch.stack(spaces)

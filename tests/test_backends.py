@@ -19,6 +19,7 @@ from headforcing.lookup import module_names
 from headforcing.needs import Case, Needs
 from headforcing.roles import Anchor, Local, Memory, SlidingWindow
 from headforcing.roles.pyramid_forcing import Veil, Wave
+from headforcing.segments import Layout, plan_of
 from headforcing.testing import Rig, check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
 from headforcing.testing.strategies import arrangements
@@ -284,6 +285,25 @@ def test_a_video_in_inference_mode():
     with hf.apply_head_forcing(rig.model, ROLES, window=9, backend="flex"), torch.inference_mode():
         again = torch.stack(rig.video(rig.caches(), 5)).double()
     assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_ring_store_is_read_in_place(batch):
+    """Of whole frames that are all seen nothing is copied for a kernel that takes rows, warm-up included."""
+    plans = []
+
+    def noting(parts, num_heads):
+        plans.append(plan_of(Layout.of(parts)))
+        return sdpa(parts, num_heads)
+
+    rig = Rig(9)
+    hf.apply_head_forcing(rig.model, [[Local(), Anchor(), Memory(), SlidingWindow(6)]] * 2, backend=noting)
+    caches = rig.caches(batch)
+    for start in range(0, 36, 3):
+        for draw in (1, 0):
+            rig.call(caches, start, 3, draw=draw)
+    assert not any(plan.packed for plan in plans)
+    assert plans[-1] is plans[-2], "the plan of a full memory is made once"
 
 
 def test_the_same_backend_by_name_and_function_is_one_application():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,7 +116,7 @@ SAME = 2
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
     """Compiles on the CPU, with a backend that only counts."""
     counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(fused, "_PLAIN", ())
+    monkeypatch.setattr(fused, "COMPILED", ("cpu",))
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=counter, **how))
     compiled.cache_clear()
     yield counter
@@ -175,12 +178,23 @@ def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no compiler here")
 
     compile_ = torch.compile
-    monkeypatch.setattr(fused, "_PLAIN", ())
+    monkeypatch.setattr(fused, "COMPILED", ("cpu",))
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=broken, **how))
     compiled.cache_clear()
     with pytest.raises(Exception, match="no compiler here"):
         fast(*next(every_call()))
     compiled.cache_clear()
+
+
+def test_nothing_is_compiled_where_the_environment_forbids_it() -> None:
+    program = (
+        "import torch; from headforcing import fused; fused.COMPILED = ('cpu',); "
+        "x = torch.randn(1, 2, 6, 3, 8); turns = [torch.rand(2, 2)] * 2, [torch.rand(6, 2)] * 2; "
+        "fused.at_once(x, *turns); "
+        "assert not torch._dynamo.utils.counters['stats'], torch._dynamo.utils.counters"
+    )
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 @pytest.mark.slow
@@ -189,7 +203,7 @@ def test_compiled_it_is_the_plain_function_bit_for_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [fast(*call) for call in every_call(dtype, batches=(2,))]
-    monkeypatch.setattr(fused, "_PLAIN", ())
+    monkeypatch.setattr(fused, "COMPILED", ("cpu",))
     compiled.cache_clear()
     for call, plain in zip(every_call(dtype, batches=(2,)), expected, strict=True):
         assert torch.equal(fast(*call), plain)
