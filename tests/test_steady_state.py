@@ -257,14 +257,16 @@ def check_no_object_stays(layer: Layer, chunks: int, allowed: int) -> None:
     tracemalloc.start()
     try:
         layer.run(100)  # what was made before tracing began is replaced once
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        layer.run(chunks)
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        grown = [allowed + 1]
+        while grown[-1] > allowed and len(grown) <= 3:  # what stays grows again, what others do does not
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            layer.run(chunks)
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - before)
     finally:
         tracemalloc.stop()
-    assert grown <= allowed, f"Python memory grew by {grown} bytes in {chunks} chunks"
+    assert grown[-1] <= allowed, f"Python memory grew by {grown[1:]} bytes in {chunks} chunks each"
 
 
 class Turns(SelfForcing):
