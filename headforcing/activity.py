@@ -30,6 +30,7 @@ class Activity:
         bypassed: calls that went to the original forward although they had a cache.
         depth, observers: calls in progress, and who is shown every call.
         hears_phases: whether a hook tells the phase.
+        hears_prompts: whether hooks make a new prompt heard.
         order: written by every compiled call; see `headforcing.traced`.
         way: modules that hold or are attentions, by name; unknown in a copy.
     """
@@ -42,7 +43,7 @@ class Activity:
         self.bypassed = 0
         self.depth = 0
         self.observers: list[Observer] = []
-        self.hears_phases = False
+        self.hears_phases = self.hears_prompts = False
         self.way: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
         self._sought_idle = False
         self._weights = Watch()

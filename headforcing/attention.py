@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headforcing import traced
 from headforcing.adapter import Adapter
 from headforcing.backends import Part
-from headforcing.errors import StreamActiveError, StreamError
+from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
 from headforcing.observation import Observation
 from headforcing.plan import LayerPlan
 from headforcing.rerun import rerun, seats
@@ -51,7 +51,16 @@ class HeadForcingMixin(nn.Module):
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call as one operator of a graph, or served between two graphs."""
+        if not traced.POSSIBLE:
+            return _between_graphs(self, args, kwargs)
         plan, adapter = self._headforcing, self._headforcing.options.adapter
+        if torch.compiler.is_exporting():
+            raise PatchedModuleError(
+                f"layer {plan.layer}: an exported program outlives the memory of this process: remove head "
+                "forcing before torch.export, or use torch.compile"
+            )
+        if plan.activity.hears_prompts:
+            pass  # asked so that graphs made before its hooks were put in are made anew
         outline = adapter.outline(self, args, kwargs)
         if outline is None or needs_grad(self, outline.like) or not traced.fits(outline.call):
             return _between_graphs(self, args, kwargs)
@@ -125,7 +134,8 @@ class HeadForcingMixin(nn.Module):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (original_class(self),), self.__dict__
+        own: Any = self  # what PyTorch compiled for this object stays with it
+        return _rebuild, (original_class(self),), own.__getstate__()
 
 
 def _sizes(adapter: Adapter, call: AttentionCall, view: KVView) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class TellPhase:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the phase of the pass that begins."""
-        if torch.compiler.is_compiling() and traced.fits([args, kwargs]):
+        if torch.compiler.is_compiling() and traced.POSSIBLE and traced.fits([args, kwargs]):
             traced.hear(self.key, self.activity.order, args, kwargs)
         else:
             self._between_graphs(args, kwargs)
@@ -93,6 +93,7 @@ def hear_prompts(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
             f"{plans[0].options.adapter.name} names {len(crosses)} cross-attentions for {len(plans)} layers: "
             "expected one each, or none"
         )
+    plans[0].activity.hears_prompts = True  # a compiled model looks at this, but not at hooks
     for plan, cross in zip(plans, crosses, strict=False):
         if not any(isinstance(hook, NewPrompt) for hook in cross._forward_pre_hooks.values()):
             cross.register_forward_pre_hook(NewPrompt(plan), with_kwargs=True)

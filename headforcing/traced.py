@@ -4,8 +4,9 @@
 of attention is `headforcing::attend`: it knows the shape of what comes out, and which tensors are written.
 When the graph runs, the operator puts the call together again and serves it as without a compiler.
 
-What is written is declared, with one exception: the first call of a timeline takes the host's own keys and
-values their memory (`Adapter.release`). No graph reads them, and declared they would be copied.
+What is written is declared, with one exception: the tensor that stands for the timeline, and the memory that
+the first call takes from the host's own keys and values (`Adapter.release`). No graph reads them, and what is
+declared may be copied.
 
 A call travels as its tensors, its numbers, and a template that says where they were. What cannot be taken
 apart so, because it carries an object of the host's own, is served between two graphs.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from headforcing.errors import StreamShapeError
+from headforcing.errors import StreamError, StreamShapeError
 from headforcing.types import Outline
 
 
@@ -36,6 +37,8 @@ class Served(Protocol):
         """Serves one, without a compiler."""
 
 
+POSSIBLE = hasattr(torch.Tag, "cudagraph_unsafe")
+"""Whether an operator can forbid that CUDA graphs are captured around it: without, calls stay between graphs."""
 _served: MutableMapping[int, Served] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -44,12 +47,14 @@ def number(served: Served) -> Tensor:
     """A new number, by which an operator finds what serves its calls; a tensor, so that layers are alike."""
     key = next(_numbers)
     _served[key] = served
-    return torch.tensor(key, device="cpu")
+    with torch.inference_mode(False):
+        return torch.tensor(key, device="cpu")
 
 
 def counter() -> Tensor:
     """What every operator of a model writes, so that a graph leaves none out and keeps their order."""
-    return torch.zeros((), dtype=torch.long, device="cpu")
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.long, device="cpu")
 
 
 # Under the compiler -----------------------------------------------------------------------------------
@@ -127,7 +132,14 @@ def _place(x: Tensor, written: list[Tensor], tensors: list[Tensor]) -> str:
 # When the graph runs ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("headforcing::attend", mutates_args=("written",), tags=(torch.Tag.cudagraph_unsafe,))
+_operator = functools.partial(
+    torch.library.custom_op,
+    mutates_args=("written",),
+    **({"tags": (torch.Tag.cudagraph_unsafe,)} if POSSIBLE else {}),
+)
+
+
+@_operator("headforcing::attend")
 def _attend(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> Tensor:
@@ -156,7 +168,7 @@ def _(
     return tensors[0].new_empty(tensors[0].shape, dtype=_dtype(_read(template)))
 
 
-@torch.library.custom_op("headforcing::hear", mutates_args=("written",), tags=(torch.Tag.cudagraph_unsafe,))
+@_operator("headforcing::hear")
 def _hear(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> None:
@@ -174,7 +186,13 @@ def _(
 def _serve(written: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     key, order = written[:2]
     order.add_(1)
-    return _served[int(key)].serve(args, kwargs)
+    served = _served.get(int(key))
+    if served is None:
+        raise StreamError(
+            f"a graph calls head forcing number {int(key)}, which is gone or of another process: compile the "
+            "model where roles are applied"
+        )
+    return served.serve(args, kwargs)
 
 
 def _dtype(layout: Mapping[str, Any]) -> torch.dtype:

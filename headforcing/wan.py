@@ -113,6 +113,8 @@ class WanAdapter(Adapter):
 
     def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
         """See `Adapter.outline`; masks are for training, roles say what is seen."""
+        if len(args) > len(self.forward) or any(name in kwargs for name in self.forward[: len(args)]):
+            return None  # a wrong call, which says so where it is served
         call = {**dict(zip(self.forward, args, strict=False)), **kwargs, "block_mask": None}
         return None if call.get("kv_cache") is None else Outline(call, call[self.forward[0]])
 

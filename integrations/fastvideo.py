@@ -33,6 +33,7 @@ class FastVideo(CountingWan):
     name = "fastvideo"
     forward = (*GIVEN, "freqs_cis", "block_mask", "kv_cache", "current_start", "cache_start", "frame_seqlen")
     submodules, neighbour = ("attn",), "attn2"
+    counters = INDICES[1:]  # the first one is the anchor
     root, timestep = ("condition_embedder", "blocks"), ("timestep", 2)
 
     def read(

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import headforcing as hf
 from headforcing import traced
 from headforcing.adapter import Memo, find_adapter
-from headforcing.errors import StreamShapeError
+from headforcing.errors import StreamError, StreamShapeError
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, CommitForcing, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import Rig
@@ -120,7 +121,7 @@ def test_a_deeper_model_has_no_more_graphs(what: str) -> None:
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("name", ["self_forcing", "longlive2", "causvid"])
+@pytest.mark.parametrize("name", ["self_forcing", "longlive2", "causvid", "fastvideo"])
 def test_functionalised_graphs_give_the_same_bits(name: str) -> None:
     """What is written is copied and written back there, so nothing may be found by what it is copied from."""
     host = find_host(name)
@@ -274,6 +275,124 @@ def test_a_copy_of_a_compiled_model_serves_itself() -> None:
     got = rig.video(rig.caches(), 3)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert not any(bool(out.any()) for out in silent)
+
+
+@pytest.mark.parametrize("what", ["model", "blocks"])
+def test_a_prompt_switch_after_compiling_is_heard(what: str) -> None:
+    """Dynamo does not look at hooks, so a graph from before they were put in would go on without them."""
+    host = find_host("self_forcing")
+    model: Any = host.model()
+    handle, caches = apply(model), host.caches(model)
+    fast = torch.compile(model, backend="eager") if what == "model" else model
+    for block in model.blocks if what == "blocks" else ():
+        block.compile(backend="eager")
+    outs = passes(host, fast, caches, range(2))
+    host.switch_prompt(model, caches)
+    handle.switch_prompt("continue")
+    outs += passes(host, fast, caches, range(2, 4))
+    expected = switched()
+    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+    silent = passes(host, model, host.caches(model), range(4))
+    assert not torch.equal(outs[-1], silent[-1])
+
+
+@functools.cache
+def switched() -> list[Tensor]:
+    """The same without a compiler."""
+    host = find_host("self_forcing")
+    model = host.model()
+    handle, caches = apply(model), host.caches(model)
+    outs = passes(host, model, caches, range(2))
+    host.switch_prompt(model, caches)
+    handle.switch_prompt("continue")
+    return outs + passes(host, model, caches, range(2, 4))
+
+
+def test_attention_that_is_compiled_can_be_copied_and_saved() -> None:
+    rig, twin = Rig(9), Rig(9)
+    apply(rig.model)
+    for block in rig.model.blocks:
+        block.self_attn.compile(backend="eager", fullgraph=True)
+    expected = rig.video(rig.caches(), 2)
+    twin.model = copy.deepcopy(rig.model)
+    torch.save(rig.model, io.BytesIO())
+    with torch.no_grad():
+        for parameter in rig.model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(twin.video(twin.caches(), 2), expected, strict=True))
+
+
+def test_applied_in_inference_mode_and_compiled_outside_of_it() -> None:
+    rig = Rig(9)
+    with torch.inference_mode():
+        apply(rig.model)
+    rig.model = torch.compile(rig.model, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+    made = rig.video(rig.caches(), 2)
+    assert all(torch.equal(a, b) for a, b in zip(made, eager_video(2), strict=True))
+
+
+def eager_video(chunks: int) -> list[Tensor]:
+    rig = Rig(9)
+    apply(rig.model)
+    return rig.video(rig.caches(), chunks)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_pass_that_failed_can_be_run_again(backend: str) -> None:
+    rig = Rig(9)
+    apply(rig.model)
+    own = rig.model
+    rig.model = torch.compile(own, backend=backend, fullgraph=True)  # type: ignore[assignment]
+    caches, made, broken = rig.caches(), [], own.blocks[1].self_attn
+    for chunk in range(4):
+        if chunk == 2:
+            broken._headforcing.options.adapter.__dict__["project"] = _raise
+            with pytest.raises(ArithmeticError):
+                rig.call(caches, 6, 3, draw=2)
+            del broken._headforcing.options.adapter.__dict__["project"]
+        made += [rig.call(caches, 3 * chunk, 3, draw=draw) for draw in (1, 0)]
+    expected = Rig(9)
+    apply(expected.model)
+    others = expected.caches()
+    again = [expected.call(others, 3 * chunk, 3, draw=draw) for chunk in range(4) for draw in (1, 0)]
+    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+
+
+def _raise(module: nn.Module, call: AttentionCall) -> Any:
+    if module is not None and call.start == 6:
+        raise ArithmeticError("once")
+
+
+def test_an_exported_program_is_refused() -> None:
+    rig = Rig(9)
+    apply(rig.model)
+    caches = rig.caches()
+    attention = rig.model.blocks[0].self_attn
+    told: dict[str, Any] = {}
+    hook = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: told.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    rig.call(caches, 0, 3, draw=1)
+    hook.remove()
+    with pytest.raises(Exception, match=r"before torch\.export"), torch.no_grad():
+        torch.export.export(attention, told["args"], told["kwargs"])
+
+
+def test_a_number_without_an_owner_is_an_error() -> None:
+    nobody = [torch.tensor(-1), torch.tensor(0)]
+    with pytest.raises(StreamError, match="number -1, which is gone"):
+        torch.ops.headforcing.hear(nobody, [], [], [], '["tuple",0,["tuple",0],{}]')
+
+
+def test_a_wrong_call_says_so_as_without_a_compiler() -> None:
+    rig = Rig(9)
+    apply(rig.model)
+    attention = rig.model.blocks[0].self_attn
+    fast = torch.compile(attention, backend="eager")
+    for args in ((torch.zeros(1, 48, 64), *[None] * 9),):
+        for run in (attention, fast):
+            with pytest.raises(TypeError, match="too many positional"):
+                run(*args)
 
 
 def test_training_goes_to_the_original_between_graphs() -> None:
