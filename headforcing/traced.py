@@ -38,7 +38,7 @@ class Served(Protocol):
 
 
 POSSIBLE = hasattr(torch.Tag, "cudagraph_unsafe")
-"""Whether an operator can forbid that CUDA graphs are captured around it: without, calls stay between graphs."""
+"""Whether an operator can forbid that CUDA graphs are captured around it; else calls stay between graphs."""
 _served: MutableMapping[int, Served] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 

@@ -41,7 +41,7 @@ class CountingWan(WanAdapter):
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; reads the indices only when the host touched them."""
         ends = self.changed_ends(call, memo)
-        if ends is None or ends == memo["ends"] or (ends, call.start) == memo.get("before"):
+        if ends is None or ends == memo["ends"]:
             return False
         if ends == (0, 0):
             memo["ends"] = ends
@@ -62,7 +62,6 @@ class CountingWan(WanAdapter):
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""
-        memo["before"] = memo.get("ends"), call.start  # where a pass that failed is left by some compilers
         memo["ends"] = self.counted(module, call, memo)[:2]
         indices = [call.arguments["kv_cache"][name] for name in INDICES]
         for index, value in zip(indices, memo["ends"], strict=True):
@@ -89,8 +88,8 @@ class CountingWan(WanAdapter):
 
     def forget(self, memo: Memo) -> None:
         """Drops what was noted about the indices."""
-        for name in ("ends", "marks", "before"):
-            memo.pop(name, None)
+        memo.pop("ends", None)
+        memo.pop("marks", None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for the indices, too: a cache nothing was written to."""

@@ -337,12 +337,11 @@ def eager_video(chunks: int) -> list[Tensor]:
     return rig.video(rig.caches(), chunks)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_pass_that_failed_can_be_run_again(backend: str) -> None:
+def test_a_pass_that_failed_can_be_run_again() -> None:
     rig = Rig(9)
     apply(rig.model)
     own = rig.model
-    rig.model = torch.compile(own, backend=backend, fullgraph=True)  # type: ignore[assignment]
+    rig.model = torch.compile(own, backend="eager", fullgraph=True)  # type: ignore[assignment]
     caches, made, broken = rig.caches(), [], own.blocks[1].self_attn
     for chunk in range(4):
         if chunk == 2:
