@@ -14,9 +14,10 @@ accelerator the compiler may multiply and add in one step: not measured, no GPU.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,9 +61,10 @@ def at_once(x: Tensor, times: Turns, spaces: Turns) -> Tensor:
         times: of every frame, `[n, T]` each.
         spaces: of every patch, `[P, S]` each.
     """
-    plain = x.device.type not in COMPILED or (x.requires_grad and torch.is_grad_enabled())
+    graded = torch.is_grad_enabled()
+    plain = x.device.type not in COMPILED or (x.requires_grad and graded)
     plain = plain or torch._dynamo.config.disable  # PyTorch's own name for the variable in the environment
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.set_grad_enabled(graded):  # the first alone turns gradients on
         time = torch.cat([part.flatten() for turns in times for part in (turns, turns[-1])])
         space = torch.stack(spaces)
         flat, back = _tokens(x)
@@ -73,20 +75,28 @@ def at_once(x: Tensor, times: Turns, spaces: Turns) -> Tensor:
         flat = _alone(flat)
         torch._dynamo.mark_static(flat, 2)  # channels are those of the model
         torch._dynamo.mark_static(space, [0, 2])
-        with torch.no_grad():
-            return back(compiled(x.device, x.dtype, x.shape[4])(flat, time, space))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # one kind of call, compiled once
+            return back(compiled(x.device, x.dtype, x.shape[4], _kind(flat))(flat, time, space))
 
 
 @functools.cache
-def compiled(device: torch.device, dtype: torch.dtype, channels: int) -> _Turned:
+def compiled(device: torch.device, dtype: torch.dtype, channels: int, kind: tuple[bool, ...]) -> _Turned:
     """`turned`, compiled when it is called first.
 
     PyTorch counts for every code object how often it had to compile it, and gives up at some number, with an
-    error: so every device, dtype and number of channels has its own.
+    error: so every device, dtype, number of channels and kind of layout has its own, and they do not count
+    together where PyTorch can tell them apart.
     """
     code = turned.__code__.replace(co_name=f"turned_{str(dtype).rpartition('.')[2]}")
     own = types.FunctionType(code, turned.__globals__)
-    return cast(_Turned, torch.compile(own, dynamic=True, fullgraph=True))
+    knows = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    apart: dict[str, Any] = {"isolate_recompiles": True} if knows else {}
+    return cast(_Turned, torch.compile(own, dynamic=True, fullgraph=True, **apart))
+
+
+def _kind(flat: Tensor) -> tuple[bool, ...]:
+    """How rows `[A, M, D]` lie, as far as it is compiled apart: one head, whole, head by head."""
+    return len(flat) == 1, flat.is_contiguous(), flat.stride(0) >= flat.stride(1)
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -124,8 +124,9 @@ def temporal_tables(
     Computed on the CPU, as hosts do. Positions that were not there before are copied to an accelerator once,
     without waiting for it.
     """
-    rates = 1.0 / THETA ** (torch.arange(0, 2 * columns, 2, dtype=dtype) / (2 * columns))
-    angles = torch.outer(torch.tensor(positions, dtype=dtype), rates)
+    steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
+    rates = 1.0 / THETA ** (steps / (2 * columns))
+    angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
     found = torch.stack([angles.cos(), angles.sin()])
     found = found.pin_memory() if device.type == "cuda" else found
     cos, sin = found.to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -123,6 +124,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     compiled.cache_clear()
 
 
+MODES = [
+    torch.inference_mode,
+    torch.no_grad,
+    torch.enable_grad,
+    functools.partial(torch.autocast, "cpu", torch.bfloat16),
+]
+"""What a host may be in."""
+
+
 def every_call(dtype: torch.dtype = torch.bfloat16, batches: Any = (1, 2)) -> Iterator[Any]:
     for batch in batches:
         for frames in (3, 1, 18, 2, 7, 21):
@@ -144,7 +154,7 @@ def test_it_is_not_compiled_for_every_number_of_frames(counted: CompileCounterWi
         assert torch.equal(fast(x, times, spaces), rope._by_frame(x, times, spaces))
     before = counted.frame_count
     assert 1 <= before <= 6 + SAME
-    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+    for mode in MODES:
         with mode():
             for call in calls:
                 fast(*call)
@@ -171,6 +181,29 @@ def test_gradients_go_through_the_plain_function(counted: CompileCounterWithBack
     fast(x, times, spaces).square().sum().backward()
     assert counted.frame_count == 0
     assert torch.allclose(x.grad, 2 * x.detach(), atol=1e-5), "a rotation keeps lengths"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_gradients_are_asked_for_by_the_host_alone(mode: Any) -> None:
+    x, times, spaces = next(every_call(torch.float32))
+    x.requires_grad_()
+    with mode():
+        assert fast(x, times, spaces).requires_grad is (mode is torch.enable_grad)
+
+
+def test_every_kind_of_layout_has_its_own_number_of_tries(counted: CompileCounterWithBackend) -> None:
+    """Where a host changes what is global to PyTorch, everything is compiled once more."""
+    calls = [*every_call(batches=(1,))]
+    for call in calls:
+        fast(*call)
+    before, usual = counted.frame_count, torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        for x, times, spaces in calls:
+            assert torch.equal(fast(x, times, spaces), rope._by_frame(x, times, spaces))
+    finally:
+        torch.set_default_dtype(usual)
+    assert before < counted.frame_count <= 2 * (6 + SAME)
 
 
 def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +319,16 @@ def test_cosines_and_sines_are_copied_once_for_every_set_of_positions() -> None:
             rope.rotate_real(x, tables, positions, HEIGHT, WIDTH)
         found.append(len([name for name in seen.found if "_to_copy" in name]))
     assert found == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
+def test_cosines_and_sines_are_computed_on_the_cpu_whatever_the_default_is(elsewhere: str) -> None:
+    asked = ((0.5, 3), 4, torch.float32, torch.device("cpu"))
+    expected = rope.temporal_tables(*asked)
+    rope.temporal_tables.cache_clear()
+    with torch.device(elsewhere):
+        found = rope.temporal_tables(*asked)
+    assert all(map(torch.equal, found, expected))
 
 
 # Planted bugs -------------------------------------------------------------------------------------
