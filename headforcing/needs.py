@@ -31,17 +31,20 @@ class Case:
         dtype: of queries, keys and values.
         head_dim: channels per head, `D`.
         capability: CUDA compute capability; `None`: not an NVIDIA GPU.
+        flash_built: whether PyTorch was built with FlashAttention for it; counts on `cuda` alone.
     """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     capability: tuple[int, int] | None = None
+    flash_built: bool = True
 
     @classmethod
     def of(cls, q: Tensor) -> Case:
         """The case of queries `[..., D]`."""
-        return cls(q.device.type, q.dtype, q.shape[-1], _capability(q.device))
+        flash_built = q.device.type != "cuda" or _flash_built()
+        return cls(q.device.type, q.dtype, q.shape[-1], _capability(q.device), flash_built)
 
     def __str__(self) -> str:
         gpu = "" if self.capability is None else f" (compute capability {_dotted(self.capability)})"
@@ -57,6 +60,7 @@ class Needs:
         dtypes: of queries, keys and values; empty: any.
         head_dims: channels per head; `None`: any number.
         capability: least CUDA compute capability, asked for on `cuda` alone.
+        flash_built: whether PyTorch has to be built with FlashAttention, asked for on `cuda` alone.
         compiler: whether it is compiled, which on a CPU needs a C++ compiler.
         function: `module:name` of what it calls; imported when the backend is chosen, not before.
         argument: a parameter that the function must have; older releases lack it.
@@ -67,6 +71,7 @@ class Needs:
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: range | None = None
     capability: tuple[int, int] | None = None
+    flash_built: bool = False
     compiler: bool = False
     function: str | None = None
     argument: str | None = None
@@ -100,6 +105,8 @@ class Needs:
         least = self.capability if case.device == "cuda" else None
         if least is not None and (case.capability is None or case.capability < least):
             return f"it needs an NVIDIA GPU of compute capability {_dotted(least)} or higher"
+        if self.flash_built and case.device == "cuda" and not case.flash_built:
+            return "it needs FlashAttention, and this PyTorch was built without it: install one that has it"
         if self.compiler and case.device == "cpu" and not _is_there(name := _compiler()):
             return f"it is compiled, and there is no C++ compiler {name!r}: install one, or name one in CXX"
         return self.missing()
@@ -142,6 +149,12 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _flash_built() -> bool:
+    """Whether this PyTorch brings FlashAttention; a build without it says so only when called."""
+    return bool(torch.backends.cuda.is_flash_attention_available())
 
 
 def _compiler() -> str:

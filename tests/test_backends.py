@@ -171,6 +171,7 @@ TABLE = [
     (Case("cuda", FP64, 128, (9, 0)), "sdpa"),
     (Case("cuda", FP16, 128, (7, 5)), "sdpa"),  # an older GPU
     (Case("cuda", BF16, 128, None), "sdpa"),  # `cuda` of ROCm
+    (Case("cuda", BF16, 128, (9, 0), flash_built=False), "sdpa"),  # a PyTorch without FlashAttention
     (Case("cpu", BF16, 128), "sdpa"),
     (Case("cpu", FP32, 128), "sdpa"),
     (Case("mps", FP16, 128), "sdpa"),
@@ -181,6 +182,17 @@ TABLE = [
 @pytest.mark.parametrize(("asked", "expected"), TABLE, ids=lambda value: str(value))
 def test_auto_chooses_by_a_table(asked, expected):
     assert auto.choose(asked) == (expected if HERE else "sdpa")
+
+
+def test_what_pytorch_was_built_with_counts_on_cuda_alone():
+    needs, other = Needs(flash_built=True), Needs()
+    assert "built without it" in str(needs.why_not(Case("cuda", BF16, 128, (9, 0), flash_built=False)))
+    assert needs.why_not(Case("cuda", BF16, 128, (9, 0))) is None
+    assert needs.why_not(Case("cpu", BF16, 128, flash_built=False)) is None
+    assert other.why_not(Case("cuda", BF16, 128, (9, 0), flash_built=False)) is None
+    for device in DEVICES:
+        told = torch.backends.cuda.is_flash_attention_available()
+        assert case(device, BF16).flash_built is (device != "cuda" or told)
 
 
 def test_auto_does_not_take_another_one_when_a_kernel_fails(monkeypatch):

@@ -23,6 +23,7 @@ NEEDS = Needs(
     dtypes=HALF,
     head_dims=range(8, 257, 8),
     capability=(8, 0),
+    flash_built=True,
     function="torch.nn.attention.varlen:varlen_attn",
     argument="seqused_k",
     remedy="install a newer PyTorch",
