@@ -1,11 +1,13 @@
 """Runs every benchmark of speed and memory into one folder: JSON, pictures, and `report.md` with the tables.
 
-    python benchmarks/all.py                        # on a CUDA machine: less than 8 minutes
+    python benchmarks/all.py                        # on a CUDA machine: 7 minutes and a case in progress
     python benchmarks/all.py --backends sdpa flash  # a run of attention and transformer per backend
     python benchmarks/all.py --quick --device cpu   # tiny, to see that everything runs
 
 Every part has its share of the time and begins nothing more when it is over; what it leaves out is in the
-report.
+report. When the time of all is over no part is begun, and the one in progress has `GRACE` minutes to end.
+Only attention and transformer are run once per backend: presets and length with the first one, calls with
+`sdpa`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 import tables
 import torch
-from measuring import machine, write
+from measuring import machine, prepare, write
 
 HERE = Path(__file__).parent
 ON_CUDA = {
@@ -41,6 +43,9 @@ ON_CPU: dict[str, list[str]] = {
 }
 SHARE = {"transformer": 0.5, "attention": 0.2, "presets": 0.15, "length": 0.1, "calls": 0.05}
 """Of the time that there is, first things first; what one does not need goes to those behind it."""
+REPEATED = ("transformer", "attention")
+"""Parts that are run once per backend."""
+NOT_BEGUN = "was not begun: no time was left"
 GRACE = 3.0
 """Minutes that a part may take beyond its share, for the case that it is in the middle of."""
 
@@ -68,7 +73,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
     found = []
     for name, share in SHARE.items():
         script = "attention" if name == "presets" else name
-        backends = args.backends[:1] if name == "length" else args.backends
+        backends = args.backends if name in REPEATED else args.backends[:1]
+        backends = ["sdpa"] if name == "calls" else backends  # others would copy keys in one of its two ways
         for backend in backends:
             told = [*options[name], "--device", args.device, "--store", args.store, "--backend", backend]
             told += ["--quick"] if args.quick else []
@@ -79,16 +85,12 @@ def parts(args: argparse.Namespace) -> list[Part]:
 
 
 def run(part: Part, minutes: float, folder: Path) -> dict[str, Any]:
-    """What became of a part that had so many minutes to begin things."""
+    """What became of a part that has so many minutes to begin things; with none it is not begun."""
     out, began = folder / f"{part.name}.json", time.monotonic()
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / f"{part.script}.py"), *part.options]
     command += ["--minutes", f"{minutes:g}", "--out", str(out)]
-    try:
-        code = subprocess.run(command, check=False, timeout=60 * (minutes + GRACE)).returncode  # noqa: S603
-        ended = "ended" if code == 0 else f"failed with exit code {code}"
-    except subprocess.TimeoutExpired:
-        ended = f"was stopped: not done {GRACE:g} minutes after its share of {minutes:.1f}"
+    ended = begun(command, minutes) if minutes > 0 else NOT_BEGUN
     return {
         "name": part.name,
         "command": " ".join([f"python benchmarks/{part.script}.py", *part.options]),
@@ -96,6 +98,15 @@ def run(part: Part, minutes: float, folder: Path) -> dict[str, Any]:
         "seconds": time.monotonic() - began,
         "report": json.loads(out.read_text(encoding="utf-8")) if out.exists() else None,
     }
+
+
+def begun(command: Sequence[str], minutes: float) -> str:
+    """How a command ended that may take `GRACE` minutes more."""
+    try:
+        code = subprocess.run(command, check=False, timeout=60 * (minutes + GRACE)).returncode  # noqa: S603
+        return "ended" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        return f"was stopped: not done {GRACE:g} minutes after its share of {minutes:.1f}"
 
 
 def page(facts: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
@@ -108,6 +119,7 @@ def page(facts: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
             continue
         if part["name"].startswith(("length", "calls")):
             blocks.append(tables.length(report) if "flat" in report else tables.calls(report))
+            blocks += [f"* Not run: {reason}" for reason in report.get("left_out", [])]
             continue
         table = tables.transformer if part["name"].startswith("transformer") else tables.attention
         blocks += [table(found) for found in report["cases"]]
@@ -131,8 +143,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs the parts and writes the report, also where one of them fails; then the exit code is 1."""
     args = arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args.device, args.threads)
     facts, done = machine(args.device), []
     write(args.out / "machine.json", facts)
     began, todo = time.monotonic(), parts(args)
@@ -141,7 +152,7 @@ def main() -> None:
         share = part.share / sum(other.share for other in todo[number:])
         done.append(run(part, left * share, args.out))
         (args.out / "report.md").write_text(page(facts, done), encoding="utf-8")
-    failed = [part["name"] for part in done if part["ended"] != "ended"]
+    failed = [part["name"] for part in done if part["ended"] not in ("ended", NOT_BEGUN)]
     sys.stdout.write(f"written to {args.out / 'report.md'}\n")
     if failed:
         sys.exit(f"not all went well: {', '.join(failed)}")

@@ -34,6 +34,7 @@ from measuring import (
     measure,
     median,
     parse_grid,
+    prepare,
     without_softmax_attention,
     write,
 )
@@ -138,8 +139,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.grids, args.dtypes, args.repeats = ["4x6"], args.dtypes[:1], 1
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args.device, args.threads)
     return args
 
 
@@ -192,6 +192,7 @@ def main() -> None:
             report["cases"].append(found)
             write(args.out, report)
             draw_ratios(report["cases"], args.out.with_suffix(".png"))
+    write(args.out, report)  # also what was left out behind the last case, or instead of all
     console.print(*report["left_out"], f"written to {args.out}", sep="\n")
 
 

@@ -1,19 +1,31 @@
 """What softmax attention of a chunk costs in one call per query frame instead of one for all of them.
 
 Roles that see other frames from every query frame, such as those of Pyramid Forcing, are attended to so. Both
-ways attend to as many tokens; they take turns, and of each the best counts.
+ways attend to as many tokens; they take turns, and of each the best counts. Made for `sdpa`: other backends
+take both ways in one launch, and copy the keys for every query frame, which is then in the time.
 
     python benchmarks/calls.py --threads 1
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import CHUNK, Case, common_arguments, finish, machine, parse_grid, write
+from measuring import (
+    CHUNK,
+    Case,
+    Deadline,
+    common_arguments,
+    finish,
+    machine,
+    parse_grid,
+    prepare,
+    write,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -68,17 +80,33 @@ def main() -> None:
     args, console = parser.parse_args(), Console(width=110)
     if args.quick:
         args.grid, args.repeats = "2x4", 1
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
+    prepare(args.device, args.threads)
+    report = measured(args)
+    show(console, args, report)
+    write(args.out, report)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """A row per size; when the time is over there is one of them in any case."""
+    deadline, rows, left_out = Deadline(args.minutes), list[dict[str, Any]](), list[str]()
     for dtype in args.dtypes:
         case = Case(*parse_grid(args.grid), getattr(torch, dtype), args.device)
         for heads in args.heads:
             for frames in args.frames:
+                if rows and deadline.passed:
+                    left_out.append(f"{heads} heads, {frames} frames, {dtype}: no time was left")
+                    continue
                 one, many = shortest(ways(case, heads, frames, args.backend), args.repeats, args.device)
                 about = {**ABOUT, "backend": args.backend, "dtype": dtype, "device": args.device}
                 rows.append({**about, "heads": heads, "frames": frames, "one": one, "per_frame": many})
-    table = Table("dtype", "heads", "frames", "one call, ms", f"{CHUNK} calls, ms", "ratio", title=str(case))
+    size = f"{args.grid} patches per frame"
+    return {"machine": machine(args.device), "case": size, "rows": rows, "left_out": left_out}
+
+
+def show(console: Console, args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """The table."""
+    rows, calls = report["rows"], ("one call, ms", f"{CHUNK} calls, ms")
+    table = Table("dtype", "heads", "frames", *calls, "ratio", title=report["case"])
     for row in rows:
         cells = (
             f"{1e3 * row['one']:.2f}",
@@ -88,8 +116,7 @@ def main() -> None:
         table.add_row(row["dtype"], str(row["heads"]), str(row["frames"]), *cells)
     console.print(f"{ABOUT['scope']}; backend {args.backend}, device {args.device}", table)
     ratios = [row["per_frame"] / row["one"] for row in rows]
-    console.print(f"{min(ratios):.2f} to {max(ratios):.2f} times as long")
-    write(args.out, {"machine": machine(args.device), "rows": rows})
+    console.print(f"{min(ratios):.2f} to {max(ratios):.2f} times as long", *report["left_out"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tables
 import torch
 from measuring import (
     CHUNK,
@@ -29,6 +30,7 @@ from measuring import (
     machine,
     measure,
     parse_grid,
+    prepare,
     write,
 )
 from mixes import plain_mixes
@@ -39,8 +41,8 @@ from variant import SCOPE, WARM_UP, Variant, facts_of, fill
 
 from headforcing.roles import SlidingWindow
 
-BLOCKS, SMALLEST = 40, 5
-"""Blocks, and chunks of one at least; the line goes through medians: one slow moment is no slope."""
+BLOCKS, SMALLEST, FEWEST = 40, 5, 4
+"""Blocks, chunks of one at least, and blocks for a line through medians: one slow moment is no slope."""
 RESAMPLES = 2000
 Values = NDArray[np.float64]
 SIZES = (6, 12, 24, 48, 96)
@@ -63,22 +65,26 @@ def flat(case: Case, args: argparse.Namespace, deadline: Deadline) -> list[dict[
 
 
 def trend(seconds: Sequence[float]) -> dict[str, Any]:
-    """What a thousand chunks more cost, in shares of a median chunk, with a 95 % interval."""
-    count = max(2, min(BLOCKS, len(seconds) // SMALLEST))
+    """What a thousand chunks more cost, in shares of a median chunk, with a 95 % interval.
+
+    Of too few chunks for a line, `per_1000_chunks`, `low` and `high` are `None`.
+    """
+    count = max(1, min(BLOCKS, len(seconds) // SMALLEST))
     blocks = np.array_split(np.array(seconds), count)
     values = np.array([np.median(block) for block in blocks])
     edges = np.cumsum([0, *(len(block) for block in blocks)])
     middles = (edges[:-1] + edges[1:]) / 2
     usual = float(np.median(values))
-    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    drawn = drawn[drawn.min(1) < drawn.max(1)]  # one block has no slope
-    slopes = slope(middles[drawn], values[drawn])
-    low, high = (1000 / usual * float(np.quantile(slopes, at)) for at in (0.025, 0.975))
+    told: dict[str, float | None] = dict.fromkeys(("per_1000_chunks", "low", "high"))
+    if count >= FEWEST:
+        drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+        drawn = drawn[drawn.min(1) < drawn.max(1)]  # one block has no slope
+        low, high = np.quantile(slope(middles[drawn], values[drawn]), (0.025, 0.975))
+        found = (float(slope(middles, values)), float(low), float(high))
+        told = {name: 1000 / usual * one for name, one in zip(told, found, strict=True)}
     return {
         "median": usual,
-        "per_1000_chunks": 1000 / usual * float(slope(middles, values)),
-        "low": low,
-        "high": high,
+        **told,
         "block_middles": middles.tolist(),
         "block_medians": values.tolist(),
         "seconds": list(seconds),
@@ -162,10 +168,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
     title = f"{report['case']}; {first['chunks']} chunks"
     table = Table("variant", "frames", "ms/chunk", "per 1000 chunks more", "by CPU", title=title)
     for row in report["flat"]:
-        told = [
-            f"{one['per_1000_chunks']:+.1%} [{one['low']:+.1%}, {one['high']:+.1%}]"
-            for one in (row["wall"], row["cpu"])
-        ]
+        told = [tables.trend(row[clock]) for clock in CLOCKS]
         table.add_row(row["variant"], f"{row['frames']:.1f}", f"{1e3 * row['wall']['median']:.2f}", *told)
     console.print(table)
     table = Table("frames", "ms/chunk", "on the line", "MB", title="by frames kept")
@@ -191,8 +194,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.grid, args.chunks, args.frames, args.repeats = "2x4", 40, [6, 12, 24], 3
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args.device, args.threads)
     return args
 
 

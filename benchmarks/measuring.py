@@ -234,6 +234,15 @@ def common_arguments(description: str, out: str) -> argparse.ArgumentParser:
     return parser
 
 
+def prepare(device: str, threads: int | None) -> None:
+    """Makes `cuda:1` the device of everything that names none, and sets the threads of the CPU."""
+    asked = torch.device(device)
+    if asked.type in ("cuda", "xpu") and asked.index is not None:
+        torch.get_device_module(device).set_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def parse_grid(text: str) -> tuple[int, int]:
     """`30x52`, height and width in patches."""
     height, width = map(int, text.split("x"))

@@ -137,6 +137,8 @@ def machine(facts: dict[str, Any]) -> str:
 
 def trend(found: dict[str, Any]) -> str:
     """What a thousand chunks more cost, with its interval."""
+    if found["per_1000_chunks"] is None:
+        return "too few chunks"
     return f"{found['per_1000_chunks']:+.2%} [{found['low']:+.2%}, {found['high']:+.2%}]"
 
 

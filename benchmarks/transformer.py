@@ -34,6 +34,7 @@ from measuring import (
     measure,
     median,
     parse_grid,
+    prepare,
     without_softmax_attention,
     write,
 )
@@ -263,8 +264,7 @@ def arguments() -> argparse.Namespace:
         torch._dynamo.config.cache_size_limit = 256
     if args.quick:
         args.models, args.grids, args.dtypes, args.repeats = ["tiny"], ["4x6", "5x6"], ["float32"], 1
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare(args.device, args.threads)
     return args
 
 
@@ -292,6 +292,7 @@ def main() -> None:
             report["cases"].append(found)
             write(args.out, report)
             draw_ratios(report["cases"], args.out.with_suffix(".png"))
+    write(args.out, report)  # also what was left out behind the last case, or instead of all
     console.print(*report["left_out"], f"written to {args.out}", sep="\n")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -184,8 +186,8 @@ def test_what_takes_more_than_the_window_has_no_equal(bench):
     case = measuring.Case(4, 6, torch.bfloat16, "cpu")
     (pyramid,) = [mix for mix in mixes.preset_mixes(case, False) if mix.name.startswith("pyramid")]
     size = mixes.size_of(case)
-    held = size.store_bytes("ring", RoleMap((tuple(pyramid.roles),)))
-    assert held > size.store_bytes("ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
+    held = size.stored_bytes("ring", RoleMap((tuple(pyramid.roles),)))
+    assert held > size.stored_bytes("ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
     assert mixes.equal_bytes(pyramid, case, "ring") is None
     assert mixes.equal_frames(pyramid, case) == 10
     assert all(steady(role, 21, 3) is not None for role in pyramid.roles)
@@ -217,6 +219,77 @@ def test_nothing_more_begins_when_the_time_is_over(bench):
     taken = measuring.measure([Turns("a", [])], 9, measuring.Deadline(0))
     assert len(taken[0]) == 1, "one chunk in any case"
     assert not measuring.Deadline(None).passed
+
+
+def no_time(bench, monkeypatch, folder, name):
+    """The report of a benchmark whose time is over when it begins."""
+    out = folder / f"{name}.json"
+    told = ["--quick", "--device", "cpu", "--minutes", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [name, *told])
+    bench(name).main()
+    return read(folder, name)
+
+
+@pytest.mark.parametrize("name", ["attention", "transformer"])
+def test_what_is_left_out_is_written_where_nothing_was_run(bench, monkeypatch, tmp_path, name):
+    report = no_time(bench, monkeypatch, tmp_path, name)
+    assert report["cases"] == []
+    assert report["left_out"]
+    assert all("no time was left" in reason for reason in report["left_out"])
+
+
+def test_calls_stop_when_the_time_is_over(bench, monkeypatch, tmp_path):
+    report = no_time(bench, monkeypatch, tmp_path, "calls")
+    assert len(report["rows"]) == 1
+    assert len(report["left_out"]) == 17
+
+
+def test_a_line_is_not_drawn_through_too_few_chunks(bench, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="every benchmark draws a picture")
+    report = no_time(bench, monkeypatch, tmp_path, "length")
+    assert [row["chunks"] for row in report["flat"]] == [1] * 4
+    for row in report["flat"]:
+        assert {row["wall"][name] for name in ("per_1000_chunks", "low", "high")} == {None}
+    assert "too few chunks" in bench("tables").length(report)
+    trend = bench("length").trend
+    assert trend([1.0] * 19)["low"] is None
+    assert trend([1.0] * 20)["low"] == 0
+
+
+def all_of(bench, **told):
+    usual = {"device": "cpu", "backends": ["sdpa"], "store": "ring", "quick": True, "threads": None}
+    return bench("all"), argparse.Namespace(**usual | told)
+
+
+def test_only_attention_and_transformer_are_run_once_per_backend(bench):
+    every, args = all_of(bench, backends=["flex", "varlen"])
+    asked = [(part.name, part.options[part.options.index("--backend") + 1]) for part in every.parts(args)]
+    assert asked == [
+        ("transformer-flex", "flex"),
+        ("transformer-varlen", "varlen"),
+        ("attention-flex", "flex"),
+        ("attention-varlen", "varlen"),
+        ("presets", "flex"),
+        ("length", "flex"),
+        ("calls", "sdpa"),
+    ]
+
+
+def test_no_part_is_begun_when_the_time_of_all_is_over(bench, monkeypatch, tmp_path):
+    every, args = all_of(bench)
+    monkeypatch.setattr(every, "begun", lambda command, minutes: "ended")
+    part = every.parts(args)[0]
+    assert every.run(part, 0.0, tmp_path)["ended"] == every.NOT_BEGUN
+    assert every.run(part, 0.1, tmp_path)["ended"] == "ended"
+
+
+def test_a_device_with_a_number_becomes_the_one_that_is_used(bench, monkeypatch):
+    module, numbers = types.SimpleNamespace(), []
+    module.set_device = numbers.append
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    for device in ("cpu", "cuda", "cuda:1"):
+        bench("measuring").prepare(device, None)
+    assert numbers == ["cuda:1"]
 
 
 @given(st.floats(-0.5, 0.5), st.integers(50, 400))
