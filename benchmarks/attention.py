@@ -33,7 +33,6 @@ from measuring import (
     machine,
     measure,
     median,
-    parse_grid,
     prepare,
     without_softmax_attention,
     write,
@@ -44,6 +43,8 @@ from pictures import draw_ratios
 from rich.console import Console
 from rich.table import Table
 from variant import SCOPE, WARM_UP, Variant, facts_of, fill
+
+from headforcing.cli.estimate import parse_grid
 
 TARGET = 1.2
 

@@ -22,7 +22,6 @@ from measuring import (
     common_arguments,
     finish,
     machine,
-    parse_grid,
     prepare,
     write,
 )
@@ -31,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from headforcing.backends import Part, find_backend
+from headforcing.cli.estimate import parse_grid
 from headforcing.types import Heads
 
 ABOUT = {

@@ -243,12 +243,6 @@ def prepare(device: str, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def parse_grid(text: str) -> tuple[int, int]:
-    """`30x52`, height and width in patches."""
-    height, width = map(int, text.split("x"))
-    return height, width
-
-
 def write(path: Path, report: dict[str, Any]) -> None:
     """The report as JSON, which has no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)

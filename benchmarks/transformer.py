@@ -33,7 +33,6 @@ from measuring import (
     machine,
     measure,
     median,
-    parse_grid,
     prepare,
     without_softmax_attention,
     write,
@@ -46,6 +45,7 @@ from torch import Tensor
 from wan_shaped import CHANNELS, PATCH, SHAPES, TEXT_CHANNELS, TEXT_TOKENS, WanShaped, random_model
 
 import headforcing as hf
+from headforcing.cli.estimate import parse_grid
 
 SCOPE = "whole transformer: embeddings, self- and cross-attention, MLP, head"
 WARM_UP = f"{FILL} chunks through self-attention without its softmax, then 2 whole passes"

@@ -7,6 +7,7 @@ whole frames only, otherwise counted on a real store with small tensors (`headfo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -164,10 +165,10 @@ def _wan(layers: int, heads: int) -> ModelSize:
     Documented: layers, heads of 128 channels, 8 x 8 pixels of the VAE and 2 x 2 of those per patch in the
     configuration of Wan2.1 (arXiv:2503.20314); window and chunk in that of Self Forcing (arXiv:2506.08009).
     """
-    rows, columns = 480 // 8 // 2, 832 // 8 // 2
-    return ModelSize(layers, heads, 128, window=21, chunk=3, tokens_per_frame=rows * columns)
+    return ModelSize(layers, heads, 128, window=21, chunk=3, tokens_per_frame=math.prod(WAN_480P))
 
 
+WAN_480P = (480 // 8 // 2, 832 // 8 // 2)
 MODELS = {
     "wan-1.3b": _wan(30, 12),
     "wan-14b": _wan(40, 40),
@@ -175,9 +176,5 @@ MODELS = {
 }
 """Sizes of known models by name: Wan2.1 at 480p in bf16, and the embedded demo."""
 
-GRIDS = {
-    "wan-1.3b": (480 // 8 // 2, 832 // 8 // 2),
-    "wan-14b": (480 // 8 // 2, 832 // 8 // 2),
-    "demo": (4, 4),
-}
+GRIDS = {"wan-1.3b": WAN_480P, "wan-14b": WAN_480P, "demo": (4, 4)}
 """Height and width of a frame of these models in patches."""

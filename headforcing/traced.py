@@ -4,7 +4,7 @@
 of attention is `headforcing::attend`: it knows the shape of what comes out, and which tensors are written.
 When the graph runs, the operator puts the call together again and serves it as without a compiler.
 
-What is written is declared, with one exception: the tensor that stands for the timeline, and the memory that
+What is written is declared, with two exceptions: the tensor that stands for the timeline, and the memory that
 the first call takes from the host's own keys and values (`Adapter.release`). No graph reads them, and what is
 declared may be copied.
 
@@ -144,8 +144,7 @@ def _attend(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> Tensor:
     layout, like, told = _read(template), tensors[0], written[-1]
-    parts: dict[str, list[Any]] = {"written": written, "tensor": tensors, "number": numbers, "float": floats}
-    _, args, kwargs = _together(layout["call"], parts)
+    _, args, kwargs = _together(layout["call"], _by_kind(written, tensors, numbers, floats))
     dtype = _dtype(layout)
     with torch.autocast(like.device.type, dtype) if layout["casts"] else nullcontext():
         answer = _serve(written, args, kwargs)
@@ -172,8 +171,7 @@ def _(
 def _hear(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> None:
-    parts: dict[str, list[Any]] = {"written": written, "tensor": tensors, "number": numbers, "float": floats}
-    _serve(written, *_together(_read(template), parts))
+    _serve(written, *_together(_read(template), _by_kind(written, tensors, numbers, floats)))
 
 
 @_hear.register_fake
@@ -203,6 +201,10 @@ def _dtype(layout: Mapping[str, Any]) -> torch.dtype:
 @functools.lru_cache(maxsize=256)
 def _read(template: str) -> Any:
     return json.loads(template)
+
+
+def _by_kind(*parts: list[Any]) -> Mapping[str, list[Any]]:
+    return dict(zip(("written", "tensor", "number", "float"), parts, strict=True))
 
 
 def _together(node: Any, parts: Mapping[str, list[Any]]) -> Any:

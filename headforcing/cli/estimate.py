@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headforcing.cli.console import AsJson, choices, clean_errors, examples, print_json, print_parts
-from headforcing.cli.presets import in_units, itemsize
+from headforcing.cli.presets import in_units, model_size
 from headforcing.errors import OptionError
 from headforcing.footprint import GRIDS, ITEMSIZES, MODELS, ModelSize
 
@@ -86,14 +86,9 @@ def parse_grid(text: str) -> tuple[int, int]:
 def _setting(options: Options) -> Setting:
     from headforcing.estimate import Setting
 
-    if options.model not in MODELS:
-        raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
-    names = ("layers", "heads", "head_dim", "window", "chunk")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.dtype is not None:
-        given["itemsize"] = itemsize(options.dtype)
+    size = model_size(options)
     grid = GRIDS[options.model] if options.grid is None else parse_grid(options.grid)
-    size = dataclasses.replace(MODELS[options.model], **given, tokens_per_frame=grid[0] * grid[1])
+    size = dataclasses.replace(size, tokens_per_frame=grid[0] * grid[1])
     return Setting(size, grid, options.store, options.videos, options.branches)
 
 

@@ -59,7 +59,7 @@ def presets(options: Options) -> None:
         print_parts(_table(rows), _notes(rows), _facts(size))
 
 
-def model_size(options: Options) -> ModelSize:
+def model_size(options: Any) -> ModelSize:
     """The sizes of a known model, with those that are given in place of its own.
 
     Raises:
@@ -68,7 +68,8 @@ def model_size(options: Options) -> ModelSize:
     if options.model not in MODELS:
         raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
     names = ("layers", "heads", "head_dim", "window", "chunk", "tokens_per_frame")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    asked = {name: getattr(options, name, None) for name in names}
+    given = {name: number for name, number in asked.items() if number is not None}
     if options.dtype is not None:
         given["itemsize"] = itemsize(options.dtype)
     return dataclasses.replace(MODELS[options.model], **given)
