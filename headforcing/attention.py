@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from headforcing import traced
 from headforcing.adapter import Adapter
+from headforcing.arena import joined
 from headforcing.backends import Part
 from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
 from headforcing.observation import Observation
@@ -106,7 +107,7 @@ class HeadForcingMixin(nn.Module):
             k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
             beside = stream.store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
             if beside is not None:
-                k, v = (_joined(first, rest) for first, rest in zip(beside, (k, v), strict=True))
+                k, v = (joined(first, rest) for first, rest in zip(beside, (k, v), strict=True))
             rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)
             return Part(heads, rotated.flatten(1, 2), k, v, rows), view
 
@@ -160,11 +161,6 @@ def _heard(call: AttentionCall, stream: Stream, plan: LayerPlan) -> AttentionCal
     if pending is not None and call.start > pending.start:
         check_clean(stream, plan.layer)
     return dataclasses.replace(call, phase=phase)
-
-
-def _joined(first: Tensor, rest: Tensor) -> Tensor:
-    """Tokens `[B, M, Hr, D]`, one behind the other, head by head in memory as attention reads them."""
-    return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], 2).transpose(1, 2)
 
 
 def _encoder(adapter: Adapter, call: AttentionCall) -> Encode:

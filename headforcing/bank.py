@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from headforcing.arena import cut
+from headforcing.arena import Size, cut
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.types import Encode, FrameTable, Heads, Pin, Selection, runs
@@ -39,6 +39,7 @@ class Bank:
         self.rooms: dict[str, Tensor] = {"raw": NOTHING, "v": NOTHING}
         self._ids = NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
         self._new = 0
+        self._most: int | None = None  # slots needed since something else took the place of frames
 
     @property
     def _raw(self) -> Tensor:
@@ -68,6 +69,10 @@ class Bank:
             _select(buffer, kept)
         self._new = 0
 
+    def tighten(self, chunk: int) -> None:
+        """Room for no more than was needed since it was called first, now with a chunk of `chunk` frames."""
+        self._most = max(self._most or 0, len(self.frames) + chunk)
+
     def slots(self, k: Tensor, v: Tensor) -> int:
         """Slots it has for frames like those of `k` and `v [B, F, P, H, D]`."""
         batch, _, tokens, _, dim = k.shape
@@ -81,10 +86,16 @@ class Bank:
     def wanted(self, k: Tensor, v: Tensor) -> int:
         """Slots it needs with a chunk of such frames behind its history; those it has, where they do."""
         slots, needed, chunk = self.slots(k, v), len(self.frames) + k.shape[1], k.shape[1]
+        if self._most is not None:
+            return max(needed, self._most)
         if needed <= slots:
             return slots
         capacity = self.role.capacity(chunk)
         return max(needed, 2 * slots if capacity is None else capacity + chunk)
+
+    def front(self, name: str, tokens: int) -> int:
+        """Tokens for which a room has place before the first of its frames of `tokens` tokens; none here."""
+        return 0
 
     def move(self, rooms: Mapping[str, Tensor]) -> None:
         """Moves into other rooms, with the history."""
@@ -168,7 +179,7 @@ class Bank:
     def clear(self) -> None:
         """Forgets everything but the rooms."""
         self.frames = ()
-        self._new = 0
+        self._new, self._most = 0, None
 
     def _keys(self, rows: Sequence[int]) -> Tensor:
         """Keys of neighbouring history rows, `[B, rows, P, Hr, D]`."""
@@ -178,7 +189,7 @@ class Bank:
 def gathered(room: Tensor, slots: Sequence[int]) -> Tensor:
     """A copy of some slots that lies head by head, `[B, n, P, Hr, D]`."""
     batch, _, tokens, heads, dim = room.shape
-    (copy,) = cut([(len(slots), heads)], (batch, tokens, dim), room)
+    (copy,) = cut([Size(len(slots), heads)], (batch, tokens, dim), room)
     first = 0
     for start, stop in runs(slots):
         copy[:, first : first + stop - start] = room[:, start:stop]

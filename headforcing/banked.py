@@ -6,7 +6,8 @@ pass. When a chunk begins, the frames that stay slide to the front like in upstr
 A role has room for `capacity + chunk` frames. Keys before RoPE of all roles are one allocation, the longest
 role first, values another one, and so on; see `headforcing.arena`. They are made when the first chunk
 comes and stay where they are, also for the next video, unless a role without a capacity or a longer chunk
-needs more: then all of them move, with what they hold.
+needs more, or a role needs less from now on, as what it keeps beside whole frames took the place of some:
+then all of them move, with what they hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from headforcing.arena import cut
+from headforcing.arena import Size, cut
 from headforcing.bank import Bank
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
@@ -58,6 +59,9 @@ class Banked(Storage):
             table, kept = bank.choose(inside, self.scenes.pin(role))
             self.digests.let_go(role, kept, table, bank.rows, self._grid)
             bank.begin(table, kept, inside, functools.partial(self._place, role))
+            digest = self.digests.get(role)
+            if digest is not None and digest.places:
+                bank.tighten(len(own))
 
     def _stage(self, chunk: Chunk) -> None:
         make_room([*self._banks.values()], chunk.k, chunk.v)
@@ -99,7 +103,10 @@ def make_room(banks: Sequence[Bank], k: Tensor, v: Tensor) -> None:
     rooms: list[dict[str, Tensor]] = [{} for _ in banks]
     for name in dict.fromkeys(name for bank in banks for name in bank.rooms):
         some = [index for index, bank in enumerate(banks) if name in bank.rooms]
-        sizes = [(wanted[index], len(banks[index].heads)) for index in some]
+        sizes = [
+            Size(wanted[index], len(banks[index].heads), banks[index].front(name, k.shape[2]))
+            for index in some
+        ]
         for index, room in zip(some, cut(sizes, frame, k if name == "raw" else v), strict=True):
             rooms[index][name] = room
     for bank, own in zip(banks, rooms, strict=True):

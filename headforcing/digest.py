@@ -61,6 +61,14 @@ class Digest(ABC):
     def let_go(self, past: Past) -> None:  # noqa: B027 - optional on purpose
         """Takes frames that the role kept whole and drops now, in order."""
 
+    def most(self, patches: int) -> int:
+        """Most tokens that it ever shows, where frames have so many; default 0, which nobody knows.
+
+        A store may keep a place for so many in front of whole frames. Where nobody knows, both are put together in
+        every pass.
+        """
+        return 0
+
     @property
     def places(self) -> int:
         """Temporal positions it takes between whole frames, for roles that leave room; default none."""

@@ -90,12 +90,15 @@ class Digests:
             frames = [table.frames[row] for row in gone]
             self._digests[role].let_go(Past(frames, *fetch(gone), grid, self._layer, self._notes(role)))
 
-    def see(self, role: HeadRole, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """What the heads of a role see; rotated once for every query until `refresh`."""
+    def see(
+        self, role: HeadRole, start: int, query: int | None, encode: Encode, lay: Callable[[Tokens], Tokens]
+    ) -> Tokens | None:
+        """What the heads of a role see; rotated, and laid where it is seen, once per query until `refresh`."""
         if role not in self._digests:
             return None
         if (role, query) not in self._seen:
-            self._seen[role, query] = self._digests[role].view(start, query, encode)
+            tokens = self._digests[role].view(start, query, encode)
+            self._seen[role, query] = None if tokens is None else lay(tokens)
         return self._seen[role, query]
 
     def _notes(self, role: HeadRole) -> MutableMapping[str, Any]:

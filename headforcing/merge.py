@@ -29,7 +29,8 @@ class Blocks(Digest):
     """
 
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
-        self.frames, self.patch, self.hidden, self.origin = frames, patch, hidden, origin
+        self.keep, self.frames, self.patch = keep, frames, patch
+        self.hidden, self.origin = hidden, origin
         self._starts: deque[int] = deque(maxlen=keep)
         self._k: deque[Tensor] = deque(maxlen=keep)  # [B, P / patch**2, Hr, D] each
         self._v: deque[Tensor] = deque(maxlen=keep)
@@ -47,6 +48,10 @@ class Blocks(Digest):
             raise StreamShapeError(
                 f"frames have {grid} patches, height and width: expected multiples of {side} to merge them"
             )
+
+    def most(self, patches: int) -> int:
+        """Tokens of all blocks."""
+        return self.keep * (patches // self.patch**2)
 
     def add(self, past: Past) -> None:
         """Takes committed frames."""

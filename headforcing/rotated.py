@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from headforcing.arena import cut
+from headforcing.arena import Size, cut, front
 from headforcing.bank import NOTHING, Bank, Place, gathered, known_moves, slide
+from headforcing.digest import Digest, Tokens
+from headforcing.errors import RoleError
 from headforcing.role import HeadRole
 from headforcing.scene import Kept
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
@@ -31,14 +33,23 @@ class RotatedBank(Bank):
     One more room, `rotated`, holds the keys where they sit now. A role that reads per query frame has none:
     its keys sit elsewhere for every frame that looks. What it sees, like what any role sees that attends to
     a part, is copied once per chunk, into memory of its own, because only time shows how much that is.
+
+    What a role keeps beside whole frames lies in front of them, wherever they are seen.
+
+    Args:
+        role: whose slots these are.
+        heads: those that have the role.
+        digest: what it keeps beside whole frames.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads) -> None:
+    def __init__(self, role: HeadRole, heads: Heads, digest: Digest | None = None) -> None:
         super().__init__(role, heads)
         if not role.reads_per_query:
             self.rooms["rotated"] = NOTHING
+        self._digest = digest
         self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
         self._copies: dict[int | None, _Copy] = {}  # by the query frame of the chunk
+        self._shown: dict[int | None, tuple[Tensor, Tensor]] = {}  # likewise: rooms that were looked at last
 
     def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
         """Keeps what was chosen, and of its rotated keys those that sit where they sat."""
@@ -52,12 +63,42 @@ class RotatedBank(Bank):
         held = self._placed[: len(self.frames)]
         self._placed = [*held, *[None] * (self._v.shape[1] - len(held))]
         self._copies.clear()
+        self._shown.clear()
 
     def leave(self) -> None:
         """Gives up its rooms and copies."""
         super().leave()
         self._placed = []
         self._copies.clear()
+        self._shown.clear()
+
+    def front(self, name: str, tokens: int) -> int:
+        """As many as the role may ever see beside whole frames, where they are seen."""
+        return 0 if self._digest is None or name == "raw" else self._digest.most(tokens)
+
+    def lay(self, which: int | None, tokens: Tokens) -> Tokens:
+        """Copies what is seen beside whole frames to where it lies in front of them.
+
+        Args:
+            which: number in the chunk of the frame that looks, for a role that reads per query frame.
+            tokens: rotated keys, and values; they stay where they are if nobody knew how many would come.
+
+        Raises:
+            RoleError: they are more than the role said there would ever be.
+        """
+        if which not in self._shown:
+            return tokens
+        rooms, count = self._shown[which], tokens[0].shape[1]
+        place = self.front("v", rooms[1].shape[2])
+        if not place:
+            return tokens
+        if count > place:
+            raise RoleError(
+                f"{self.role} shows {count} tokens beside frames of {rooms[1].shape[2]}, but said that there "
+                f"would be at most {place}: mend {type(self._digest).__name__}.most"
+            )
+        k, v = (front(room, count).copy_(x) for room, x in zip(rooms, tokens, strict=True))
+        return k, v
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Writes the pending chunk, which is not rotated yet."""
@@ -78,6 +119,7 @@ class RotatedBank(Bank):
         for first, last in runs(stale):
             rotated[:, first:last] = encode(self._raw[:, first:last], positions[first:last])
             self._placed[first:last] = positions[first:last]
+        self._shown[None] = rotated, self._v
         return rotated[:, : len(positions)], self._v[:, : len(positions)]
 
     def see_some(
@@ -96,6 +138,7 @@ class RotatedBank(Bank):
                 copy.v[:, :held] = gathered(self._v, rows)
             copy.plan = plan
         copy.k[:, held:slots] = encode(own_k, positions[held:])
+        self._shown[which] = copy.k, self._v if every else copy.v
         if every:
             return copy.k[:, :slots], self._v[:, :slots]
         copy.v[:, held:slots] = own_v
@@ -116,12 +159,13 @@ class RotatedBank(Bank):
         """The copy for a query frame, with room for so many slots; values only where they are not all."""
         copy = self._copies.setdefault(which, _Copy(NOTHING, NOTHING))
         batch, _, tokens, heads, dim = self._v.shape
+        size, frame = Size(slots, heads, self.front("v", tokens)), (batch, tokens, dim)
         if copy.k is NOTHING or copy.k.shape[1] < slots:
             copy.k, copy.plan = NOTHING, None
-            (copy.k,) = cut([(slots, heads)], (batch, tokens, dim), self._v)
+            (copy.k,) = cut([size], frame, self._v)
         if not every and (copy.v is NOTHING or copy.v.shape[1] < slots):
             copy.v, copy.plan = NOTHING, None
-            (copy.v,) = cut([(slots, heads)], (batch, tokens, dim), self._v)
+            (copy.v,) = cut([size], frame, self._v)
         return copy
 
     def _forget_copies(self) -> None:

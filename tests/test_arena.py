@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headforcing.arena import cut
+from headforcing.arena import Size, cut, front, joined
 from headforcing.bank import Bank, gathered
 from headforcing.roles import Full, HeadRole, Local, Memory
 from headforcing.roles.pyramid_forcing import Wave
@@ -21,7 +21,9 @@ from headforcing.testing.strategies import GRID, frame_tensor, queries, roles
 from headforcing.types import Chunk, Heads
 
 WINDOW, CHUNK, PATCHES, DIM = 12, 4, GRID[0] * GRID[1], 4
-sizes = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), min_size=1, max_size=4)
+sizes = st.lists(
+    st.builds(Size, st.integers(1, 5), st.integers(1, 3), st.integers(0, 4)), min_size=1, max_size=4
+)
 frame_sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3))
 
 
@@ -33,6 +35,11 @@ def segments(x: Tensor) -> list[tuple[int, int]]:
             assert head.is_contiguous()
             found.append((head.storage_offset(), head.numel()))
     return found
+
+
+def with_front(room: Tensor, place: int) -> Tensor:
+    """A room as one slot per token, those in front of its frames included."""
+    return joined(front(room, place), room.flatten(1, 2)).unsqueeze(2)
 
 
 def check_rooms(rooms: Sequence[Tensor]) -> None:
@@ -51,14 +58,40 @@ def check_rooms(rooms: Sequence[Tensor]) -> None:
 def test_rooms_are_cut_side_by_side(sizes: Any, frame: Any, dtype: torch.dtype) -> None:
     batch, tokens, dim = frame
     rooms = cut(sizes, frame, torch.empty(0, dtype=dtype))
-    assert [tuple(room.shape) for room in rooms] == [(batch, s, tokens, h, dim) for s, h in sizes]
+    assert [tuple(room.shape) for room in rooms] == [(batch, s, tokens, h, dim) for s, h, _ in sizes]
     assert {room.dtype for room in rooms} == {dtype}
-    check_rooms(rooms)
+    check_rooms([with_front(room, size.front) for room, size in zip(rooms, sizes, strict=True)])
+
+
+@given(
+    st.integers(1, 4), st.integers(0, 5), st.integers(0, 3), frame_sizes, st.integers(1, 3), st.booleans()
+)
+def test_tokens_in_front_of_a_room_are_read_with_it(
+    slots: int, place: int, spare: int, frame: Any, heads: int, elsewhere: bool
+) -> None:
+    (room,) = cut([Size(slots, heads, place + spare)], frame, torch.empty(0))
+    room.copy_(torch.randn(room.shape))
+    before, frames = front(room, place).copy_(torch.randn(())), room.flatten(1, 2)
+    if elsewhere:
+        before = before.clone()
+    both = joined(before, frames)
+    assert torch.equal(both, torch.cat([before, frames], 1))
+    in_place = both.untyped_storage() == room.untyped_storage()
+    assert in_place == (not elsewhere)
+
+
+def test_tokens_that_do_not_adjoin_are_copied() -> None:
+    x = torch.arange(24.0).view(1, 12, 1, 2)
+    for first, rest in ((x[:, :3], x[:, 4:]), (x[:, 4:6], x[:, :4]), (x[:, :4:2], x[:, 4:8]), (x, x.clone())):
+        both = joined(first, rest)
+        assert torch.equal(both, torch.cat([first, rest], 1))
+        assert both.untyped_storage() != x.untyped_storage()
+    assert joined(x[:, :3], x[:, 3:]).data_ptr() == x.data_ptr()
 
 
 @given(st.lists(st.integers(0, 8), unique=True).map(sorted), frame_sizes, st.integers(1, 3))
 def test_slots_are_gathered_head_by_head(slots: list[int], frame: Any, heads: int) -> None:
-    (room,) = cut([(9, heads)], frame, torch.empty(0))
+    (room,) = cut([Size(9, heads)], frame, torch.empty(0))
     room.copy_(torch.randn(room.shape))
     copy = gathered(room, slots)
     assert torch.equal(copy, room[:, slots])
@@ -87,10 +120,11 @@ def write(store: Any, frames: range, batch: int = 1, dtype: torch.dtype = torch.
 
 
 def rooms_of(store: Any) -> dict[str, list[Tensor]]:
+    """Rooms by name, tokens in front of frames included."""
     found: dict[str, list[Tensor]] = {}
     for bank in store._banks.values():
         for name, room in bank.rooms.items():
-            found.setdefault(name, []).append(room)
+            found.setdefault(name, []).append(with_front(room, bank.front(name, PATCHES)))
     return found
 
 

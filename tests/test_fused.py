@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headforcing import fused, rope
-from headforcing.arena import cut
+from headforcing.arena import Size, cut
 from headforcing.fused import at_once, compiled, turned
 
 HEIGHT, WIDTH, ROWS = 3, 5, 64
@@ -48,7 +48,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, bank: bool, heads: int, se
     generator = torch.Generator().manual_seed(seed)
     if not bank:
         return torch.randn(shape, generator=generator).to(dtype)[..., :heads, :]
-    (room,) = cut([(frames + 2, heads)], (batch, patches, dim), torch.empty(0, dtype=dtype))
+    (room,) = cut([Size(frames + 2, heads)], (batch, patches, dim), torch.empty(0, dtype=dtype))
     room.copy_(torch.randn(room.shape, generator=generator))
     return room[:, 1 : frames + 1]
 

@@ -30,6 +30,7 @@ from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.health import HostFlag
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
@@ -55,11 +56,12 @@ BESIDE: dict[str, HeadRole] = {
     "dynamic": Dynamic(pieces=TOKENS),
     "dynamic, compact": Dynamic(2, pieces=1, positions="compact"),
     "averages": Averaging(WINDOW),
+    "participating": Participating(WINDOW, sink=3, recent=3, chosen=1),
 }
-"""Roles that keep something beside whole frames: what they see is put together for every pass."""
+"""Roles that keep something beside whole frames."""
 EVERY_ROLE = (*ROLES.values(), Anchor(1))  # the heads of the anchor role are not neighbours
 ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "every role": EVERY_ROLE}
-FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "every role")]
+FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "participating", "every role")]
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
@@ -157,6 +159,7 @@ class Operators(TorchDispatchMode):
         self.shapes: list[tuple[torch.Size, ...]] = []
         self.reads: list[str] = []
         self.moves: list[str] = []
+        self.made: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -167,6 +170,9 @@ class Operators(TorchDispatchMode):
             self.reads.append(str(func))
         if len({x.device for x in tensors}) > 1:
             self.moves.append(str(func))
+        views = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
+        if not any(views):
+            self.made += [(str(func), x.numel()) for x in tree_leaves(out) if isinstance(x, Tensor)]
         return out
 
 
@@ -269,6 +275,18 @@ def check_no_object_stays(layer: Layer, chunks: int, allowed: int) -> None:
     assert grown[-1] <= allowed, f"Python memory grew by {grown[1:]} bytes in {chunks} chunks each"
 
 
+def check_a_pass_makes_nothing_larger_than_its_chunk(layer: Layer) -> None:
+    """From the second pass over a chunk on: no gather, no `cat`, no copy of a memory."""
+    layer.run(WARM_UP)
+    own = CHUNK * TOKENS * DIM * layer.handle.status().heads
+    for number in layer.each_pass():
+        with Operators() as seen:
+            layer.write(number)
+        if number:
+            assert seen.made
+            assert [(name, size) for name, size in seen.made if size > own] == []
+
+
 class Turns(SelfForcing):
     """Counts the frames that are rotated, keys and queries."""
 
@@ -291,8 +309,8 @@ def turned(layer: Layer, turns: Turns) -> list[int]:
     return found
 
 
-TURNED = {Dynamic: CHUNK + 1, Averaging: AVERAGES}
-"""Frames that are rotated beside whole ones: those that are cut and the next one, and averages."""
+TURNED = {Dynamic: CHUNK + 1, Averaging: AVERAGES, Participating: 2 * WINDOW}
+"""Frames that are rotated beside whole ones: those that are cut and the next one, averages, candidates."""
 
 
 def check_history_is_rotated_once_per_chunk(layer: Layer, turns: Turns) -> None:
@@ -347,6 +365,11 @@ def test_a_memory_spread_over_time_moves_other_rows_each_chunk_but_never_more_th
     assert max(firsts) - min(firsts) <= operators_per_row * Memory(1, 4, 4).capacity(CHUNK)
 
 
+@every_row
+def test_a_pass_makes_nothing_larger_than_its_chunk(row):
+    check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row))
+
+
 @each_row
 def test_history_is_rotated_at_most_once_per_chunk(row):
     turns = Turns()
@@ -394,7 +417,7 @@ def test_no_tensor_stays_in_the_lean_store():
 @both_stores
 @pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
 def test_nothing_stays_of_what_is_kept_beside_frames(role, store):
-    layer = Layer([role, role], passes=2, addresses=False, store=store)
+    layer = Layer([role, role], passes=2, addresses=store is RingStore, store=store)
     check_no_tensor_stays(layer, chunks=60)
     check_no_object_stays(layer, chunks=100, allowed=SOME_BYTES)
 
@@ -442,8 +465,7 @@ def test_a_host_that_waits_is_found():
 @both_stores
 @every_row
 def test_a_gpu_allocates_nothing_that_stays(row, store):
-    ring = store is RingStore and not any(role.digest() for role in row)
-    layer = Layer(row, store=store, device="cuda", addresses=ring).run(WARM_UP)
+    layer = Layer(row, store=store, device="cuda", addresses=store is RingStore).run(WARM_UP)
     torch.cuda.synchronize()
     before, buffers = torch.cuda.memory_allocated(), set(layer.buffers)
     layer.run(100)
@@ -598,6 +620,25 @@ def test_a_tensor_that_stays_is_found(kind, what):
 def test_an_object_that_stays_is_found():
     with pytest.raises(AssertionError, match="Python memory grew"):
         check_no_object_stays(Layer([Local(1)], store=Noting), chunks=100, allowed=SOME_BYTES)
+
+
+class Scattered(RingStore):
+    """Puts what is kept beside frames wherever there is room."""
+
+    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
+        return tokens
+
+
+@pytest.mark.parametrize("row", [(Averaging(WINDOW),) * 2, (Veil(patch=1), Veil(patch=1))], ids=["see", "copy"])
+def test_tokens_that_are_put_together_in_every_pass_are_found(row):
+    with pytest.raises(AssertionError, match="cat"):
+        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=Scattered))
+
+
+@pytest.mark.parametrize("store", [Forgetful, LeanStore])
+def test_rotating_more_than_the_own_chunk_makes_more(store):
+    with pytest.raises(AssertionError):
+        check_a_pass_makes_nothing_larger_than_its_chunk(Layer([Memory(1, 4, 4)], store=store))
 
 
 def test_rotating_history_on_every_pass_is_found():

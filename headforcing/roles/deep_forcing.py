@@ -85,6 +85,10 @@ class Chosen(Digest):
         self._frames: list[Past] = []
         self._kept: Tokens | None = None
 
+    def most(self, patches: int) -> int:
+        """As many as the role says."""
+        return self.role.chosen * patches
+
     @property
     def places(self) -> int:
         """One, for all of them."""

@@ -88,6 +88,10 @@ class Pieces(Digest):
         self._cut = 0
         self._seen: Tokens | None = None
 
+    def most(self, patches: int) -> int:
+        """As many pieces as a frame is cut to."""
+        return patches
+
     @property
     def places(self) -> int:
         """Frames that were cut."""

@@ -80,6 +80,10 @@ class Averages(Digest):
         self._kinds: tuple[torch.dtype, torch.dtype] | None = None
         self._patches = 0
 
+    def most(self, patches: int) -> int:
+        """Both averages, at every patch."""
+        return AVERAGES * patches
+
     @property
     def places(self) -> int:
         """Both averages, once there are any."""

@@ -7,6 +7,7 @@ no trace, and nothing has to be rolled back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -204,7 +205,8 @@ class KVStore(Storage):
             query: the frame that looks, for a role that reads per query frame.
         """
         own, asked = self._inside(role, query)
-        return self.digests.see(role, own.start, asked, encode)
+        which = None if asked is None else asked - own.start
+        return self.digests.see(role, own.start, asked, encode, functools.partial(self._lay, role, which))
 
     def nbytes(self) -> int:
         """Bytes held, counted from the memory behind the tensors; marks included."""
@@ -238,6 +240,13 @@ class KVStore(Storage):
             more["digested"] = digest.places
         placed = role.place(frames, chunk, self.window, **more)
         return self._shifts.moved(placed, self.scenes.outside(role, frames), role.scheme)
+
+    def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
+        """Where what a role sees beside whole frames lies until the next chunk; default: where it was made.
+
+        `which`: number in the chunk of the frame that looks, for a role that reads per query frame.
+        """
+        return tokens
 
     def _turn(self, start: int) -> bool:
         """Marks and switches that were asked for, because a chunk begins at `start`; whether frames went."""

@@ -5,7 +5,9 @@ sit now, and values; see `headforcing.banked` for how they lie. Only frames whos
 rotated again, when a chunk begins.
 
 Roles that read a part of what they keep, or per query frame, have that part copied once per chunk (and
-query frame); those that read per query frame have no room for rotated keys.
+query frame); those that read per query frame have no room for rotated keys. What a role keeps beside
+whole frames is rotated once per chunk, too, and lies right in front of them, so that a pass reads both as
+one.
 
 Softmax does not care about the order of keys, but its last bits do: time order is what makes the
 result equal to upstream's, bit for bit. Holding keys twice costs 1.5 times the bytes of a plain cache
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headforcing.banked import Banked
+from headforcing.digest import Tokens
 from headforcing.role import HeadRole
 from headforcing.rotated import RotatedBank
 from headforcing.stores import KVStore
@@ -26,6 +29,11 @@ from headforcing.types import Heads
 class RingStore(Banked, KVStore):
     """Slots for keys before RoPE, rotated keys, and values."""
 
+    _banks: dict[HeadRole, RotatedBank]
+
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         super().__init__(heads, window=window, layer=layer)
-        self._banks = {role: RotatedBank(role, heads[role]) for role in heads}
+        self._banks = {role: RotatedBank(role, heads[role], self.digests.get(role)) for role in heads}
+
+    def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
+        return self._banks[role].lay(which, tokens)
