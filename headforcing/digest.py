@@ -64,8 +64,8 @@ class Digest(ABC):
     def most(self, patches: int) -> int:
         """Most tokens that it ever shows, where frames have so many; default 0, which nobody knows.
 
-        A store may keep a place for so many in front of whole frames. Where nobody knows, both are put together in
-        every pass.
+        A store may keep a place for so many in front of whole frames. Where nobody knows, both are put
+        together in every pass.
         """
         return 0
 

@@ -93,7 +93,7 @@ class Digests:
     def see(
         self, role: HeadRole, start: int, query: int | None, encode: Encode, lay: Callable[[Tokens], Tokens]
     ) -> Tokens | None:
-        """What the heads of a role see; rotated, and laid where it is seen, once per query until `refresh`."""
+        """What the heads of a role see; rotated and laid in place once per query, until `refresh`."""
         if role not in self._digests:
             return None
         if (role, query) not in self._seen:

@@ -22,8 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-Turns = tuple[Tensor, Tensor]
-"""Cosines and sines."""
 _Turned = Callable[[Tensor, Tensor, Tensor], Tensor]
 COMPILED = ("cuda", "xpu")
 """Devices for which a compiler comes with PyTorch."""
@@ -34,8 +32,7 @@ def turned(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
 
     Args:
         x: `[A, F*P, D]` or, with several samples one behind the other, `[A, B*F*P, D]`.
-        times: cosines and sines of every frame, `[2, F + 1, T]`, flat, the last row unused: so no size of it
-            is 1 or equal to another one, which a compiler would make use of.
+        times: cosines and sines of every frame, as `packed_times` makes them.
         spaces: those of every patch, `[2, P, S]` with `T + S = D/2`; columns behind those of `times`.
 
     Returns:
@@ -53,30 +50,43 @@ def turned(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
     return rotated
 
 
-def at_once(x: Tensor, times: Turns, spaces: Turns) -> Tensor:
+def packed_times(cos: Tensor, sin: Tensor) -> Tensor:
+    """Cosines and sines of frames, `[n, T]` each, as `[2, n + 1, T]`, flat, the last row unused.
+
+    So no size of it is 1 or equal to another one, which a compiler would make use of.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # one kind of tensor, compiled once
+        return torch.cat([part.flatten() for turns in (cos, sin) for part in (turns, turns[-1])])
+
+
+def packed_spaces(cos: Tensor, sin: Tensor) -> Tensor:
+    """Cosines and sines of patches, `[P, S]` each, as `[2, P, S]`."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.stack([cos, sin])
+
+
+def at_once(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
     """Rotates frames `[B, n, P, Hr, D]`; the result lies as `x` does.
 
     Args:
         x: queries or keys before RoPE.
-        times: of every frame, `[n, T]` each.
-        spaces: of every patch, `[P, S]` each.
+        times: turns of every frame, as `packed_times` makes them.
+        spaces: turns of every patch, as `packed_spaces` makes them.
     """
     graded = torch.is_grad_enabled()
     plain = x.device.type not in COMPILED or (x.requires_grad and graded)
     plain = plain or torch._dynamo.config.disable  # PyTorch's own name for the variable in the environment
     with torch.inference_mode(False), torch.set_grad_enabled(graded):  # the first alone turns gradients on
-        time = torch.cat([part.flatten() for turns in times for part in (turns, turns[-1])])
-        space = torch.stack(spaces)
         flat, back = _tokens(x)
         if x.device.type == "meta":  # the result alone, as a compiled kernel makes it
             return back(torch.empty_like(flat))
         if plain:
-            return back(turned(flat, time, space))
+            return back(turned(flat, times, spaces))
         flat = _alone(flat)
         torch._dynamo.mark_static(flat, 2)  # channels are those of the model
-        torch._dynamo.mark_static(space, [0, 2])
+        torch._dynamo.mark_static(spaces, [0, 2])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # one kind of call, compiled once
-            return back(compiled(x.device, x.dtype, x.shape[4], _kind(flat))(flat, time, space))
+            return back(compiled(x.device, x.dtype, x.shape[4], _kind(flat))(flat, times, spaces))
 
 
 @functools.cache

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headforcing.derived import derived
 from headforcing.errors import RoleError
-from headforcing.fused import at_once
+from headforcing.fused import at_once, packed_spaces, packed_times
 from headforcing.types import runs
 
 THETA = 10000
@@ -45,12 +46,28 @@ def rotate(
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
         do; computed in the precision of the table.
     """
-    time = temporal_columns(table)
-    times = temporal_rows(table[:, :time], positions)
-    spaces = _spatial_rows(table[:, time:], height, width, patch)
     if x.device.type == "cpu":
-        return _by_frame(x, times, spaces)
-    return at_once(x, (times.real, times.imag), (spaces.real, spaces.imag))
+        return _by_frame(x, derived(table, _times, *positions), derived(table, _spaces, height, width, patch))
+    times = derived(table, _packed_times, *positions)
+    return at_once(x, times, derived(table, _packed_spaces, height, width, patch))
+
+
+def _times(table: Tensor, *positions: float) -> Tensor:
+    return temporal_rows(table[:, : temporal_columns(table)], positions)
+
+
+def _spaces(table: Tensor, height: int, width: int, patch: int) -> Tensor:
+    return _spatial_rows(table[:, temporal_columns(table) :], height, width, patch)
+
+
+def _packed_times(table: Tensor, *positions: float) -> Tensor:
+    times = _times(table, *positions)
+    return packed_times(times.real, times.imag)
+
+
+def _packed_spaces(table: Tensor, height: int, width: int, patch: int) -> Tensor:
+    spaces = _spaces(table, height, width, patch)
+    return packed_spaces(spaces.real, spaces.imag)
 
 
 def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
@@ -91,7 +108,7 @@ def rotate_real(
     ]
     times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
     if x.device.type != "cpu":
-        return at_once(x, times, (spaces[0], spaces[1]))
+        return at_once(x, packed_times(*times), packed_spaces(*spaces))
     out = torch.empty_like(x)
     for frame in range(x.shape[1]):
         cos, sin = (

@@ -63,9 +63,7 @@ def test_rooms_are_cut_side_by_side(sizes: Any, frame: Any, dtype: torch.dtype) 
     check_rooms([with_front(room, size.front) for room, size in zip(rooms, sizes, strict=True)])
 
 
-@given(
-    st.integers(1, 4), st.integers(0, 5), st.integers(0, 3), frame_sizes, st.integers(1, 3), st.booleans()
-)
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 3), frame_sizes, st.integers(1, 3), st.booleans())
 def test_tokens_in_front_of_a_room_are_read_with_it(
     slots: int, place: int, spare: int, frame: Any, heads: int, elsewhere: bool
 ) -> None:

@@ -18,6 +18,9 @@ from headforcing.errors import OptionError
 from headforcing.lookup import module_names
 from headforcing.needs import Case, Needs
 from headforcing.roles import Anchor, Local, Memory, SlidingWindow
+from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Veil, Wave
 from headforcing.segments import Layout, plan_of
 from headforcing.testing import Rig, check_backend
@@ -299,9 +302,14 @@ def test_a_video_in_inference_mode():
     assert torch.equal(plain, again)
 
 
+WHOLE = (Local(), Anchor(), Memory(), SlidingWindow(6))
+BESIDE = (Averaging(9), Anchor(), Participating(9, 1, 3, 1), Dynamic(1, pieces=2, positions="compact"))
+
+
+@pytest.mark.parametrize("row", [WHOLE, BESIDE], ids=["whole frames", "and what is kept beside them"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_ring_store_is_read_in_place(batch):
-    """Of whole frames that are all seen nothing is copied for a kernel that takes rows, warm-up included."""
+def test_the_ring_store_is_read_in_place(batch, row):
+    """Where all that is kept is seen, nothing is copied for a kernel that takes rows, warm-up included."""
     plans = []
 
     def noting(parts, num_heads):
@@ -309,7 +317,7 @@ def test_the_ring_store_is_read_in_place(batch):
         return sdpa(parts, num_heads)
 
     rig = Rig(9)
-    hf.apply_head_forcing(rig.model, [[Local(), Anchor(), Memory(), SlidingWindow(6)]] * 2, backend=noting)
+    hf.apply_head_forcing(rig.model, [row] * 2, window=9, backend=noting)
     caches = rig.caches(batch)
     for start in range(0, 36, 3):
         for draw in (1, 0):

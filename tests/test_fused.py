@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headforcing import fused, rope
 from headforcing.arena import Size, cut
-from headforcing.fused import at_once, compiled, turned
+from headforcing.fused import at_once, compiled, packed_spaces, packed_times, turned
 
 HEIGHT, WIDTH, ROWS = 3, 5, 64
 PATCHES = HEIGHT * WIDTH
@@ -54,7 +54,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, bank: bool, heads: int, se
 
 
 def fast(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
-    return at_once(x, (times.real, times.imag), (spaces.real, spaces.imag))
+    return at_once(x, packed_times(times.real, times.imag), packed_spaces(spaces.real, spaces.imag))
 
 
 places = st.lists(st.one_of(st.integers(0, 2 * ROWS), st.floats(0, 100)), min_size=1, max_size=6)
@@ -102,7 +102,7 @@ def test_real_tables_are_turned_with_the_same_steps(positions: Any, bank: bool, 
     time = rope.temporal_columns(tables[0])
     times = rope.temporal_tables(tuple(positions), time, torch.float32, torch.device("cpu"))
     spaces = tuple(each[:PATCHES, time:] for each in tables)
-    found = at_once(x, times, spaces)
+    found = at_once(x, packed_times(*times), packed_spaces(*spaces))
     assert torch.equal(found, rope.rotate_real(x, tables, positions, HEIGHT, WIDTH))
 
 
@@ -222,8 +222,8 @@ def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_is_compiled_where_the_environment_forbids_it() -> None:
     program = (
         "import torch; from headforcing import fused; fused.COMPILED = ('cpu',); "
-        "x = torch.randn(1, 2, 6, 3, 8); turns = [torch.rand(2, 2)] * 2, [torch.rand(6, 2)] * 2; "
-        "fused.at_once(x, *turns); "
+        "x = torch.randn(1, 2, 6, 3, 8); times = fused.packed_times(*[torch.rand(2, 2)] * 2); "
+        "fused.at_once(x, times, torch.rand(2, 6, 2)); "
         "assert not torch._dynamo.utils.counters['stats'], torch._dynamo.utils.counters"
     )
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}

@@ -629,7 +629,9 @@ class Scattered(RingStore):
         return tokens
 
 
-@pytest.mark.parametrize("row", [(Averaging(WINDOW),) * 2, (Veil(patch=1), Veil(patch=1))], ids=["see", "copy"])
+@pytest.mark.parametrize(
+    "row", [(Averaging(WINDOW),) * 2, (Veil(patch=1), Veil(patch=1))], ids=["see", "copy"]
+)
 def test_tokens_that_are_put_together_in_every_pass_are_found(row):
     with pytest.raises(AssertionError, match="cat"):
         check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=Scattered))
