@@ -58,7 +58,7 @@ def front(room: Tensor, count: int) -> Tensor:
 
 
 def joined(first: Tensor, rest: Tensor) -> Tensor:
-    """Tokens `[B, M, Hr, D]` one behind the other: as they lie, where they lie so; else copied, head by head."""
+    """Tokens `[B, M, Hr, D]` one behind the other: as they lie where they do so, else copied head by head."""
     if _adjoin(first, rest):
         batch, count, heads, dim = first.shape
         return first.as_strided((batch, count + rest.shape[1], heads, dim), first.stride())
