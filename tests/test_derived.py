@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from headforcing import derived as module
 from headforcing.derived import KEPT, derived
@@ -107,6 +109,82 @@ def test_nothing_outlives_its_table() -> None:
     gc.collect()
     assert kept() is None
     assert len(module._shelves) == before - 1
+
+
+def first_rows(table: Tensor, *asked: float) -> Tensor:
+    return table[: int(sum(asked))]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_part_of_a_table_does_not_keep_the_table(mode: Any) -> None:
+    """A view holds what it is a view of, so neither would ever go."""
+    table, before = torch.ones(3), len(module._shelves)
+    with mode():
+        assert torch.equal(derived(table, first_rows, 2), table[:2])
+    gone = weakref.ref(table)
+    del table
+    gc.collect()
+    assert gone() is None
+    assert len(module._shelves) == before
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2], [0, 2, 3], [0.5, 1.5, 2.5], [7, 8, 9]])
+def test_tables_of_hosts_that_make_them_anew_go(positions: Any) -> None:
+    x, before = torch.randn(1, 3, 4, 1, 12), len(module._shelves)
+    for _ in range(3):
+        rotate(x, torch.polar(torch.ones(8, 6), torch.rand(8, 6)), positions, 2, 2)
+    gc.collect()
+    assert len(module._shelves) == before
+
+
+def test_other_memory_at_the_same_address_is_read_anew() -> None:
+    """The allocator gives memory that was let go to the next one who asks."""
+    table = torch.ones(64)
+    for number in range(1, 50):
+        table.data = torch.zeros(1)
+        table.data = torch.full((64,), float(number))
+        assert torch.equal(derived(table, scaled, 1), table)
+
+
+def test_threads_share_a_table() -> None:
+    """More numbers than are kept, so that one thread lets go what another one looks for."""
+    table, wrong = torch.ones(2), []
+
+    def look(seed: int) -> None:
+        for step in range(2000):
+            number = (seed * 7 + step * (seed + 1)) % (KEPT + 2)
+            if not torch.equal(derived(table, scaled, number), table * number):
+                wrong.append(number)  # pragma: no cover
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(look, range(4)))
+    assert wrong == []
+    assert len(module._shelves[table].made) <= KEPT
+
+
+def test_what_a_tracer_makes_is_not_kept() -> None:
+    table = torch.ones(3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(derived(table, scaled, 1), FakeTensor)
+    assert torch.equal(derived(table, scaled, 1), table)
+
+
+def test_a_table_without_data_is_served(recwarn: pytest.WarningsRecorder) -> None:
+    with FakeTensorMode():
+        assert derived(torch.ones(3), scaled, 1).shape == (3,)
+    assert derived(torch.ones(3, device="meta"), scaled, 1).shape == (3,)
+    assert not recwarn.list
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+def test_every_queue_of_a_gpu_has_its_own() -> None:
+    table = torch.ones(3, device="cuda")
+    one = derived(table, scaled, 1)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = derived(table, scaled, 1)
+        assert other is derived(table, scaled, 1)
+    assert one is not other
+    assert one is derived(table, scaled, 1)
 
 
 def test_of_a_table_made_in_inference_mode_nothing_is_kept() -> None:
