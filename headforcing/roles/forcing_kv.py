@@ -127,6 +127,7 @@ class Pieces(Digest):
             places = past.frames if self.role.positions == "absolute" else range(first, first + self._cut + 1)
             k = encode(past.k, tuple(places))
             pieces = self._choice(past, k)
+            k = k.to(past.v.dtype)
             self._seen = _taken(k[:, :-1], pieces, self.role), _taken(past.v[:, :-1], pieces, self.role)
             self._past = _joined(_last(past))
         return self._seen
