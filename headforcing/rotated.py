@@ -81,12 +81,13 @@ class RotatedBank(Bank):
 
         Args:
             which: number in the chunk of the frame that looks, for a role that reads per query frame.
-            tokens: rotated keys, and values; they stay where they are if nobody knew how many would come.
+            tokens: rotated keys, and values; they stay where they are if nobody knew how many would come,
+                as do values that would lie where those of another query frame do.
 
         Raises:
             RoleError: they are more than the role said there would ever be.
         """
-        if which not in self._shown:
+        if self._digest is None or which not in self._shown:
             return tokens
         rooms, count = self._shown[which], tokens[0].shape[1]
         place = self.front("v", rooms[1].shape[2])
@@ -97,8 +98,10 @@ class RotatedBank(Bank):
                 f"{self.role} shows {count} tokens beside frames of {rooms[1].shape[2]}, but said that there "
                 f"would be at most {place}: mend {type(self._digest).__name__}.most"
             )
-        k, v = (front(room, count).copy_(x) for room, x in zip(rooms, tokens, strict=True))
-        return k, v
+        k = front(rooms[0], count).copy_(tokens[0])
+        if which is not None and rooms[1] is self._v and self._digest.values_per_query:
+            return k, tokens[1]
+        return k, front(rooms[1], count).copy_(tokens[1])
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Writes the pending chunk, which is not rotated yet."""
