@@ -70,7 +70,10 @@ class Bank:
         self._new = 0
 
     def tighten(self, chunk: int) -> None:
-        """Room for no more than was needed since it was called first, now with a chunk of `chunk` frames."""
+        """From the next chunk on, room for no more than was needed at any call so far, and is now.
+
+        Until history is replaced or forgotten. `chunk`: frames of the chunk that begins behind it.
+        """
         self._most = max(self._most or 0, len(self.frames) + chunk)
 
     def slots(self, k: Tensor, v: Tensor) -> int:
@@ -140,7 +143,7 @@ class Bank:
         held = len(kept.frames)
         for buffer, x in ((self._raw, kept.k), (self._v, kept.v), (self._ids, kept.numbers)):
             buffer[:, :held] = x
-        self.frames, self._new = kept.frames, 0
+        self.frames, self._new, self._most = kept.frames, 0, None
 
     def staged(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values of the pending chunk."""

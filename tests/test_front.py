@@ -21,7 +21,7 @@ from headforcing.roles import HeadRole, Local, Memory
 from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
-from headforcing.roles.memrope import Averaging
+from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Veil
 from headforcing.rope import rotate
 from headforcing.shots import Truncation
@@ -288,6 +288,21 @@ def test_keys_beside_frames_are_of_the_type_that_is_attended_to(store: str) -> N
         for _ in range(5):
             side.write(side.next, 3)
             side.look("denoise")
+
+
+@pytest.mark.parametrize("store", ["lean", "ring"])
+def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
+    role = Averaging(WINDOW)
+    side = Side([role], random.Random(0), [store_class(store)])
+    slots = []
+    for number in range(40):
+        if number == 20:
+            side.each(lambda store: store.scenes.ask(Switch("cut")))
+        side.write(side.next, 1)
+        side.look("denoise")
+        slots.append(side.stores[1]._banks[role].rooms["v"].shape[1])
+    before, after = [sorted(set(part)) for part in (slots[:20], slots[20:])]
+    assert before == after == [WINDOW - AVERAGES, WINDOW]
 
 
 # Planted bugs -------------------------------------------------------------------------------------
