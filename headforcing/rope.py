@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headforcing.derived import derived
 from headforcing.errors import RoleError
 from headforcing.fused import at_once, packed_spaces, packed_times
 from headforcing.types import runs
@@ -26,10 +26,18 @@ THETA = 10000
 """Wan's; only for tables of which the host shows no more than its own frames."""
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
+Turns = dict[Any, Tensor]
+"""What was made of one table, by what was asked for: queries and keys of all roles of a call share it."""
 
 
 def rotate(
-    x: Tensor, table: Tensor, positions: Sequence[float], height: int, width: int, patch: int = 1
+    x: Tensor,
+    table: Tensor,
+    positions: Sequence[float],
+    height: int,
+    width: int,
+    patch: int = 1,
+    turns: Turns | None = None,
 ) -> Tensor:
     """Rotates queries or keys to temporal `positions`; space stays where it is.
 
@@ -41,33 +49,32 @@ def rotate(
         height: patches per column.
         width: patches per row.
         patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
+        turns: what was made of this table before, for other `x`; added to.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
         do; computed in the precision of the table.
     """
-    if x.device.type == "cpu":
-        return _by_frame(x, derived(table, _times, *positions), derived(table, _spaces, height, width, patch))
-    times = derived(table, _packed_times, *positions)
-    return at_once(x, times, derived(table, _packed_spaces, height, width, patch))
+    turns, time, on_cpu = {} if turns is None else turns, temporal_columns(table), x.device.type == "cpu"
+
+    def times() -> Tensor:
+        rows = temporal_rows(table[:, :time], positions)
+        return rows if on_cpu else packed_times(rows.real, rows.imag)
+
+    def spaces() -> Tensor:
+        rows = _spatial_rows(table[:, time:], height, width, patch)
+        return rows if on_cpu else packed_spaces(rows.real, rows.imag)
+
+    found = _once(turns, "times", positions, times), _once(turns, "spaces", (height, width, patch), spaces)
+    return _by_frame(x, *found) if on_cpu else at_once(x, *found)
 
 
-def _times(table: Tensor, *positions: float) -> Tensor:
-    return temporal_rows(table[:, : temporal_columns(table)], positions)
-
-
-def _spaces(table: Tensor, height: int, width: int, patch: int) -> Tensor:
-    return _spatial_rows(table[:, temporal_columns(table) :], height, width, patch)
-
-
-def _packed_times(table: Tensor, *positions: float) -> Tensor:
-    times = _times(table, *positions)
-    return packed_times(times.real, times.imag)
-
-
-def _packed_spaces(table: Tensor, height: int, width: int, patch: int) -> Tensor:
-    spaces = _spaces(table, height, width, patch)
-    return packed_spaces(spaces.real, spaces.imag)
+def _once(turns: Turns, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
+    """What was made before for the same numbers, whole ones and others told apart."""
+    key = (what, *asked, *map(type, asked))
+    if key not in turns:
+        turns[key] = make()
+    return turns[key]
 
 
 def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
@@ -85,7 +92,13 @@ def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
 
 
 def rotate_real(
-    x: Tensor, tables: Tables, positions: Sequence[float], height: int, width: int, patch: int = 1
+    x: Tensor,
+    tables: Tables,
+    positions: Sequence[float],
+    height: int,
+    width: int,
+    patch: int = 1,
+    turns: Turns | None = None,
 ) -> Tensor:
     """As `rotate`, where the host multiplies by cosines and sines; the same steps, so the same bits.
 
@@ -97,18 +110,23 @@ def rotate_real(
         height: patches per column.
         width: patches per row.
         patch: side of the squares of patches that are one in `x`.
+        turns: what was made of these tables before, for other `x`; added to.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does.
     """
-    time = temporal_columns(tables[0])
+    time, turns = temporal_columns(tables[0]), {} if turns is None else turns
     merged = (slice(None, None, patch),) * 2
     spaces = [
         table[: height * width, time:].unflatten(0, (height, width))[merged].flatten(0, 1) for table in tables
     ]
     times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
     if x.device.type != "cpu":
-        return at_once(x, packed_times(*times), packed_spaces(*spaces))
+        return at_once(
+            x,
+            _once(turns, "times", positions, lambda: packed_times(*times)),
+            _once(turns, "spaces", (height, width, patch), lambda: packed_spaces(*spaces)),
+        )
     out = torch.empty_like(x)
     for frame in range(x.shape[1]):
         cos, sin = (

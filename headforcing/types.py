@@ -173,6 +173,7 @@ class AttentionCall:
         rolling: whether the host denoises several chunks at once; see `Chunk`.
         shift: how far the host moves these frames on the temporal axis, in frames.
         heads: whose queries or keys are rotated, for hosts that turn every head otherwise; `None`: all.
+        turns: what was made of the host's RoPE table so far, for all roles of this call; see `rope.rotate`.
     """
 
     x: Tensor
@@ -186,6 +187,7 @@ class AttentionCall:
     rolling: bool = False
     shift: float = 0
     heads: Heads | None = None
+    turns: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens_per_frame(self) -> int:

@@ -131,7 +131,7 @@ class WanAdapter(Adapter):
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch=patch)
+        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch, call.turns)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects."""

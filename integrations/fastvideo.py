@@ -84,7 +84,7 @@ class FastVideo(CountingWan):
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        return rope.rotate_real(x, _tables(call.arguments), positions, *call.grid[1:], patch=patch)
+        return rope.rotate_real(x, _tables(call.arguments), positions, *call.grid[1:], patch, call.turns)
 
 
 def _keeps_raw(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ FLOORS = [
     | {"shots", "host_cache", "skipping", "weights", "traced"}
     | {"part", "needs", "segments", "folding"},
     {"positions", "shots", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "fused", "derived", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
+    | {"rope", "fused", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
     {"health", "scene", "storage", "arena", "bank", "rotated", "banked", "digests", "eval_files"},
     {"stores", "backends"},
     {"profile", "steady", "footprint"},

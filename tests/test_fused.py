@@ -279,10 +279,10 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def operators(positions: list[float]) -> Copies:
-    x, turns = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta"), table(10).to("meta")
+def operators(positions: list[float], turns: rope.Turns | None = None) -> Copies:
+    x, multipliers = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta"), table(10).to("meta")
     with FromHost() as made, Copies() as seen:
-        out = rope.rotate(x, turns, positions, HEIGHT, WIDTH)
+        out = rope.rotate(x, multipliers, positions, HEIGHT, WIDTH, 1, turns)
     assert out.shape == x.shape
     seen.found += made.found
     return seen
@@ -291,6 +291,12 @@ def operators(positions: list[float]) -> Copies:
 @given(places)
 def test_no_position_comes_from_the_host(positions: Any) -> None:
     assert operators(positions).found == []
+
+
+def test_what_is_made_of_a_table_is_made_once_per_call() -> None:
+    turns: rope.Turns = {}
+    first, other_frames, again = (operators(places, turns).count for places in ([0, 1], [4, 5], [4, 5]))
+    assert first > other_frames > again
 
 
 def test_the_number_of_operators_does_not_hang_on_the_number_of_frames() -> None:

@@ -116,3 +116,27 @@ def test_real_tables_turn_merged_patches_as_their_top_left_ones():
     corners = torch.arange(24).view(4, 6)[::2, ::2].flatten()
     expected = rotate_real(x, frame, [3, 9], 4, 6)[:, :, corners]
     assert torch.equal(rotate_real(x[:, :, corners], frame, [3, 9], 4, 6, patch=2), expected)
+
+
+places = st.lists(st.one_of(st.integers(0, 2 * ROWS), st.integers(0, 9).map(float)), min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(places, st.sampled_from([1, 2])), min_size=2, max_size=6), st.booleans())
+def test_rotations_that_share_what_they_make_of_a_table_are_those_that_do_not(asked, real):
+    """Queries and keys of all roles of one call."""
+    turns, (height, width) = {}, (4, 6)
+    tables = (table().real.float(), table().imag.float()) if real else table()
+    turned = rotate_real if real else rotate
+    for positions, patch in asked:
+        x = torch.randn(1, len(positions), height * width // patch**2, 1, 32)
+        expected = turned(x, tables, positions, height, width, patch)
+        assert torch.equal(turned(x, tables, positions, height, width, patch, turns), expected)
+
+
+def test_a_whole_position_is_a_row_of_the_table_and_a_float_is_computed():
+    """So what is made of them is told apart."""
+    x, odd = torch.randn(1, 1, HEIGHT * WIDTH, 1, 32), table().clone()
+    odd[3] = odd[5]
+    turns = {}
+    row, computed = (rotate(x, odd, [place], HEIGHT, WIDTH, 1, turns) for place in (3, 3.0))
+    assert not torch.equal(row, computed)
