@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from headforcing.census import Known
 from headforcing.errors import OptionError, RoleMapMismatchError, StreamShapeError
 from headforcing.footprint import ModelSize
 from headforcing.preset import Preset
@@ -160,8 +161,10 @@ def takes(choice: Choice, setting: Setting) -> Takes:
     stored, kept = size.stored_bytes(setting.store, choice.roles), size.kv_bytes(choice.roles)
     assert stored is not None
     assert kept is not None  # no role grows
+    known: Known = {}  # most of what layers ask of operators is alike
     done = [
-        rehearse(row, size, setting.grid, videos=setting.videos, store=setting.store) for row in choice.rows
+        rehearse(row, size, setting.grid, videos=setting.videos, store=setting.store, known=known)
+        for row in choice.rows
     ]
     work = max(one.work for one in done)
     return Takes(choice.name, math.ceil(stored * share), math.ceil(kept * share), frames / heads, work)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.apply import apply_head_forcing
-from headforcing.census import Census, ResultAlone
+from headforcing.census import Census, Known, Remembering, ResultAlone
 from headforcing.demo.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.errors import OptionError
 from headforcing.footprint import ModelSize
@@ -44,7 +44,13 @@ class Rehearsed:
 
 
 def rehearse(
-    row: Sequence[HeadRole], size: ModelSize, grid: Grid, *, videos: int = 1, store: str = "ring"
+    row: Sequence[HeadRole],
+    size: ModelSize,
+    grid: Grid,
+    *,
+    videos: int = 1,
+    store: str = "ring",
+    known: Known | None = None,
 ) -> Rehearsed:
     """Runs one layer until its memory is full, and then through every chunk that differs.
 
@@ -54,6 +60,7 @@ def rehearse(
         grid: height and width of a frame in patches.
         videos: of a batch, `B`.
         store: name of the store.
+        known: what operators return, from layers rehearsed before; what this one asks of them is added.
 
     Raises:
         OptionError: there is no such store, or no type of so many bytes.
@@ -63,7 +70,8 @@ def rehearse(
     handle = layer.force(row, _unchecked(store)) if row else None
     work, stored, full = 0, 0, _full(row, size)
     noisy, clean = torch.tensor([1.0]), torch.tensor([0.0])
-    with torch.no_grad(), ResultAlone():
+    remembering = Remembering({} if known is None else known)
+    with torch.no_grad(), ResultAlone(), remembering:
         for chunk in range(full):
             layer(chunk, clean)
         for chunk in range(full, full + _cycle(row, size)):

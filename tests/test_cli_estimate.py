@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from fractions import Fraction
@@ -16,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 import headforcing as hf
+from headforcing import rehearsal
 from headforcing.backends.sdpa import attend as sdpa
-from headforcing.census import Census, ResultAlone
+from headforcing.census import Census, Remembering, ResultAlone
 from headforcing.cli import app
 from headforcing.errors import OptionError
 from headforcing.estimate import (
@@ -257,6 +259,89 @@ def test_softmax_attention_is_its_result_alone():
         scaled_dot_product_attention(query=q, key=k, value=k)
     assert out.shape == q.shape
     assert census.most == 2 * q.nbytes
+
+
+def on_meta(shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+MAKE = [
+    lambda x: x + 1,
+    lambda x: x + 1.0,
+    lambda x: x * True,
+    lambda x: x.transpose(0, 1),
+    lambda x: x.transpose(0, 1).clone(),
+    lambda x: x.contiguous(),
+    lambda x: x[1:],
+    lambda x: x.add_(x),
+    lambda x: torch.cat([x, x], 1),
+    lambda x: x.to(torch.bfloat16),
+    lambda x: x > 2,
+    lambda x: x.sort().values,
+    lambda x: torch.full_like(x, 2),
+    lambda x: torch.full((len(x), 5), 3, device="meta"),
+    lambda x: torch.full((len(x), 5), 3.0, device="meta"),
+    lambda x: x.repeat_interleave(torch.arange(1, len(x) + 1), 0),
+    lambda x: x.repeat_interleave(torch.arange(1, len(x) + 1).flip(0) ** 2, 0),
+]
+
+
+@given(st.lists(st.integers(0, len(MAKE) - 1), max_size=12), st.sampled_from([torch.int64, torch.float32]))
+def test_what_is_remembered_is_what_would_be_worked_out(steps, dtype):
+    """Twice, as only the second time all of it is known; also what is alive after every step."""
+
+    def made(known):
+        x, found = on_meta((3, 4), dtype), []
+        with contextlib.nullcontext() if known is None else Remembering(known), Census() as census:
+            for step in steps:
+                x = MAKE[step](x)
+                x = x[:3, :6]
+                found.append((x.shape, x.stride(), x.dtype, x.storage_offset(), census.live, census.most))
+        return found
+
+    slow, known = made(None), {}
+    assert made(known) == slow
+    count = len(known)
+    assert made(known) == slow
+    assert len(known) == count
+
+
+def test_only_what_has_no_numbers_in_it_is_remembered():
+    known = {}
+    with Remembering(known):
+        assert (torch.ones(2) + torch.ones(2)).tolist() == [2, 2]
+        on_meta(2).add_(1)
+        on_meta((2, 3)).view(6)
+        on_meta(3).repeat_interleave(torch.tensor([1, 2, 3]))
+        assert on_meta(3).repeat_interleave(torch.tensor([2, 2, 9])).shape == (13,)
+        count = len(known)
+        for _ in range(2):
+            on_meta(2) + 1
+    assert {str(asked[0]) for asked in known} == {"aten.empty.memory_format", "aten.add.Tensor"}
+    assert len(known) == count + 1
+
+
+@st.composite
+def rows_of_several(draw):
+    """A few layers of one map, whose roles are those of a preset in any numbers and order."""
+    heads, name = draw(st.integers(2, 6)), draw(st.sampled_from(KNOWN))
+    roles = list(PRESETS[name].roles(21, 3).values())
+    layer = st.lists(st.sampled_from(roles), min_size=heads, max_size=heads).map(tuple)
+    return draw(st.lists(layer, min_size=2, max_size=4))
+
+
+@settings(max_examples=6, deadline=None)
+@given(rows_of_several(), st.sampled_from(["ring", "reference", "lean"]), st.integers(1, 2))
+def test_remembering_changes_no_number(layers, store, videos):
+    size = dataclasses.replace(SMALL, layers=len(layers), heads=len(layers[0]))
+    choice, setting = of_map("any", hf.RoleMap(tuple(layers)), size), Setting(size, GRID, store, videos)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rehearsal, "Remembering", lambda known: contextlib.nullcontext())
+        slow = [rehearse(row, size, GRID, videos=videos, store=store) for row in choice.rows]
+    known = {}
+    quick = [rehearse(row, size, GRID, videos=videos, store=store, known=known) for row in choice.rows]
+    assert quick == slow
+    assert takes(choice, setting).work == max(one.work for one in slow)
 
 
 # --- headforcing estimate -----------------------------------------------------------------------------
