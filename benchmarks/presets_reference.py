@@ -1,12 +1,19 @@
-"""Writes docs/presets.md from the presets themselves; a test compares the two."""
+"""Writes docs/presets.md from the presets themselves, or says where the two differ.
+
+python benchmarks/presets_reference.py
+python benchmarks/presets_reference.py --check
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import inspect
 import json
 import re
+import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +133,39 @@ def _linked(source: str) -> str:
     return ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
 
 
+def differences(said: str, page: str) -> list[str]:
+    """Lines of a text that are not those of the page (-), and of the page that it lacks (+), numbered."""
+    old, new, found = said.splitlines(), page.splitlines(), []
+    for kind, first, last, start, stop in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        if kind != "equal":
+            found += [f"-{number + 1}: {old[number]}" for number in range(first, last)]
+            found += [f"+{number + 1}: {new[number]}" for number in range(start, stop)]
+    if not found and said != page:
+        found.append(f"-{len(old)}: lines end otherwise: expected one newline each, also behind the last")
+    return found
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Writes the page, or compares; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page [default: docs/presets.md]")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 and the lines that differ")
+    args = parser.parse_args(given)
+    if not args.check:
+        args.out.write_bytes(page().encode())
+        return 0
+    try:
+        said = args.out.read_bytes().decode()
+    except FileNotFoundError:
+        parser.error(f"{args.out} is not there: write it first, without --check")
+    found = differences(said, page())
+    if not found:
+        return 0
+    script = "python benchmarks/presets_reference.py"
+    wrong = f"{args.out} is not what the presets say; run: {script} --out {args.out}"
+    sys.stdout.write("\n".join([wrong, *found, ""]))
+    return 1
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(main())
