@@ -310,6 +310,64 @@ def test_a_line_is_found(bench, fixed, per_frame):
     assert found == pytest.approx((fixed, per_frame, 0), rel=1e-6, abs=1e-9)
 
 
+def a_case(*points):
+    rows = [{"variant": name, "frames": frames, "best_wall_ratio": ratio} for name, frames, ratio in points]
+    return {"case": "float32, 4x6 = 24 tokens per frame, cpu", "rows": rows}
+
+
+def drawn(bench, monkeypatch, cases, path):
+    """The names in a picture as they lie when it is written, panel by panel, and the dots."""
+    from headforcing.plots import style
+
+    figures, found = [], []
+    new_figure = style.new_figure
+    monkeypatch.setattr(style, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    bench("pictures").draw_ratios(cases, path)
+    (figure,) = figures
+    for ax in figure.axes[: len(cases)]:
+        dots = [ax.transData.transform(line.get_xydata()[0]) for line in ax.lines[1:]]
+        names = {(text.get_text(), text.xy): text.get_window_extent() for text in ax.texts}
+        found.append((names, dots))
+    return found
+
+
+POINTS = st.lists(st.tuples(st.sampled_from(["a", "StreamingLLM", "head_forcing"]), st.integers(4, 6)), max_size=5)
+NEAR = st.tuples(st.sampled_from([0.3, 0.31, 1.0]), st.floats(0.0, 0.02))
+
+
+@given(st.lists(st.tuples(POINTS, NEAR), min_size=1, max_size=2))
+@settings(max_examples=8, deadline=None)
+def test_names_in_a_picture_do_not_overlap(bench, tmp_path_factory, told):
+    """Also of variants that attend to as many frames in as much time; nor do they hide a point."""
+    pytest.importorskip("matplotlib", reason="it is a picture")
+    cases = []
+    for points, (ratio, step) in told:
+        near = [(f"{name} {n}", frames, ratio + n * step) for n, (name, frames) in enumerate(points)]
+        cases.append(a_case(("dense", 21, 1.0), *near, ("identity", 21, 1.0)))
+    with pytest.MonkeyPatch.context() as patched:
+        panels = drawn(bench, patched, cases, tmp_path_factory.mktemp("drawn") / "ratios.png")
+    for case, (names, dots) in zip(cases, panels, strict=True):
+        assert len(names) == len(dots) == len(case["rows"])
+        boxes = list(names.values())
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:index])
+            assert not any(box.contains(*dot) for dot in dots)
+
+
+def test_a_picture_is_the_same_every_time(bench, tmp_path):
+    pytest.importorskip("matplotlib", reason="it is a picture")
+    case = a_case(("dense", 21, 1.0), ("b", 4, 0.2), ("a", 4, 0.2), ("identity", 21, 1.0))
+    other = {**case, "rows": case["rows"][:1] + case["rows"][:0:-1]}
+    for name, one in (("one", case), ("two", case), ("other", other)):
+        bench("pictures").draw_ratios([one], tmp_path / f"{name}.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    with pytest.MonkeyPatch.context() as patched:
+        ((names, _),) = drawn(bench, patched, [case], tmp_path / "names.png")
+    with pytest.MonkeyPatch.context() as patched:
+        ((turned, _),) = drawn(bench, patched, [other], tmp_path / "names.png")
+    assert {name: box.bounds for name, box in names.items()} == {n: b.bounds for n, b in turned.items()}
+
+
 class Pretended:
     """The module of an accelerator that there is not: memory that a video takes, and two places that wait."""
 
