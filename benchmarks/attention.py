@@ -30,16 +30,14 @@ from measuring import (
     Deadline,
     best,
     common_arguments,
-    machine,
     measure,
     median,
     prepare,
     without_softmax_attention,
-    write,
 )
 from mixes import plain_mixes, preset_mixes
 from phases import phases, show_phases
-from pictures import draw_ratios
+from reporting import report_cases
 from rich.console import Console
 from rich.table import Table
 from variant import SCOPE, WARM_UP, Variant, facts_of, fill
@@ -94,8 +92,9 @@ def summary(
     return rows
 
 
-def show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
+def show(console: Console, found: dict[str, Any]) -> None:
     """The table of one case."""
+    rows = found["rows"]
     table = Table(
         "variant",
         "frames",
@@ -107,7 +106,7 @@ def show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
         "median",
         "cpu",
         "MB",
-        title=title,
+        title=f"{found['case']}; best of {found['chunks']} chunks",
     )
     for row in rows:
         good = row["variant"] == "dense" or row["best_wall_over_ideal"] <= TARGET
@@ -124,6 +123,13 @@ def show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
             f"{row['stored_bytes'] / 1e6:.0f}",
         )
     console.print(table)
+    console.print(
+        f"identity differs from dense by {found['identity_differs_by']:g}; median over best chunk "
+        f"of dense {rows[0]['median_wall'] / rows[0]['best_wall']:.2f}; "
+        f"load {found['load_average'][0]:.1f}\n"
+    )
+    if "profile" in found:
+        show_phases(console, found["profile"])
 
 
 def arguments() -> argparse.Namespace:
@@ -163,38 +169,25 @@ def measured(case: Case, args: argparse.Namespace, deadline: Deadline) -> dict[s
     }
 
 
+def profiled(case: Case, args: argparse.Namespace, deadline: Deadline) -> dict[str, Any]:
+    """The same, and where the time goes if that was asked for."""
+    found = measured(case, args, deadline)
+    if args.profile:
+        found["profile"] = phases(partial(filled, case, args), 2, args.store)
+    return found
+
+
 def main() -> None:
     """Measures, shows, and writes the JSON file."""
     args, console = arguments(), Console(width=110)
-    deadline = Deadline(args.minutes)
-    report: dict[str, Any] = {"machine": machine(args.device), "cases": [], "left_out": []}
-    console.print(report["machine"])
-    console.print(
+    sizes = [(*parse_grid(grid), getattr(torch, dtype)) for grid in args.grids for dtype in args.dtypes]
+    cases = [Case(*size, args.device) for size in sizes]
+    head = (
         f"{SCOPE}; {WARM_UP}; chunks of {CHUNK} frames, {PASSES} passes, window {WINDOW}; backend "
         f"{args.backend}, store {args.store}, device {args.device}"
     )
-    for grid in args.grids:
-        for dtype in args.dtypes:
-            case = Case(*parse_grid(grid), getattr(torch, dtype), args.device)
-            if deadline.passed:
-                report["left_out"].append(f"{case}: no time was left")
-                continue
-            found = measured(case, args, deadline)
-            show(console, f"{case}; best of {found['chunks']} chunks", found["rows"])
-            dense = found["rows"][0]
-            console.print(
-                f"identity differs from dense by {found['identity_differs_by']:g}; median over best chunk "
-                f"of dense {dense['median_wall'] / dense['best_wall']:.2f}; "
-                f"load {found['load_average'][0]:.1f}\n"
-            )
-            if args.profile:
-                found["profile"] = phases(partial(filled, case, args), 2, args.store)
-                show_phases(console, found["profile"])
-            report["cases"].append(found)
-            write(args.out, report)
-            draw_ratios(report["cases"], args.out.with_suffix(".png"))
-    write(args.out, report)  # also what was left out behind the last case, or instead of all
-    console.print(*report["left_out"], f"written to {args.out}", sep="\n")
+    asked = [(case, partial(profiled, case, args)) for case in cases]
+    report_cases(console, args, head, asked, partial(show, console))
 
 
 if __name__ == "__main__":

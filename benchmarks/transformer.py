@@ -12,12 +12,14 @@ are for those that ran. See README.md in this folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from accelerator import accelerator_facts, allocated, let_go
+from accelerator import accelerator_facts, allocated
 from attention_presets import cycle_of
 from measuring import (
     CHUNK,
@@ -30,15 +32,13 @@ from measuring import (
     best,
     common_arguments,
     finish,
-    machine,
     measure,
     median,
     prepare,
     without_softmax_attention,
-    write,
 )
 from mixes import Mix, beside_streaming, runnable
-from pictures import draw_ratios
+from reporting import report_cases
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -132,7 +132,7 @@ def latents(case: Case, chunk: int, number: int) -> Tensor:
 
 
 def measured(
-    name: str, case: Case, args: argparse.Namespace, deadline: Deadline, only: Sequence[str]
+    name: str, case: Case, only: Sequence[str], args: argparse.Namespace, deadline: Deadline
 ) -> dict[str, Any]:
     """All variants of one model on one grid."""
     shape = SHAPES[name]
@@ -271,29 +271,23 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, shows, and writes the JSON file."""
     args, console = arguments(), Console(width=120)
-    deadline = Deadline(args.minutes)
-    report: dict[str, Any] = {"machine": machine(args.device), "cases": [], "left_out": []}
-    console.print(report["machine"])
-    console.print(
+    head = (
         f"{SCOPE}; {WARM_UP}; chunks of {CHUNK} frames, {PASSES} passes; backend {args.backend}, store "
         f"{args.store}, device {args.device}, compiled {args.compile}"
     )
-    asked = [(name, grid, dtype) for name in args.models for grid in args.grids for dtype in args.dtypes]
-    for name, grid, dtype in asked:
+    asked = [
+        (f"{name}, {case}", partial(measured, name, case, presets, args))
+        for name, whole in cases_of(args)
+        for case, presets in runnable(whole, args.presets)
+    ]
+    report_cases(console, args, head, asked, partial(show, console))
+
+
+def cases_of(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """Every model on every grid in every dtype."""
+    for name, grid, dtype in itertools.product(args.models, args.grids, args.dtypes):
         heads, head_dim = SHAPES[name].heads, SHAPES[name].dim // SHAPES[name].heads
-        case = Case(*parse_grid(grid), getattr(torch, dtype), args.device, heads, head_dim)
-        for one, presets in runnable(case, args.presets):
-            if deadline.passed:
-                report["left_out"].append(f"{name}, {one}: no time was left")
-                continue
-            found = measured(name, one, args, deadline, presets)
-            let_go(args.device)
-            show(console, found)
-            report["cases"].append(found)
-            write(args.out, report)
-            draw_ratios(report["cases"], args.out.with_suffix(".png"))
-    write(args.out, report)  # also what was left out behind the last case, or instead of all
-    console.print(*report["left_out"], f"written to {args.out}", sep="\n")
+        yield name, Case(*parse_grid(grid), getattr(torch, dtype), args.device, heads, head_dim)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
 import json
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from headforcing.role_map import RoleMap
 from headforcing.roles import SlidingWindow
@@ -230,6 +233,40 @@ def no_time(bench, monkeypatch, folder, name):
     return read(folder, name)
 
 
+@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 4))
+@settings(max_examples=40, deadline=None)
+def test_the_file_has_every_case_that_was_measured(bench, tmp_path_factory, count, last, breaks):
+    """Also when the time is over behind some, and when one breaks down: those before it are not lost."""
+    reporting, folder = bench("reporting"), tmp_path_factory.mktemp("reported")
+    begun, shown, pictures = [], [], []
+
+    class Ends:
+        passed = property(lambda self: len(begun) >= last)
+
+    def measured(number, deadline):
+        begun.append(number)
+        if number == breaks:
+            raise ArithmeticError
+        return {"number": number}
+
+    args = argparse.Namespace(device="cpu", minutes=None, out=folder / "report.json")
+    cases = [(f"case {number}", functools.partial(measured, number)) for number in range(count)]
+    fails = contextlib.nullcontext() if breaks >= min(count, last) else pytest.raises(ArithmeticError)
+    with pytest.MonkeyPatch.context() as patched, fails:
+        patched.setattr(reporting, "Deadline", lambda minutes: Ends())
+        patched.setattr(reporting, "draw_ratios", lambda cases, path: pictures.append((len(cases), path)))
+        reporting.report_cases(Console(quiet=True), args, "head", cases, shown.append)
+    done = list(range(min(count, last, breaks)))
+    assert [found["number"] for found in shown] == done
+    assert pictures == [(number + 1, folder / "report.png") for number in done]
+    if breaks < min(count, last) and not done:
+        return
+    report = read(folder, "report")
+    assert [found["number"] for found in report["cases"]] == done
+    left = [] if breaks < min(count, last) else range(min(count, last), count)
+    assert report["left_out"] == [f"case {number}: no time was left" for number in left]
+
+
 @pytest.mark.parametrize("name", ["attention", "transformer"])
 def test_what_is_left_out_is_written_where_nothing_was_run(bench, monkeypatch, tmp_path, name):
     report = no_time(bench, monkeypatch, tmp_path, name)
@@ -331,7 +368,9 @@ def drawn(bench, monkeypatch, cases, path):
     return found
 
 
-POINTS = st.lists(st.tuples(st.sampled_from(["a", "StreamingLLM", "head_forcing"]), st.integers(4, 6)), max_size=5)
+POINTS = st.lists(
+    st.tuples(st.sampled_from(["a", "StreamingLLM", "head_forcing"]), st.integers(4, 6)), max_size=5
+)
 NEAR = st.tuples(st.sampled_from([0.3, 0.31, 1.0]), st.floats(0.0, 0.02))
 
 
