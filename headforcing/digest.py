@@ -18,7 +18,7 @@ from headforcing.types import Encode, Grid
 
 @dataclass(frozen=True)
 class Past:
-    """Frames that a digest is shown.
+    """Frames that a digest is shown, in memory that the next chunk overwrites: it copies what it keeps.
 
     Attributes:
         frames: their numbers since the scene began, ascending; `None` where chosen by content.
@@ -64,13 +64,13 @@ class Digest(ABC):
     def let_go(self, past: Past) -> None:  # noqa: B027 - optional on purpose
         """Takes frames that the role kept whole and drops now, in order."""
 
-    def most(self, patches: int) -> int:
-        """Most tokens that it ever shows, where frames have so many; default 0, which nobody knows.
+    def most(self, patches: int) -> int | None:
+        """Most tokens that it ever shows, of frames of so many patches; default `None`, nobody knows.
 
         A store may keep a place for so many in front of whole frames. Where nobody knows, both are put
         together in every pass.
         """
-        return 0
+        return None
 
     @property
     def places(self) -> int:

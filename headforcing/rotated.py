@@ -49,7 +49,9 @@ class RotatedBank(Bank):
         self._digest = digest
         self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
         self._copies: dict[int | None, _Copy] = {}  # by the query frame of the chunk
-        self._shown: dict[int | None, tuple[Tensor, Tensor]] = {}  # likewise: rooms that were looked at last
+        self._looked_at: dict[
+            int | None, tuple[Tensor, Tensor]
+        ] = {}  # likewise: rooms that were looked at last
 
     def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
         """Keeps what was chosen, and of its rotated keys those that sit where they sat."""
@@ -63,18 +65,18 @@ class RotatedBank(Bank):
         held = self._placed[: len(self.frames)]
         self._placed = [*held, *[None] * (self._v.shape[1] - len(held))]
         self._copies.clear()
-        self._shown.clear()
+        self._looked_at.clear()
 
     def leave(self) -> None:
         """Gives up its rooms and copies."""
         super().leave()
         self._placed = []
         self._copies.clear()
-        self._shown.clear()
+        self._looked_at.clear()
 
     def front(self, name: str, tokens: int) -> int:
         """As many as the role may ever see beside whole frames, where they are seen."""
-        return 0 if self._digest is None or name == "raw" else self._digest.most(tokens)
+        return 0 if self._digest is None or name == "raw" else self._digest.most(tokens) or 0
 
     def lay(self, which: int | None, tokens: Tokens) -> Tokens:
         """Copies what is seen beside whole frames to where it lies in front of them.
@@ -87,21 +89,22 @@ class RotatedBank(Bank):
         Raises:
             RoleError: they are more than the role said there would ever be.
         """
-        if self._digest is None or which not in self._shown:
+        if self._digest is None or which not in self._looked_at:
             return tokens
-        rooms, count = self._shown[which], tokens[0].shape[1]
-        place = self.front("v", rooms[1].shape[2])
-        if not place:
+        rooms, count, patches = self._looked_at[which], tokens[0].shape[1], self._v.shape[2]
+        most = self._digest.most(patches)
+        if most is None:
             return tokens
-        if count > place:
+        if count > most:
             raise RoleError(
-                f"{self.role} shows {count} tokens beside frames of {rooms[1].shape[2]}, but said that there "
-                f"would be at most {place}: mend {type(self._digest).__name__}.most"
+                f"{self.role} shows {count} tokens beside frames of {patches}, but said that there would be "
+                f"at most {most}: mend {type(self._digest).__name__}.most"
             )
-        k = front(rooms[0], count).copy_(tokens[0])
+        k, v = (front(room, count) for room in rooms)
+        k.copy_(tokens[0])
         if which is not None and rooms[1] is self._v and self._digest.values_per_query:
             return k, tokens[1]
-        return k, front(rooms[1], count).copy_(tokens[1])
+        return k, v.copy_(tokens[1])
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Writes the pending chunk, which is not rotated yet."""
@@ -122,7 +125,7 @@ class RotatedBank(Bank):
         for first, last in runs(stale):
             rotated[:, first:last] = encode(self._raw[:, first:last], positions[first:last])
             self._placed[first:last] = positions[first:last]
-        self._shown[None] = rotated, self._v
+        self._looked_at[None] = rotated, self._v
         return rotated[:, : len(positions)], self._v[:, : len(positions)]
 
     def see_some(
@@ -141,7 +144,7 @@ class RotatedBank(Bank):
                 copy.v[:, :held] = gathered(self._v, rows)
             copy.plan = plan
         copy.k[:, held:slots] = encode(own_k, positions[held:])
-        self._shown[which] = copy.k, self._v if every else copy.v
+        self._looked_at[which] = copy.k, self._v if every else copy.v
         if every:
             return copy.k[:, :slots], self._v[:, :slots]
         copy.v[:, held:slots] = own_v

@@ -199,6 +199,8 @@ class KVStore(Storage):
     def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """What the heads of `role` see beside whole frames: rotated keys, values `[B, m, Hr, D]`.
 
+        Asked for behind `view`; valid until the next chunk, whose tokens may take the same memory.
+
         Args:
             role: whose heads.
             encode: rotates keys to positions.

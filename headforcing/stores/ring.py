@@ -7,7 +7,7 @@ rotated again, when a chunk begins.
 Roles that read a part of what they keep, or per query frame, have that part copied once per chunk (and
 query frame); those that read per query frame have no room for rotated keys. What a role keeps beside
 whole frames is rotated once per chunk, too, and lies right in front of them, so that a pass reads both as
-one.
+one: `view` says where frames are seen, `view_digest` then lays its tokens before them, until the next chunk.
 
 Softmax does not care about the order of keys, but its last bits do: time order is what makes the
 result equal to upstream's, bit for bit. Holding keys twice costs 1.5 times the bytes of a plain cache
