@@ -7,6 +7,7 @@ latent frame indices; lengths are in frames unless a name says tokens or bytes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -230,16 +231,16 @@ class Heads:
 
     def take(self, x: Tensor) -> Tensor:
         """The heads' part of `x`, `[..., H, D] -> [..., Hr, D]`; a view where they are neighbours."""
-        parts = [x[..., run, :] for run in self._runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        if len(self._runs) == 1:
+            return x[..., self._runs[0], :]
+        return x.index_select(-2, _on(x.device, self.indices))
 
     def take_into(self, out: Tensor, x: Tensor) -> None:
-        """Writes the heads' part of `x [..., H, D]` to `out [..., Hr, D]`."""
-        first = 0
-        for run in self._runs:
-            last = first + run.stop - run.start
-            out[..., first:last, :] = x[..., run, :]
-            first = last
+        """Writes the heads' part of `x [..., H, D]` to `out [..., Hr, D]`, both of one dtype."""
+        if len(self._runs) == 1:
+            out.copy_(x[..., self._runs[0], :])
+        else:
+            torch.index_select(x, -2, _on(x.device, self.indices), out=out)
 
     def put(self, out: Tensor, part: Tensor) -> None:
         """Writes `part [..., Hr, D]` to the heads' places in `out [..., H, D]`."""
@@ -248,6 +249,13 @@ class Heads:
             last = first + run.stop - run.start
             out[..., run, :] = part[..., first:last, :]
             first = last
+
+
+@functools.lru_cache(maxsize=4096)
+def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """Numbers on a device, copied there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

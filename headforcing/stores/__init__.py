@@ -199,7 +199,7 @@ class KVStore(Storage):
     def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """What the heads of `role` see beside whole frames: rotated keys, values `[B, m, Hr, D]`.
 
-        Asked for behind `view`; valid until the next chunk, whose tokens may take the same memory.
+        Asked for behind `view`; the next chunk may take the same memory.
 
         Args:
             role: whose heads.
@@ -244,10 +244,7 @@ class KVStore(Storage):
         return self._shifts.moved(placed, self.scenes.outside(role, frames), role.scheme)
 
     def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
-        """Where what a role sees beside whole frames lies until the next chunk; default: where it was made.
-
-        `which`: number in the chunk of the frame that looks, for a role that reads per query frame.
-        """
+        """Where what a role, or its query frame `which`, sees beside frames lies; default: where it was."""
         return tokens
 
     def _turn(self, start: int) -> bool:
