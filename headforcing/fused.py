@@ -56,7 +56,7 @@ def packed_times(cos: Tensor, sin: Tensor) -> Tensor:
     So no size of it is 1 or equal to another one, which a compiler would make use of.
     """
     with torch.inference_mode(False), torch.no_grad():  # one kind of tensor, compiled once
-        return torch.cat([part.flatten() for turns in (cos, sin) for part in (turns, turns[-1])])
+        return torch.cat([cos, cos[-1:], sin, sin[-1:]]).flatten()
 
 
 def packed_spaces(cos: Tensor, sin: Tensor) -> Tensor:

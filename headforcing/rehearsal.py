@@ -67,7 +67,7 @@ def rehearse(
         StreamShapeError: a role cannot merge or cut such patches.
     """
     layer = Layer(size, grid, videos)
-    handle = layer.force(row, _unchecked(store)) if row else None
+    handle = layer.force(row, unchecked(store)) if row else None
     work, stored, full = 0, 0, _full(row, size)
     noisy, clean = torch.tensor([1.0]), torch.tensor([0.0])
     remembering = Remembering({} if known is None else known)
@@ -133,7 +133,7 @@ class Layer(nn.Module):
         return sum(self.cache[name].nbytes for name in ("k", "v"))
 
 
-def _unchecked(store: str) -> type[KVStore]:
+def unchecked(store: str) -> type[KVStore]:
     """A store that does not look for NaN: only numbers can be some.
 
     Raises:

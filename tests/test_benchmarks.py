@@ -456,3 +456,30 @@ def test_what_an_accelerator_tells_is_read_rightly(bench, monkeypatch):
     assert facts == {"pass_bytes": 53, "growth_bytes": 3, "host_syncs": 2}
     assert module.mode == "default"
     assert set(bench("accelerator").accelerator_facts(Video(), "cpu", 3).values()) == {None}
+
+
+# --- launches -----------------------------------------------------------------------------------------
+
+
+def test_launches_are_counted_and_views_are_not(bench):
+    launches = bench("launches")
+    x, counter = torch.zeros(4, 3), torch.zeros(1)
+    with launches.Launches([counter]) as seen:
+        x.view(12)[2:].t()
+        torch.empty(3)
+        x.add_(1)
+        (x + x).t().contiguous()
+        counter.item()
+        x[0, 0].item()
+    assert (seen.launches, seen.reads) == (3, 1)
+
+
+def test_no_memory_reads_the_counters_of_the_host_and_one_role_launches_what_dense_does(bench):
+    launches = bench("launches")
+    found = {name: launches.counted(row, (2, 6), "ring") for name, row in launches.rows().items()}
+    dense = found.pop("dense")
+    assert (dense["first_reads"], dense["later_reads"]) == (2, 2)
+    assert all(row["first_reads"] == row["later_reads"] == 0 for row in found.values())
+    assert all(row["later_launches"] <= row["first_launches"] for row in found.values())
+    alike = [row["later_launches"] for name, row in found.items() if ":" not in name]
+    assert max(alike) <= dense["later_launches"]
