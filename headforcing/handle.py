@@ -19,7 +19,7 @@ from headforcing.role_map import RoleMap
 from headforcing.sites import Site, check_reachable, check_removable, sites_of
 from headforcing.status import Status, collect
 from headforcing.stores import KVStore
-from headforcing.stream import Stream, Timeline, check_clean, open_stream
+from headforcing.stream import Stream, Timeline, check_clean, check_finished, open_stream
 from headforcing.switch import Mode, Switch
 from headforcing.types import Tier
 
@@ -71,7 +71,8 @@ class HeadForcing:
         """Ends the pending chunk of every stream, which otherwise ends when the next one begins.
 
         Raises:
-            StreamError: roles ask for phases, and a chunk had no clean pass.
+            StreamError: roles ask for phases, and a chunk had no clean pass; or the first one of a window of
+                several chunks had none.
         """
         self._refuse_while_running("commit")
         self._commit(list(self._streams()))
@@ -210,6 +211,7 @@ class HeadForcing:
 
     def _commit(self, streams: Sequence[tuple[LayerPlan, Stream]]) -> None:
         for plan, stream in streams:
+            check_finished(stream, plan.layer)
             if plan.activity.hears_phases:
                 check_clean(stream, plan.layer)
         for _, stream in streams:

@@ -16,6 +16,7 @@ from headforcing.scene import Kept
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 _Plan = tuple[tuple[int, ...], tuple[float, ...]]
+_Rooms = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -49,9 +50,7 @@ class RotatedBank(Bank):
         self._digest = digest
         self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
         self._copies: dict[int | None, _Copy] = {}  # by the query frame of the chunk
-        self._looked_at: dict[
-            int | None, tuple[Tensor, Tensor]
-        ] = {}  # likewise: rooms that were looked at last
+        self._looked_at: dict[int | None, _Rooms] = {}  # likewise: where keys and values were seen last
 
     def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
         """Keeps what was chosen, and of its rotated keys those that sit where they sat."""

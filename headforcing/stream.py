@@ -36,6 +36,8 @@ class Stream:
         released: bytes of the host's cache that are free meanwhile.
         behind: the same timeline in the layers after the first, as the last pass met them.
         phase: of the last pass, where roles ask.
+        unfinished: whether the last pass was the first one over a window of several chunks, of which the host
+            runs the first one again, clean.
         module: the attention, while it is there.
         marks: of its weights when the last chunk began.
         turn: number and first frame of the last pass that wrote.
@@ -46,6 +48,7 @@ class Stream:
     released: int = 0
     behind: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
     phase: Phase | None = None
+    unfinished: bool = False
     module: weakref.ref[nn.Module] | None = None
     marks: Marks | None = None
     turn: tuple[int | None, int] | None = None
@@ -55,6 +58,20 @@ class Stream:
         module = None if self.module is None else self.module()
         before, self.marks = self.marks, None if module is None else Marks.of(module)
         return before
+
+
+def check_finished(stream: Stream, layer: int) -> None:
+    """Looks whether a window of chunks that are denoised at once had the clean pass of its first one.
+
+    Raises:
+        StreamError: it had not, and all of it would be remembered as it is, with its noise.
+    """
+    pending = stream.store.pending
+    if pending is not None and stream.unfinished:
+        raise StreamError(
+            f"layer {layer}: frames {pending.start}..{pending.stop - 1} are denoised at once, and their "
+            "first chunk had no clean pass yet: call commit() behind it, or leave it to the next window"
+        )
 
 
 def check_clean(stream: Stream, layer: int) -> None:

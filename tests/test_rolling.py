@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import headforcing as hf
-from headforcing.errors import ChunkOrderError, StreamShapeError, WindowError
+from headforcing.errors import ChunkOrderError, StreamError, StreamShapeError, WindowError
 from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.lookup import module_names
 from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
@@ -154,6 +154,38 @@ def test_windows_without_a_clean_pass_are_followed_by_the_next_one() -> None:
         out = run(model, caches, start, length, 1)
         assert out.isfinite().all()
     assert held(model) == list(range(6, 12))
+
+
+def test_a_window_is_not_committed_with_its_noise() -> None:
+    model, caches = model_of(), caches_of()
+    handle = applied(model, Local(recent=12))
+    for start, length in windows(15):
+        run(model, caches, start, length, 1)
+        before = held(model)
+        with pytest.raises(
+            StreamError, match=rf"frames {start}\.\.{start + length - 1} are denoised at once"
+        ):
+            handle.commit()
+        assert held(model) == before
+        run(model, caches, start, BLOCK, 0)
+    handle.commit()
+    assert held(model)[-BLOCK:] == list(range(15 - BLOCK, 15))
+    handle.reset()
+    handle.commit()
+
+
+def test_a_clean_pass_that_was_committed_by_hand_is_what_the_next_window_would_have_committed() -> None:
+    outs = []
+    for by_hand in (False, True):
+        model, caches, found = model_of(), caches_of(), []
+        handle = applied(model, Local(recent=12))
+        for start, length in windows(FRAMES):
+            found.append(run(model, caches, start, length, 1))
+            found.append(run(model, caches, start, BLOCK, 0))
+            if by_hand:
+                handle.commit()
+        outs.append(torch.cat(found, 1))
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("asked_behind", ["the window", "its clean pass"])
