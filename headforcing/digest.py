@@ -51,9 +51,6 @@ class Digest(ABC):
     """Side of the squares of patches that are merged; more than 1 asks more of an adapter."""
     wants_queries: bool = False
     """Whether it chooses by the queries of committed frames."""
-    values_per_query: bool = True
-    """Whether, where a role reads per query frame, one may see other values than the next one of its chunk;
-    where not, a store may lay them in one place for all."""
 
     def check(self, grid: Grid | None) -> None:  # noqa: B027 - optional on purpose
         """Refuses frames of a grid before anything changes; another than before is refused anyway."""

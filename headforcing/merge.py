@@ -28,8 +28,6 @@ class Blocks(Digest):
         origin: the frame that a query frame sees at position 0.
     """
 
-    values_per_query = False
-
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
         self.keep, self.frames, self.patch = keep, frames, patch
         self.hidden, self.origin = hidden, origin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +21,7 @@ _Rooms = tuple[Tensor, Tensor]
 
 @dataclass
 class _Copy:
-    """Room for a part of what is kept, and what lies in it: rows of the history, and where they sit."""
+    """Rooms for a part of what is kept, and what lies in them: rows of the history, and where they sit."""
 
     k: Tensor
     v: Tensor
@@ -33,7 +33,8 @@ class RotatedBank(Bank):
 
     One more room, `rotated`, holds the keys where they sit now. A role that reads per query frame has none:
     its keys sit elsewhere for every frame that looks. What it sees, like what any role sees that attends to
-    a part, is copied once per chunk, into memory of its own, because only time shows how much that is.
+    a part, is copied once per chunk. Only time shows how much that is: a copy that had to grow is put beside
+    the others of the layer when the next chunk begins; see `side_by_side`.
 
     What a role keeps beside whole frames lies in front of them, wherever they are seen.
 
@@ -57,6 +58,7 @@ class RotatedBank(Bank):
         super().begin(table, kept, own, place)
         self._settle(kept, self._next_positions(own, place))
         self._forget_copies()
+        self._looked_at.clear()
 
     def move(self, rooms: Mapping[str, Tensor]) -> None:
         """Moves into other rooms; copies are made anew."""
@@ -82,8 +84,7 @@ class RotatedBank(Bank):
 
         Args:
             which: number in the chunk of the frame that looks, for a role that reads per query frame.
-            tokens: rotated keys, and values; they stay where they are if nobody knew how many would come,
-                as do values that would lie where those of another query frame do.
+            tokens: rotated keys, and values; they stay where they are if nobody knew how many would come.
 
         Raises:
             RoleError: they are more than the role said there would ever be.
@@ -99,11 +100,8 @@ class RotatedBank(Bank):
                 f"{self.role} shows {count} tokens beside frames of {patches}, but said that there would be "
                 f"at most {most}: mend {type(self._digest).__name__}.most"
             )
-        k, v = (front(room, count) for room in rooms)
-        k.copy_(tokens[0])
-        if which is not None and rooms[1] is self._v and self._digest.values_per_query:
-            return k, tokens[1]
-        return k, v.copy_(tokens[1])
+        k, v = (front(room, count).copy_(x) for room, x in zip(rooms, tokens, strict=True))
+        return k, v
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Writes the pending chunk, which is not rotated yet."""
@@ -132,21 +130,17 @@ class RotatedBank(Bank):
     ) -> tuple[Tensor, Tensor]:
         """The same for a part of the history, copied once until another part or place is asked for."""
         held, slots = len(rows), len(positions)
-        every = held == len(self.frames)
         own_k, own_v = self.staged(slots - held)
-        copy, plan = self._copy(which, slots, every), (tuple(rows), tuple(positions))
+        copy, plan = self._copy(which, slots), (tuple(rows), tuple(positions))
         if copy.plan != plan:
             copy.plan = None
             if rows:
                 copy.k[:, :held] = encode(gathered(self._raw, rows), positions[:held])
-            if rows and not every:
                 copy.v[:, :held] = gathered(self._v, rows)
             copy.plan = plan
         copy.k[:, held:slots] = encode(own_k, positions[held:])
-        self._looked_at[which] = copy.k, self._v if every else copy.v
-        if every:
-            return copy.k[:, :slots], self._v[:, :slots]
         copy.v[:, held:slots] = own_v
+        self._looked_at[which] = copy.k, copy.v
         return copy.k[:, :slots], copy.v[:, :slots]
 
     def tensors(self) -> list[Tensor]:
@@ -160,17 +154,19 @@ class RotatedBank(Bank):
         self._placed = [None] * len(self._placed)
         self._forget_copies()
 
-    def _copy(self, which: int | None, slots: int, every: bool) -> _Copy:
-        """The copy for a query frame, with room for so many slots; values only where they are not all."""
+    def copies(self) -> list[tuple[_Copy, Size]]:
+        """The copies that were made for looking, and the size of their rooms."""
+        heads, place = len(self.heads), self.front("v", self._v.shape[2] if self._copies else 0)
+        return [(copy, Size(copy.k.shape[1], heads, place)) for copy in self._copies.values()]
+
+    def _copy(self, which: int | None, slots: int) -> _Copy:
+        """The copy for a query frame, with room for so many slots."""
         copy = self._copies.setdefault(which, _Copy(NOTHING, NOTHING))
-        batch, _, tokens, heads, dim = self._v.shape
-        size, frame = Size(slots, heads, self.front("v", tokens)), (batch, tokens, dim)
         if copy.k is NOTHING or copy.k.shape[1] < slots:
-            copy.k, copy.plan = NOTHING, None
-            (copy.k,) = cut([size], frame, self._v)
-        if not every and (copy.v is NOTHING or copy.v.shape[1] < slots):
-            copy.v, copy.plan = NOTHING, None
-            (copy.v,) = cut([size], frame, self._v)
+            batch, _, tokens, heads, dim = self._v.shape
+            size, frame = Size(slots, heads, self.front("v", tokens)), (batch, tokens, dim)
+            copy.k, copy.v, copy.plan = NOTHING, NOTHING, None
+            (copy.k,), (copy.v,) = (cut([size], frame, self._v) for _ in "kv")
         return copy
 
     def _forget_copies(self) -> None:
@@ -194,3 +190,20 @@ class RotatedBank(Bank):
             slide(self.rooms["rotated"], settled)
         for slot, _ in settled:
             self._placed[slot] = positions[slot]
+
+
+def side_by_side(banks: Iterable[RotatedBank]) -> None:
+    """Puts all copies of a layer into one piece of memory for keys, and another, alike, for values.
+
+    Behind a chunk that needed larger ones; what lay in them is forgotten.
+    """
+    copies = [found for bank in banks for found in bank.copies()]
+    if len({copy.k.untyped_storage() for copy, _ in copies}) < 2:
+        return
+    batch, _, tokens, _, dim = copies[0][0].k.shape
+    like = copies[0][0].k.new_empty(0)
+    for copy, _ in copies:
+        copy.k = copy.v = NOTHING
+    rooms = [cut([size for _, size in copies], (batch, tokens, dim), like) for _ in "kv"]
+    for (copy, _), k, v in zip(copies, *rooms, strict=True):
+        copy.k, copy.v, copy.plan = k, v, None

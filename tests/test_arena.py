@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headforcing.arena import Size, cut, front, joined
-from headforcing.bank import Bank, gathered
+from headforcing.bank import gathered
 from headforcing.roles import Full, HeadRole, Local, Memory
 from headforcing.roles.pyramid_forcing import Wave
+from headforcing.rotated import RotatedBank
 from headforcing.stores import KVStore
 from headforcing.stores.ring import RingStore
 from headforcing.testing.strategies import GRID, frame_tensor, queries, roles
@@ -224,7 +225,7 @@ def test_memory_that_runs_out_while_rooms_are_made_loses_nothing(monkeypatch: py
 # Planted bugs -------------------------------------------------------------------------------------
 
 
-class Apart(Bank):
+class Apart(RotatedBank):
     """Makes its own room."""
 
     def move(self, rooms: Any) -> None:

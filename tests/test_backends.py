@@ -21,7 +21,7 @@ from headforcing.roles import Anchor, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
-from headforcing.roles.pyramid_forcing import Veil, Wave
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.segments import Layout, plan_of
 from headforcing.testing import Rig, check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
@@ -324,6 +324,25 @@ def test_the_ring_store_is_read_in_place(batch, row):
             rig.call(caches, start, 3, draw=draw)
     assert not any(plan.packed for plan in plans)
     assert plans[-1] is plans[-2], "the plan of a full memory is made once"
+
+
+@pytest.mark.parametrize("row", [(Wave(),) * 4, (Wave(), Strided(), Veil(), Wave())], ids=["one", "many"])
+def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):
+    plans = []
+
+    def noting(parts, num_heads):
+        plans.append(plan_of(Layout.of(parts)))
+        return sdpa(parts, num_heads)
+
+    rig = Rig(9)
+    hf.apply_head_forcing(rig.model, [row] * 2, window=9, backend=noting)
+    caches = rig.caches()
+    for start in range(0, 72, 3):
+        for draw in (1, 0):
+            rig.call(caches, start, 3, draw=draw)
+    settled = plans[len(plans) // 2 :]
+    assert not any(plan.packed for plan in settled)
+    assert len(settled[0].q_runs) == 3 * len(set(row)), "one per role and query frame"
 
 
 def test_the_same_backend_by_name_and_function_is_one_application():

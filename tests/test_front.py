@@ -309,11 +309,10 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
 
 
 class Crowded(RingStore):
-    """Lays the values of all query frames in one place, whatever they are."""
+    """Lays what all query frames see in one place, whatever it is."""
 
     def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        self._banks[role]._digest.values_per_query = False
-        return super()._lay(role, which, tokens)
+        return super()._lay(role, None if which is None else 0, tokens)
 
 
 class Shy(RingStore):

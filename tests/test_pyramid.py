@@ -449,9 +449,9 @@ def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
                     assert all(torch.equal(view.v, views[0].v) for view in views)
 
 
-@pytest.mark.parametrize(("role", "most"), [(Wave(), 2 * 29 + 3 * 2 * 9), (Strided(), 2 * 11 + 3 * 11)])
+@pytest.mark.parametrize(("role", "most"), [(Wave(), 2 * 29 + 3 * 2 * 9), (Strided(), 2 * 11 + 3 * 2 * 11)])
 def test_no_more_is_held_than_raw_keys_values_and_what_is_packed(role, most):
-    """In frames of keys or values; a strided head shares its values with what it keeps."""
+    """In frames of keys or values: what is kept, and keys and values of what each query frame sees."""
     store = store_class("ring")({role: Heads(range(2), 2)}, window=21, layer=0)
     x = torch.zeros(1, 3, 24, 2, 4)
     for start in range(0, 90, 3):

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from headforcing.banked import Banked
 from headforcing.digest import Tokens
 from headforcing.role import HeadRole
-from headforcing.rotated import RotatedBank
+from headforcing.rotated import RotatedBank, side_by_side
 from headforcing.stores import KVStore
 from headforcing.types import Heads
 
@@ -34,6 +34,10 @@ class RingStore(Banked, KVStore):
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         super().__init__(heads, window=window, layer=layer)
         self._banks = {role: RotatedBank(role, heads[role], self.digests.get(role)) for role in heads}
+
+    def _begin(self, own: range) -> None:
+        super()._begin(own)
+        side_by_side(self._banks.values())
 
     def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
         return self._banks[role].lay(which, tokens)
