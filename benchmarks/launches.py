@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headforcing.census import Remembering, ResultAlone
+from headforcing.census import Remembering, ResultAlone, returns_views
 from headforcing.cli.estimate import parse_grid
 from headforcing.footprint import ModelSize
 from headforcing.rehearsal import Layer, unchecked
@@ -49,10 +49,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Runs an operator and counts it."""
-        kinds = [one.alias_info for one in func._schema.returns]
         if torch.Tag.data_dependent_output in func.tags:
             self.reads += any(args[0].untyped_storage() == known for known in self._counters)
-        elif all(kind is None or kind.is_write for kind in kinds):
+        elif not returns_views(func):
             self.launches += func.overloadpacket.__name__ not in IDLE
         return func(*args, **(kwargs or {}))
 
@@ -84,10 +83,13 @@ def counted(row: Sequence[HeadRole], grid: tuple[int, int], store: str) -> dict[
                 most[name] = max(most[name], (seen.launches, seen.reads))
     if handle is not None:
         handle.remove()
-    return {f"{name}_{what}": n for name, both in most.items() for what, n in zip(WHAT, both, strict=True)}
+    return {
+        f"{name}_{what}": number
+        for name, both in most.items()
+        for what, number in zip(("launches", "reads"), both, strict=True)
+    }
 
 
-WHAT = ("launches", "reads")
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "heads": lambda row: row["variant"],
     "first pass": lambda row: str(row["first_launches"]),
@@ -103,10 +105,7 @@ def main() -> None:
     parser.add_argument("--store", default="ring", help="where keys and values live, by name")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/launches.json"))
     args, console = parser.parse_args(), Console(width=110)
-    grid, table = (
-        parse_grid(args.grid),
-        Table(*COLUMNS, title=f"one layer of {HEADS} heads, store {args.store}"),
-    )
+    table, grid = Table(*COLUMNS, title=f"{HEADS} heads, store {args.store}"), parse_grid(args.grid)
     found = [{"variant": name, **counted(row, grid, args.store)} for name, row in rows().items()]
     for row in found:
         table.add_row(*(cell(row) for cell in COLUMNS.values()))

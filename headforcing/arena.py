@@ -69,6 +69,8 @@ def _adjoin(first: Tensor, rest: Tensor) -> bool:
     """Whether the rest begins in memory where tokens end, as one tensor would."""
     if first.untyped_storage() != rest.untyped_storage() or first.dtype != rest.dtype:
         return False
+    if first.shape[:1] + first.shape[2:] != rest.shape[:1] + rest.shape[2:]:
+        return False
     count, step = first.shape[1], first.stride(1)
     if rest.storage_offset() != first.storage_offset() + count * step:
         return False

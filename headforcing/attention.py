@@ -92,10 +92,7 @@ class HeadForcingMixin(nn.Module):
         k, v, past = k.detach(), v.detach(), q.detach()
         brought = Chunk(call.start, k, v, call.grid[1:], past, rolling=call.rolling, shift=call.shift)
         chunk = rerun(brought, stream, plan.options, call.emptied) if call.repeats else brought
-        before = stream.store.pending
-        stream.store.write(chunk)
-        stream.phase = call.phase
-        stream.unfinished = call.rolling and (before is None or chunk.frames.stop > before.stop)
+        stream.write(chunk, call.phase)
         plan.activity.note_turn(plan.layer, stream.store)
         stream.released += adapter.release(call, stream.memo)
 

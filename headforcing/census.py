@@ -109,6 +109,12 @@ class Remembering(TorchDispatchMode):
         return out
 
 
+def returns_views(func: Any) -> bool:
+    """Whether an operator returns views of what it was given, and has nothing to do."""
+    kinds = [one.alias_info for one in func._schema.returns]
+    return any(kind is not None and not kind.is_write for kind in kinds)
+
+
 @functools.cache
 def _makes_one_tensor(func: Any) -> bool:
     """Whether an operator writes to nothing and returns one tensor that is no view."""

@@ -117,21 +117,24 @@ def rotate_real(
     """
     time, turns = temporal_columns(tables[0]), {} if turns is None else turns
     merged = (slice(None, None, patch),) * 2
-    spaces = [
-        table[: height * width, time:].unflatten(0, (height, width))[merged].flatten(0, 1) for table in tables
-    ]
+
+    def spaces() -> list[Tensor]:
+        whole = [table[: height * width, time:].unflatten(0, (height, width)) for table in tables]
+        return [each[merged].flatten(0, 1) for each in whole]
+
     times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
     if x.device.type != "cpu":
         return at_once(
             x,
             _once(turns, "times", positions, lambda: packed_times(*times)),
-            _once(turns, "spaces", (height, width, patch), lambda: packed_spaces(*spaces)),
+            _once(turns, "spaces", (height, width, patch), lambda: packed_spaces(*spaces())),
         )
+    both = spaces()
     out = torch.empty_like(x)
     for frame in range(x.shape[1]):
         cos, sin = (
-            torch.cat([turns[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]
-            for turns, space in zip(times, spaces, strict=True)
+            torch.cat([turned[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]
+            for turned, space in zip(times, both, strict=True)
         )
         even, odd = (x[:, frame, ..., first::2].float() for first in (0, 1))
         out[:, frame, ..., 0::2] = even * cos - odd * sin

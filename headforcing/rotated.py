@@ -156,18 +156,20 @@ class RotatedBank(Bank):
 
     def copies(self) -> list[tuple[_Copy, Size]]:
         """The copies that were made for looking, and the size of their rooms."""
-        heads, place = len(self.heads), self.front("v", self._v.shape[2] if self._copies else 0)
-        return [(copy, Size(copy.k.shape[1], heads, place)) for copy in self._copies.values()]
+        return [(copy, self._size(copy.k.shape[1])) for copy in self._copies.values()]
 
     def _copy(self, which: int | None, slots: int) -> _Copy:
         """The copy for a query frame, with room for so many slots."""
         copy = self._copies.setdefault(which, _Copy(NOTHING, NOTHING))
         if copy.k is NOTHING or copy.k.shape[1] < slots:
-            batch, _, tokens, heads, dim = self._v.shape
-            size, frame = Size(slots, heads, self.front("v", tokens)), (batch, tokens, dim)
+            batch, _, tokens, _, dim = self._v.shape
             copy.k, copy.v, copy.plan = NOTHING, NOTHING, None
-            (copy.k,), (copy.v,) = (cut([size], frame, self._v) for _ in "kv")
+            (copy.k,), (copy.v,) = (cut([self._size(slots)], (batch, tokens, dim), self._v) for _ in "kv")
         return copy
+
+    def _size(self, slots: int) -> Size:
+        """Of a room of a copy."""
+        return Size(slots, len(self.heads), self.front("v", self._v.shape[2]))
 
     def _forget_copies(self) -> None:
         for copy in self._copies.values():

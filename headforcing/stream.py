@@ -11,7 +11,7 @@ from torch import nn
 
 from headforcing.errors import StreamError
 from headforcing.stores import KVStore
-from headforcing.types import Phase
+from headforcing.types import Chunk, Phase
 from headforcing.weights import Marks
 
 
@@ -52,6 +52,13 @@ class Stream:
     module: weakref.ref[nn.Module] | None = None
     marks: Marks | None = None
     turn: tuple[int | None, int] | None = None
+
+    def write(self, chunk: Chunk, phase: Phase) -> None:
+        """Takes one pass over a chunk; see `KVStore.write`."""
+        before = self.store.pending
+        self.store.write(chunk)
+        self.phase = phase
+        self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
 
     def mark(self) -> Marks | None:
         """Notes down the weights of the attention; returns what was noted before."""

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import headforcing as hf
 from headforcing import stores
 from headforcing.backends.sdpa import attend as sdpa
+from headforcing.census import returns_views
 from headforcing.demo.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.episodic import ThresholdFifo, Uniform
 from headforcing.health import HostFlag
@@ -170,8 +171,7 @@ class Operators(TorchDispatchMode):
             self.reads.append(str(func))
         if len({x.device for x in tensors}) > 1:
             self.moves.append(str(func))
-        views = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
-        if not any(views):
+        if not returns_views(func):
             self.made += [(str(func), x.numel()) for x in tree_leaves(out) if isinstance(x, Tensor)]
         return out
 
