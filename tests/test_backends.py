@@ -306,10 +306,8 @@ WHOLE = (Local(), Anchor(), Memory(), SlidingWindow(6))
 BESIDE = (Averaging(9), Anchor(), Participating(9, 1, 3, 1), Dynamic(1, pieces=2, positions="compact"))
 
 
-@pytest.mark.parametrize("row", [WHOLE, BESIDE], ids=["whole frames", "and what is kept beside them"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_ring_store_is_read_in_place(batch, row):
-    """Where all that is kept is seen, nothing is copied for a kernel that takes rows, warm-up included."""
+def plans_of(row, chunks, batch=1):
+    """Where the parts of every call of a video lay, passes with noise first."""
     plans = []
 
     def noting(parts, num_heads):
@@ -319,27 +317,24 @@ def test_the_ring_store_is_read_in_place(batch, row):
     rig = Rig(9)
     hf.apply_head_forcing(rig.model, [row] * 2, window=9, backend=noting)
     caches = rig.caches(batch)
-    for start in range(0, 36, 3):
+    for start in range(0, 3 * chunks, 3):
         for draw in (1, 0):
             rig.call(caches, start, 3, draw=draw)
+    return plans
+
+
+@pytest.mark.parametrize("row", [WHOLE, BESIDE], ids=["whole frames", "and what is kept beside them"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_ring_store_is_read_in_place(batch, row):
+    """Where all that is kept is seen, nothing is copied for a kernel that takes rows, warm-up included."""
+    plans = plans_of(row, 12, batch)
     assert not any(plan.packed for plan in plans)
     assert plans[-1] is plans[-2], "the plan of a full memory is made once"
 
 
 @pytest.mark.parametrize("row", [(Wave(),) * 4, (Wave(), Strided(), Veil(), Wave())], ids=["one", "many"])
 def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):
-    plans = []
-
-    def noting(parts, num_heads):
-        plans.append(plan_of(Layout.of(parts)))
-        return sdpa(parts, num_heads)
-
-    rig = Rig(9)
-    hf.apply_head_forcing(rig.model, [row] * 2, window=9, backend=noting)
-    caches = rig.caches()
-    for start in range(0, 72, 3):
-        for draw in (1, 0):
-            rig.call(caches, start, 3, draw=draw)
+    plans = plans_of(row, 24)
     settled = plans[len(plans) // 2 :]
     assert not any(plan.packed for plan in settled)
     assert len(settled[0].q_runs) == 3 * len(set(row)), "one per role and query frame"
