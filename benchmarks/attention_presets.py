@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import random
 
-from headforcing.presets import PRESETS, Preset
+from headforcing.measure.steady import steady
 from headforcing.roles import HeadRole
-from headforcing.steady import steady
+from headforcing.roles.maps.presets import PRESETS, Preset
 
 
 def preset_rows(heads: int, window: int, chunk: int, contiguous: bool) -> dict[str, list[HeadRole]]:

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from headforcing.backends import Part, find_backend
+from headforcing.attention.backends import Part, find_backend
 from headforcing.cli.estimate import parse_grid
 from headforcing.types import Heads
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from headforcing.classifiers import Classification
-from headforcing.episodic import Uniform
-from headforcing.origin import ModelFacts
-from headforcing.profile import HeadProfile
-from headforcing.role_map import RoleMap
+from headforcing.measure.classifiers import Classification
+from headforcing.measure.profile import HeadProfile
 from headforcing.roles import Anchor, HeadRole, Local, Memory
+from headforcing.roles.episodic import Uniform
+from headforcing.roles.maps.origin import ModelFacts
+from headforcing.roles.maps.role_map import RoleMap
 
 SPREAD = {
     "anchor": Memory(3, 4, 1, Uniform()),

@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headforcing.census import Remembering, ResultAlone, returns_views
 from headforcing.cli.estimate import parse_grid
-from headforcing.footprint import ModelSize
-from headforcing.rehearsal import Layer, unchecked
+from headforcing.measure.census import Remembering, ResultAlone, returns_views
+from headforcing.measure.footprint import ModelSize
+from headforcing.measure.rehearsal import Layer, unchecked
 from headforcing.roles import HeadRole
 
 IDLE = {"empty", "new_empty", "empty_strided", "_unsafe_view"}

@@ -143,7 +143,7 @@ def line(frames: Sequence[int], seconds: Sequence[float]) -> tuple[float, float,
 
 def draw(report: dict[str, Any], path: Any) -> None:
     """Both pictures side by side, as PNG."""
-    from headforcing.plots import style
+    from headforcing.measure.plots import style
 
     figure = style.new_figure(9.0, 3.2)
     left, right = figure.subplots(1, 2)

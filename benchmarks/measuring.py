@@ -25,8 +25,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from headforcing.backends import Part, find_backend
-from headforcing.demo import attention as demo
+from headforcing.attention.backends import Part, find_backend
+from headforcing.demo.model import attention as demo
 
 WINDOW, CHUNK, PASSES = 21, 3, 5
 FILL = 12
@@ -132,7 +132,7 @@ class Counted:
         self.seen: list[float] = []
 
     def __call__(self, parts: Sequence[Part], num_heads: int) -> Tensor:
-        """See `headforcing.backends.Attend`."""
+        """See `headforcing.attention.backends.Attend`."""
         pairs = sum(len(part.heads) * part.q.shape[1] * part.k.shape[1] for part in parts)
         queries = sum(len(part.heads) * part.q.shape[1] for part in parts)
         self.seen.append(pairs / queries / self.tokens)

@@ -12,10 +12,10 @@ from attention_presets import preset_rows
 from measuring import CHUNK, Case
 
 from headforcing.errors import StreamShapeError
-from headforcing.footprint import ModelSize
-from headforcing.role_map import RoleMap
+from headforcing.measure.footprint import ModelSize
+from headforcing.measure.steady import steady
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
-from headforcing.steady import steady
+from headforcing.roles.maps.role_map import RoleMap
 
 DENSE, IDENTITY = "dense", "identity"
 

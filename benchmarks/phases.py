@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from headforcing.demo import attention as demo
+from headforcing.demo.model import attention as demo
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.stores import store_class
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headforcing.plots import style
-from headforcing.plots.tradeoff import COLOURS
+from headforcing.measure.plots import style
+from headforcing.measure.plots.tradeoff import COLOURS
 
 COLUMNS = 3
 SIZE_OF_DOT, SIZE_OF_NAME = 4, 6

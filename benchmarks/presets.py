@@ -25,10 +25,8 @@ from quality import CAMERAS, LATE, REPORT_SEEDS, ROOT, Job
 from rich.console import Console
 from rich.progress import track
 
-from headforcing.demo.attention import DemoConfig
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.compare import Policy
-from headforcing.demo.entrants import (
+from headforcing.demo.contest.compare import Policy
+from headforcing.demo.contest.entrants import (
     attended_frames,
     entrant,
     scattered,
@@ -36,12 +34,14 @@ from headforcing.demo.entrants import (
     stored_frames,
     streaming,
 )
-from headforcing.demo.files import replace_file
+from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.profiled import SEED, VIDEOS
-from headforcing.presets import PRESETS
-from headforcing.role_map import RoleMap
+from headforcing.demo.show.files import replace_file
+from headforcing.demo.world.camera import CHUNK
 from headforcing.roles import HeadRole, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.maps.presets import PRESETS
+from headforcing.roles.maps.role_map import RoleMap
 
 DRAWS = 4
 """Of labels; each draw makes its share of the videos, so that the intervals know of them."""

@@ -21,8 +21,8 @@ from quality_page import markdown_table
 from typer.testing import CliRunner
 
 from headforcing.cli import app
-from headforcing.preset import Preset
-from headforcing.presets import PRESETS, commit_forcing
+from headforcing.roles.maps.preset import Preset
+from headforcing.roles.maps.presets import PRESETS, commit_forcing
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "presets.md"
 LEFT_OUT = "Not taken over: "
@@ -44,7 +44,7 @@ headforcing presets --window 12 --tokens-per-frame 880
 
 A preset whose heads are all alike goes by name, `apply_head_forcing(model, "memrope")`. The others need a
 label for every head, which belongs to a checkpoint: [import or measure it](measuring.md), then
-`headforcing.presets.PRESETS["forcing_kv"].labelled(labels)`. How they do on the demo model:
+`headforcing.roles.maps.presets.PRESETS["forcing_kv"].labelled(labels)`. How they do on the demo model:
 [Presets on the demo](preset-results.md).
 
 * **Kept**, **seen**: frames that a head stores, and that a query sees in a noisy pass, own chunk included,
@@ -67,7 +67,9 @@ def page() -> str:
     parts.append(markdown_table([HEAD, *(_summary(PRESETS[name], row, model) for name, row in rows.items())]))
     parts += [_section(PRESETS[name], row, model) for name, row in rows.items()]
     said, *_ = (inspect.getdoc(commit_forcing) or "").splitlines()
-    wrapper = f"{said} `headforcing.presets.commit_forcing(role_map, window)` wraps a map: {PHASES}."
+    wrapper = (
+        f"{said} `headforcing.roles.maps.presets.commit_forcing(role_map, window)` wraps a map: {PHASES}."
+    )
     parts += ["## commit_forcing", _wrapped(wrapper)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from headforcing.demo import DemoPipeline, demo_model
 from headforcing.demo.profiled import demo_rollouts, profile_demo
-from headforcing.demo.world import sample_scene
-from headforcing.profiler import METRICS, Protocol, profile_heads
+from headforcing.demo.world.scene import sample_scene
+from headforcing.measure.profiler import METRICS, Protocol, profile_heads
 
 CHUNKS = 12
 VIDEOS = 4

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from demo_training.ablated import HeldOut
+
 from headforcing.apply import apply_head_forcing
-from headforcing.demo.ablated import HeldOut
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.model import DemoModel
-from headforcing.role_map import RoleMap
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.world.camera import CHUNK
 from headforcing.roles import Anchor, HeadRole, Local, SlidingWindow
+from headforcing.roles.maps.role_map import RoleMap
 
 VIDEOS = 48
 SEED = 3700

@@ -28,12 +28,19 @@ from rich.table import Table
 from torch import Tensor
 
 from headforcing.demo import demo_model, demo_roles
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.compare import GIVEN_CHUNKS, Policy, make_scene, returning_columns, roll, summarise
-from headforcing.demo.metrics import background_psnr
-from headforcing.demo.model import DemoModel
-from headforcing.role_map import RoleMap
+from headforcing.demo.contest.compare import (
+    GIVEN_CHUNKS,
+    Policy,
+    make_scene,
+    returning_columns,
+    roll,
+    summarise,
+)
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.world.camera import CHUNK
+from headforcing.demo.world.metrics import background_psnr
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.maps.role_map import RoleMap
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNE_SEEDS, REPORT_SEEDS = range(5000, 5008), range(6000, 7000)

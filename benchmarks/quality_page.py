@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.intervals import Interval, bootstrap_interval, paired_difference
+from headforcing.demo.contest.intervals import Interval, bootstrap_interval, paired_difference
+from headforcing.demo.world.camera import CHUNK
 
 SCENARIOS = {
     "still": "The camera stands still; the first chunk (3 frames) is real.",

@@ -20,26 +20,26 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from demo_training.ablated import ablate_demo
 from equal_bytes import at_budget, within_budget
 from quality import CAMERAS, REPORT_SEEDS, ROOT, Job, evaluate_all, mean_of_draws
 from rich.console import Console
 from role_maps_page import draw_pictures, page
 
-from headforcing import controls
-from headforcing.classifiers import Classification, find_classifier
-from headforcing.compare import compare_labels
 from headforcing.demo import demo_model
-from headforcing.demo.ablated import ablate_demo
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.compare import Policy
+from headforcing.demo.contest.compare import Policy
 from headforcing.demo.profiled import LONG_CHUNKS, profile_demo
-from headforcing.measured import measured_map
-from headforcing.presets import pyramid_forcing
-from headforcing.profile import HeadProfile
-from headforcing.role_map import RoleMap
+from headforcing.demo.world.camera import CHUNK
+from headforcing.measure import labels as controls
+from headforcing.measure.classifiers import Classification, find_classifier
+from headforcing.measure.compare import compare_labels
+from headforcing.measure.labels import measured_map
+from headforcing.measure.profile import HeadProfile
+from headforcing.measure.stability import stability
+from headforcing.measure.stability_report import StabilityReport
 from headforcing.roles import Memory, SlidingWindow
-from headforcing.stability import stability
-from headforcing.stability_report import StabilityReport
+from headforcing.roles.maps.presets import pyramid_forcing
+from headforcing.roles.maps.role_map import RoleMap
 
 BUDGETS = (4, 9)
 """Frames kept per head, mean over the heads; the own chunk comes on top."""

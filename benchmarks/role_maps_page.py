@@ -9,11 +9,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from quality_page import decided, difference, markdown_table, mean_of, values_of
 
-from headforcing import plots
-from headforcing.classifiers import Classification
-from headforcing.demo.intervals import bootstrap_interval, paired_difference
-from headforcing.profile import HeadProfile
-from headforcing.stability_report import StabilityReport
+from headforcing.demo.contest.intervals import bootstrap_interval, paired_difference
+from headforcing.measure import plots
+from headforcing.measure.classifiers import Classification
+from headforcing.measure.profile import HeadProfile
+from headforcing.measure.stability_report import StabilityReport
 
 INTRO = """# Role maps of the demo model
 

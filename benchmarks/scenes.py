@@ -25,11 +25,11 @@ from rich.progress import track
 from scenes_page import page
 
 from headforcing.demo import demo_model, demo_roles
-from headforcing.demo.model import DemoModel
-from headforcing.demo.scenes import MODES, WRONG, Found, Played, Script, measure, play
-from headforcing.demo.scenes_show import modes, timeline
-from headforcing.role_map import RoleMap
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.scenes.run import MODES, WRONG, Found, Played, Script, measure, play
+from headforcing.demo.scenes.show import modes, timeline
 from headforcing.roles import Local, Memory, SlidingWindow
+from headforcing.roles.maps.role_map import RoleMap
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = range(8000, 9000)

@@ -7,8 +7,8 @@ from typing import Any
 
 from quality_page import difference, markdown_table, mean_of, values_of
 
-from headforcing.demo.intervals import bootstrap_interval, paired_difference
-from headforcing.demo.scenes import WRONG
+from headforcing.demo.contest.intervals import bootstrap_interval, paired_difference
+from headforcing.demo.scenes.run import WRONG
 
 HERE = "Head Forcing"
 

@@ -11,7 +11,7 @@ from measuring import CHUNK, FILL, PASSES, Case, Counted, finish, without_softma
 from torch import Tensor, nn
 
 import headforcing as hf
-from headforcing.demo import attention as demo
+from headforcing.demo.model import attention as demo
 from headforcing.roles import HeadRole
 
 SCOPE = "self-attention without projections"

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from headforcing.demo.attention import Cache, DemoCausalSelfAttention, DemoConfig, RMSNorm, rope_table
+from headforcing.demo.model.attention import Cache, DemoCausalSelfAttention, DemoConfig, RMSNorm, rope_table
 
 FREQUENCIES = 256
 TEXT_TOKENS, TEXT_CHANNELS = 512, 4096

@@ -27,13 +27,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import headforcing as hf
-from headforcing import eval_files
-from headforcing.adapter import find_adapter
+from headforcing.adapters.base import find_adapter
 from headforcing.cli.profile import load_target
 from headforcing.errors import ForeignRolesWarning, HeadForcingError, OptionError
-from headforcing.fingerprint import fingerprint
-from headforcing.presets import PRESETS
-from headforcing.strict_json import canonical, digest, pretty
+from headforcing.measure import evaluation as eval_files
+from headforcing.roles.maps.fingerprint import fingerprint
+from headforcing.roles.maps.presets import PRESETS
+from headforcing.roles.maps.strict_json import canonical, digest, pretty
 
 AGREE_SECONDS = 30  # for what is compared before any model is loaded
 

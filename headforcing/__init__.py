@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from headforcing.errors import HeadForcingError
 
 if TYPE_CHECKING:
-    from headforcing.adapter import Adapter
+    from headforcing.adapters.base import Adapter
     from headforcing.apply import apply_head_forcing, remove_head_forcing
-    from headforcing.explanation import explain
-    from headforcing.handle import HeadForcing
-    from headforcing.profile import HeadProfile
-    from headforcing.profiler import Protocol, profile_heads
-    from headforcing.role_map import RoleMap
+    from headforcing.apply.explain import explain
+    from headforcing.apply.handle import HeadForcing
+    from headforcing.measure.profile import HeadProfile
+    from headforcing.measure.profiler import Protocol, profile_heads
     from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+    from headforcing.roles.maps.role_map import RoleMap
     from headforcing.stores import KVStore
 
 __version__ = version("headforcing")
@@ -49,15 +49,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Adapter": "adapter",
-    "HeadForcing": "handle",
-    "HeadProfile": "profile",
+    "Adapter": "adapters.base",
+    "HeadForcing": "apply.handle",
+    "HeadProfile": "measure.profile",
     "KVStore": "stores",
-    "Protocol": "profiler",
-    "RoleMap": "role_map",
+    "Protocol": "measure.profiler",
+    "RoleMap": "roles.maps.role_map",
     "apply_head_forcing": "apply",
-    "explain": "explanation",
-    "profile_heads": "profiler",
+    "explain": "apply.explain",
+    "profile_heads": "measure.profiler",
     "remove_head_forcing": "apply",
 }
 

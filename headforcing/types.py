@@ -77,6 +77,21 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """The host emptied its cache before it runs the pending chunk again.
+
+    Attributes:
+        keep: first frames of the video that it left.
+    """
+
+    keep: int = 0
+
+
+Edit = Pin | Truncation
+"""What a host did to its cache between two calls, in our words."""
+
+
+@dataclass(frozen=True)
 class FrameTable:
     """The history one role may choose from: what is still there, oldest first.
 

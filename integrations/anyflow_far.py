@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from headforcing import rope
-from headforcing.adapter import Adapter, Memo, parameter_names
+from headforcing.adapters import rope
+from headforcing.adapters.base import Adapter, Memo, parameter_names
+from headforcing.adapters.host_cache import allocate_again, free
 from headforcing.errors import ChunkOrderError, PatchedModuleError, StreamShapeError, UnsupportedModelError
-from headforcing.host_cache import allocate_again, free
 from headforcing.types import AttentionCall, Grid, Phase
 
 CALL = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb", "kv_cache", "kv_cache_flag")

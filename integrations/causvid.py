@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from headforcing.adapters.wan import CALL, WanAdapter
 from headforcing.errors import StreamShapeError
 from headforcing.types import AttentionCall
-from headforcing.wan import CALL, WanAdapter
 
 
 class CausVid(WanAdapter):

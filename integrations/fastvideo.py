@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from headforcing import rope
-from headforcing.adapter import bind
+from headforcing.adapters import rope
+from headforcing.adapters.base import bind
+from headforcing.adapters.wan_counted import INDICES, CountingWan
 from headforcing.errors import StreamShapeError
 from headforcing.types import AttentionCall, Grid, Outline
-from headforcing.wan_counting import INDICES, CountingWan
 
 GIVEN = ("q", "k", "v")
 _grids: MutableMapping[Tensor, tuple[int, int, Grid]] = WeakIdKeyDictionary()

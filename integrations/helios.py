@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from headforcing.adapter import parameter_names
+from headforcing.adapters.base import parameter_names
 
 PARTS = {"patch_embedding", "rope", "blocks"}
 HISTORY = {"latents_history_short", "latents_history_mid", "latents_history_long"}

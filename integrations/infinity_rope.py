@@ -10,11 +10,11 @@ what a new prompt means. A hard cut is refused, because its jump of positions is
 
 from __future__ import annotations
 
-from headforcing.adapter import Memo
+from headforcing.adapters.base import Memo
+from headforcing.adapters.wan import CALL
+from headforcing.adapters.wan_counted import CountingWan
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall
-from headforcing.wan import CALL
-from headforcing.wan_counting import CountingWan
 
 
 class InfinityRope(CountingWan):

@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.adapter import Memo
+from headforcing.adapters.base import Memo
+from headforcing.adapters.wan import CALL
+from headforcing.adapters.wan_counted import DeferringWan
 from headforcing.errors import ExternalEditError
-from headforcing.shots import Edit, Truncation
-from headforcing.types import AttentionCall, Pin
-from headforcing.wan import CALL
-from headforcing.wan_counting import DeferringWan
+from headforcing.types import AttentionCall, Edit, Pin, Truncation
 
 
 class LongLive(DeferringWan):

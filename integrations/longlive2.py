@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headforcing.adapter import Memo
+from headforcing.adapters.base import Memo
+from headforcing.adapters.host_cache import alive, mark, untouched
+from headforcing.adapters.wan import CALL
+from headforcing.adapters.wan_counted import INDICES, DeferringWan
 from headforcing.errors import ExternalEditError, UnsupportedModelError
-from headforcing.host_cache import alive, mark, untouched
-from headforcing.shots import Edit, Truncation
-from headforcing.types import AttentionCall, Pin
-from headforcing.wan import CALL
-from headforcing.wan_counting import INDICES, DeferringWan
+from headforcing.types import AttentionCall, Edit, Pin, Truncation
 
 SHOTS = ("t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset")
 PINS, NO_PIN = ("pinned_start", "pinned_len"), (-1, 0)

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from headforcing.adapters.wan import CALL
+from headforcing.adapters.wan_counted import CountingWan
 from headforcing.errors import OptionError
 from headforcing.types import AttentionCall, Phase
-from headforcing.wan import CALL
-from headforcing.wan_counting import CountingWan
 
 
 class RollingForcing(CountingWan):

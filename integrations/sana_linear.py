@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from headforcing.adapter import parameter_names
+from headforcing.adapters.base import parameter_names
 
 VIDEO = (
     *("hidden_states", "encoder_hidden_states", "timestep", "guidance", "encoder_attention_mask"),

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from headforcing import rope
-from headforcing.adapter import Adapter, Memo, bind, parameter_names
+from headforcing.adapters import rope
+from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.errors import PatchedModuleError, RoleError, StreamError, StreamShapeError
 from headforcing.types import AttentionCall, Grid, Heads, Phase
 

@@ -8,8 +8,8 @@ the same dicts by zeros.
 
 from __future__ import annotations
 
-from headforcing.wan import CALL
-from headforcing.wan_counting import CountingWan
+from headforcing.adapters.wan import CALL
+from headforcing.adapters.wan_counted import CountingWan
 
 
 class SelfForcing(CountingWan):

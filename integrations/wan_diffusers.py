@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.adapter import parameter_names
+from headforcing.adapters.base import parameter_names
 
 PARTS = {"patch_embedding", "rope", "condition_embedder", "blocks"}
 FORWARD = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")

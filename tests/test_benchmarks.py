@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headforcing.role_map import RoleMap
+from headforcing.measure.steady import steady
 from headforcing.roles import SlidingWindow
-from headforcing.steady import steady
+from headforcing.roles.maps.role_map import RoleMap
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 ABOUT = {"variant", "scope", "warm_up", "backend", "store", "dtype", "device", "frames"}
@@ -354,7 +354,7 @@ def a_case(*points):
 
 def drawn(bench, monkeypatch, cases, path):
     """The names in a picture as they lie when it is written, panel by panel, and the dots."""
-    from headforcing.plots import style
+    from headforcing.measure.plots import style
 
     figures, found = [], []
     new_figure = style.new_figure

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import headforcing as hf
 from headforcing import errors
-from headforcing.demo.pipeline import DemoPipeline
+from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.errors import (
     ChunkOrderError,
     ExternalEditError,
@@ -35,7 +35,8 @@ from headforcing.errors import (
 )
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
-from headforcing.testing import Caches, Rig, snapshot
+from headforcing.testing import snapshot
+from tests.hosts.rig import Caches, Rig
 
 ROLES = [[Local(), Anchor(), Memory(), SlidingWindow(6)]] * 2
 

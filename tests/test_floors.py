@@ -12,55 +12,48 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The name after `headforcing.`; a folder stands for all files in it. "" is headforcing/__init__.py.
+# Folders below `headforcing.`, lowest floor first; a file belongs to the deepest folder that is named here. "" is
+# headforcing/__init__.py.
 FLOORS = [
-    {"types", "errors", "lookup", "strict_json", "digest", "merge", "switch", "shape", "order"}
-    | {"shots", "host_cache", "skipping", "weights", "traced"}
-    | {"part", "needs", "segments", "folding"},
-    {"positions", "shots", "role", "roles", "role_json", "episodic", "origin", "role_file", "role_map"}
-    | {"rope", "fused", "adapter", "wan", "wan_counting", "fingerprint", "preset", "presets"},
-    {"health", "scene", "storage", "arena", "bank", "rotated", "banked", "digests", "eval_files"},
-    {"stores", "backends"},
-    {"profile", "steady", "footprint"},
-    {"classifiers", "controls", "measured", "importers", "compare", "stability_report", "stability", "hub"}
-    | {"budget", "hull"},
-    {"observation", "stream", "activity", "plan", "rerun"},
-    {"attention", "status", "metrics", "hooks"},
-    {"sites"},
-    {"handle"},
-    {"install"},
-    {"apply", "explanation"},
-    {"meter"},
-    {"profiler", "ablation"},
-    {""},
-    {"plots"},
-    {"integrations", "demo", "testing", "cli", "census", "rehearsal", "estimate"},
+    {"errors", "types"},
+    {"roles", "adapters"},
+    {"roles.maps", "stores"},
+    {"attention", "attention.backends"},
+    {"apply"},
+    {"measure", "measure.metrics", "measure.classifiers", "measure.plots", "roles.maps.importers"},
+    {"integrations", "testing", "demo", ""},
+    {"cli", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # One file each, so that a file can be added or removed alone: no imports between neighbours.
-ALONE = {"stores", "backends", "metrics", "classifiers", "importers", "integrations"}
-ONLY = {
-    "integrations": {"types", "adapter", "rope", "wan", "wan_counting", "errors", "shots", "host_cache"},
-    "stores": {"types", "errors", "lookup", "positions", "role", "episodic", "digest", "digests", "health"}
-    | {"scene", "switch", "shape", "order", "shots", "storage", "bank", "rotated", "banked"}
-    | {"stores"},
-    "backends": {"types", "errors", "lookup", "part", "needs", "segments", "folding", "backends"},
+ALONE = {
+    "attention.backends",
+    "measure.metrics",
+    "measure.classifiers",
+    "roles.maps.importers",
+    "integrations",
 }
-BY_FOLDER = {("headforcing.adapter", "headforcing.integrations")}  # find_adapter lists the folder
+ONLY = {
+    "roles": {"errors", "types", "roles"},
+    "adapters": {"errors", "types", "adapters"},
+    "integrations": {"errors", "types", "adapters"},
+    "stores": {"errors", "types", "roles", "stores"},
+    "attention.backends": {"errors", "types", "attention", "attention.backends"},
+}
+BY_FOLDER = {("headforcing.adapters.base", "headforcing.integrations")}  # find_adapter lists the folder
 AT_IMPORT = {*sys.stdlib_module_names, "torch", "einops", "numpy", "headforcing"}  # integrations
 LAZY = {"diffusers", "transformers", "matplotlib", "typer", "imageio", "huggingface_hub"}
 
-MAY_PRINT = {"headforcing.cli", "headforcing.demo.train"}
+MAY_PRINT = {"headforcing.cli"}
 IMPORT_CALLS = {"importlib.import_module", "import_module", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_NUMBERS = {1560, 32760}
-MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 300, 50, 8
+MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 350, 50, 8
 MORE_PARAMETERS = {
     ("headforcing.apply", "apply_head_forcing"): 9,  # the front door
 }
-STAND_INS = "headforcing.testing.hosts."  # their attention has the parameters of its original
 
 
 def module_name(path: Path) -> str:
@@ -74,6 +67,9 @@ FILES = {
     for folder in ("headforcing", "integrations")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
+
+
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 
 def imports(module: str, tree: ast.AST, known: set[str]) -> set[str]:
@@ -97,25 +93,25 @@ def imports(module: str, tree: ast.AST, known: set[str]) -> set[str]:
     return found
 
 
-def place(module: str) -> str:
-    """`headforcing.stores.ring` -> `stores`."""
-    return module.split(".")[1] if "." in module else ""
+def folder(module: str) -> str:
+    """`headforcing.stores.ring` -> `stores`; `headforcing.roles.maps.file` -> `roles.maps`."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((name for name in names if name in FLOOR), ".".join(parts))
 
 
 def goes_down(module: str, tree: ast.AST, known: set[str]) -> list[str]:
-    here = place(module)
+    here = folder(module)
     if here not in FLOOR:
-        return [f"{module} has no floor: give it one in tests/test_floors.py"]
+        return [f"{module} has no floor: give its folder one in tests/test_floors.py"]
     problems = []
     for target in imports(module, tree, known):
-        if target.split(".")[0] != "headforcing" or target == module:
+        if target.split(".")[0] != "headforcing" or target == module or (module, target) in BY_FOLDER:
             continue
-        if (module, target) in BY_FOLDER:
-            continue
-        there = place(target)
+        there = folder(target)
         if FLOOR.get(there, 99) > FLOOR[here]:
             problems.append(f"{module} imports {target}, which is above it")
-        if here in ALONE and FLOOR.get(there) == FLOOR[here] and target != f"headforcing.{here}":
+        if here in ALONE and there == here and target != f"headforcing.{here}":
             problems.append(f"{module} imports its neighbour {target}")
         if here in ONLY and there not in ONLY[here]:
             problems.append(f"{module} imports {target}: {here} know only {sorted(ONLY[here])}")
@@ -123,7 +119,7 @@ def goes_down(module: str, tree: ast.AST, known: set[str]) -> list[str]:
 
 
 def upstream_stays_lazy(module: str, tree: ast.Module, known: set[str]) -> list[str]:
-    if place(module) != "integrations":
+    if folder(module) != "integrations":
         return []
     top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
     names = {name.split(".")[0] for name in imports(module, top, known)}
@@ -176,8 +172,7 @@ def is_small(module: str, tree: ast.AST, known: set[str]) -> list[str]:
             a = node.args
             count = len([*a.posonlyargs, *a.args, *a.kwonlyargs]) + bool(a.vararg) + bool(a.kwarg)
             most = MORE_PARAMETERS.get((module, node.name), MAX_PARAMETERS)
-            stands_in = module.startswith(STAND_INS) and node.name == "forward"
-            if count - (id(node) in methods) > most and not stands_in:
+            if count - (id(node) in methods) > most:
                 problems.append(f"{module}.{node.name} has {count} parameters")
     return problems
 
@@ -197,10 +192,8 @@ RULES = [goes_down, upstream_stays_lazy, is_safe, is_small]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("module", FILES)
-def test_every_file_keeps_the_rules(module, rule):
-    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
-    assert rule(module, tree, set(FILES)) == []
+def test_every_file_keeps_the_rule(rule):
+    assert [said for module, tree in TREES.items() for said in rule(module, tree, set(FILES))] == []
 
 
 def test_no_file_is_long():
@@ -210,8 +203,7 @@ def test_no_file_is_long():
 
 
 def test_modules_do_not_import_each_other():
-    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
-    graph = {module: imports(module, tree, set(FILES)) - {module} for module, tree in trees.items()}
+    graph = {module: imports(module, tree, set(FILES)) - {module} for module, tree in TREES.items()}
     assert cycles(graph) == []
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
@@ -240,16 +232,17 @@ BAD = [
     (goes_down, "headforcing.types", "from .stores.one import X"),
     (goes_down, "headforcing.types", "def f():\n    from headforcing import apply"),
     (goes_down, "headforcing.types", "import_module('headforcing.apply')"),
-    (goes_down, "headforcing.attention", "import headforcing as hf"),
-    (goes_down, "headforcing.adapter", "from headforcing.integrations.one import ADAPTER"),
+    (goes_down, "headforcing.attention.module", "import headforcing as hf"),
+    (goes_down, "headforcing.adapters.base", "from headforcing.integrations.one import ADAPTER"),
     (goes_down, "headforcing.apply", "from headforcing.integrations import one"),
-    (goes_down, "headforcing.stores.one", "from headforcing.stores.two import X"),
-    (goes_down, "headforcing.stores.one", "from . import two"),
-    (goes_down, "headforcing.stores.one", "from .two import X"),
-    (goes_down, "headforcing.stores", "from .two import X"),
-    (goes_down, "headforcing.stores.one", "from ..rope import rotate"),
-    (goes_down, "headforcing.stores.one", "from headforcing.backends import one"),
-    (goes_down, "headforcing.backends.one", "from headforcing.roles import HeadRole"),
+    (goes_down, "headforcing.measure.metrics.one", "from headforcing.measure.metrics.two import X"),
+    (goes_down, "headforcing.measure.metrics.one", "from . import two"),
+    (goes_down, "headforcing.measure.metrics.one", "from .two import X"),
+    (goes_down, "headforcing.measure.metrics", "from .two import X"),
+    (goes_down, "headforcing.roles.one", "from .maps.file import X"),
+    (goes_down, "headforcing.stores.one", "from ..adapters.rope import rotate"),
+    (goes_down, "headforcing.stores.one", "from headforcing.attention.backends import one"),
+    (goes_down, "headforcing.attention.backends.one", "from headforcing.roles import HeadRole"),
     (goes_down, "headforcing.integrations.one", "from headforcing.integrations import two"),
     (goes_down, "headforcing.integrations.one", "from headforcing.roles import HeadRole"),
     (goes_down, "headforcing.integrations.one", "import headforcing"),
@@ -273,14 +266,14 @@ BAD = [
     (is_small, "headforcing.apply", "def f(a, b, c, d, e, f, g, *, h, i): ..."),
     (is_small, "headforcing.apply", "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."),
     (is_small, "headforcing.apply", "def apply_head_forcing(a, b, c, d, e, f, g, h, i, j): ..."),
-    (is_small, "headforcing.plan", "def apply_head_forcing(a, b, c, d, e, f, g, h, i): ..."),
+    (is_small, "headforcing.attention.plan", "def apply_head_forcing(a, b, c, d, e, f, g, h, i): ..."),
 ]
 
 GOOD = [
-    (goes_down, "headforcing.roles", "from headforcing.positions import place"),
+    (goes_down, "headforcing.roles", "from headforcing.roles.positions import place"),
     (goes_down, "headforcing.stores.one", "from headforcing.stores import KVStore"),
     (goes_down, "headforcing.stores.one", "from ..types import Chunk"),
-    (goes_down, "headforcing.integrations.one", "from headforcing import adapter, rope"),
+    (goes_down, "headforcing.integrations.one", "from headforcing.adapters import base, rope"),
     (goes_down, "headforcing.cli", "import headforcing as hf\nfrom headforcing import demo"),
     (upstream_stays_lazy, "headforcing.integrations.one", "def f():\n    import wan"),
     (upstream_stays_lazy, "headforcing.integrations.one", "import math\nimport torch.nn as nn"),

@@ -3,7 +3,7 @@
 import torch
 
 from headforcing import Adapter
-from headforcing.adapter import bind, parameter_names
+from headforcing.adapters.base import bind, parameter_names
 from headforcing.errors import ExternalEditError, StreamError, UnsupportedModelError
 from headforcing.types import AttentionCall
 

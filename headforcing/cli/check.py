@@ -14,7 +14,7 @@ from headforcing.cli.target import importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
 if TYPE_CHECKING:
-    from headforcing.adapter import Adapter
+    from headforcing.adapters.base import Adapter
     from headforcing.testing.conformance import Report
     from headforcing.testing.host import Host
 
@@ -90,7 +90,7 @@ def _pairs(
         OptionError: there is no such adapter, it cannot be checked here, a name stands for something else, or
             nobody says which host.
     """
-    from headforcing.testing.hosts import find_host, host_names
+    from tests.hosts import find_host, host_names
 
     if target is None:
         if host is not None or adapter is not None:
@@ -110,7 +110,7 @@ def _pairs(
 
 def _pair(target: str, found: Any, host: str | None, adapter: str | None) -> tuple[Adapter | None, Host]:
     """What a target stands for, adapter or host, with the other one."""
-    from headforcing.adapter import Adapter
+    from headforcing.adapters.base import Adapter
     from headforcing.testing.host import Host
 
     what = found if isinstance(found, Adapter) else None if adapter is None else _made(adapter)

@@ -15,10 +15,10 @@ from headforcing.cli.profile import facts_file
 from headforcing.errors import OptionError
 
 if TYPE_CHECKING:
-    from headforcing.classifiers import Classification
-    from headforcing.profile import HeadProfile
-    from headforcing.role_map import RoleMap
-    from headforcing.stability_report import StabilityReport
+    from headforcing.measure.classifiers import Classification
+    from headforcing.measure.profile import HeadProfile
+    from headforcing.measure.stability_report import StabilityReport
+    from headforcing.roles.maps.role_map import RoleMap
 
 CONTROLS = ("random", "shuffled_within_layer", "inverted", "all_one:LABEL")
 
@@ -30,7 +30,7 @@ class Options:
     profile: Annotated[
         Path, typer.Argument(metavar="PROFILE", help="A profile (.safetensors).", show_default=False)
     ]
-    method: Annotated[str, typer.Option(help=f"One of {choices('headforcing.classifiers')}.")] = (
+    method: Annotated[str, typer.Option(help=f"One of {choices('headforcing.measure.classifiers')}.")] = (
         "head_forcing"
     )
     settings: Annotated[
@@ -60,8 +60,8 @@ def classify(options: Options) -> None:
     of the profile, so a profile of one prompt says nothing about stability.
     """
     with clean_errors():
-        from headforcing.measured import measured_map
-        from headforcing.profile import HeadProfile
+        from headforcing.measure.labels import measured_map
+        from headforcing.measure.profile import HeadProfile
 
         check_files(options.profile, {"--out": options.out, "--report": options.report})
         profile = HeadProfile.load(options.profile)
@@ -102,9 +102,9 @@ def check_files(profile: Path, written: Mapping[str, Path | None]) -> None:
 
 def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, StabilityReport | None]:
     """What the method or the control says, and the report; a control has none."""
-    from headforcing.classifiers import find_classifier
     from headforcing.cli.settings import parse_settings
-    from headforcing.stability import stability
+    from headforcing.measure.classifiers import find_classifier
+    from headforcing.measure.stability import stability
 
     repeated = options.stability and options.control is None
     if options.report is not None and not repeated:
@@ -122,7 +122,7 @@ def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, S
 
 
 def _control(found: Classification, name: str, seed: int) -> Classification:
-    from headforcing import controls
+    from headforcing.measure import labels as controls
 
     kind, colon, label = name.partition(":")
     if kind == "all_one" and label:

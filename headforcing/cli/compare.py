@@ -10,7 +10,7 @@ import typer
 from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
 
 if TYPE_CHECKING:
-    from headforcing.compare import Comparison
+    from headforcing.measure.compare import Comparison
 
 
 def compare(
@@ -24,8 +24,8 @@ def compare(
     ask only whether the same heads are put together, whatever they are called.
     """
     with clean_errors():
-        from headforcing.compare import compare_maps
-        from headforcing.role_map import RoleMap
+        from headforcing.measure.compare import compare_maps
+        from headforcing.roles.maps.role_map import RoleMap
 
         found = compare_maps(RoleMap.load(a), RoleMap.load(b))
     if as_json:

@@ -13,8 +13,8 @@ from headforcing.cli.console import AsJson, clean_errors, examples, print_json, 
 from headforcing.cli.demo import Camera
 
 if TYPE_CHECKING:
-    from headforcing.demo.contest import Contest, Result
-    from headforcing.demo.intervals import Interval
+    from headforcing.demo.contest.contest import Contest, Result
+    from headforcing.demo.contest.intervals import Interval
 
 EXAMPLES = examples(
     "compare streaming_llm head_forcing memrope",
@@ -77,8 +77,8 @@ def contest(options: Options) -> None:
     require(DRAWING, "demo", "comparing")
     with clean_errors():
         from headforcing.demo import demo_model
-        from headforcing.demo.contest import Setting, compete
-        from headforcing.demo.entrants import entrant
+        from headforcing.demo.contest.contest import Setting, compete
+        from headforcing.demo.contest.entrants import entrant
 
         model = demo_model()
         entrants = [entrant(name, model.config) for name in options.names]
@@ -96,8 +96,8 @@ def contest(options: Options) -> None:
 
 
 def _write(found: Contest, out: Path) -> list[str]:
-    from headforcing.demo.contest_pictures import drift, sheet
-    from headforcing.demo.files import replace_file
+    from headforcing.demo.contest.pictures import drift, sheet
+    from headforcing.demo.show.files import replace_file
 
     paths = [out / name for name in ("compare.json", "compare-drift.png", "compare-sheet.png")]
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
@@ -170,7 +170,7 @@ def _difference(found: Interval) -> Any:
     """Bold where it is one."""
     from rich.text import Text
 
-    from headforcing.demo.contest import decided
+    from headforcing.demo.contest.contest import decided
 
     text = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]" if found.count else "-"
     return Text(text, "bold" if decided(found) else "")
@@ -178,7 +178,7 @@ def _difference(found: Interval) -> Any:
 
 def _reading(found: Contest) -> str:
     """Who is ahead, behind, or cannot be told apart from the first, and how little that says."""
-    from headforcing.demo.contest import ENOUGH, decided
+    from headforcing.demo.contest.contest import ENOUGH, decided
 
     first, *others = found.entrants
     limits = (

@@ -64,7 +64,7 @@ def demo(options: Options) -> None:
     """
     require(DRAWING, "demo", "the demo")
     with clean_errors():
-        from headforcing.demo.show import Request, show
+        from headforcing.demo.show.show import Request, show
 
         request = Request(
             prompt=options.prompt,

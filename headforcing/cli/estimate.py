@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headforcing.cli.console import AsJson, choices, clean_errors, examples, print_json, print_parts
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.cli.presets import in_units, model_size
 from headforcing.errors import OptionError
-from headforcing.footprint import GRIDS, ITEMSIZES, MODELS, ModelSize
+from headforcing.measure.footprint import GRIDS, ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
-    from headforcing.estimate import Choice, Setting, Takes
+    from headforcing.measure.estimate import Choice, Setting, Takes
 
 EXAMPLES = examples(
     "estimate --preset head_forcing",
@@ -41,7 +41,7 @@ class Options:
     window: Annotated[int | None, typer.Option(help="Frames the model was trained on.")] = None
     chunk: Annotated[int | None, typer.Option(help="Frames of a chunk.")] = None
     dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
-    store: Annotated[str, typer.Option(help=f"One of {choices('headforcing.stores')}.")] = "ring"
+    store: Annotated[str, typer.Option(help="One of lean, reference, ring.")] = "ring"
     videos: Annotated[int, typer.Option(help="Videos of a batch.")] = 1
     branches: Annotated[int, typer.Option(help="Timelines per video, 2 with CFG.")] = 1
     as_json: AsJson = False
@@ -59,7 +59,7 @@ def estimate(options: Options) -> None:
     of the own chunk and the rest of the model, is not in the ratio. It is no measurement.
     """
     with clean_errors():
-        from headforcing.estimate import dense, streaming_at, takes
+        from headforcing.measure.estimate import dense, streaming_at, takes
 
         setting = _setting(options)
         choice = _choice(options, setting.size)
@@ -84,7 +84,7 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def _setting(options: Options) -> Setting:
-    from headforcing.estimate import Setting
+    from headforcing.measure.estimate import Setting
 
     size = model_size(options)
     grid = GRIDS[options.model] if options.grid is None else parse_grid(options.grid)
@@ -93,9 +93,9 @@ def _setting(options: Options) -> Setting:
 
 
 def _choice(options: Options, size: ModelSize) -> Choice:
-    from headforcing.estimate import of_map, of_preset
-    from headforcing.presets import PRESETS
-    from headforcing.role_map import RoleMap
+    from headforcing.measure.estimate import of_map, of_preset
+    from headforcing.roles.maps.presets import PRESETS
+    from headforcing.roles.maps.role_map import RoleMap
 
     if (options.preset is None) == (options.roles is None):
         raise OptionError("give one of --preset and --roles: a preset by name, or a role-map file")

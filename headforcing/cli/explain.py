@@ -29,7 +29,7 @@ def explain(
 
     Exit code 1 where none fits.
     """
-    from headforcing.explanation import explain as explained
+    from headforcing.apply.explain import explain as explained
 
     with clean_errors(HeadForcingError), importable_here():
         found = explained(_model(named(target, "my_model:make"), target))

@@ -14,12 +14,12 @@ from headforcing.cli.classify import check_files
 from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
 from headforcing.cli.presets import itemsize
 from headforcing.errors import OptionError
-from headforcing.footprint import ITEMSIZES
+from headforcing.measure.footprint import ITEMSIZES
 
 if TYPE_CHECKING:
-    from headforcing.budget import Budget
-    from headforcing.profile import HeadProfile
-    from headforcing.role_map import RoleMap
+    from headforcing.measure.budget import Budget
+    from headforcing.measure.profile import HeadProfile
+    from headforcing.roles.maps.role_map import RoleMap
 
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?((?:[kKMGT]i?)?B)?", re.ASCII)
 POWERS = " kMGT"
@@ -68,9 +68,9 @@ def fit(options: Options) -> None:
     Errors of single heads are added up: what heads do to each other is not measured.
     """
     with clean_errors():
-        from headforcing.budget import fit_budget
-        from headforcing.profile import HeadProfile
-        from headforcing.role_map import RoleMap
+        from headforcing.measure.budget import fit_budget
+        from headforcing.measure.profile import HeadProfile
+        from headforcing.roles.maps.role_map import RoleMap
 
         spend = _spend(options)
         check_files(options.profile, {"--out": options.out})

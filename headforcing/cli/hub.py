@@ -25,7 +25,7 @@ def pull(
     """
     with clean_errors(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        from headforcing import hub
+        from headforcing.roles.maps import hub
 
         role_map = hub.from_hub(repository, revision=revision)
         role_map.save(out)
@@ -54,9 +54,9 @@ def push(
     You must be logged in there. The repository is made where there is none.
     """
     with clean_errors():
-        from headforcing import hub
-        from headforcing.role_map import RoleMap
-        from headforcing.stability_report import StabilityReport
+        from headforcing.measure.stability_report import StabilityReport
+        from headforcing.roles.maps import hub
+        from headforcing.roles.maps.role_map import RoleMap
 
         text = None if report is None else StabilityReport.load(report).to_json()
         done = hub.push_to_hub(

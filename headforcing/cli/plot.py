@@ -14,8 +14,8 @@ from headforcing.cli.console import AsJson, clean_errors, print_json, require
 from headforcing.errors import OptionError
 
 if TYPE_CHECKING:
-    from headforcing.profile import HeadProfile
-    from headforcing.role_map import RoleMap
+    from headforcing.measure.profile import HeadProfile
+    from headforcing.roles.maps.role_map import RoleMap
 
 DRAWING = ("matplotlib",)
 PROFILE = ".safetensors"
@@ -50,7 +50,7 @@ def plot(
         names = [file.stem for file in files]
         if len(set(names)) < len(names):
             raise OptionError(f"two files have one name: {', '.join(sorted(names))}; draw them one by one")
-        from headforcing.profile import HeadProfile
+        from headforcing.measure.profile import HeadProfile
 
         measured = None if profile is None else HeadProfile.load(profile)
         pictures = {
@@ -68,8 +68,8 @@ def plot(
 
 def _pictures(file: Path, profile: HeadProfile | None) -> Iterator[tuple[str, Any]]:
     """Every picture of a role map or of a profile, by name."""
-    from headforcing.profile import HeadProfile
-    from headforcing.role_map import RoleMap
+    from headforcing.measure.profile import HeadProfile
+    from headforcing.roles.maps.role_map import RoleMap
 
     if file.suffix != PROFILE:
         yield from _of_map(RoleMap.load(file), profile)
@@ -80,7 +80,7 @@ def _pictures(file: Path, profile: HeadProfile | None) -> Iterator[tuple[str, An
 
 
 def _of_map(role_map: RoleMap, profile: HeadProfile | None) -> Iterator[tuple[str, Any]]:
-    from headforcing import plots
+    from headforcing.measure import plots
 
     yield "head-map", plots.head_map(role_map)
     yield "roles-per-layer", plots.roles_per_layer(role_map)
@@ -95,15 +95,15 @@ def _of_map(role_map: RoleMap, profile: HeadProfile | None) -> Iterator[tuple[st
 
 
 def _of_profile(profile: HeadProfile, roles: Any) -> Iterator[tuple[str, Any]]:
-    from headforcing import plots
+    from headforcing.measure import plots
 
     yield "mass-by-age", plots.mass_by_age(profile, roles)
     yield "mass-scatter", plots.mass_scatter(profile, roles)
 
 
 def _of_report(path: Path) -> Iterator[tuple[str, Any]]:
-    from headforcing import plots
-    from headforcing.stability_report import StabilityReport
+    from headforcing.measure import plots
+    from headforcing.measure.stability_report import StabilityReport
 
     yield "panels", plots.stability_panels(StabilityReport.load(path))[0]
 

@@ -13,11 +13,11 @@ import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.errors import OptionError, WindowError
-from headforcing.footprint import ITEMSIZES, MODELS, ModelSize
+from headforcing.measure.footprint import ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
-    from headforcing.preset import Preset
     from headforcing.roles import HeadRole
+    from headforcing.roles.maps.preset import Preset
 
 EXAMPLES = examples(
     "presets", "presets --model wan-14b --json", "presets --tokens-per-frame 3600 --window 12 --dtype fp32"
@@ -48,7 +48,7 @@ def presets(options: Options) -> None:
     store holds more than keys and values, because it keeps rotated keys, too.
     """
     with clean_errors():
-        from headforcing.presets import PRESETS
+        from headforcing.roles.maps.presets import PRESETS
 
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
@@ -123,7 +123,7 @@ def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
 
 def _role(label: str, role: HeadRole, preset: Preset, size: ModelSize) -> dict[str, Any]:
     """What one head of a role holds and sees, in frames."""
-    from headforcing.steady import steady
+    from headforcing.measure.steady import steady
 
     found = steady(role, size.window, size.chunk)
     return {
@@ -148,7 +148,7 @@ BYTES = ("bytes", "ring_bytes", "of_window")
 
 def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
     """Bytes for all heads of the model, in the published proportions."""
-    from headforcing.estimate import published_map
+    from headforcing.measure.estimate import published_map
 
     found = published_map(preset, roles, size)
     heads = sum(found.counts().values())

@@ -17,8 +17,8 @@ from headforcing.errors import HeadForcingError, OptionError
 if TYPE_CHECKING:
     from torch import nn
 
-    from headforcing.meter import Progress
-    from headforcing.profile import HeadProfile
+    from headforcing.measure.meter import Progress
+    from headforcing.measure.profile import HeadProfile
 
 METRICS = "attention_mass,mass_ratio,qk_logits,output_regret"
 EXAMPLES = examples(
@@ -112,7 +112,7 @@ def _checked(options: Options) -> _Request:
     prompts = None if options.prompts is None else _read_prompts(options.prompts)
     starts = None if options.starts is None else _numbers(options.starts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    from headforcing.metrics import find_metric
+    from headforcing.measure.metrics import find_metric
 
     for name in names:
         find_metric(name)
@@ -120,7 +120,7 @@ def _checked(options: Options) -> _Request:
 
 
 def _measure(options: Options, request: _Request) -> HeadProfile:
-    from headforcing.profiler import Protocol, profile_heads
+    from headforcing.measure.profiler import Protocol, profile_heads
 
     with progress(quiet=options.quiet or options.as_json) as tell, importable_here():
 

@@ -39,7 +39,7 @@ def show(file: RoleFile, as_json: AsJson = False) -> None:
     """
     with clean_errors():
         from headforcing.cli.tables import role_tables, summary
-        from headforcing.role_map import RoleMap
+        from headforcing.roles.maps.role_map import RoleMap
 
         role_map = RoleMap.load(file)
     if as_json:
@@ -56,7 +56,7 @@ def validate(file: RoleFile, as_json: AsJson = False) -> None:
     """
     from headforcing.cli.tables import summary
     from headforcing.errors import RoleMapError
-    from headforcing.role_map import RoleMap
+    from headforcing.roles.maps.role_map import RoleMap
 
     try:
         role_map = RoleMap.load(file)
@@ -85,7 +85,9 @@ def import_file(
     form: Annotated[
         str,
         typer.Option(
-            "--format", help=f"Of the file: one of {choices('headforcing.importers')}.", show_default=False
+            "--format",
+            help=f"Of the file: one of {choices('headforcing.roles.maps.importers')}.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where to write the role map.")] = Path("roles.json"),
@@ -101,8 +103,8 @@ def import_file(
     """
     with clean_errors():
         from headforcing.cli.tables import role_tables, summary
-        from headforcing.importers import import_roles
-        from headforcing.origin import Origin
+        from headforcing.roles.maps.importers import import_roles
+        from headforcing.roles.maps.origin import Origin
 
         role_map = import_roles(file, form)
         if base_model is not None:

@@ -51,8 +51,8 @@ def scenes(options: Options) -> None:
     """
     require(DRAWING, "demo", "this command")
     with clean_errors():
-        from headforcing.demo.scenes import PROMPTS
-        from headforcing.demo.scenes_show import Request, show_scenes
+        from headforcing.demo.scenes.run import PROMPTS
+        from headforcing.demo.scenes.show import Request, show_scenes
 
         request = Request(
             prompts=tuple(options.prompts or PROMPTS),

@@ -7,7 +7,7 @@ from string import ascii_lowercase, digits
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headforcing.role_map import RoleMap
+    from headforcing.roles.maps.role_map import RoleMap
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 WIDE = 8

@@ -4,18 +4,18 @@
     >>> parse_prompt("sea clear fast disc red").shape
     torch.Size([10])
 
-The tools for comparing policies are in `headforcing.demo.compare`, training in
-`headforcing.demo.train`; neither is imported here.
+The tools for comparing policies are in `headforcing.demo.contest.compare`, training in
+`demo_training.train`; neither is imported here.
 """
 
 from importlib import resources
 
-from headforcing.demo.label_file import demo_preset, labels
-from headforcing.demo.model import DemoModel, demo_model
-from headforcing.demo.pipeline import DemoPipeline
-from headforcing.demo.words import format_prompt, parse_prompt
-from headforcing.role_map import RoleMap
-from headforcing.stability_report import StabilityReport
+from headforcing.demo.labels import demo_preset, labels
+from headforcing.demo.model.model import DemoModel, demo_model
+from headforcing.demo.model.pipeline import DemoPipeline
+from headforcing.demo.world.words import format_prompt, parse_prompt
+from headforcing.measure.stability_report import StabilityReport
+from headforcing.roles.maps.role_map import RoleMap
 
 __all__ = [
     "DemoModel",

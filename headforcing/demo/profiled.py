@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.compare import GIVEN_CHUNKS, make_scene
-from headforcing.demo.model import DemoModel, demo_model
-from headforcing.demo.pipeline import DemoPipeline
-from headforcing.demo.threads import one_thread
-from headforcing.demo.words import format_prompt
-from headforcing.demo.world import Scene, render, sample_scene
-from headforcing.meter import Progress
-from headforcing.metrics import Metric
-from headforcing.profile import HeadProfile
-from headforcing.profiler import METRICS, Protocol, profile_heads
+from headforcing.demo.contest.compare import GIVEN_CHUNKS, make_scene
+from headforcing.demo.model.model import DemoModel, demo_model
+from headforcing.demo.model.pipeline import DemoPipeline
+from headforcing.demo.model.threads import one_thread
+from headforcing.demo.world.camera import CHUNK
+from headforcing.demo.world.scene import Scene, render, sample_scene
+from headforcing.demo.world.words import format_prompt
+from headforcing.measure.meter import Progress
+from headforcing.measure.metrics import Metric
+from headforcing.measure.profile import HeadProfile
+from headforcing.measure.profiler import METRICS, Protocol, profile_heads
 
 VIDEOS = 32
 SEED = 4000

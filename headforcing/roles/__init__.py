@@ -1,6 +1,6 @@
 """Roles, one family per file; a new file here is found by its folder."""
 
-from headforcing.role import HeadRole
+from headforcing.roles.base import HeadRole
 from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from headforcing.digest import Digest
 from headforcing.errors import RoleError, WindowError
-from headforcing.positions import PositionScheme
-from headforcing.role import HeadRole
+from headforcing.roles.base import HeadRole
+from headforcing.roles.compressed import Digest
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import FrameTable, Phase, Pin, Selection, Tier
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.digest import Digest, Past, Tokens
 from headforcing.errors import RoleError, WindowError
-from headforcing.role import HeadRole, ends
+from headforcing.roles.base import HeadRole, ends
+from headforcing.roles.compressed import Digest, Past, Tokens
 from headforcing.types import Encode, FrameTable
 
 

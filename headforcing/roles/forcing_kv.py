@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from headforcing.digest import Digest, Past, Tokens
 from headforcing.errors import RoleError, StreamShapeError, WindowError
-from headforcing.positions import PositionScheme
-from headforcing.role import HeadRole, ends
+from headforcing.roles.base import HeadRole, ends
+from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import Encode, FrameTable, Grid
 
 

@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from headforcing.episodic import EpisodicUpdate, MaxMin, Uniform
 from headforcing.errors import RoleError, WindowError
-from headforcing.positions import PositionScheme
-from headforcing.role import HeadRole, ends
+from headforcing.roles.base import HeadRole, ends
+from headforcing.roles.episodic import EpisodicUpdate, MaxMin, Uniform
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import FrameTable, Selection, Tier
 
 

@@ -13,10 +13,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headforcing.digest import Digest
 from headforcing.errors import RoleError, WindowError
-from headforcing.merge import Blocks
-from headforcing.role import HeadRole
+from headforcing.roles.base import HeadRole
+from headforcing.roles.blocks import Blocks
+from headforcing.roles.compressed import Digest
 from headforcing.types import FrameTable, Phase
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from headforcing.errors import RoleError, WindowError
-from headforcing.positions import PositionScheme
-from headforcing.role import HeadRole, ends
+from headforcing.roles.base import HeadRole, ends
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import FrameTable, Phase
 
 

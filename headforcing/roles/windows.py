@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headforcing.errors import RoleError, WindowError
-from headforcing.positions import PositionScheme
-from headforcing.role import HeadRole, with_last
+from headforcing.roles.base import HeadRole, with_last
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import FrameTable, Pin
 
 

@@ -1,6 +1,6 @@
 """The small store: keys before RoPE and values, each once, and nothing that can be made again.
 
-Lies and moves like `ring` (see `headforcing.banked`), without the room for rotated keys: all that a role sees
+Lies and moves like `ring` (see `headforcing.stores.banked`), without the room for rotated keys: all that a role sees
 is rotated in every pass, into memory that is free again when the layer is through. So it holds what the
 roles keep, the own chunk, and a number per frame and role; a layer at work takes at most as much again as
 what it sees. It shows what `ring` shows, bit for bit.
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headforcing.bank import Bank
-from headforcing.banked import Banked
-from headforcing.digest import Tokens
-from headforcing.role import HeadRole
-from headforcing.stores import KVStore
+from headforcing.roles.base import HeadRole
+from headforcing.roles.compressed import Tokens
+from headforcing.stores.bank import Bank
+from headforcing.stores.banked import Banked
+from headforcing.stores.store import KVStore
 from headforcing.types import Encode, Heads
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.role import HeadRole
-from headforcing.scene import Kept
-from headforcing.stores import KVStore
+from headforcing.roles.base import HeadRole
+from headforcing.stores.scenes import Kept
+from headforcing.stores.store import KVStore
 from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Selection
 
 

@@ -1,7 +1,7 @@
 """The fast store: slots made once, kept in time order, moved and rotated at most once per chunk.
 
 Every role has three rooms of `capacity + chunk` frames: keys before RoPE, the same keys rotated to where they
-sit now, and values; see `headforcing.banked` for how they lie. Only frames whose position changed are
+sit now, and values; see `headforcing.stores.banked` for how they lie. Only frames whose position changed are
 rotated again, when a chunk begins.
 
 Roles that read a part of what they keep, or per query frame, have that part copied once per chunk (and
@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headforcing.banked import Banked
-from headforcing.digest import Tokens
-from headforcing.role import HeadRole
-from headforcing.rotated import RotatedBank, side_by_side
-from headforcing.stores import KVStore
+from headforcing.roles.base import HeadRole
+from headforcing.roles.compressed import Tokens
+from headforcing.stores.banked import Banked
+from headforcing.stores.rotated import RotatedBank, side_by_side
+from headforcing.stores.store import KVStore
 from headforcing.types import Heads
 
 

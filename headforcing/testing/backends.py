@@ -1,7 +1,7 @@
 """What every backend has to do, checked against attention in float64 with an error budget.
 
 Example:
-    >>> from headforcing.backends.sdpa import attend
+    >>> from headforcing.attention.backends.sdpa import attend
     >>> check_backend(attend)
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.backends.sdpa import attend as sdpa
-from headforcing.part import Attend, Part, queries
+from headforcing.attention.backends.sdpa import attend as sdpa
+from headforcing.attention.part import Attend, Part, queries
 from headforcing.types import Heads
 
 WORSE = 2

@@ -1,6 +1,6 @@
 """The conformance kit: does an adapter keep what `headforcing.Adapter` promises?
 
-    >>> from headforcing.testing.hosts.self_forcing import SelfForcingHost
+    >>> from tests.hosts.self_forcing import SelfForcingHost
     >>> report = check_adapter(None, SelfForcingHost(), only=["fits", "layers_in_order"])
     >>> report.ok, [result.name for result in report.results]
     (True, ['fits', 'layers_in_order'])
@@ -20,17 +20,15 @@ from typing import Literal
 
 import torch
 
-from headforcing.adapter import Adapter, find_adapter
+from headforcing.adapters.base import Adapter, find_adapter
 from headforcing.errors import OptionError
-from headforcing.testing import (
-    checks_compile,
-    checks_host,
-    checks_leaving,
-    checks_life,
-    checks_parity,
-    checks_reading,
-    checks_rotation,
-)
+from headforcing.testing.checks import compile as checks_compile
+from headforcing.testing.checks import host as checks_host
+from headforcing.testing.checks import leaving as checks_leaving
+from headforcing.testing.checks import life as checks_life
+from headforcing.testing.checks import parity as checks_parity
+from headforcing.testing.checks import reading as checks_reading
+from headforcing.testing.checks import rotation as checks_rotation
 from headforcing.testing.host import Host
 from headforcing.testing.kit import Caught, Kit, Skipped
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headforcing.adapter import Adapter
+from headforcing.adapters.base import Adapter
 from headforcing.roles import Full, HeadRole
 
 

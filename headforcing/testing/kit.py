@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headforcing.adapter import Adapter
+from headforcing.adapters.base import Adapter
 from headforcing.apply import Roles, apply_head_forcing
-from headforcing.handle import HeadForcing
+from headforcing.apply.handle import HeadForcing
 from headforcing.roles import Full, HeadRole
 from headforcing.testing.host import Host
 from headforcing.types import AttentionCall

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headforcing.origin import ModelFacts
-from headforcing.profile import HeadProfile, ProfileFacts
-from headforcing.role_json import encode_role
+from headforcing.measure.profile import HeadProfile, ProfileFacts
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory
+from headforcing.roles.maps.file import encode_role
+from headforcing.roles.maps.origin import ModelFacts
 
 CANDIDATES: tuple[HeadRole, ...] = (Local(3), Full(), Memory(3, 12, 3), Anchor(3, 3), Local(1))
 

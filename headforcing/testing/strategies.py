@@ -6,14 +6,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headforcing.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
 from headforcing.errors import WindowError
-from headforcing.positions import SCHEMES
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
+from headforcing.roles.positions import SCHEMES
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.roles.rolling_forcing import Rolling
 from headforcing.testing.backends import Arrangement, Group

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headforcing as hf
-from headforcing.demo.camera import CHUNK, CameraSchedule
-from headforcing.demo.compare import (
+from headforcing.demo.contest.compare import (
     GIVEN_CHUNKS,
     Policy,
     bootstrap_interval,
@@ -22,10 +21,11 @@ from headforcing.demo.compare import (
     roll,
     summarise,
 )
-from headforcing.demo.metrics import background_psnr
-from headforcing.demo.model import DemoConfig, DemoModel
-from headforcing.demo.words import format_prompt
-from headforcing.demo.world import render
+from headforcing.demo.model.model import DemoConfig, DemoModel
+from headforcing.demo.world.camera import CHUNK, CameraSchedule
+from headforcing.demo.world.metrics import background_psnr
+from headforcing.demo.world.scene import render
+from headforcing.demo.world.words import format_prompt
 from headforcing.errors import AlreadyAppliedError
 from headforcing.roles import Anchor, Full, Local, SlidingWindow
 

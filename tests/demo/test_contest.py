@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from headforcing import Local, RoleMap, SlidingWindow
-from headforcing.demo.camera import CHUNK
-from headforcing.demo.compare import Policy, make_scene, roll
-from headforcing.demo.contest import Setting, compete, decided
-from headforcing.demo.entrants import Entrant, controls, entrant, shuffled
-from headforcing.demo.intervals import Interval
-from headforcing.demo.model import DemoConfig, DemoModel
+from headforcing.demo.contest.compare import Policy, make_scene, roll
+from headforcing.demo.contest.contest import Setting, compete, decided
+from headforcing.demo.contest.entrants import Entrant, controls, entrant, shuffled
+from headforcing.demo.contest.intervals import Interval
+from headforcing.demo.model.model import DemoConfig, DemoModel
+from headforcing.demo.world.camera import CHUNK
 from headforcing.errors import OptionError
 
 CONFIG = DemoConfig(dim=64, layers=2)
@@ -100,7 +100,7 @@ def test_everything_is_plain_data(found):
 def test_many_seeds_are_made_in_batches(model, monkeypatch):
     setting = Setting((1, 2, 3), seconds=2 * CHUNK / 16, camera="still")
     together = compete(model, [WINDOW], setting).entrants[0]
-    monkeypatch.setattr("headforcing.demo.contest.BATCH", 2)
+    monkeypatch.setattr("headforcing.demo.contest.contest.BATCH", 2)
     apart = compete(model, [WINDOW], setting).entrants[0]
     torch.testing.assert_close(together.psnr, apart.psnr, equal_nan=True, rtol=1e-3, atol=1e-2)
     assert together.stored_bytes == apart.stored_bytes
@@ -119,7 +119,7 @@ def test_mistakes_are_named(model):
 
 def test_pictures_show_every_entrant(found, monkeypatch):
     pytest.importorskip("PIL")
-    from headforcing.demo import contest_pictures as pictures
+    from headforcing.demo.contest import pictures
 
     assert len(pictures.drift(found).axes) == 2
     drawn = []

@@ -9,9 +9,8 @@ import torch
 
 from headforcing import Local, RoleMap, SlidingWindow
 from headforcing.demo import demo_preset, demo_roles
-from headforcing.demo.attention import DemoConfig
-from headforcing.demo.compare import Policy, make_scene, roll
-from headforcing.demo.entrants import (
+from headforcing.demo.contest.compare import Policy, make_scene, roll
+from headforcing.demo.contest.entrants import (
     SHUFFLES,
     attended_frames,
     controls,
@@ -21,10 +20,11 @@ from headforcing.demo.entrants import (
     stored_frames,
     streaming,
 )
-from headforcing.demo.model import DemoModel
+from headforcing.demo.model.attention import DemoConfig
+from headforcing.demo.model.model import DemoModel
 from headforcing.errors import OptionError, RoleMapError, RoleMapMismatchError
-from headforcing.presets import PRESETS
 from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.maps.presets import PRESETS
 
 CONFIG = DemoConfig()
 LABELLED = [name for name, preset in PRESETS.items() if preset.labels_needed()]

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import headforcing as hf
-from headforcing.adapter import find_adapter
+from benchmarks.demo_training.labelled import CLASSIFIERS, METRICS, label_heads, main
+from headforcing.adapters.base import find_adapter
 from headforcing.demo import DemoPipeline, demo_model, demo_preset, labels, parse_prompt
-from headforcing.demo.label_file import LabelFile, label_file
-from headforcing.demo.labelled import CLASSIFIERS, METRICS, label_heads, main
+from headforcing.demo.labels import LabelFile, label_file
 from headforcing.demo.profiled import profile_demo
 from headforcing.errors import ForeignRolesWarning, OptionError, RoleMapError
-from headforcing.fingerprint import fingerprint
-from headforcing.presets import PRESETS
+from headforcing.roles.maps.fingerprint import fingerprint
+from headforcing.roles.maps.presets import PRESETS
 from headforcing.testing.profiles import random_profile
 
 LABELLED = [name for name, preset in PRESETS.items() if preset.labels_needed()]
@@ -46,7 +46,7 @@ def test_other_presets_are_the_same_for_all_heads(name):
 
 def test_the_demo_uses_the_labels():
     pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
-    from headforcing.demo import show
+    from headforcing.demo.show import show
 
     config = demo_model().config
     for name in PRESETS:
@@ -104,7 +104,7 @@ def test_another_document_is_refused(text, message):
 
 
 def test_the_tool_writes_where_it_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("headforcing.demo.labelled.profile_demo", lambda metrics: random_profile(1))
+    monkeypatch.setattr("benchmarks.demo_training.labelled.profile_demo", lambda metrics: random_profile(1))
     monkeypatch.setattr("sys.argv", ["labelled", "--out", str(tmp_path / "mine.json")])
     main()
     assert LabelFile.from_json((tmp_path / "mine.json").read_bytes()) == label_heads(random_profile(1))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headforcing.demo.attention import grid_phases, rotate
-from headforcing.demo.model import DemoConfig, DemoModel
-from headforcing.demo.pipeline import DemoPipeline
-from headforcing.demo.world import render, sample_scene
+from headforcing.demo.model.attention import grid_phases, rotate
+from headforcing.demo.model.model import DemoConfig, DemoModel
+from headforcing.demo.model.pipeline import DemoPipeline
+from headforcing.demo.world.scene import render, sample_scene
 
 CONFIG = DemoConfig(dim=64, layers=2)
 CHUNKS = 7

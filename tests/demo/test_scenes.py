@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from headforcing import Anchor, Local, Memory, RoleMap, SlidingWindow
 from headforcing.demo import demo_model, demo_roles
-from headforcing.demo.scenes import MODES, PROMPTS, WRONG, Script, alike, background, measure, play
-from headforcing.demo.story import Held
+from headforcing.demo.scenes.run import MODES, PROMPTS, WRONG, Script, alike, background, measure, play
+from headforcing.demo.show.story import Held
 
 A, B, C = PROMPTS[:3]
 
@@ -192,7 +192,7 @@ def test_a_mark_of_the_timeline_has_the_colour_of_its_scene():
     pytest.importorskip("matplotlib")
     from matplotlib.colors import to_hex
 
-    from headforcing.demo.scenes_timeline import draw_modes, draw_timeline, scene_colours
+    from headforcing.demo.scenes.timeline import draw_modes, draw_timeline, scene_colours
 
     script = Script((A, B, A), 2)
     held = Held("memory", ((), (0,), (), (6, 7), (0, 1), (1, 12)))
@@ -220,7 +220,7 @@ def test_a_mark_of_the_timeline_has_the_colour_of_its_scene():
 @pytest.mark.parametrize("prompts", [(A, B, A), (A, B) * 5])
 def test_the_pictures_show_what_they_are_given(played, prompts):
     pytest.importorskip("PIL")
-    from headforcing.demo import scenes_draw as draw
+    from headforcing.demo.scenes import draw
 
     script = Script(prompts, 2)
     videos = {
@@ -248,7 +248,7 @@ def test_the_pictures_show_what_they_are_given(played, prompts):
 
 
 def test_only_our_report_opens_a_folder(tmp_path):
-    show = pytest.importorskip("headforcing.demo.scenes_show")
+    show = pytest.importorskip("headforcing.demo.scenes.show")
     ours = show.FILES, show.REPORT, show.MADE_BY
     (tmp_path / "timeline.png").write_text("mine")
     with pytest.raises(FileExistsError, match="did not write"):

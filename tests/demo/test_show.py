@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
 
 from headforcing import Anchor, Local, Memory, RoleMap
-from headforcing.demo import draw, files, show
-from headforcing.demo.compare import make_scene
-from headforcing.demo.model import DemoModel
-from headforcing.demo.plots import draw_memory
-from headforcing.demo.report import PolicyRow, Report, RoleRow, spans
-from headforcing.demo.story import FORCING, INK, TRUTH, WINDOW, Held, Story, Track
+from headforcing.demo.contest.compare import make_scene
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.show import draw, files, show
+from headforcing.demo.show.plots import draw_memory
+from headforcing.demo.show.report import PolicyRow, Report, RoleRow, spans
+from headforcing.demo.show.story import FORCING, INK, TRUTH, WINDOW, Held, Story, Track
 
 FRAMES = 30
 

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 
-from headforcing.adapter import find_adapter
+from headforcing.adapters.base import find_adapter
 from headforcing.apply import apply_head_forcing
 from headforcing.demo import demo_model, demo_roles, demo_stability
-from headforcing.demo.compare import GIVEN_CHUNKS, Policy, make_scene, roll, summarise
-from headforcing.fingerprint import fingerprint
+from headforcing.demo.contest.compare import GIVEN_CHUNKS, Policy, make_scene, roll, summarise
 from headforcing.roles import HeadRole, Local
+from headforcing.roles.maps.fingerprint import fingerprint
 
 SEEDS, CHUNKS = (0, 1), 80
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headforcing.demo import metrics
-from headforcing.demo.camera import CHUNK, MAX_POSE, VIEW, CameraSchedule
-from headforcing.demo.words import PROMPT_WORDS, WORDS, format_prompt, parse_prompt
-from headforcing.demo.world import render, sample_scene, strip
+from headforcing.demo.world import metrics
+from headforcing.demo.world.camera import CHUNK, MAX_POSE, VIEW, CameraSchedule
+from headforcing.demo.world.scene import render, sample_scene, strip
+from headforcing.demo.world.words import PROMPT_WORDS, WORDS, format_prompt, parse_prompt
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 import headforcing as hf
-from headforcing.adapter import find_adapter
+from headforcing.adapters.base import find_adapter
 from headforcing.integrations.rolling_forcing import RollingForcing
-from headforcing.positions import PositionScheme
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.memrope import Averaging
+from headforcing.roles.positions import PositionScheme
 from headforcing.roles.rolling_forcing import Rolling
 
 from .scenarios import (

@@ -1,0 +1,1 @@
+"""How the weights and labels of the demo model were made; not part of the package."""

@@ -1,0 +1,207 @@
+"""Rotary position embedding of a 3-D token grid, at any temporal position.
+
+The base models ship a table of complex multipliers `[rows, D/2]` whose columns are split into time,
+height and width. Inside the table we use its rows, so the result is the host's, bit for bit; past its
+last row the angle is computed, so there is no frame number at which it ends. Other models have tables of
+cosines and sines, and in them only the frames of the call: these are computed at any position.
+
+The device decides how: frame by frame on a CPU, all frames at once elsewhere (`headforcing.adapters.rope_fused`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headforcing.adapters.rope_fused import at_once, packed_spaces, packed_times
+from headforcing.errors import RoleError
+from headforcing.types import runs
+
+THETA = 10000
+"""Wan's; only for tables of which the host shows no more than its own frames."""
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines."""
+Turns = dict[Any, Tensor]
+"""What was made of one table, by what was asked for: queries and keys of all roles of a call share it."""
+
+
+def rotate(
+    x: Tensor,
+    table: Tensor,
+    positions: Sequence[float],
+    height: int,
+    width: int,
+    patch: int = 1,
+    turns: Turns | None = None,
+) -> Tensor:
+    """Rotates queries or keys to temporal `positions`; space stays where it is.
+
+    Args:
+        x: queries or keys before RoPE, `[B, n, P, H, D]` with `P = height * width`.
+        table: multipliers `[rows, D/2]`, complex; columns are time, height, width as in Wan:
+            `D/2 - 2*(D/6) | D/6 | D/6`. Neighbouring channels are the pairs.
+        positions: one temporal position per frame.
+        height: patches per column.
+        width: patches per row.
+        patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
+        turns: what was made of this table before, for other `x`; added to.
+
+    Returns:
+        `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
+        do; computed in the precision of the table.
+    """
+    turns, time, on_cpu = {} if turns is None else turns, temporal_columns(table), x.device.type == "cpu"
+
+    def times() -> Tensor:
+        rows = temporal_rows(table[:, :time], positions)
+        return rows if on_cpu else packed_times(rows.real, rows.imag)
+
+    def spaces() -> Tensor:
+        rows = _spatial_rows(table[:, time:], height, width, patch)
+        return rows if on_cpu else packed_spaces(rows.real, rows.imag)
+
+    found = _once(turns, "times", positions, times), _once(turns, "spaces", (height, width, patch), spaces)
+    return _by_frame(x, *found) if on_cpu else at_once(x, *found)
+
+
+def _once(turns: Turns, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
+    """What was made before for the same numbers, whole ones and others told apart."""
+    key = (what, *asked, *map(type, asked))
+    if key not in turns:
+        turns[key] = make()
+    return turns[key]
+
+
+def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
+    """Complex multiplication, frame by frame: on a CPU, the wide copies of a frame stay in the cache."""
+    turns = times.new_empty(len(spaces), times.shape[1] + spaces.shape[1])  # [P, D/2]
+    turns[:, times.shape[1] :] = spaces
+    out = torch.empty_like(x)
+    for frame, turn in enumerate(times):
+        turns[:, : times.shape[1]] = turn
+        wide = x[:, frame].to(times.real.dtype, memory_format=torch.contiguous_format, copy=True)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, P, H, D/2], shares memory
+        pairs *= turns[:, None]
+        out[:, frame] = wide
+    return out
+
+
+def rotate_real(
+    x: Tensor,
+    tables: Tables,
+    positions: Sequence[float],
+    height: int,
+    width: int,
+    patch: int = 1,
+    turns: Turns | None = None,
+) -> Tensor:
+    """As `rotate`, where the host multiplies by cosines and sines; the same steps, so the same bits.
+
+    Args:
+        x: queries or keys before RoPE, `[B, n, P, H, D]`.
+        tables: cosines and sines, `[rows, D/2]` in float32 or float64, columns as for `rotate`; only the
+            spatial ones of the first `height * width` rows are used.
+        positions: one temporal position per frame.
+        height: patches per column.
+        width: patches per row.
+        patch: side of the squares of patches that are one in `x`.
+        turns: what was made of these tables before, for other `x`; added to.
+
+    Returns:
+        `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does.
+    """
+    time, turns = temporal_columns(tables[0]), {} if turns is None else turns
+    merged = (slice(None, None, patch),) * 2
+
+    def spaces() -> list[Tensor]:
+        whole = [table[: height * width, time:].unflatten(0, (height, width)) for table in tables]
+        return [each[merged].flatten(0, 1) for each in whole]
+
+    times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
+    if x.device.type != "cpu":
+        return at_once(
+            x,
+            _once(turns, "times", positions, lambda: packed_times(*times)),
+            _once(turns, "spaces", (height, width, patch), lambda: packed_spaces(*spaces())),
+        )
+    both = spaces()
+    out = torch.empty_like(x)
+    for frame in range(x.shape[1]):
+        cos, sin = (
+            torch.cat([turned[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]
+            for turned, space in zip(times, both, strict=True)
+        )
+        even, odd = (x[:, frame, ..., first::2].float() for first in (0, 1))
+        out[:, frame, ..., 0::2] = even * cos - odd * sin
+        out[:, frame, ..., 1::2] = odd * cos + even * sin
+    return out
+
+
+def temporal_columns(table: Tensor) -> int:
+    """Columns of a table `[rows, D/2]` that turn with time."""
+    return table.shape[1] - 2 * (table.shape[1] // 3)
+
+
+def begins(columns: Tensor) -> list[int]:
+    """Rows of `[rows, columns]` that differ from the one before. Reads the device."""
+    moved = (columns[1:] != columns[:-1]).any(1)
+    return [0, *(moved.nonzero()[:, 0] + 1).tolist()]
+
+
+@functools.lru_cache(maxsize=256)
+def temporal_tables(
+    positions: tuple[float, ...], columns: int, dtype: torch.dtype, device: torch.device
+) -> Tables:
+    """Temporal columns of cosines and sines at any positions, `[n, columns]`.
+
+    Computed on the CPU, as hosts do. Positions that were not there before are copied to an accelerator once,
+    without waiting for it.
+    """
+    steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
+    rates = 1.0 / THETA ** (steps / (2 * columns))
+    angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
+    found = torch.stack([angles.cos(), angles.sin()])
+    found = found.pin_memory() if device.type == "cuda" else found
+    cos, sin = found.to(device, non_blocking=True)
+    return cos, sin
+
+
+def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
+    """Multipliers of the given temporal positions, `[n, columns]`, from a table `[rows, columns]`.
+
+    Whole numbers are rows of the table; where it ends, and for floats, angles are computed.
+    """
+    if positions and min(positions) < 0:
+        raise RoleError(f"RoPE positions {tuple(positions)}: expected none below 0")
+    parts, table_dtype = [], table.real.dtype
+    for whole, group in itertools.groupby(positions, lambda position: isinstance(position, int)):
+        if not whole:
+            angles = [torch.full((), place, dtype=table_dtype, device=table.device) for place in group]
+            parts.append(_turns(table, torch.stack(angles)))  # made where they are: nothing to wait for
+            continue
+        for start, stop in runs([int(position) for position in group]):
+            if stop <= len(table):
+                parts.append(table[start:stop])
+            else:
+                frames = torch.arange(start, stop, dtype=table_dtype, device=table.device)
+                parts.append(_turns(table, frames))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _turns(table: Tensor, positions: Tensor) -> Tensor:
+    """Multipliers at any positions `[n]`, computed as the second row of the table says."""
+    angle = positions[:, None] * table[1].angle()
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _spatial_rows(table: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Multipliers of every `patch`-th patch of a frame, `[height * width / patch**2, columns]`."""
+    rows, columns = table.chunk(2, dim=1)
+    down, across = rows[:height:patch, None], columns[None, :width:patch]
+    down, across = (side.expand(down.shape[0], across.shape[1], -1) for side in (down, across))
+    return torch.cat([down, across], dim=-1).flatten(0, 1)

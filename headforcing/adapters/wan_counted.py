@@ -1,0 +1,132 @@
+"""Wan-like hosts that count in their caches how far these are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from headforcing.adapters.base import Memo
+from headforcing.adapters.host_cache import alive, mark, untouched, version
+from headforcing.adapters.wan import WanAdapter
+from headforcing.errors import ExternalEditError
+from headforcing.types import AttentionCall, Outline
+
+INDICES = ("global_end_index", "local_end_index")
+
+
+class CountingWan(WanAdapter):
+    """A host whose cache dicts also hold how far they are written, as one-element tensors.
+
+    `global_end_index` counts tokens of the video, `local_end_index` those in the cache, where a full one is
+    rolled left behind its sink; a new video replaces both by zeros.
+
+    Attributes:
+        counters: what of a cache dict an adapter writes to.
+    """
+
+    counters: ClassVar[tuple[str, ...]] = INDICES
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """See `Adapter.outline`; the counters are written."""
+        outline = super().outline(module, args, kwargs)
+        if outline is None:
+            return None
+        cache = outline.call["kv_cache"]
+        return dataclasses.replace(outline, writes=tuple([cache[name] for name in self.counters]))
+
+    def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
+        """See `Adapter.begins_video`; reads the indices only when the host touched them."""
+        ends = self.changed_ends(call, memo)
+        if ends is None or ends == memo["ends"]:
+            return False
+        if ends == (0, 0):
+            memo["ends"] = ends
+            return True
+        raise ExternalEditError(
+            f"{' and '.join(INDICES)} of the cache became {ends}, expected {memo['ends']} or zeros: "
+            "something outside edits the cache; reset the stream with handle.reset()"
+        )
+
+    def changed_ends(self, call: AttentionCall, memo: Memo) -> tuple[int, ...] | None:
+        """Both indices, where the host touched them since the last call; reads the device only then."""
+        if "ends" not in memo:
+            return None
+        indices = [call.arguments["kv_cache"][name] for name in INDICES]
+        if all(untouched(index, left) for index, left in zip(indices, memo["marks"], strict=True)):
+            return None
+        return tuple(int(index.item()) for index in indices)
+
+    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
+        """Projects, and moves the end indices as upstream would have."""
+        memo["ends"] = self.counted(module, call, memo)[:2]
+        indices = [call.arguments["kv_cache"][name] for name in INDICES]
+        for index, value in zip(indices, memo["ends"], strict=True):
+            index.fill_(value)
+        memo["marks"] = [mark(index) for index in indices]
+        return super().output(module, out, call, memo)  # type: ignore[no-any-return]
+
+    def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
+        """Both indices behind a call, and the tokens that the host evicts in it."""
+        cache, tokens = call.arguments["kv_cache"], self.written(module, call)
+        end = int(call.arguments["current_start"]) + tokens
+        global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
+        over = tokens + local_end - cache["k"].shape[1]
+        evicted = over if self.evicts(module) and end > global_end and over > 0 else 0
+        return end, local_end + end - global_end - evicted, evicted
+
+    def written(self, module: nn.Module, call: AttentionCall) -> int:
+        """Tokens of a call that the host writes into its cache: all of them."""
+        return call.x.shape[1]
+
+    def evicts(self, module: nn.Module) -> bool:
+        """Whether the host rolls a full cache."""
+        return bool(module.local_attn_size != -1)
+
+    def forget(self, memo: Memo) -> None:
+        """Drops what was noted about the indices."""
+        memo.pop("ends", None)
+        memo.pop("marks", None)
+
+    def give_back(self, anchor: object, memo: Memo) -> None:
+        """Zeros for the indices, too: a cache nothing was written to."""
+        super().give_back(anchor, memo)
+        for index in alive(known for known, _ in memo.get("marks", ()) if "freed" in memo):
+            with torch.inference_mode(index.is_inference()):
+                index.zero_()
+
+
+class DeferringWan(CountingWan):
+    """A host whose attention returns, beside its output, where the cache ends and what is to be written.
+
+    The model counts and writes once all layers ran.
+    """
+
+    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+        """See `Adapter.outline`; two ends are told."""
+        outline = super().outline(module, args, kwargs)
+        return None if outline is None else dataclasses.replace(outline, told=2)
+
+    def answer(self, y: Tensor, told: Tensor) -> Any:
+        """What `output` returns, the ends as tensors."""
+        return y, (told[0], told[1], None)
+
+    def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
+        """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
+        y = super().output(module, out, call, memo)
+        memo["marks"] = [(index, edits if edits is None else edits + 1) for index, edits in memo["marks"]]
+        memo["keys"] = version(call.arguments["kv_cache"]["k"])
+        return y, (*memo["ends"], None)
+
+    def wrote(self, call: AttentionCall, memo: Memo) -> bool:
+        """Whether something wrote to the host's keys since the last call."""
+        keys = version(call.arguments["kv_cache"]["k"])
+        return bool(memo.get("keys", keys) != keys)
+
+    def forget(self, memo: Memo) -> None:
+        """Drops what was noted about the indices and keys."""
+        super().forget(memo)
+        memo.pop("keys", None)

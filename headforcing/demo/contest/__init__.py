@@ -1,0 +1,1 @@
+"""Memories compared on the demo model: entrants, paired seeds, intervals."""

@@ -1,0 +1,309 @@
+"""Paired comparison of memory policies on long demo videos.
+
+Every policy continues the same scenes from the same noise, video by video, so policies are compared
+pair by pair. A video depends on its own seed only, whatever batch it is made in (up to rounding).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from headforcing.apply import apply_head_forcing
+from headforcing.apply.handle import handles_of
+from headforcing.apply.status import Status
+from headforcing.attention.backends import Part
+from headforcing.attention.backends.sdpa import attend
+from headforcing.demo.contest.intervals import Interval as Interval
+from headforcing.demo.contest.intervals import bootstrap_interval as bootstrap_interval
+from headforcing.demo.contest.intervals import paired_difference as paired_difference
+from headforcing.demo.contest.intervals import summarise as summarise
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.model.pipeline import ChunkCallback, DemoPipeline
+from headforcing.demo.world.camera import CHUNK, VIEW, CameraSchedule
+from headforcing.demo.world.metrics import background_psnr, speed_ratio, sprite_identity
+from headforcing.demo.world.scene import Scene, render, sample_scene
+from headforcing.demo.world.words import (
+    COLOURS,
+    CURTAINS,
+    PALETTES,
+    POSES,
+    SHAPES,
+    SPEEDS,
+    WORDS,
+    parse_prompt,
+)
+from headforcing.errors import AlreadyAppliedError
+from headforcing.roles import HeadRole
+from headforcing.roles.maps.role_map import RoleMap
+
+DEFAULT_CHUNKS = 80
+"""240 frames, more than eleven times what the model was trained on."""
+
+GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 6}
+"""Real chunks to start from; they show the whole texture but for two columns, which are not judged."""
+
+_FAST = 1.15 / 0.5  # how much faster "fast" sprites are than "slow" ones
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the heads remember.
+
+    Attributes:
+        name: caption, for example "sliding window".
+        roles: a map, or one role for all heads; `None`: the model's own rolled cache, unpatched.
+        window: frames of the own rolled cache, own chunk included; `None`: as trained, -1: every
+            frame. Only without roles.
+        sink: first frames that the own cache never evicts.
+    """
+
+    name: str
+    roles: RoleMap | HeadRole | None = None
+    window: int | None = None
+    sink: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of videos made under one policy, and how good each frame is.
+
+    Attributes:
+        policy: what the heads remembered.
+        video: `[B, 3, T, 24, 24]` in about [-1, 1], given frames included.
+        psnr: of the background columns that the given frames showed, in dB, `[B, T]`; NaN in the
+            given frames, and wherever there is nothing to measure.
+        identity: share of the sprites with the right colour and size, `[B, T]`, NaN likewise.
+        motion: speed of the sprites over their true mean speed, `[B, T]`, NaN likewise.
+        seconds: wall time of the generation.
+        stored_bytes: keys and values held at the end, counted from the tensors.
+        attended_frames: mean over all heads at the end, own chunk included.
+    """
+
+    policy: Policy
+    video: Tensor
+    psnr: Tensor
+    identity: Tensor
+    motion: Tensor
+    seconds: float
+    stored_bytes: int
+    attended_frames: float
+
+
+def make_scene(
+    seeds: Sequence[int],
+    num_chunks: int = DEFAULT_CHUNKS,
+    *,
+    camera: Literal["still", "pan"],
+    prompt: str | None = None,
+) -> Scene:
+    """One scene per seed, the same alone and in a batch; without curtain and prompt switch.
+
+    Args:
+        seeds: one per video.
+        num_chunks: chunks in which the camera moves.
+        camera: `still`, or `pan`: the camera leaves the left half of the strip, stays away for 42
+            frames and more (twice the trained window), returns, and so on.
+        prompt: `parse_prompt` text without camera words; textures, paths and tints stay those of the seeds.
+
+    Raises:
+        ValueError: the prompt is malformed or names a camera position.
+    """
+    scenes = []
+    for seed in seeds:
+        still = camera == "still"
+        schedule = CameraSchedule.still(1) if still else CameraSchedule.periodic(1, num_chunks)
+        generator = torch.Generator().manual_seed(seed)
+        scenes.append(sample_scene(1, generator, camera=schedule, curtain_share=0.0, switch_share=0.0))
+    scene = _batch(scenes)
+    return scene if prompt is None else _as_told(scene, prompt)
+
+
+def roll(
+    model: DemoModel,
+    policy: Policy,
+    scene: Scene,
+    num_chunks: int = DEFAULT_CHUNKS,
+    *,
+    seeds: Sequence[int],
+    given_chunks: int,
+    callback: ChunkCallback | None = None,
+) -> Rollout:
+    """Continues the true first chunks of a scene under a policy, and measures every frame.
+
+    Args:
+        model: the demo model, not applied; it is left as it was found.
+        policy: what the heads remember.
+        scene: what to show, one video per seed.
+        num_chunks: chunks in all.
+        seeds: noise seed of each video; noise is drawn on the CPU.
+        given_chunks: true chunks to start from.
+        callback: see `DemoPipeline.generate`.
+
+    Raises:
+        AlreadyAppliedError: head forcing is applied to the model.
+        ValueError: there are not as many seeds as videos.
+    """
+    if len(seeds) != len(scene.palette):
+        raise ValueError(f"{len(scene.palette)} videos need as many seeds, got {len(seeds)}")
+    device = model.patch_embedding.weight.device
+    chunks = torch.arange(num_chunks, device=device)
+    scene, recorder = scene.to(device), _Recorder(model.config.layers)
+    given = render(scene, torch.arange(given_chunks * CHUNK)).video if given_chunks else None
+    with _as_found(model):
+        pipeline = SeededPipeline(model, policy, seeds)
+        roles = policy.roles
+        with nullcontext() if roles is None else apply_head_forcing(model, roles, backend=recorder) as handle:
+            started = time.perf_counter()
+            video = pipeline.generate(
+                scene.prompts(chunks),
+                num_chunks,
+                generator=torch.Generator(),
+                first_chunk=given,
+                callback=callback,
+            )
+            seconds = time.perf_counter() - started
+            status = None if handle is None else handle.status()
+            stored, attended = _held(pipeline, status, recorder, num_chunks * CHUNK)
+    return Rollout(policy, video, *_measure(video, scene, given_chunks), seconds, stored, attended)
+
+
+def known_columns(camera: CameraSchedule, num_chunks: int, given_chunks: int) -> Tensor:
+    """Which columns of the view the given chunks showed, `[B, T, 24]` bool: only they have a truth."""
+    offset = camera.offset(torch.arange(num_chunks * CHUNK, device=camera.pose.device))
+    columns = offset[..., None] + torch.arange(VIEW, device=offset.device)
+    if not given_chunks:
+        return torch.zeros_like(columns, dtype=torch.bool)
+    shown = offset[:, : given_chunks * CHUNK]
+    left, right = shown.amin(1)[:, None, None], shown.amax(1)[:, None, None] + VIEW
+    return (columns >= left) & (columns < right)
+
+
+def returning_columns(camera: CameraSchedule, num_chunks: int, away: int) -> Tensor:
+    """Which columns of the view were shown before, but not in the `away` frames before their chunk.
+
+    A cache of the last `away` frames cannot know them.
+
+    Returns:
+        `[B, T, 24]` bool.
+    """
+    frames = torch.arange(num_chunks * CHUNK, device=camera.pose.device)
+    offset = camera.offset(frames)
+    columns = offset[..., None] + torch.arange(VIEW, device=offset.device)  # [B, T, 24]
+    shown = torch.zeros(*offset.shape, int(columns.max()) + 1, dtype=torch.bool, device=offset.device)
+    shown.scatter_(2, columns, True)  # [B, T, strip]
+    ever = torch.zeros_like(columns, dtype=torch.bool)
+    lately = torch.zeros_like(ever)
+    for start in range(0, num_chunks * CHUNK, CHUNK):
+        own = slice(start, start + CHUNK)
+        for seen, since in ((ever, 0), (lately, max(0, start - away))):
+            strip = shown[:, since:start].any(1)[:, None].expand(-1, CHUNK, -1)
+            seen[:, own] = strip.gather(2, columns[:, own])
+    return ever & ~lately
+
+
+class SeededPipeline(DemoPipeline):
+    """The demo pipeline with one noise generator per video, on the CPU."""
+
+    def __init__(self, model: DemoModel, policy: Policy, seeds: Sequence[int]) -> None:
+        super().__init__(model, window=policy.window, sink=policy.sink)
+        self._noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _denoise(self, sample: Tensor, context: Tensor, index: int) -> Tensor:
+        noise = [torch.randn(sample.shape[1:], generator=one) for one in self._noise]
+        return super()._denoise(torch.stack(noise).to(sample), context, index)
+
+
+class _Recorder:
+    """A backend that notes how many keys a head sees, for the last call of every layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.keys: deque[float] = deque(maxlen=layers)
+
+    def __call__(self, parts: Sequence[Part], num_heads: int) -> Tensor:
+        pairs = sum(len(part.heads) * part.q.shape[1] * part.k.shape[1] for part in parts)
+        self.keys.append(pairs / sum(len(part.heads) * part.q.shape[1] for part in parts))
+        return attend(parts, num_heads)
+
+
+@contextmanager
+def _as_found(model: DemoModel) -> Iterator[None]:
+    """Evaluation mode inside; window, sink and mode are put back."""
+    if handles_of(model):
+        raise AlreadyAppliedError("roll applies the policy itself: remove head forcing first")
+    found = model.local_attn_size, model.sink_size, model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.local_attn_size, model.sink_size = found[:2]
+        model.train(found[2])
+
+
+def _held(
+    pipeline: DemoPipeline, status: Status | None, recorder: _Recorder, frames: int
+) -> tuple[int, float]:
+    """Bytes stored and frames attended per head at the end of a video."""
+    if status is not None:
+        keys = sum(recorder.keys) / len(recorder.keys)
+        return status.stored_bytes, keys / pipeline.model.config.tokens_per_frame
+    stored = sum(cache[name].nbytes for cache in pipeline.kv_cache for name in ("k", "v"))
+    return stored, float(frames if pipeline.window == -1 else min(pipeline.window, frames))
+
+
+def _measure(video: Tensor, scene: Scene, given_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """PSNR, identity and motion, each `[B, T]`; the given frames are not judged."""
+    columns = known_columns(scene.camera, video.shape[2] // CHUNK, given_chunks)
+    psnr = background_psnr(video, scene, columns=columns)
+    values = (psnr, sprite_identity(video, scene), speed_ratio(video, scene))
+    for value in values:
+        value[:, : given_chunks * CHUNK] = torch.nan
+    return values
+
+
+def _batch(scenes: Sequence[Scene]) -> Scene:
+    """Scenes side by side."""
+
+    def join(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], Tensor):
+            return torch.cat(list(parts))
+        cls = type(parts[0])
+        return cls(*(join([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    joined: Scene = join(scenes)
+    return joined
+
+
+def _as_told(scene: Scene, prompt: str) -> Scene:
+    """The scene with the words of a prompt in place of what was drawn."""
+    if set(prompt.split()) & set(POSES):
+        raise ValueError(f"the camera is given by camera=..., leave its position out of {prompt!r}")
+    words = [WORDS[int(index)] for index in parse_prompt(prompt)]
+    palette, curtain, speed, *sprites = words[:7]
+    two = sprites[2] != "none"
+
+    def same(value: int) -> Tensor:
+        return torch.full_like(scene.palette, value)
+
+    shape, colour = scene.shape.clone(), scene.colour.clone()
+    for sprite in range(1 + two):
+        shape[:, sprite] = SHAPES.index(sprites[2 * sprite])
+        colour[:, sprite] = COLOURS.index(sprites[2 * sprite + 1])
+    fast = same(SPEEDS.index(speed))
+    return replace(
+        scene,
+        palette=same(PALETTES.index(palette)),
+        curtain=same(CURTAINS.index(curtain)),
+        fast=fast,
+        two=same(int(two)),
+        shape=shape,
+        colour=colour,
+        velocity=scene.velocity * _FAST ** (fast - scene.fast).float()[:, None, None],
+    )

@@ -1,0 +1,163 @@
+"""What competes on the demo model: presets, role-map files, and the controls that each has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from headforcing.demo.labels import demo_preset
+from headforcing.demo.model.attention import DemoConfig
+from headforcing.errors import OptionError
+from headforcing.measure.footprint import ITEMSIZES, ModelSize
+from headforcing.measure.steady import Steady, steady
+from headforcing.roles import SlidingWindow
+from headforcing.roles.maps.presets import PRESETS
+from headforcing.roles.maps.role_map import RoleMap
+
+Kind = Literal["entrant", "as many attended", "as many bytes", "as many attended and bytes", "shuffled"]
+SHUFFLES = 2
+"""Draws of a shuffle; a video counts with its mean over them."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """What the heads of the demo model remember.
+
+    Attributes:
+        name: for tables and pictures.
+        draws: the map; of a control that is drawn, several.
+        kind: whether it is a control, and which.
+    """
+
+    name: str
+    draws: tuple[RoleMap, ...]
+    kind: Kind = "entrant"
+
+    @property
+    def roles(self) -> RoleMap:
+        """The map, or the first that was drawn."""
+        return self.draws[0]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether positions stay in the range the model was trained on, however long the video."""
+        return all(role.bounded for role in self.roles.counts())
+
+
+def entrant(name: str, config: DemoConfig) -> Entrant:
+    """A preset by name, or the role map of a file under the file's name without its ending.
+
+    Raises:
+        OptionError: it is neither.
+        RoleMapError: the file is no role map.
+        RoleMapMismatchError: the map is for another model.
+        WindowError: a role needs more frames than the demo was trained on.
+    """
+    if name in PRESETS:
+        found = demo_preset(name, config.window, config.chunk)
+    elif Path(name).is_file():
+        found, name = RoleMap.load(name), Path(name).stem
+    else:
+        raise OptionError(
+            f"{name!r} is neither a preset nor a role-map file: the presets are {', '.join(PRESETS)}"
+        )
+    return Entrant(name, (found.fit(config.layers, config.heads, config.window, config.chunk),))
+
+
+def stored_frames(roles: RoleMap, config: DemoConfig) -> float | None:
+    """Frames held by a head in a long video, own chunk included, mean over the heads; `None` is all."""
+    return _mean(roles, config, lambda found: found.stored)
+
+
+def attended_frames(roles: RoleMap, config: DemoConfig) -> float | None:
+    """Frames that a query sees in a noisy pass, likewise."""
+    return _mean(roles, config, lambda found: found.attended)
+
+
+def streaming(frames: int, config: DemoConfig) -> RoleMap:
+    """StreamingLLM on frames: the first ones and the last ones, for all heads.
+
+    Of the frames beside the own chunk, the sink has a chunk, or all but one where that are fewer.
+    """
+    sink = min(config.chunk, max(1, frames - config.chunk - 1))
+    return RoleMap.uniform(SlidingWindow(frames, sink=sink), config.layers, config.heads)
+
+
+def shuffled(roles: RoleMap, seed: int) -> RoleMap:
+    """The same roles in every layer, on any heads of that layer; a head can draw its own again."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(row), generator=generator).tolist() for row in roles.layers]
+    rows = zip(roles.layers, orders, strict=True)
+    return RoleMap(tuple(tuple(row[head] for head in order) for row, order in rows))
+
+
+def scattered(roles: RoleMap, seed: int) -> RoleMap:
+    """The same roles on any heads of the model: random labels, as many of each."""
+    flat = [role for row in roles.layers for role in row]
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
+    layers, heads = roles.shape
+    return RoleMap(
+        tuple(tuple(flat[order[layer * heads + head]] for head in range(heads)) for layer in range(layers))
+    )
+
+
+def controls(contender: Entrant, config: DemoConfig) -> list[Entrant]:
+    """What an entrant has to beat: StreamingLLM at its frames and bytes, and its own roles shuffled.
+
+    Frames are those attended in a noisy pass, rounded; bytes those of the `ring` store, as close as whole
+    frames come. Neither goes beyond the window: an entrant that holds more has a control with less. One that
+    keeps every frame has none. Roles are shuffled within each layer, where heads differ.
+    """
+    attended = attended_frames(contender.roles, config)
+    if attended is None:
+        return []
+    least, most = config.chunk + 1, config.window
+    alike = min(max(round(attended), least), most)
+    size = _size(config)
+    bytes_wanted = size.ring_bytes(contender.roles) or 0
+
+    def off(frames: int) -> int:
+        return abs((size.ring_bytes(streaming(frames, config)) or 0) - bytes_wanted)
+
+    heavy = min(range(least, most + 1), key=off)
+    kinds: dict[Kind, int] = {"as many attended": alike, "as many bytes": heavy}
+    if alike == heavy:
+        kinds = {"as many attended and bytes": alike}
+    found = [
+        Entrant(f"sink + recent, {frames} frames", (streaming(frames, config),), kind)
+        for kind, frames in kinds.items()
+    ]
+    found = [control for control in found if control.roles != contender.roles]
+    draws = tuple(shuffled(contender.roles, seed) for seed in range(SHUFFLES))
+    if len(contender.roles.counts()) > 1:
+        found.append(Entrant(f"{contender.name}, shuffled in each layer", draws, "shuffled"))
+    return found
+
+
+def _mean(roles: RoleMap, config: DemoConfig, pick: Callable[[Steady], Fraction]) -> float | None:
+    total = Fraction()
+    for role, heads in roles.counts().items():
+        found = steady(role, config.window, config.chunk)
+        if found is None:
+            return None
+        total += heads * pick(found)
+    layers, heads = roles.shape
+    return float(total / (layers * heads))
+
+
+def _size(config: DemoConfig) -> ModelSize:
+    """Of the demo model, whose numbers are float32."""
+    return ModelSize(
+        config.layers,
+        config.heads,
+        config.dim // config.heads,
+        window=config.window,
+        chunk=config.chunk,
+        tokens_per_frame=config.tokens_per_frame,
+        itemsize=ITEMSIZES["fp32"],
+    )

@@ -1,0 +1,62 @@
+"""The pictures of a comparison: the drift of every entrant, and frames of its first video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headforcing.demo.contest.compare import make_scene
+from headforcing.demo.contest.contest import FPS, Contest
+from headforcing.demo.show.draw import draw_sheet
+from headforcing.demo.show.story import INK, TRUTH, Pixels, Story, Track
+from headforcing.demo.world.camera import CHUNK, STRIP
+from headforcing.demo.world.scene import render
+from headforcing.measure.plots.drift import drift_curves, drift_panels
+
+FEW = 4
+"""So many curves are read in one picture."""
+LABEL = "background PSNR, dB"
+
+
+def drift(found: Contest) -> Any:
+    """A matplotlib figure: one picture for a few, else a panel each; with a control where there are some."""
+    values = {result.entrant.name: result.psnr.numpy() for result in found.entrants}
+    beside = {
+        result.entrant.name: control.psnr.numpy()
+        for result in found.entrants
+        for control in found.beside(result)
+        if "attended" in control.entrant.kind
+    }
+    if len(values) <= FEW and not beside:
+        return drift_curves(values, found.trained, LABEL).figure
+    what = "first and last frames, as many seen"
+    return drift_panels(values, found.trained, LABEL, beside or None, what)[0].figure
+
+
+def sheet(found: Contest) -> Any:
+    """A Pillow image: the true world and every entrant, a row each, on the first seed."""
+    setting = found.setting
+    scene = make_scene(setting.seeds[:1], setting.chunks, camera=setting.camera)
+    tracks = [Track("True world", TRUTH, _pixels(render(scene, torch.arange(found.frames)).video[0]))]
+    for result in found.entrants:
+        psnr = result.psnr[0].double().numpy()
+        tracks.append(Track(result.entrant.name.replace("_", " "), INK, _pixels(result.video), psnr))
+    given = setting.given * CHUNK
+    story = Story(
+        tuple(tracks),
+        headline=f"One scene, one noise, {found.frames / found.trained:.1f} × the trained length",
+        byline=f"camera {setting.camera} · seed {setting.seeds[0]} · continues {given} true frames · 24 × 24 "
+        "pixels, enlarged · background PSNR to the true world",
+        fps=FPS,
+        trained=found.trained,
+        given=given,
+        camera=scene.camera.offset(torch.arange(found.frames))[0].double().numpy() / STRIP,
+    )
+    return draw_sheet(story)
+
+
+def _pixels(video: Tensor) -> Pixels:
+    """Frames `[T, 24, 24, 3]` of `[3, T, 24, 24]` in [-1, 1]."""
+    return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -1,0 +1,122 @@
+"""The labels of the demo model's heads, by preset, and where they come from; data of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import resources
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from headforcing.demo.model.attention import DemoConfig
+from headforcing.errors import OptionError, RoleMapError
+from headforcing.measure.classifiers import Labels
+from headforcing.roles import HeadRole
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.maps import strict_json
+from headforcing.roles.maps.origin import Facts, Measurement, ModelFacts, Origin, first_error
+from headforcing.roles.maps.presets import PRESETS
+from headforcing.roles.maps.role_map import RoleMap
+
+FILE = "labels.json"
+MAX_BYTES = 1 << 20
+"""Largest file that is read, checked before anything is parsed."""
+PIECES = 4
+"""Bands of a frame for the dynamic heads of Forcing-KV: its 6 do not divide the 16 patches of the demo."""
+
+
+class Labelled(Facts):
+    """What one classifier says of every head.
+
+    Attributes:
+        measurement: which one, with which thresholds, on what.
+        labels: `labels[layer][head]`.
+    """
+
+    measurement: Measurement
+    labels: list[list[str]]
+
+
+class LabelFile(Facts):
+    """Labels of one model for several presets.
+
+    Attributes:
+        model: the model, with the fingerprint of its attention weights.
+        presets: labels by the name of the preset.
+    """
+
+    format: Literal["headforcing.demo-labels"] = "headforcing.demo-labels"
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    model: ModelFacts
+    presets: Mapping[str, Labelled]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return strict_json.pretty(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> LabelFile:
+        """The labels that `to_json` wrote.
+
+        Raises:
+            RoleMapError: anything is wrong with the document.
+        """
+        try:
+            return cls.model_validate(strict_json.parse(text, MAX_BYTES))
+        except ValidationError as error:
+            raise RoleMapError(f"not a file of labels: {first_error(error)}") from error
+        except ValueError as error:
+            raise RoleMapError(f"not a file of labels: {error}") from error
+
+
+def label_file() -> LabelFile:
+    """The file of the package."""
+    return LabelFile.from_json((resources.files("headforcing.demo") / FILE).read_bytes())
+
+
+def labels(preset: str) -> Labels:
+    """Labels of the demo model's heads for a preset whose heads differ, `labels[layer][head]`.
+
+    Raises:
+        OptionError: there are none for a preset of that name.
+    """
+    known = label_file().presets
+    if preset not in known:
+        raise OptionError(
+            f"the demo model has no labels for {preset!r}: expected one of {', '.join(known)}; other presets "
+            "treat all heads alike, or add it to demo_training.labelled and measure again"
+        )
+    return tuple(tuple(row) for row in known[preset].labels)
+
+
+def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
+    """A preset for the demo model, with its labels where heads differ; how they were found is in `origin`.
+
+    As published but for one number: the dynamic heads of Forcing-KV cut a frame to 4 bands, each a row of the
+    demo's 4 x 4 patches, because the 6 of the source do not divide them.
+
+    Args:
+        name: of the preset.
+        window: frames the model was trained on.
+        chunk: frames of a chunk.
+
+    Raises:
+        OptionError: there is no such preset, or it has no labels.
+    """
+    if name not in PRESETS:
+        raise OptionError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    preset, config = PRESETS[name], DemoConfig()
+    if not preset.labels_needed(window, chunk):
+        return preset.uniform(config.layers, config.heads, window, chunk)
+    found, file = preset.labelled(labels(name), window, chunk), label_file()
+    origin = Origin(
+        model=file.model, measurement=file.presets[name].measurement, notes=dict(found.origin.notes)
+    )
+    layers = tuple(tuple(_divided(role) for role in layer) for layer in found.layers)
+    return RoleMap(layers, origin, found.labels)
+
+
+def _divided(role: HeadRole) -> HeadRole:
+    """The role, cut to pieces that divide the demo's patches."""
+    return replace(role, pieces=PIECES) if isinstance(role, Dynamic) else role

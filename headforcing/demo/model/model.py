@@ -1,0 +1,286 @@
+"""The demo model: a small causal video DiT with Self Forcing's calling convention.
+
+The pipeline owns the per-layer cache dicts and calls the model chunk by chunk. The model predicts
+the clean video; it is trained by flow matching on two copies of a video at once (`predict_all`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from headforcing.demo.model.attention import (
+    Cache,
+    CrossCache,
+    DemoCausalSelfAttention,
+    DemoConfig,
+    DemoCrossAttention,
+    rope_table,
+)
+from headforcing.demo.world.words import PROMPT_WORDS, WORDS
+
+TIME_FEATURES = 64
+
+
+class Layout(NamedTuple):
+    """How the tokens of a call are laid out, as Wan's attention wants to know it."""
+
+    seq_lens: Tensor  # [B], on the CPU
+    grid_sizes: Tensor  # [B, 3], on the CPU
+    freqs: Tensor  # [rows, D / 2]
+
+
+class DemoBlock(nn.Module):
+    """Self-attention, cross-attention and MLP; AdaLN-single modulation per frame."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.dim * config.mlp_ratio
+        self.self_attn = DemoCausalSelfAttention(config)
+        self.cross_attn = DemoCrossAttention(config)
+        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+        self.modulation = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        shifts: Tensor,
+        layout: Layout,
+        context: Tensor,
+        kv_cache: Cache | None,
+        crossattn_cache: CrossCache | None,
+        current_start: int,
+    ) -> Tensor:
+        """One block on `[B, L, C]`; `shifts` is `[B, F, 6, C]`."""
+        by_frame = (*shifts.shape[:2], -1, x.shape[2])
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
+            (shifts + self.modulation).to(x.dtype)[:, :, :, None].unbind(2)
+        )  # 6 x [B, F, 1, C]
+        h = (_norm(x).view(by_frame) * (1 + scale) + shift).view_as(x)
+        h = self.self_attn(h, *layout, None, kv_cache, current_start, None)
+        x = x + (h.view(by_frame) * gate).view_as(x)
+        x = x + self.cross_attn(_norm(x), context, crossattn_cache)
+        h = (_norm(x).view(by_frame) * (1 + scale_mlp) + shift_mlp).view_as(x)
+        out: Tensor = x + (self.ffn(h).view(by_frame) * gate_mlp).view_as(x)
+        return out
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Layer norm of `[..., C]` without parameters."""
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class DemoModel(nn.Module):
+    """Causal video DiT; `local_attn_size` is the number of frames attended (-1: all)."""
+
+    def __init__(self, config: DemoConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or DemoConfig()
+        self.num_frame_per_block = config.chunk
+        pixels, dim = 3 * config.patch**2, config.dim
+        self.patch_embedding = nn.Linear(pixels, dim)
+        self.position_embedding = nn.Parameter(torch.zeros(config.tokens_per_frame, dim))
+        self.text_embedding = nn.Embedding(len(WORDS), dim)
+        self.text_position = nn.Parameter(torch.zeros(PROMPT_WORDS, dim))
+        self.text_summary = nn.Linear(dim, dim)
+        self.time_embedding = nn.Sequential(nn.Linear(TIME_FEATURES, dim), nn.SiLU())
+        self.time_projection = nn.Linear(dim, 6 * dim)
+        self.blocks = nn.ModuleList(DemoBlock(config) for _ in range(config.layers))
+        self.head = nn.Linear(dim, pixels)
+        self.freqs = rope_table(config)
+        self.init_weights(torch.Generator().manual_seed(0))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Weights to start training from: every block is the identity and the output is zero."""
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                std = parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std, generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        for table in (self.position_embedding, self.text_position):
+            nn.init.normal_(table, std=0.02, generator=generator)
+        nn.init.normal_(self.text_embedding.weight, std=0.5, generator=generator)
+        zeros = [self.head.weight, self.time_projection.weight]
+        for block in self._blocks():
+            zeros += [block.self_attn.o.weight, block.cross_attn.o.weight]
+            zeros += list(block.ffn[2].parameters())
+            nn.init.zeros_(block.modulation)
+            block.modulation.data[[2, 5]] = 1.0
+        for weight in zeros:
+            nn.init.zeros_(weight)
+
+    def randomize(self, generator: torch.Generator) -> DemoModel:
+        """Redraw every weight, so that an untrained model depends on all of its inputs."""
+        for parameter in self.parameters():
+            std = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            gain = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.data.copy_(noise + gain)
+        return self
+
+    def _blocks(self) -> list[DemoBlock]:
+        return [block for block in self.blocks if isinstance(block, DemoBlock)]
+
+    @property
+    def local_attn_size(self) -> int:
+        """Frames attended, own chunk included; -1: all. Setting it sets every attention module."""
+        return self._blocks()[0].self_attn.local_attn_size
+
+    @local_attn_size.setter
+    def local_attn_size(self, frames: int) -> None:
+        for block in self._blocks():
+            block.self_attn.set_window(frames, self.config)
+
+    @property
+    def sink_size(self) -> int:
+        """First frames that are never evicted. Setting it sets every attention module."""
+        return self._blocks()[0].self_attn.sink_size
+
+    @sink_size.setter
+    def sink_size(self, frames: int) -> None:
+        for block in self._blocks():
+            block.self_attn.sink_size = frames
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        kv_cache: Sequence[Cache] | None = None,
+        crossattn_cache: Sequence[CrossCache] | None = None,
+        current_start: int = 0,
+    ) -> Tensor:
+        """Predict the clean video.
+
+        Args:
+            x: noisy frames `[B, 3, F, 24, 24]`.
+            t: noise levels in [0, 1], `[B]` or `[B, F]`; 0 is clean, 1 is noise.
+            context: word ids `[B, W]`, or `[B, chunks, W]` with one prompt per chunk of `x`.
+            kv_cache: one dict per layer, changed in place (`DemoCausalSelfAttention.forward`).
+                None: chunk-causal attention within `x`.
+            crossattn_cache: one dict per layer; set `is_init` to False when the prompt changes.
+            current_start: absolute index of the first token of `x`.
+
+        Returns:
+            `[B, 3, F, 24, 24]`.
+        """
+        frames = x.shape[2]
+        levels = t[:, None].expand(-1, frames) if t.ndim == 1 else t
+        tokens = self._run(self._embed(x), levels, context, frames, kv_cache, crossattn_cache, current_start)
+        return self._pixels(tokens)
+
+    def predict_all(self, clean: Tensor, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """Predict every chunk of a video from its noisy self and the clean chunks before it.
+
+        Args:
+            clean: context `[B, 3, F, 24, 24]`.
+            noisy: what is predicted from, same shape.
+            t: noise levels of the noisy copy, `[B, F]`.
+            context: word ids `[B, chunks, W]`.
+
+        Returns:
+            `[B, 3, F, 24, 24]`.
+        """
+        frames = clean.shape[2]
+        tokens = self._embed(torch.cat([clean, noisy], 2))
+        levels = torch.cat([torch.zeros_like(t), t], 1)
+        both = context.repeat(1, 2, 1)
+        tokens = self._run(tokens, levels, both, frames, None, None, 0)
+        return self._pixels(tokens[:, tokens.shape[1] // 2 :])
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Tokens `[B, F·P, C]` of frames `[B, 3, F, 24, 24]`."""
+        size = self.config.patch
+        patches = rearrange(x, "b c f (h p) (w q) -> b f (h w) (c p q)", p=size, q=size)
+        tokens: Tensor = self.patch_embedding(patches)
+        return (tokens + self.position_embedding.to(tokens.dtype)).flatten(1, 2)
+
+    def _pixels(self, tokens: Tensor) -> Tensor:
+        """Frames `[B, 3, F, 24, 24]` of tokens `[B, F·P, C]`."""
+        size, grid = self.config.patch, self.config.grid
+        pixels: Tensor = rearrange(
+            self.head(_norm(tokens)),
+            "b (f h w) (c p q) -> b c f (h p) (w q)",
+            **{"h": grid, "w": grid, "p": size, "q": size},
+        )
+        return pixels
+
+    def _run(
+        self,
+        tokens: Tensor,
+        levels: Tensor,
+        context: Tensor,
+        frames: int,
+        kv_cache: Sequence[Cache] | None,
+        crossattn_cache: Sequence[CrossCache] | None,
+        current_start: int,
+    ) -> Tensor:
+        """All blocks on tokens `[B, L, C]`, noise levels `[B, F]` and prompts."""
+        prompts = context if context.ndim == 3 else context[:, None]
+        words = self.text_embedding(prompts) + self.text_position  # [B, n, W, C]
+        summary = self.text_summary(words.sum(2))
+        summary = summary.repeat_interleave(levels.shape[1] // summary.shape[1], 1)
+        hidden = self.time_embedding(_time_features(levels).to(summary.dtype)) + summary
+        shifts = rearrange(self.time_projection(hidden), "b f (six c) -> b f six c", six=6)
+        words = words.flatten(0, 1)
+        grid = self.config.grid
+        grid_sizes = torch.tensor([[frames, grid, grid]]).expand(tokens.shape[0], -1)
+        seq_lens = torch.full((tokens.shape[0],), tokens.shape[1])
+        if self.freqs.device != tokens.device:
+            self.freqs = self.freqs.to(tokens.device)
+        layout = Layout(seq_lens, grid_sizes, self.freqs)
+        for index, block in enumerate(self.blocks):
+            tokens = block(
+                tokens,
+                shifts,
+                layout,
+                words,
+                None if kv_cache is None else kv_cache[index],
+                None if crossattn_cache is None else crossattn_cache[index],
+                current_start,
+            )
+        return tokens
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the weights as fp16 safetensors, with the configuration in the metadata."""
+        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, path, metadata={"config": json.dumps(asdict(self.config))})
+
+    def load_weights(self, path: str | Path) -> DemoModel:
+        """Read what `save_weights` wrote; the configurations must be equal."""
+        with safe_open(path, framework="pt") as file:
+            config = DemoConfig(**json.loads(file.metadata()["config"]))
+            if config != self.config:
+                raise ValueError(f"{path} holds {config}, this model is {self.config}")
+            names = list(file.keys())
+            self.load_state_dict({name: file.get_tensor(name) for name in names})
+        return self
+
+
+def _time_features(levels: Tensor) -> Tensor:
+    """Sines and cosines `[..., TIME_FEATURES]` of noise levels in [0, 1]."""
+    half = TIME_FEATURES // 2
+    rates = 100 * torch.exp(-math.log(1000.0) * torch.arange(half, device=levels.device) / half)
+    angles = levels.float()[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def demo_model(device: torch.device | str = "cpu") -> DemoModel:
+    """The trained demo model, from the weights inside the package."""
+    weights = resources.files("headforcing.demo") / "weights.safetensors"
+    with resources.as_file(weights) as path:
+        return DemoModel().load_weights(path).to(device).eval().requires_grad_(False)

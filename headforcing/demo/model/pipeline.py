@@ -1,0 +1,134 @@
+"""Chunk-by-chunk generation with Self Forcing's cache handling.
+
+The pipeline owns one cache dict per layer. It allocates them once and starts another video by
+replacing the index tensors, so stale keys stay in place, as upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from headforcing.demo.model.attention import Cache, CrossCache
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.world.camera import VIEW
+
+NOISE_LEVELS = (1.0, 0.857, 0.667, 0.4)
+
+ChunkCallback = Callable[[int, Tensor], None]
+
+
+class DemoPipeline:
+    """Generates videos with a `DemoModel`.
+
+    Args:
+        model: the model; its `local_attn_size` and `sink_size` are set to `window` and `sink`.
+        window: frames in the cache, own chunk included; -1 keeps every frame.
+        sink: first frames that are never evicted.
+
+    Attributes:
+        kv_cache: one dict per layer, see `DemoCausalSelfAttention.forward`; empty before first use.
+        crossattn_cache: one dict per layer.
+    """
+
+    def __init__(self, model: DemoModel, *, window: int | None = None, sink: int = 0) -> None:
+        self.model = model
+        self.window = model.config.window if window is None else window
+        self.sink = sink
+        if self.window != -1 and self.window < sink + model.config.chunk:
+            raise ValueError(
+                f"window {self.window} has no room for sink {sink} and a chunk of "
+                f"{model.config.chunk} frames: raise window or lower sink"
+            )
+        model.local_attn_size = self.window
+        model.sink_size = sink
+        self.kv_cache: list[Cache] = []
+        self.crossattn_cache: list[CrossCache] = []
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Tensor,
+        num_chunks: int | None = None,
+        *,
+        generator: torch.Generator,
+        first_chunk: Tensor | None = None,
+        callback: ChunkCallback | None = None,
+    ) -> Tensor:
+        """Generate videos.
+
+        Args:
+            prompts: word ids `[B, chunks, W]`, one prompt per chunk; the last one is held.
+            num_chunks: chunks to make; default: one per prompt.
+            generator: source of the noise, drawn once per chunk on the generator's device.
+            first_chunk: clean frames to start from, `[B, 3, 3, 24, 24]`, or several chunks of them.
+            callback: called with the index and the clean frames of every finished chunk.
+
+        Returns:
+            `[B, 3, T, 24, 24]` in about [-1, 1].
+        """
+        batch, total = prompts.shape[0], num_chunks or prompts.shape[1]
+        like = self.model.patch_embedding.weight
+        prompts = prompts.to(like.device)
+        self._prepare(batch, total)
+        chunk, chunks = self.model.config.chunk, []
+        given = () if first_chunk is None else torch.split(first_chunk, chunk, 2)
+        for index in range(total):
+            size = (batch, 3, chunk, VIEW, VIEW)
+            noise = torch.randn(size, generator=generator, device=generator.device).to(like)
+            if index >= prompts.shape[1]:
+                context = prompts[:, -1]
+            else:
+                context = prompts[:, index]
+                for cross in self.crossattn_cache:
+                    cross["is_init"] = False
+            clean = given[index].to(like) if index < len(given) else self._denoise(noise, context, index)
+            self._predict(clean, 0.0, context, index)
+            chunks.append(clean)
+            if callback is not None:
+                callback(index, clean)
+        return torch.cat(chunks, 2)
+
+    def _denoise(self, sample: Tensor, context: Tensor, index: int) -> Tensor:
+        """Euler steps from noise to a clean chunk."""
+        targets = (*NOISE_LEVELS[1:], 0.0)
+        for level, target in zip(NOISE_LEVELS, targets, strict=True):
+            clean = self._predict(sample, level, context, index).clamp(-1.2, 1.2)
+            sample = clean + target / level * (sample - clean)
+        return sample
+
+    def _predict(self, sample: Tensor, level: float, context: Tensor, index: int) -> Tensor:
+        """One pass of the model over one chunk; at level 0 its purpose is to write the cache."""
+        config = self.model.config
+        levels = sample.new_full((sample.shape[0], config.chunk), level)
+        out: Tensor = self.model(
+            sample,
+            t=levels,
+            context=context,
+            kv_cache=self.kv_cache,
+            crossattn_cache=self.crossattn_cache,
+            current_start=index * config.chunk * config.tokens_per_frame,
+        )
+        return out
+
+    def _prepare(self, batch: int, num_chunks: int) -> None:
+        """Allocate the caches, or begin a new video on the ones that fit."""
+        config = self.model.config
+        frames = num_chunks * config.chunk if self.window == -1 else self.window
+        tokens = frames * config.tokens_per_frame
+        like = self.model.patch_embedding.weight
+        have = self.kv_cache[0]["k"] if self.kv_cache else None
+        fits = have is not None and have.shape[0] == batch and have.device == like.device
+        if not fits or have is None or have.shape[1] < tokens:
+            size = (batch, tokens, config.heads, config.dim // config.heads)
+            self.kv_cache = [
+                {"k": like.new_zeros(size), "v": like.new_zeros(size)} for _ in range(config.layers)
+            ]
+            self.crossattn_cache = [{} for _ in range(config.layers)]
+        for cache in self.kv_cache:
+            for name in ("global_end_index", "local_end_index"):
+                cache[name] = torch.zeros(1, dtype=torch.long, device=like.device)
+        for cross in self.crossattn_cache:
+            cross["is_init"] = False

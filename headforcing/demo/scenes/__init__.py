@@ -1,0 +1,1 @@
+"""Several prompts in one video of the demo: timelines, runs, pictures."""

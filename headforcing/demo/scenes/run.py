@@ -1,0 +1,275 @@
+"""Many prompts in one video: scenes that begin, end and return, and what is left of them in the picture.
+
+A prompt names a palette and a sprite; the texture behind it is invented by the model. So a scene that
+returns can only look as it did if the heads still know it, and two measures are needed: how alike a returning
+scene is to its first appearance, and how alike scenes are that should have nothing in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from headforcing.apply import apply_head_forcing
+from headforcing.apply.handle import HeadForcing
+from headforcing.demo.contest.compare import Policy, SeededPipeline, make_scene
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.model.pipeline import ChunkCallback
+from headforcing.demo.model.threads import one_thread
+from headforcing.demo.show.story import Held
+from headforcing.demo.world.camera import CHUNK
+from headforcing.demo.world.metrics import GHOST_SATURATION, sprite_identity
+from headforcing.demo.world.words import POSES, parse_prompt
+from headforcing.roles import HeadRole
+from headforcing.roles.maps.role_map import RoleMap
+
+PROMPTS = (
+    "sea clear slow disc red",
+    "dusk clear slow cross yellow",
+    "forest clear slow square blue",
+    "sea clear slow disc red",
+    "sand clear slow diamond magenta",
+    "dusk clear slow cross yellow",
+)
+MODES = ("recall", "cut", "smooth", "continue")
+WRONG = "recall of another scene"
+"""A control: as many frames come back, but they show something else."""
+SETTLE = 2
+"""First chunks of a scene that are not judged, if it has at least four times as many."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """The prompts of a video, one per scene; a prompt that was there before is a scene that returns.
+
+    Attributes:
+        prompts: `parse_prompt` texts without camera words.
+        chunks: of each scene.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    chunks: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(" ".join(prompt.split()) for prompt in self.prompts))
+        if len(self.prompts) < 2 or self.chunks < 2:
+            raise ValueError(
+                f"{len(self.prompts)} prompts of {self.chunks} chunks: expected at least 2 of each"
+            )
+        for number, prompt in enumerate(self.prompts, 1):
+            parse_prompt(prompt)
+            if set(prompt.split()) & set(POSES):
+                raise ValueError(f"prompt {number}: the camera stands still, leave it out of {prompt!r}")
+        for number, pair in enumerate(zip(self.prompts, self.prompts[1:], strict=False), 1):
+            if pair[0] == pair[1]:
+                raise ValueError(
+                    f"prompts {number} and {number + 1} are both {pair[0]!r}: that is one scene, ask for "
+                    "more chunks"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A letter for every scene, the same for the same prompt."""
+        places = list(dict.fromkeys(self.prompts))
+        return tuple(_letter(places.index(prompt)) for prompt in self.prompts)
+
+    @property
+    def returns(self) -> dict[int, int]:
+        """The scenes that return, each with the scene that was the first of its prompt."""
+        firsts = {scene: self.prompts.index(prompt) for scene, prompt in enumerate(self.prompts)}
+        return {scene: first for scene, first in firsts.items() if first < scene}
+
+    @property
+    def frames(self) -> int:
+        """Of the whole video."""
+        return len(self.prompts) * self.chunks * CHUNK
+
+    def scene_at(self, frame: int) -> int:
+        """The scene that a frame belongs to."""
+        return frame // (self.chunks * CHUNK)
+
+    def judged(self, scene: int) -> slice:
+        """The frames of a scene that are judged."""
+        begin, settle = scene * self.chunks, SETTLE * (self.chunks >= 4 * SETTLE)
+        return slice((begin + settle) * CHUNK, (begin + self.chunks) * CHUNK)
+
+    def words(self, videos: int) -> Tensor:
+        """Word ids for the pipeline, `[videos, chunks of the video, words]`."""
+        ids = torch.stack([parse_prompt(prompt) for prompt in self.prompts])
+        return ids.repeat_interleave(self.chunks, 0).expand(videos, -1, -1)
+
+
+@dataclass(frozen=True)
+class Played:
+    """A script as it was played in one mode, a batch of videos.
+
+    Attributes:
+        mode: one of `MODES`, or `WRONG`.
+        video: `[B, 3, T, 24, 24]` in about [-1, 1].
+        memories: what a head of every role remembered of the first video, chunk by chunk.
+        stored_bytes: keys, values and marks held at the end, counted from the tensors.
+    """
+
+    mode: str
+    video: Tensor
+    memories: tuple[Held, ...]
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured, one number per video, `[B]`; NaN where there is nothing to measure.
+
+    Attributes:
+        returned: how alike the backgrounds of a returning scene and of its first appearance are, mean.
+        leaked: the same of scenes with different prompts, mean over all pairs.
+        halves: the same of the two halves of one scene, mean: more is hardly possible.
+        sprites: share of the judged frames with a sprite of the colour and about the size asked for.
+        at_once: the same in the first chunk of every scene but the first.
+    """
+
+    returned: Tensor
+    leaked: Tensor
+    halves: Tensor
+    sprites: Tensor
+    at_once: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """How much more alike a scene is to itself than to others; without returns, NaN."""
+        return self.returned - self.leaked
+
+
+@one_thread()
+def play(
+    model: DemoModel,
+    roles: RoleMap | HeadRole,
+    script: Script,
+    mode: str,
+    seeds: Sequence[int],
+    callback: ChunkCallback | None = None,
+) -> Played:
+    """Makes a video per seed. The noise is the same in every mode.
+
+    Args:
+        model: the demo model, not applied; left as it was found.
+        roles: what the heads remember.
+        script: the scenes.
+        mode: what happens between them. `recall` cuts, and recalls a scene that returns; any other mode of
+            `switch_prompt` is used everywhere.
+        seeds: of the noise.
+        callback: see `DemoPipeline.generate`.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in (*MODES, WRONG):
+        raise ValueError(f"mode is {mode!r}: expected one of {', '.join((*MODES, WRONG))}")
+    pipeline = SeededPipeline(model, Policy(mode), seeds)
+    held: dict[str, list[tuple[int, ...]]] = {}
+    with apply_head_forcing(model, roles) as handle:
+
+        def chunk_ended(index: int, clean: Tensor) -> None:
+            for name, frames in remembered(handle).items():
+                held.setdefault(name, []).append(frames)
+            if (index + 1) % script.chunks == 0 and index + 1 < len(script.prompts) * script.chunks:
+                turn(handle, script, (index + 1) // script.chunks, mode)
+            if callback is not None:
+                callback(index, clean)
+
+        words, noise = script.words(len(seeds)), torch.Generator()
+        video = pipeline.generate(words, generator=noise, callback=chunk_ended)
+        stored = handle.status().stored_bytes
+    memories = tuple(Held(name, tuple(frames)) for name, frames in held.items())
+    return Played(mode, video, memories, stored)
+
+
+def turn(handle: HeadForcing, script: Script, scene: int, mode: str) -> None:
+    """Ends the scene before `scene` and says how this one begins."""
+    if mode not in ("recall", WRONG):
+        handle.switch_prompt(mode)  # type: ignore[arg-type]
+        return
+    handle.mark(script.names[scene - 1])
+    if scene in script.returns:
+        shown = script.returns[scene] + (mode == WRONG)
+        handle.switch_prompt("recall", mark=script.names[shown])
+    else:
+        handle.switch_prompt("cut")
+
+
+def remembered(handle: HeadForcing) -> dict[str, tuple[int, ...]]:
+    """Which frames a head of every role remembers now of the first video, by the name of the role."""
+    found = {}
+    for role, heads in handle.roles.counts().items():
+        layer, head = handle.roles.where(role)
+        who = f"{handle.roles.labels[layer][head]}, {heads} {'head' if heads == 1 else 'heads'}"
+        found[who] = tuple(handle.frames(layer, head)[0][0])
+    return found
+
+
+def measure(video: Tensor, script: Script) -> Found:
+    """How alike scenes are that return, that have nothing in common, and to themselves."""
+    nothing = video.new_full((video.shape[0],), torch.nan)
+    spans = [video[:, :, script.judged(scene)] for scene in range(len(script.prompts))]
+    scenes = [background(span) for span in spans]
+    others = [pair for pair in combinations(range(len(scenes)), 2) if _differ(script, *pair)]
+    back = [alike(scenes[scene], scenes[first]) for scene, first in script.returns.items()]
+    halves = [[background(half) for half in span.chunk(2, 2)] for span in spans]
+    begins = [scene * script.chunks * CHUNK for scene in range(len(script.prompts))]
+    at_once = [(video[:, :, begin : begin + CHUNK], script.prompts[n]) for n, begin in enumerate(begins) if n]
+    return Found(
+        returned=torch.stack(back).mean(0) if back else nothing,
+        leaked=torch.stack([alike(scenes[a], scenes[b]) for a, b in others]).mean(0),
+        halves=torch.stack([alike(a, b) for a, b in halves]).mean(0),
+        sprites=torch.stack([_sprites(*each) for each in zip(spans, script.prompts, strict=True)]).nanmean(0),
+        at_once=torch.stack([_sprites(*each) for each in at_once]).nanmean(0),
+    )
+
+
+def background(video: Tensor) -> Tensor:
+    """What stands still in a video `[B, 3, T, h, w]`: the median over time, NaN behind sprites.
+
+    A sprite hardly moves in a short scene and would outweigh the texture, which is faint. So whatever is as
+    saturated as a sprite is left out, and the pixels around it.
+    """
+    saturated = (video.amax(1) - video.amin(1)) / 2 > GHOST_SATURATION  # [B, T, h, w]
+    hidden = functional.max_pool2d(saturated.float(), 3, stride=1, padding=1) > 0
+    return video.masked_fill(hidden[:, None], torch.nan).nanmedian(2).values
+
+
+def alike(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of two textures `[B, 3, h, w]` without their mean colours: 1 is the same, 0 unrelated.
+
+    Pixels that are NaN in one of them are left out.
+    """
+    known = ~(a.isnan() | b.isnan())
+    a, b = (_centred(image.double(), known) for image in (a, b))
+    norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt()
+    return (a * b).sum((1, 2, 3)) / norm.masked_fill(norm == 0, torch.nan)
+
+
+def _centred(image: Tensor, known: Tensor) -> Tensor:
+    """The image without its mean colour, 0 where nothing is known."""
+    mean = image.masked_fill(~known, torch.nan).nanmean((2, 3), keepdim=True)
+    return (image - mean).masked_fill(~known, 0.0)
+
+
+def _sprites(video: Tensor, prompt: str) -> Tensor:
+    """Share of the frames whose sprites have the colour and about the size that the prompt asks for."""
+    asked = make_scene([0], camera="still", prompt=prompt)
+    asked = replace(asked, tint=torch.zeros_like(asked.tint))
+    return torch.cat([sprite_identity(one[None], asked).double() for one in video]).nanmean(1)
+
+
+def _differ(script: Script, a: int, b: int) -> bool:
+    return script.prompts[a] != script.prompts[b]
+
+
+def _letter(place: int) -> str:
+    letter, lap = chr(ord("A") + place % 26), place // 26
+    return letter if not lap else f"{letter}{lap + 1}"

@@ -1,0 +1,262 @@
+"""Many prompts in one video, from prompts to files: every mode, the numbers and the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from headforcing.demo.model.model import DemoModel
+from headforcing.demo.scenes.draw import SIZE, Tale, draw_sheet, draw_video, pixels
+from headforcing.demo.scenes.run import (
+    MODES,
+    PROMPTS,
+    Found,
+    Played,
+    Script,
+    alike,
+    background,
+    measure,
+    play,
+)
+from headforcing.demo.scenes.timeline import draw_modes, draw_timeline
+from headforcing.demo.show import show
+from headforcing.demo.show.files import check_folder, replace_file, write_mp4
+from headforcing.demo.show.report import RoleRow, describe
+from headforcing.demo.show.story import Held, Pixels
+from headforcing.roles.maps.role_map import RoleMap
+
+REPORT = "scenes.json"
+FILES = ("scenes.mp4", "scenes_sheet.png", "timeline.png", "modes.png", REPORT)
+MADE_BY = "headforcing scenes"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to show.
+
+    Attributes:
+        prompts: one per scene.
+        chunks: of each scene.
+        seed: of the noise.
+        out: folder for the files, made where it is missing.
+        roles: role-map file; `None`: the one in the package.
+        preset: name of a preset instead of a role map.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    chunks: int = 8
+    seed: int = 0
+    out: Path = Path("headforcing-scenes")
+    roles: Path | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class ModeRow:
+    """What was measured in one mode; `None` where there is nothing to measure.
+
+    Attributes:
+        mode: what happened between scenes.
+        stored_bytes: keys, values and marks held at the end.
+        returned: correlation of a returning scene's texture with its first appearance, mean.
+        leaked: the same between scenes of different prompts, mean over all pairs.
+        distance: returned minus leaked.
+        halves: the same between the two halves of a scene, mean.
+        sprites: share of the frames with a sprite of the colour and about the size asked for.
+        at_once: the same in the first chunk of every scene but the first.
+    """
+
+    mode: str
+    stored_bytes: int
+    returned: float | None
+    leaked: float | None
+    distance: float | None
+    halves: float | None
+    sprites: float | None
+    at_once: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        prompts: one per scene.
+        names: a letter per scene, the same for the same prompt.
+        chunks: of each scene.
+        frames: of each video.
+        seed: of the noise.
+        roles: what the heads keep, by role.
+        modes: one row each.
+        files: absolute paths of what was written.
+    """
+
+    prompts: tuple[str, ...]
+    names: tuple[str, ...]
+    chunks: int
+    frames: int
+    seed: int
+    roles: tuple[RoleRow, ...]
+    modes: tuple[ModeRow, ...]
+    files: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def reading(self) -> str:
+        """What the numbers of this video say, and how little."""
+        known = [row for row in self.modes if row.distance is not None]
+        found = "; ".join(
+            f"{row.mode} {number(row.returned)} on return, {number(row.leaked)} to others" for row in known
+        )
+        return (
+            f"Likeness of backgrounds: {found or 'no scene returns, so there is nothing to compare'}. 1 is "
+            "the same texture, 0 an unrelated one. One video proves little: docs/scenes-results.md has 16."
+        )
+
+    def table(self) -> Any:
+        """The rows as a rich table."""
+        from rich.table import Table
+
+        title = f"{len(self.prompts)} scenes: {' '.join(self.names)}, {self.frames} frames, seed {self.seed}"
+        table = Table(title=title, title_style="bold")
+        for column in ("", "return", "leak", "distance", "within", "sprites", "at once", "stored"):
+            table.add_column(column, justify="right" if column else "left")
+        for row in self.modes:
+            values = (row.returned, row.leaked, row.distance, row.halves, row.sprites, row.at_once)
+            table.add_row(row.mode, *map(number, values), f"{row.stored_bytes / 1e6:.2f} MB")
+        return table
+
+
+def show_scenes(request: Request, progress: show.Progress = lambda *_: None) -> Report:
+    """Makes the video in every mode, writes the files and says what was found.
+
+    Raises:
+        ValueError: a prompt, the length or a file is not usable.
+        FileExistsError: the folder holds files of the same names that this command did not write.
+    """
+    script = Script(request.prompts, request.chunks)
+    model = show.load_model(None)
+    roles = show.find_roles(show.Request(roles=request.roles, preset=request.preset), model.config)
+    check_folder(request.out, FILES, REPORT, MADE_BY)
+    played = play_all(model, roles, script, request.seed, progress)
+    found = [measure(each.video, script) for each in played]
+    fitted = roles.fit(model.config.layers, model.config.heads, model.config.window, model.config.chunk)
+    report = Report(
+        prompts=script.prompts,
+        names=script.names,
+        chunks=script.chunks,
+        frames=script.frames,
+        seed=request.seed,
+        roles=describe(fitted, model.config.chunk),
+        modes=tuple(mode_row(*pair) for pair in zip(played, found, strict=True)),
+        files=tuple(str((request.out / name).resolve()) for name in FILES),
+    )
+    who = "the demo's role map" if request.roles is None else request.roles.name
+    write(request, report, played, f"preset {request.preset}" if request.preset else who, progress)
+    return report
+
+
+def play_all(
+    model: DemoModel, roles: RoleMap, script: Script, seed: int, progress: show.Progress
+) -> list[Played]:
+    """The script in every mode, from the same noise."""
+    total = len(script.prompts) * script.chunks
+    played = []
+    for mode in MODES:
+
+        def tell(index: int, _: Tensor, mode: str = mode) -> None:
+            progress(mode, index + 1, total)
+
+        played.append(play(model, roles, script, mode, [seed], tell))
+    return played
+
+
+def mode_row(played: Played, found: Found) -> ModeRow:
+    """Means over the videos of a mode."""
+    values = (found.returned, found.leaked, found.distance, found.halves, found.sprites, found.at_once)
+    means = [None if math.isnan(value) else value for value in (float(each.mean()) for each in values)]
+    return ModeRow(played.mode, played.stored_bytes, *means)
+
+
+def by_size(memories: Sequence[Held]) -> list[Held]:
+    """The roles' memories, the largest first."""
+    return sorted(memories, key=lambda memory: -max(map(len, memory.held)))
+
+
+def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> Tale:
+    """What the pictures tell."""
+    found = {}
+    for each in played:
+        scenes = [background(each.video[:, :, script.judged(n)]) for n in range(len(script.prompts))]
+        found[each.mode] = {n: float(alike(scenes[n], scenes[m])[0]) for n, m in script.returns.items()}
+    return Tale(
+        script,
+        videos={each.mode: pixels(each.video) for each in played},
+        held={each.mode: by_size(each.memories)[0] for each in played},
+        alike=found,
+        told={
+            row.mode: f"return  {number(row.returned)}\nleak  {number(row.leaked)}" for row in report.modes
+        },
+        headline=f"{len(script.prompts)} prompts in one video",
+        byline=f"{who} · seed {report.seed} · every mode from the same noise · 24 × 24 pixels, enlarged",
+        fps=show.FPS,
+    )
+
+
+def told(row: ModeRow) -> str:
+    """What was measured in one mode, for the sheet."""
+    return f"return {number(row.returned)}\nleak {number(row.leaked)}\nwithin {number(row.halves)}"
+
+
+def timeline(script: Script, played: Played, who: str) -> Any:
+    """The timeline of one mode, a matplotlib figure."""
+    note = f"{who} · coloured: frames that the head sees beside its own chunk (grey), by their scene"
+    return draw_timeline(
+        script,
+        by_size(played.memories),
+        f"Who remembers what: mode {played.mode}",
+        note,
+        recalls=played.mode == "recall",
+    )
+
+
+def modes(script: Script, played: Sequence[Played]) -> Any:
+    """What the head with the largest memory remembers in every mode, a matplotlib figure."""
+    held = {f"mode {each.mode}": by_size(each.memories)[0] for each in played}
+    who = by_size(played[0].memories)[0].name
+    return draw_modes(script, held, f"What one head remembers in every mode: {who}")
+
+
+def write(
+    request: Request, report: Report, played: Sequence[Played], who: str, progress: show.Progress
+) -> None:
+    """Writes the files; the report also has the frames that were remembered, chunk by chunk."""
+    script = Script(request.prompts, request.chunks)
+    told, paths = tale(report, script, played, who), {name: request.out / name for name in FILES}
+    held = {each.mode: {memory.name: memory.held for memory in each.memories} for each in played}
+    document = json.dumps({"made_by": MADE_BY, **report.to_dict(), "remembered": held})
+
+    def drawn() -> Iterable[Pixels]:
+        for index, frame in enumerate(draw_video(told)):
+            progress("drawing", index + 1, script.frames)
+            yield frame
+
+    replace_file(paths[REPORT], lambda path: path.write_text(document + "\n", "utf-8"))
+    replace_file(paths["scenes.mp4"], lambda path: write_mp4(path, drawn(), SIZE, show.FPS))
+    replace_file(paths["scenes_sheet.png"], lambda path: draw_sheet(told).save(path))
+    replace_file(paths["timeline.png"], lambda path: timeline(script, played[0], who).savefig(path))
+    replace_file(paths["modes.png"], lambda path: modes(script, played).savefig(path))
+
+
+def number(value: float | None) -> str:
+    """A number with two digits, or a dash."""
+    return "-" if value is None else f"{value:.2f}".replace("-0.00", "0.00")

@@ -1,0 +1,1 @@
+"""`headforcing demo`: the videos, contact sheets and reports that it writes."""

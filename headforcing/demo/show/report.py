@@ -1,0 +1,189 @@
+"""The numbers of the demo: measured on one video per policy, as a table, as JSON and in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from headforcing.demo.contest.compare import Rollout, summarise
+from headforcing.demo.model.model import DemoModel
+from headforcing.roles import HeadRole
+from headforcing.roles.maps.role_map import RoleMap
+
+LATE_FRAMES = 30
+
+
+@dataclass(frozen=True)
+class RoleRow:
+    """What the heads of one role keep.
+
+    Attributes:
+        role: its type in small letters.
+        heads: over all layers.
+        frames: most frames kept beside the own chunk; `None` is without bound.
+    """
+
+    role: str
+    heads: int
+    frames: int | None
+
+    def __str__(self) -> str:
+        kept = "all" if self.frames is None else self.frames
+        return f"{self.role} {kept} ({self.heads} heads)"
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """One policy on one video. Early and late are means over `Report.early` and `Report.late`.
+
+    Attributes:
+        name: of the policy.
+        roles: which frames are kept, by role.
+        stored_bytes: keys and values held at the end.
+        attended_frames: mean over the heads at the end, own chunk included.
+        fps: frames made per second.
+        psnr_early, psnr_late: of the background, in dB; `None` where nothing could be measured.
+        identity_early, identity_late: share of the sprites with the right colour and size, likewise.
+    """
+
+    name: str
+    roles: tuple[RoleRow, ...]
+    stored_bytes: int
+    attended_frames: float
+    fps: float
+    psnr_early: float | None
+    psnr_late: float | None
+    identity_early: float | None
+    identity_late: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the demo found.
+
+    Attributes:
+        prompt: words of the first chunk.
+        camera: `still` or `pan`.
+        seed: of scene and noise.
+        frames: of each video.
+        trained: frames of the training videos.
+        given: true frames that every policy starts from.
+        early, late: first and last frame of the two spans that are averaged.
+        policies: one row each.
+        files: absolute paths of what was written.
+    """
+
+    prompt: str
+    camera: str
+    seed: int
+    frames: int
+    trained: int
+    given: int
+    early: tuple[int, int]
+    late: tuple[int, int]
+    policies: tuple[PolicyRow, ...]
+    files: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        return asdict(self)
+
+    def reading(self) -> str:
+        """What the late numbers of the last policy against the first one say, and how little."""
+        base, ours = self.policies[0], self.policies[-1]
+        parts = []
+        for what, a, b, form in (
+            ("background PSNR", ours.psnr_late, base.psnr_late, "{:.1f} dB"),
+            ("sprite identity", ours.identity_late, base.identity_late, "{:.2f}"),
+        ):
+            if a is not None and b is not None:
+                pair = f"{ours.name} {form.format(a)}, {base.name} {form.format(b)}"
+                parts.append(f"{what} {pair}")
+        found = "; ".join(parts) or "nothing could be measured"
+        first, last = self.late
+        return f"Frames {first}-{last}: {found}. This is one video; see docs/demo-results.md for 16 seeds."
+
+    def table(self) -> Any:
+        """The rows as a rich table."""
+        from rich.table import Table
+
+        title = f"“{self.prompt}”, camera {self.camera}, seed {self.seed}"
+        table = Table(title=title, title_style="bold")
+        table.add_column("")
+        for row in self.policies:
+            table.add_column(row.name, justify="right")
+        early, late = ("frames {}-{}".format(*span) for span in (self.early, self.late))
+        lines: dict[str, Callable[[PolicyRow], str]] = {
+            "frames kept, by role": lambda row: "\n".join(map(str, row.roles)),
+            "frames attended, mean": lambda row: f"{row.attended_frames:.1f}",
+            "stored": lambda row: f"{row.stored_bytes / 1e6:.2f} MB",
+            "speed": lambda row: f"{row.fps:.0f} FPS",
+            f"background PSNR, {early}": lambda row: _number(row.psnr_early, 1, " dB"),
+            f"background PSNR, {late}": lambda row: _number(row.psnr_late, 1, " dB"),
+            f"sprite identity, {early}": lambda row: _number(row.identity_early, 2),
+            f"sprite identity, {late}": lambda row: _number(row.identity_late, 2),
+        }
+        for name, tell in lines.items():
+            table.add_row(name, *map(tell, self.policies))
+        return table
+
+
+def spans(frames: int, given: int, trained: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last frame of the early and the late span of a video.
+
+    Early is what was made inside the trained length; late is the last 30 frames, less in a short video.
+    """
+    made = frames - given
+    early = (given, min(max(trained, given + 3), frames) - 1)
+    return early, (frames - max(min(LATE_FRAMES, made // 3), 1), frames - 1)
+
+
+def policy_row(
+    rollout: Rollout, model: DemoModel, made: int, early: tuple[int, int], late: tuple[int, int]
+) -> PolicyRow:
+    """The row of a rollout of one video, of which `made` frames were generated."""
+    return PolicyRow(
+        name=rollout.policy.name,
+        roles=_roles(rollout, model),
+        stored_bytes=rollout.stored_bytes,
+        attended_frames=rollout.attended_frames,
+        fps=made / rollout.seconds,
+        psnr_early=_mean(rollout.psnr, early),
+        psnr_late=_mean(rollout.psnr, late),
+        identity_early=_mean(rollout.identity, early),
+        identity_late=_mean(rollout.identity, late),
+    )
+
+
+def describe(roles: RoleMap, chunk: int) -> tuple[RoleRow, ...]:
+    """One row per role of a map, most heads first."""
+    rows = [_row(role, heads, chunk) for role, heads in roles.counts().items()]
+    return tuple(sorted(rows, key=lambda row: -row.heads))
+
+
+def _roles(rollout: Rollout, model: DemoModel) -> tuple[RoleRow, ...]:
+    config, policy = model.config, rollout.policy
+    size = (config.layers, config.heads)
+    if policy.roles is None:
+        window = config.window if policy.window is None else policy.window
+        kept = None if window == -1 else window - config.chunk
+        return (RoleRow("all", config.layers * config.heads, kept),)
+    roles = policy.roles if isinstance(policy.roles, RoleMap) else RoleMap.uniform(policy.roles, *size)
+    return describe(roles.fit(*size, config.window, config.chunk), config.chunk)
+
+
+def _row(role: HeadRole, heads: int, chunk: int) -> RoleRow:
+    return RoleRow(type(role).__name__.lower(), heads, role.capacity(chunk))
+
+
+def _mean(values: torch.Tensor, span: Sequence[int]) -> float | None:
+    mean = float(summarise(values, span[0], span[1] + 1)[0])
+    return None if math.isnan(mean) else mean
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"

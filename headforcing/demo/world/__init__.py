@@ -1,0 +1,1 @@
+"""The synthetic world of the demo, known at every frame, and how far a video is from it."""

@@ -1,0 +1,1 @@
+"""What heads do: profiles, metrics, classifiers, stability, budgets, bytes, and pictures of them."""

@@ -1,0 +1,201 @@
+"""Measuring what the heads of a model do while it generates."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from headforcing.adapters.base import Adapter, find_adapter
+from headforcing.apply import apply_head_forcing
+from headforcing.apply.handle import handles_of
+from headforcing.errors import AlreadyAppliedError, OptionError, ProfileError
+from headforcing.measure.meter import Meter, Progress
+from headforcing.measure.metrics import Metric, find_metric
+from headforcing.measure.profile import HeadProfile, ProfileFacts
+from headforcing.roles import HeadRole, SlidingWindow
+from headforcing.roles.maps.file import encode_role
+from headforcing.roles.maps.fingerprint import fingerprint
+from headforcing.roles.maps.origin import ModelFacts
+from headforcing.roles.maps.strict_json import canonical, digest
+
+METRICS = ("attention_mass", "mass_ratio", "qk_logits", "output_regret")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a profile is measured.
+
+    The published protocol of Head Forcing (third party) is 20 prompts of 30 s, 3 random chunks after the
+    third, all denoising steps. Which history the heads see past the window is our choice.
+
+    Attributes:
+        starts: first frames of the chunks to measure; `None`: every chunk that has a history.
+        queries: tokens per query frame to follow, drawn once per pass; `None`: all, exactly.
+        seed: of that drawing, which has a generator of its own.
+        history: the role of all heads meanwhile; default: the first frame and the last ones, `window`
+            frames in all, at positions inside the window. Until the window is full that is what the
+            model does anyway, bit for bit; after that the first frame stays in view, so that the mass on
+            it is known, and the video is another one than the model alone would make.
+            `SlidingWindow(window, sink, positions="absolute")` with the host's own numbers keeps the video
+            at any length, `Full()` where the host drops nothing.
+        window: frames the model was trained on; default: what the model says.
+        chunk: frames of the longest chunk; default: what the model says.
+
+    Raises:
+        OptionError: a number is not a number of its kind.
+    """
+
+    starts: Collection[int] | None = None
+    queries: int | None = None
+    seed: int = 0
+    history: HeadRole | None = None
+    window: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.starts is not None:
+            starts = tuple(sorted({operator.index(start) for start in self.starts}))
+            if not starts or starts[0] < 0:
+                raise OptionError(f"starts is {self.starts!r}: expected first frames of chunks, >= 0")
+            object.__setattr__(self, "starts", starts)
+        if self.queries is not None and (type(self.queries) is not int or self.queries < 1):
+            raise OptionError(f"queries is {self.queries!r}: expected at least one token per frame")
+
+
+def profile_heads(
+    model: nn.Module,
+    run: Callable[..., object],
+    metrics: Sequence[str | Metric] = METRICS,
+    *,
+    prompts: Sequence[str] | None = None,
+    protocol: Protocol | None = None,
+    adapter: Adapter | None = None,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> HeadProfile:
+    """Measures every head of a model while it generates whatever `run` generates.
+
+    Measuring changes no bit of what the model computes with the history it is given (`Protocol.history`),
+    and draws no global random numbers. All metrics are taken in one rollout. The model is left as it was
+    found, also where `run` fails. Hosts whose calls carry no cache object cannot be profiled yet.
+
+    Args:
+        model: the model, head forcing not applied.
+        run: generates with the model: called once without arguments, or once with every prompt. Videos in
+            a batch, or one after the other, are told apart, and branches of CFG on caches of their own are
+            told to belong to one video; CFG inside the batch looks like two videos.
+        metrics: names of metrics, or metrics.
+        prompts: given to `run` one by one; their hash is kept.
+        protocol: what is measured, and how exactly.
+        adapter: the model's adapter; default: the one that fits.
+        base_model: public name of the checkpoint, to be kept with the profile.
+        progress: called after every chunk and every prompt.
+
+    Raises:
+        AlreadyAppliedError: head forcing is applied to the model.
+        OptionError: no metric, one of them twice, or no prompt.
+        ProfileError: `run` made no pass that could be measured, a metric returned something else than one
+            number or series per head, or the model changed its window or chunk meanwhile.
+    """
+    if handles_of(model):
+        raise AlreadyAppliedError("profiling applies a role of its own: remove head forcing first")
+    protocol, chosen = protocol or Protocol(), _metrics(metrics)
+    texts = _prompts(prompts)
+    adapter = find_adapter(model) if adapter is None else adapter
+    window, chunk = sizes(model, adapter, protocol)
+    history = protocol.history or SlidingWindow(window, sink=1, positions="compact")
+    if history.reads_per_query or history.digest() is not None:
+        raise OptionError(
+            f"history is {history}: expected a role of whole frames that shows all query frames the same"
+        )
+    with apply_head_forcing(model, history, adapter=adapter, window=window, chunk=chunk) as handle:
+        for metric in chosen:
+            metric.begin(window, chunk)
+        facts = ProfileFacts(
+            model=model_facts(model, adapter, window=window, chunk=chunk, base_model=base_model),
+            metrics={metric.name: metric.settings() for metric in chosen},
+            protocol={
+                "starts": protocol.starts,
+                "queries": protocol.queries,
+                "seed": protocol.seed,
+                "history": encode_role(handle.roles.layers[0][0]),
+            },
+            prompts=None if texts is None else digest(canonical(texts)),
+            library=version("headforcing"),
+            torch=torch.__version__,
+        )
+        canonical(facts.model_dump(mode="json"))  # what cannot be saved is found before anything runs
+        meter = Meter(
+            len(handle.roles.layers),
+            chosen,
+            starts=protocol.starts,
+            queries=protocol.queries,
+            seed=protocol.seed,
+            window=window,
+            progress=progress,
+        )
+        with handle.observe(meter):
+            for number, text in enumerate([None] if texts is None else texts):
+                meter.begin_run(None if text is None else number)
+                run() if text is None else run(text)
+                if progress and texts is not None:
+                    progress(number + 1, len(texts), "prompts")
+        status = handle.status()
+    if sizes(model, adapter, protocol) != (window, chunk):
+        raise ProfileError(
+            f"window and chunk of the model were {(window, chunk)} and became "
+            f"{sizes(model, adapter, protocol)} while it ran: build the pipeline before profiling"
+        )
+    return meter.profile(facts, calls=status.calls, bypassed=status.bypassed)
+
+
+def sizes(model: nn.Module, adapter: Adapter, protocol: Protocol) -> tuple[int, int]:
+    """Window and chunk, in frames: what the protocol says, else what the model says."""
+    return (
+        adapter.window(model) if protocol.window is None else protocol.window,
+        adapter.chunk(model) if protocol.chunk is None else protocol.chunk,
+    )
+
+
+def model_facts(
+    model: nn.Module, adapter: Adapter, *, window: int, chunk: int, base_model: str | None = None
+) -> ModelFacts:
+    """What a profile and a role map say about the model they were measured on."""
+    shapes = [adapter.heads(module) for _, module in adapter.attentions(model)]
+    return ModelFacts(
+        layers=len(shapes),
+        heads=shapes[0][0],
+        head_dim=shapes[0][1],
+        window=window,
+        chunk=chunk,
+        model_class=type(model).__name__,
+        base_model=base_model,
+        fingerprint=fingerprint(model, adapter),
+    )
+
+
+def _prompts(prompts: Sequence[str] | None) -> list[str] | None:
+    if prompts is None:
+        return None
+    texts = [] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise OptionError(f"prompts is {prompts!r}: expected a list of at least one prompt")
+    return texts
+
+
+def _metrics(metrics: Sequence[str | Metric]) -> list[Metric]:
+    if isinstance(metrics, str):
+        raise OptionError(f"metrics is {metrics!r}: expected a list, [{metrics!r}]")
+    chosen = [find_metric(metric) if isinstance(metric, str) else metric for metric in metrics]
+    for metric in chosen:
+        if not isinstance(metric, Metric):
+            raise OptionError(f"{metric!r} is no metric: expected a name or an instance of Metric")
+    names = [metric.name for metric in chosen]
+    if not names or len(set(names)) < len(names):
+        raise OptionError(f"metrics are {names}: expected at least one, each once")
+    return chosen

@@ -1,0 +1,103 @@
+"""Blocks of frames merged in time and space, for roles that remember the past at low resolution."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from headforcing.errors import StreamShapeError
+from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.types import Encode, Grid
+
+
+class Blocks(Digest):
+    """Complete blocks, oldest first, and the one that is being filled.
+
+    A block begins at a multiple of its length. Frames come one by one, in order; their patches are
+    averaged and added up in float32, which is the mean over all of them at once. A block sits at the lower
+    median of its frames and at the top left of its patches.
+
+    Args:
+        keep: complete blocks kept.
+        frames: frames of a block.
+        patch: side of the squares of patches that are averaged.
+        hidden: last frames before a chunk; blocks that touch them are not seen.
+        origin: the frame that a query frame sees at position 0.
+    """
+
+    def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
+        self.keep, self.frames, self.patch = keep, frames, patch
+        self.hidden, self.origin = hidden, origin
+        self._starts: deque[int] = deque(maxlen=keep)
+        self._k: deque[Tensor] = deque(maxlen=keep)  # [B, P / patch**2, Hr, D] each
+        self._v: deque[Tensor] = deque(maxlen=keep)
+        self._sum: tuple[Tensor, Tensor] | None = None
+        self._count = 0
+
+    def check(self, grid: Grid | None) -> None:
+        """Looks whether frames of a grid can be merged.
+
+        Raises:
+            StreamShapeError: the grid is not known, or has a side that is no multiple of the patch.
+        """
+        side = self.patch
+        if grid is None or grid[0] % side or grid[1] % side:
+            raise StreamShapeError(
+                f"frames have {grid} patches, height and width: expected multiples of {side} to merge them"
+            )
+
+    def most(self, patches: int) -> int:
+        """Tokens of all blocks."""
+        return self.keep * (patches // self.patch**2)
+
+    def add(self, past: Past) -> None:
+        """Takes committed frames."""
+        assert past.grid is not None  # checked
+        for index, frame in enumerate(past.frames):
+            assert frame is not None  # the host numbers what it commits
+            k, v = (_pooled(x[:, index], past.grid, self.patch) for x in (past.k, past.v))
+            first = frame % self.frames == 0
+            if not first and self._sum is not None:
+                k, v = self._sum[0] + k, self._sum[1] + v
+            self._sum = k, v
+            self._count = 1 if first else self._count + 1
+            if self._count == self.frames:
+                self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
+
+    def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
+        """The blocks that do not touch the last frames, at their own time seen from a query frame."""
+        rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
+        if not rows:
+            return None
+        middle = (self.frames - 1) // 2 - self.origin(start if query is None else query)
+        places = tuple(self._starts[row] + middle for row in rows)
+        k, v = (torch.stack([held[row] for row in rows], 1) for held in (self._k, self._v))
+        return encode(k, places, self.patch).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Blocks, and the sums of the one that is being filled."""
+        yield from (*self._k, *self._v, *(self._sum or ()))
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        for held in (self._starts, self._k, self._v):
+            held.clear()
+        self._sum, self._count = None, 0
+
+    def _push(self, start: int, k_dtype: torch.dtype, v_dtype: torch.dtype) -> None:
+        assert self._sum is not None
+        k, v = (total / self.frames for total in self._sum)
+        self._starts.append(start)
+        self._k.append(k.to(k_dtype))
+        self._v.append(v.to(v_dtype))
+        self._sum, self._count = None, 0
+
+
+def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
+    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]` float32."""
+    batch, _, heads, dim = x.shape
+    squares = x.float().reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
+    return squares.mean((2, 4)).flatten(1, 2)

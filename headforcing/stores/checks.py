@@ -1,0 +1,133 @@
+"""What a chunk looks like, and whether the next one can follow it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headforcing.errors import ChunkOrderError, NonFiniteKVError, StreamShapeError
+from headforcing.types import Chunk, Heads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a chunk looks like; all but the number of frames must not change inside one video."""
+
+    frames: int
+    sizes: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Shape:
+        """The shape of a chunk.
+
+        Raises:
+            StreamShapeError: its keys and values differ.
+        """
+        if chunk.v.shape != chunk.k.shape:
+            raise StreamShapeError(
+                f"keys are {tuple(chunk.k.shape)}, values {tuple(chunk.v.shape)}: expected the same"
+            )
+        batch, frames, *rest = chunk.k.shape
+        return cls(frames, (batch, *rest), (chunk.k.dtype, chunk.v.dtype), chunk.k.device)
+
+    def check_follows(self, before: Shape | None, layer: int) -> None:
+        """Looks whether they are alike but for the number of frames.
+
+        Raises:
+            StreamShapeError: they are not.
+        """
+        if before is not None and dataclasses.replace(before, frames=self.frames) != self:
+            raise StreamShapeError(
+                f"layer {layer}: keys of this video were {before}, now they are {self}: start a new video "
+                "(frame 0) to change batch, resolution, dtype or device"
+            )
+
+    def __str__(self) -> str:
+        batch, *rest = self.sizes
+        return f"[{batch}, F, {', '.join(map(str, rest))}] {self.dtypes[0]} on {self.device}"
+
+
+def check_order(frames: range, pending: range | None, end: int, again: int | None, layer: int) -> None:
+    """Looks at the frames of a chunk that is not the pending one again.
+
+    Args:
+        frames: of the chunk that begins.
+        pending: of the chunk before it, where it is not committed yet.
+        end: frames committed.
+        again: the frame from which the host said that it runs the last ones again.
+        layer: for the message.
+
+    Raises:
+        ChunkOrderError: a frame would be skipped or lost, or the chunk lies in the past.
+    """
+    if again is not None:
+        if frames.start != again:
+            raise ChunkOrderError(
+                f"layer {layer}: a chunk starts at frame {frames.start}, expected {again}: a prompt switch "
+                "with mode 'recache' said that the frames from there on come again"
+            )
+        return
+    before = range(end - 1, end) if pending is None else pending
+    if pending is not None and frames.start == before.start:
+        raise ChunkOrderError(
+            f"layer {layer}: the chunk at frame {frames.start} comes again with {len(frames)} frames, "
+            f"expected {len(before)}: a chunk keeps its length"
+        )
+    if not before.start < frames.start <= before.stop:
+        or_again = "" if pending is None else f" (or {before.start} again)"
+        raise ChunkOrderError(
+            f"layer {layer}: a chunk starts at frame {frames.start}, expected {before.stop}{or_again}: "
+            "chunks come in order, a new video starts at frame 0"
+        )
+    if frames.stop < before.stop:
+        raise ChunkOrderError(
+            f"layer {layer}: a chunk ends before frame {frames.stop}, expected at least {before.stop}: "
+            "it overlaps the chunk before it and would lose its last frames"
+        )
+
+
+class HostFlag:
+    """Per-head sums on their way to the host; a sum that is not finite names a broken head."""
+
+    def __init__(self, sums: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
+        self._host = sums if sums.device.type == "cpu" else sums.to("cpu", non_blocking=True)
+        self._event: Any = None
+        if sums.device.type != "cpu":
+            self._event = torch.Event(sums.device)
+            self._event.record()
+        self._heads, self._layer, self._frames = heads, layer, frames
+
+    @classmethod
+    def of(cls, staged: Sequence[tuple[Heads, Tensor, Tensor]], layer: int, frames: range) -> HostFlag:
+        """Sums of the keys and values `[B, F, P, Hr, D]` of frames, one reduction per set of heads."""
+        sums = [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for _, k, v in staged for x in (k, v)]  # [Hr]
+        heads = [index for own, *_ in staged for index in own.indices * 2]
+        return cls(torch.cat(sums), tuple(heads), layer, frames)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the verdict is there without waiting."""
+        return self._event is None
+
+    def check(self, consequence: str) -> None:
+        """Waits for the verdict.
+
+        Raises:
+            NonFiniteKVError: a head holds NaN or infinity.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        finite = torch.isfinite(self._host).numpy()
+        broken = sorted({head for head, fine in zip(self._heads, finite, strict=True) if not fine})
+        if broken:
+            raise NonFiniteKVError(
+                f"layer {self._layer}, heads {', '.join(map(str, broken))}: keys or values of frames "
+                f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity, and {consequence}"
+            )

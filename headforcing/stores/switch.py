@@ -1,0 +1,97 @@
+"""Prompt switches: what is asked for when the prompt of a running video changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from headforcing.errors import OptionError
+from headforcing.roles.positions import TRUE, PositionScheme
+from headforcing.types import Tier
+
+Mode = Literal["continue", "smooth", "cut", "recall", "recache"]
+"""What a prompt switch does; see `Switch`."""
+MODES: tuple[Mode, ...] = ("continue", "smooth", "cut", "recall", "recache")
+LASTING: tuple[Tier, ...] = ("sink", "episodic")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A prompt switch that was asked for; it takes effect when the next chunk begins.
+
+    Attributes:
+        mode: `continue` keeps everything. `smooth` drops what is recent and keeps sink and episodic frames,
+            where they are in time. `cut` drops everything but the tiers in `keep`, and time restarts: the
+            next chunk begins a scene as if it began a video. `recall` drops everything, puts back what the
+            heads held at a mark, and time restarts behind it. `recache` drops the last frames, because the
+            host runs them again under the new prompt.
+        keep: tiers that outlive a cut.
+        mark: name of the mark to recall.
+        frames: frames that the host runs again.
+    """
+
+    mode: Mode
+    keep: tuple[Tier, ...] = ()
+    mark: str | None = None
+    frames: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise OptionError(f"mode is {self.mode!r}: expected one of {', '.join(MODES)}")
+        for what, given, mode in (
+            ("keep", self.keep, "cut"),
+            ("mark", self.mark is not None, "recall"),
+            ("frames", self.frames, "recache"),
+        ):
+            if given and self.mode != mode:
+                raise OptionError(f"{what} goes with mode {mode!r}: got mode {self.mode!r}")
+            if not given and self.mode == mode != "cut":
+                raise OptionError(f"mode {mode!r} needs {what}: pass {what}=...")
+        if wrong := [tier for tier in self.keep if tier not in LASTING]:
+            raise OptionError(f"keep has {wrong}: expected some of {', '.join(LASTING)}")
+        if type(self.frames) is not int or self.frames < 0:
+            raise OptionError(f"frames is {self.frames!r}: expected a number of frames, at least 1")
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Tiers that stay where they are in memory."""
+        return LASTING if self.mode == "smooth" else self.keep
+
+    @property
+    def restarts(self) -> bool:
+        """Whether time restarts."""
+        return self.mode in ("cut", "recall")
+
+
+class Shifts:
+    """How far the host moved the frames of a video on the temporal axis, shot by shot."""
+
+    def __init__(self) -> None:
+        self._shots: list[tuple[int, float]] = []  # first frame, shift
+
+    def note(self, start: int, shift: float) -> None:
+        """The frames from `start` on are moved by `shift`."""
+        while self._shots and self._shots[-1][0] >= start:
+            self._shots.pop()
+        if shift != (self._shots[-1][1] if self._shots else 0):
+            self._shots.append((start, shift))
+
+    def moved(
+        self, positions: Sequence[float], frames: Sequence[int | None], scheme: PositionScheme
+    ) -> tuple[float, ...]:
+        """Positions of frames, as the host counts these, where the host puts them; the own chunk comes last.
+
+        True ones move with their shot, adjoining ones with the chunk, others stay in range.
+        """
+        if not self._shots or scheme not in TRUE:
+            return tuple(positions)
+        shifts = [self._of(frame if scheme == "absolute" else frames[-1]) for frame in frames]
+        return tuple(position + shift for position, shift in zip(positions, shifts, strict=True))
+
+    def clear(self) -> None:
+        """A new video."""
+        self._shots.clear()
+
+    def _of(self, frame: int | None) -> float:
+        return next((s for start, s in reversed(self._shots) if frame is not None and frame >= start), 0)

@@ -1,0 +1,34 @@
+"""The check of what `torch.compile` makes of an applied model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from headforcing.adapters.base import Adapter
+from headforcing.testing.kit import Caught, Kit, Skipped, same
+
+
+def compiled_is_one_operator(kit: Kit) -> None:
+    """Compiled attention is one graph, where the adapter says by `outline` what a graph must know."""
+    if type(kit.adapter).outline is Adapter.outline:
+        raise Skipped("attention is served between two graphs (Adapter.outline)")
+    take, frames = kit.forced(), 2 * kit.host.chunk
+    torch._dynamo.reset()
+    try:
+        for path, _ in kit.sites(kit.host.model()):
+            take.model.get_submodule(path).compile(backend="eager", fullgraph=True)
+        with torch.no_grad(), Caught() as caught:
+            outs = take.video(frames)
+    finally:
+        torch._dynamo.reset()
+    assert caught.error is None, (
+        f"compiled attention raises {caught.error!r}: outline() may read no tensor, and must name all that "
+        "output() writes"
+    )
+    same(outs, kit.truth(frames), "compiled: answer() must return what output() does")
+
+
+CHECKS: Sequence[Any] = (compiled_is_one_operator,)

@@ -1,0 +1,1310 @@
+"""Prompt switches: no flushed frame is seen again, a cut is a new video, the new prompt is heard."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import Phase as Phase_
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+
+import headforcing as hf
+from headforcing.demo.world.words import PROMPT_WORDS, WORDS
+from headforcing.errors import (
+    ChunkOrderError,
+    NonFiniteKVError,
+    OptionError,
+    RoleError,
+    StreamActiveError,
+    StreamError,
+    UnsupportedModelError,
+    WindowError,
+)
+from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.episodic import MaxMin, ThresholdFifo, Uniform
+from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.memrope import Averaging
+from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.stores import STORES, KVStore
+from headforcing.stores.compressed import Digests
+from headforcing.stores.reference import ReferenceStore
+from headforcing.stores.ring import RingStore
+from headforcing.stores.scenes import Scenes
+from headforcing.stores.switch import Switch
+from headforcing.testing import snapshot
+from headforcing.testing.strategies import frame_tensor, queries
+from headforcing.types import Chunk, Heads
+from tests.hosts.rig import Caches, Rig
+
+WINDOW, CHUNK = 12, 4
+GRID = (2, 2)
+NAMES = ("a", "b")
+FAST_STORES = [store for name, store in STORES.items() if name != "reference"]
+
+
+def encode(x: Tensor, positions: Any, patch: int = 1) -> Tensor:
+    """Stands for RoPE: exact, and different for every position."""
+    return x + 1000.0 * torch.tensor(positions, dtype=x.dtype)[:, None, None, None]
+
+
+def grouped(row: list[HeadRole]) -> dict[HeadRole, Heads]:
+    heads: dict[HeadRole, list[int]] = {}
+    for head, role in enumerate(row):
+        heads.setdefault(role, []).append(head)
+    return {role: Heads(indices, len(row)) for role, indices in heads.items()}
+
+
+# What has to be held, on frame numbers and Python lists ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame as it was shot: `time` is counted since time restarted, `take` tells two shots apart."""
+
+    time: int
+    number: int
+    take: int
+    unknown: bool = False  # chosen by content
+
+
+Content = Callable[[Frame], Tensor]
+"""Keys of a frame for the heads of a role, `[P, Hr, D]`."""
+
+
+class Past:
+    """What one role holds of one sample, beside whole frames as well."""
+
+    def __init__(self, role: HeadRole, content: Content) -> None:
+        self.role, self.content = role, content
+        self.held: list[Frame] = []
+        self.bank: list[Frame] = []  # episodic frames
+        self.begin, self.since = 0, 0  # time 0 on the host's clock; time of the last switch
+        self.scene: list[Frame] = []  # committed since digests were cleared
+        self.outlived: list[Frame] = []  # held when they were cleared
+        self.averages: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def sink(self) -> int:
+        return getattr(self.role, "sink", 0)
+
+    def time(self, number: int) -> int:
+        return number - self.begin
+
+    def commit(self, frames: list[tuple[int, int]]) -> None:
+        new = [Frame(self.time(number), number, take) for number, take in frames]
+        self.held += new
+        self.scene += new
+
+    def make_room(self, start: int, chunk: int) -> None:
+        """The chunk at `start`, on the host's clock, begins."""
+        before, start = self.held, self.time(start)
+        self.held = self._kept(start, chunk)
+        gone = [frame for frame in before if frame.time not in {f.time for f in self.held}]
+        if isinstance(self.role, Averaging) and gone:
+            gone = gone if self.averages else gone[min(2, len(gone) - 1) :]
+            mean = torch.stack([self.content(frame) for frame in gone]).mean((0, 1))
+            old = self.averages or (mean, mean)
+            weights = (self.role.slow, self.role.fast)
+            self.averages = tuple(x + w * (mean - x) for x, w in zip(old, weights, strict=True))
+
+    def _kept(self, start: int, chunk: int) -> list[Frame]:
+        role, held = self.role, self.held
+        sinks = [f for f in held if f.time < self.sink]
+        others = [f for f in held if f.time >= self.sink]
+
+        def last(count: int) -> list[Frame]:
+            return others[max(len(others) - count, 0) :]
+
+        if isinstance(role, SlidingWindow):
+            return sinks + last(role.window - role.sink - chunk)
+        if isinstance(role, Wave | Strided):
+            phases = range(role.period) if isinstance(role, Wave) else [0]
+            times = {f for phase in phases for f in self.cycle([f.time for f in held], start, phase)}
+            return [f for f in held if f.time in times]
+        if isinstance(role, Veil):
+            return sinks + [f for f in others if f.time >= start - role.recent]
+        if isinstance(role, Averaging):
+            room = role.window - chunk
+            if len(held) <= room and [f.time for f in held] == list(range(len(held))):
+                return held
+            return sinks + last(room - 2 - role.sink)
+        if isinstance(role, Participating):
+            chosen = 0 if [f.time for f in held] == list(range(len(held))) else role.chosen
+            full = len(held) + chosen + chunk > role.window
+            return sinks + last(max(role.recent - chunk, 0)) if full else held
+        if isinstance(role, Dynamic):
+            return sinks + last(1)
+        if isinstance(role, Local | Anchor):
+            return sinks + last(role.recent)
+        return sinks + self._memory(others, last(role.recent)) if isinstance(role, Memory) else held
+
+    def cycle(self, times: Any, start: int, phase: int) -> list[int]:
+        """What a query of this phase reads: first frames, frames of the same phase, and the last ones."""
+        role = self.role
+        ends = [t for t in times if t < role.sink or t >= start - role.recent]
+        middle = [t for t in times if t % role.period == phase and t not in ends]
+        return sorted(ends + middle[max(len(middle) - role.cap, 0) :])
+
+    def _memory(self, others: list[Frame], recent: list[Frame]) -> list[Frame]:
+        lost = False
+        self.bank = [f for f in others if f.time in {b.time for b in self.bank}]
+        for frame in others[: len(others) - len(recent)]:
+            if frame not in self.bank:
+                self.bank.append(frame)
+            if len(self.bank) > self.role.episodic:
+                self.bank.remove(self._victim())
+                lost = True
+        recent = [f for f in recent if f not in self.bank]
+        if lost and self.role.update.reads_keys and self.role.episodic:
+            self.bank = [replace(frame, unknown=True) for frame in self.bank]
+        return self.bank + recent
+
+    def _victim(self) -> Frame:
+        bank, update = self.bank, self.role.update
+        if self.role.episodic == 0:
+            return bank[-1]
+        if isinstance(update, Uniform):
+            if len(bank) < 3:
+                return bank[-1]
+            gaps = {b: c.time - a.time for a, b, c in zip(bank, bank[1:], bank[2:], strict=False)}
+            return max((f for f, gap in gaps.items() if gap == min(gaps.values())), key=lambda f: f.time)
+
+        def alike(a: Frame, b: Frame) -> float:
+            return torch.cosine_similarity(self.content(a), self.content(b), dim=-1).mean().item()
+
+        newest = bank[-1]
+        if isinstance(update, ThresholdFifo):
+            nearest = max((alike(newest, f) for f in bank[:-1]), default=-1.0)
+            return bank[0] if nearest < 1 - update.novelty else newest
+        a, b = max(((x, y) for x in bank for y in bank if x.time < y.time), key=lambda pair: alike(*pair))
+        rest = [f for f in bank if f not in (a, b)]
+        second = [max((alike(f, g) for g in rest), default=-2.0) for f in (a, b)]
+        return a if second[0] > second[1] else b
+
+    def tier(self, frame: Frame, start: int) -> str:
+        role = self.role
+        if isinstance(role, Memory) and frame.unknown:
+            return "episodic"
+        if frame.time < self.sink:
+            return "sink"
+        old = isinstance(role, Memory) and frame.time < self.time(start) - role.recent
+        return "episodic" if old or frame.time < self.since else "recent"
+
+    def mark(self, start: int) -> tuple[list[Frame], list[Frame]]:
+        """What a scene that ends before `start` leaves to be recalled."""
+        if isinstance(self.role, Memory):
+            return list(self.held), list(self.bank)
+        return [frame for frame in self.held if self.tier(frame, start) == "sink"], []
+
+    def turn(self, switch: Switch, start: int, marked: tuple[list[Frame], list[Frame]] | None) -> None:
+        """The first chunk after a switch begins at `start`."""
+        if switch.mode == "continue":
+            return
+        self.scene, self.averages = [], None
+        if switch.mode == "recache":
+            self.held = [frame for frame in self.held if self.begin + frame.time < start]
+            self.since, self.outlived = min(self.since, self.time(start)), self.held
+            return
+        tiers = ("sink", "episodic") if switch.mode == "smooth" else switch.keep
+        if marked is not None:
+            self.held, self.bank = marked
+        else:
+            self.held = [frame for frame in self.held if self.tier(frame, start) in tiers]
+        if switch.mode == "smooth":
+            self.since, self.outlived = self.time(start), self.held
+            return
+        bank = {frame.time for frame in self.bank}
+        rows = list(enumerate(self.held))
+        self.held = self.outlived = [replace(frame, time=row) for row, frame in rows]
+        self.bank = [replace(f, time=row) for row, f in rows if f.time in bank and row >= self.sink]
+        self.begin, self.since = start - len(rows), len(rows)
+
+    def blocks(self, start: int) -> list[list[Frame]]:
+        """Merged blocks that a chunk at `start` sees."""
+        role, times = self.role, {frame.time: frame for frame in self.scene}
+        found = []
+        for first in range(0, max(times, default=-1) + 1, role.block):
+            if all(first + i in times for i in range(role.block)):
+                found.append([times[first + i] for i in range(role.block)])
+        kept = found[max(len(found) - role.blocks, 0) :]
+        return [block for block in kept if block[-1].time < self.time(start) - role.recent]
+
+
+# Stores beside it -----------------------------------------------------------------------------------
+
+
+UPDATES = [MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform()]
+
+
+def every_role() -> st.SearchStrategy[HeadRole]:
+    few, some, two = st.integers(1, 3), st.integers(0, 4), st.sampled_from(["compact", "absolute"])
+    ends = st.sampled_from(["compact", "clamped", "absolute"])
+    return st.one_of(
+        st.just(Full()),
+        st.builds(
+            lambda window, sink, positions: SlidingWindow(
+                window, min(sink, window - CHUNK), positions=positions
+            ),
+            *(st.integers(CHUNK + 1, WINDOW), some, two),
+        ),
+        st.builds(lambda recent, sink, positions: Local(recent, sink, positions=positions), some, some, ends),
+        st.builds(
+            lambda sink, recent, positions: Anchor(sink, recent, positions=positions), some, some, ends
+        ),
+        st.builds(Memory, few, st.integers(0, 3), st.integers(0, 2), st.sampled_from(UPDATES)),
+        st.builds(lambda sink, kept: Memory(sink, kept, 2, Uniform(), positions="absolute"), some, few),
+        st.builds(
+            lambda kind, sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
+            *(st.sampled_from([Wave, Strided]), some, st.integers(1, 7), some, some),
+        ),
+        st.builds(lambda a, b, c, d: Veil(a, b, blocks=c, block=d), some, few, few, few),
+        st.builds(lambda sink: Averaging(WINDOW, sink, 0.25, 0.5), few),
+        st.builds(
+            lambda sink, pieces, skip, positions: Dynamic(sink, pieces, skip, positions=positions),
+            *(st.integers(0, 2), st.sampled_from([2, 4]), st.integers(0, 2), two),
+        ),
+        st.builds(lambda sink, chosen: Participating(WINDOW, sink, 5, chosen), some, few),
+    )
+
+
+def switches() -> st.SearchStrategy[Switch]:
+    keeps = st.lists(st.sampled_from(["sink", "episodic"]), max_size=2, unique=True)
+    return st.one_of(
+        st.sampled_from([Switch("continue"), Switch("smooth"), Switch("smooth")]),
+        st.builds(lambda keep: Switch("cut", tuple(keep)), keeps),
+        st.builds(lambda mark: Switch("recall", mark=mark), st.sampled_from(NAMES)),
+        st.builds(lambda frames: Switch("recache", frames=frames), st.integers(1, 7)),
+    )
+
+
+USUAL: list[list[HeadRole]] = [
+    [Local(3, 1), Veil(1, 1, blocks=2, block=2)],
+    [Memory(1, 2, 2), Averaging(8, 1, 0.25, 0.5)],
+    [Memory(1, 3, 1, Uniform(), positions="absolute"), Full()],
+    [SlidingWindow(8, 2, positions="absolute"), Dynamic(1, 2, 0), Memory(1, 2, 3)],
+    [Participating(8, 1, 4, 1), Local(2, 2, positions="clamped")],
+    [Wave(1, 1, period=2, cap=2), Anchor(1, 2), Memory(2, 4, 2, ThresholdFifo())],
+]
+"""Roles for which every switch makes a difference."""
+
+
+class SwitchMachine(RuleBasedStateMachine):
+    """One final write per chunk into the reference, any number of noisy ones into the other."""
+
+    store: ClassVar[type[KVStore]] = RingStore
+    reference: ClassVar[type[KVStore]] = ReferenceStore
+
+    @initialize(
+        row=st.lists(every_role(), max_size=2),
+        usual=st.sampled_from(USUAL),
+        batch=st.integers(1, 2),
+        seed=st.integers(0, 9),
+        lengths=st.lists(st.integers(1, CHUNK), min_size=3, max_size=5),
+    )
+    def start(
+        self, row: list[HeadRole], usual: list[HeadRole], batch: int, seed: int, lengths: list[int]
+    ) -> None:
+        row = [*row, *usual]
+        self.heads, self.num_heads = grouped(row), len(row)
+        self.clean = self.reference(self.heads, window=WINDOW, layer=0)
+        self.noisy = self.store(self.heads, window=WINDOW, layer=0)
+        self.seed, self.take = seed, 0
+        self._new_video(batch)
+        for chunk, length in enumerate(lengths):
+            self.next_chunk(length, overlap=0, passes=1)
+            if chunk in (0, 2):
+                self.mark(NAMES[chunk // 2])
+
+    # Content
+
+    def _new_video(self, batch: int) -> None:
+        self.batch, self.pending, self.end = batch, None, 0
+        self.due: list[str] = []
+        self.switch: Switch | None = None
+        self.marks: dict[str, dict[HeadRole, list[Any]]] = {}
+        self.past = {
+            role: [Past(role, self._content(role, sample)) for sample in range(batch)] for role in self.heads
+        }
+
+    def _content(self, role: HeadRole, sample: int) -> Content:
+        heads = list(self.heads[role].indices)
+        return lambda frame: self._tensor(range(frame.number, frame.number + 1), frame.take)[sample, 0][
+            :, heads
+        ]
+
+    def _tensor(self, frames: range, take: int, batch: int | None = None) -> Tensor:
+        return frame_tensor(frames, self.seed + 10 * take, batch or self.batch, self.num_heads, tokens=4)
+
+    def _noise(self, frames: range, number: int) -> Chunk:
+        x = self._tensor(frames, -1 - number)
+        return Chunk(frames.start, x, -x, GRID, x)
+
+    def _clean(self) -> None:
+        x = self._tensor(self.pending, self.take)
+        for store in (self.noisy, self.clean):
+            store.write(Chunk(self.pending.start, x, x, GRID, x))
+
+    def _view(self, store: KVStore) -> None:
+        for role in self.heads:
+            for query in queries(role, store.pending):
+                store.view(role, "denoise", encode, query)
+                store.view_digest(role, encode, query)
+
+    # What happens
+
+    @rule(length=st.integers(1, CHUNK), overlap=st.integers(0, 2), passes=st.integers(0, 2))
+    def next_chunk(self, length: int, overlap: int, passes: int) -> None:
+        switch, pending, begin = self.switch, self.pending, self.end
+        if pending is not None:
+            begin = max(pending.stop - overlap, pending.start + 1)
+            length = max(length, pending.stop - begin)
+        if switch is not None and switch.mode == "recache":
+            begin = (self.end if pending is None else pending.stop) - switch.frames
+        frames = range(begin, begin + length)
+        for number in range(passes):
+            self.noisy.write(self._noise(frames, number))
+            self._view(self.noisy)
+        done = [number for number in pending or () if number < begin]
+        self._everyone(lambda past: past.commit([(number, self.take) for number in done]))
+        if switch is None or switch.mode != "recache":
+            self._everyone(lambda past: past.make_room(begin, length))
+        for name in self.due:
+            marked = {role: [past.mark(begin) for past in samples] for role, samples in self.past.items()}
+            self.marks[name] = marked
+        if switch is not None:
+            for role, samples in self.past.items():
+                for sample, past in enumerate(samples):
+                    mark = None if switch.mark is None else self.marks[switch.mark][role][sample]
+                    past.turn(switch, begin, mark)
+            if switch.mode != "continue":
+                self._everyone(lambda past: past.make_room(begin, length))
+        self.due, self.switch = [], None
+        self.pending, self.end = frames, begin
+        self.take += 1
+        self._clean()
+
+    def _everyone(self, what: Callable[[Past], None]) -> None:
+        for samples in self.past.values():
+            for past in samples:
+                what(past)
+
+    @property
+    def _reruns_pending(self) -> bool:
+        again = self.switch is not None and self.switch.mode == "recache"
+        return again and self.pending is not None and self.switch.frames == len(self.pending)
+
+    @precondition(lambda self: self.pending is not None and not self._reruns_pending)
+    @rule(passes=st.integers(1, 2))
+    def rewrite(self, passes: int) -> None:
+        for number in range(passes):
+            self.noisy.write(self._noise(self.pending, 5 + number))
+            self._view(self.noisy)
+        self._clean()
+
+    @precondition(lambda self: self.pending is not None)
+    @rule(name=st.sampled_from(NAMES))
+    def mark(self, name: str) -> None:
+        for store in (self.clean, self.noisy):
+            store.scenes.mark(name)
+        self.due.append(name)
+
+    @precondition(lambda self: self.pending is not None)
+    @rule(wanted=switches())
+    def ask(self, wanted: Switch) -> None:
+        """In the middle of a chunk; the last one asked for counts."""
+        refused = []
+        for store in (self.clean, self.noisy):
+            try:
+                store.check_switch(wanted)
+            except StreamError as error:
+                refused.append(str(error))
+        assert len(refused) in (0, 2)
+        if refused:
+            self._check_refusal(wanted, refused[0])
+            return
+        assert wanted.mark is None or wanted.mark in {*self.marks, *self.due}
+        for store in (self.clean, self.noisy):
+            store.scenes.ask(wanted)
+        self.switch = wanted
+
+    def _check_refusal(self, wanted: Switch, message: str) -> None:
+        if wanted.mode == "recall":
+            assert wanted.mark not in {*self.marks, *self.due}
+            return
+        assert wanted.mode == "recache"
+        first = self.pending.stop - wanted.frames
+        chosen = any(f.unknown for samples in self.past.values() for past in samples for f in past.held)
+        scene = max(past.begin + past.since for samples in self.past.values() for past in samples)
+        assert first < scene or chosen, message
+
+    @precondition(lambda self: self.pending is not None)
+    @rule(wanted=switches(), lengths=st.lists(st.integers(1, CHUNK), min_size=1, max_size=4))
+    def change_scene(self, wanted: Switch, lengths: list[int]) -> None:
+        self.ask(wanted)
+        if not self._reruns_pending:
+            self.rewrite(1)
+        self.only_what_the_definition_holds_is_seen()
+        for length in lengths:
+            self.next_chunk(length, 0, 1)
+            self.only_what_the_definition_holds_is_seen()
+
+    @precondition(lambda self: self.pending is not None and self.switch is None)
+    @rule()
+    def commit(self) -> None:
+        for store in (self.clean, self.noisy):
+            store.commit()
+        done, end = [(number, self.take) for number in self.pending], self.pending.stop
+        self._everyone(lambda past: past.commit(done))
+        self._everyone(lambda past: past.make_room(end, len(done)))
+        self.pending, self.end = None, end
+
+    @precondition(lambda self: self.pending is not None and self.pending.start > 0 and self.take > 9)
+    @rule(batch=st.integers(1, 2), length=st.integers(1, CHUNK), explicit=st.booleans())
+    def new_video(self, batch: int, length: int, explicit: bool) -> None:
+        if explicit:
+            self.clean.reset()
+            self.noisy.reset()
+        elif self.switch is not None and self.switch.frames == self.pending.stop:
+            return  # frame 0 comes again
+        self._new_video(batch)
+        self.next_chunk(length, 0, 1)
+
+    # What must hold
+
+    @invariant()
+    def only_what_the_definition_holds_is_seen(self) -> None:
+        if getattr(self, "pending", None) is None:
+            return
+        for role, samples in self.past.items():
+            for store in (self.noisy, self.clean):
+                assert store.frames(role) == [[f.number for f in past.held] for past in samples], role
+            room = role.capacity(len(self.pending))
+            assert room is None or len(samples[0].held) <= room
+            assert samples[0].time(self.pending.start) >= 0
+            for query in queries(role, self.pending):
+                self._check_view(role, query)
+                self._check_digest(role, query)
+
+    def _check_view(self, role: HeadRole, query: int | None) -> None:
+        view, expected = (s.view(role, "denoise", encode, query) for s in (self.noisy, self.clean))
+        assert (view.frames, view.positions) == (expected.frames, expected.positions)
+        assert torch.equal(view.k, expected.k)
+        assert torch.equal(view.v, expected.v)
+        heads = list(self.heads[role].indices)
+        for sample, past in enumerate(self.past[role]):
+            seen = past.held
+            if query is not None and isinstance(role, Wave | Strided):
+                time = past.time(self.pending.start)
+                phase = past.time(query) % role.period if isinstance(role, Wave) else 0
+                read = past.cycle([f.time for f in seen], time, phase)
+                seen = [f for f in seen if f.time in read]
+            own = self._tensor(self.pending, self.take)[sample][:, :, heads]
+            content = torch.stack([*(past.content(frame) for frame in seen), *own])
+            assert torch.equal(view.v[sample], content), "values are those of the frames held, as shot last"
+            assert torch.equal(view.k[sample], encode(content, view.positions)), "and so are keys"
+            names = [None if frame.unknown else frame.number for frame in seen]
+            assert view.frames == (*names, *self.pending)
+            assert view.positions[0] >= 0
+            assert not role.bounded or view.positions[-1] < WINDOW
+            if role.positions == "absolute":
+                times = [f.time for f in seen]
+                assert view.positions == (*times, *(past.time(number) for number in self.pending))
+
+    def _check_digest(self, role: HeadRole, query: int | None) -> None:
+        tokens, expected = (s.view_digest(role, encode, query) for s in (self.noisy, self.clean))
+        assert (tokens is None) == (expected is None)
+        if tokens is None or expected is None:
+            if isinstance(role, Veil):
+                assert self.past[role][0].blocks(self.pending.start) == []
+            return
+        assert all(torch.equal(one, other) for one, other in zip(tokens, expected, strict=True))
+        for sample, past in enumerate(self.past[role]):
+            values = tokens[1][sample]
+            if isinstance(role, Veil):
+                blocks = past.blocks(self.pending.start)
+                means = [torch.stack([past.content(f) for f in block]).mean((0, 1)) for block in blocks]
+                assert len(values) == len(means), "merged blocks are of this scene"
+                assert torch.allclose(values, torch.stack(means), atol=1e-5)
+            elif isinstance(role, Averaging):
+                assert past.averages is not None
+                means = [average for average in past.averages for _ in range(4)]
+                assert torch.allclose(values, torch.stack(means), atol=1e-5), "averages are of this scene"
+            else:
+                frames = [*past.scene, *(past.outlived if isinstance(role, Participating) else ())]
+                known = torch.cat([past.content(frame) for frame in frames])
+                assert all((known == token).flatten(1).all(1).any() for token in values), "so are pieces"
+
+    @invariant()
+    def marks_hold_what_they_name_and_no_more(self) -> None:
+        if getattr(self, "pending", None) is None:
+            return
+        size = 4 * 4 * 4  # tokens, float32, D = 4
+        held = sum(
+            len(frames) * (2 * size * len(self.heads[role]) + 8)
+            for marked in self.marks.values()
+            for role, samples in marked.items()
+            for frames, _ in samples
+        )
+        for store in (self.noisy, self.clean):
+            tensors = list(store.scenes.tensors())
+            assert sum(t.numel() * t.element_size() for t in tensors) == held
+            assert set(store.scenes.marks) == {*self.marks, *self.due}
+
+
+SETTINGS = settings(stateful_step_count=12, max_examples=settings.default.max_examples)
+
+
+@pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
+def test_no_frame_of_a_flushed_scene_is_ever_seen_again(store: type[KVStore]) -> None:
+    machine = type("Machine", (SwitchMachine,), {"store": store})
+    fewer = settings(SETTINGS, max_examples=3 * settings.default.max_examples // 5)
+    run_state_machine_as_test(machine, settings=fewer)
+
+
+# Planted bugs ---------------------------------------------------------------------------------------
+
+
+def smooth_keeps_recent_frames(patch: pytest.MonkeyPatch) -> None:
+    tiers = Switch.tiers.fget
+    keep = property(lambda s: ("sink", "episodic", "recent") if s.mode == "smooth" else tiers(s))
+    patch.setattr(Switch, "tiers", keep)
+
+
+def a_cut_does_not_restart_time(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Switch, "restarts", property(lambda s: s.mode == "recall"))
+
+
+def recall_returns_another_mark(patch: pytest.MonkeyPatch) -> None:
+    right = Scenes._survivors
+
+    def wrong(self: Scenes, switch: Switch, *rest: Any) -> Any:
+        if switch.mark is not None:
+            switch = replace(switch, mark=min(self._marks))
+        return right(self, switch, *rest)
+
+    patch.setattr(Scenes, "_survivors", wrong)
+
+
+def a_switch_takes_effect_at_once(patch: pytest.MonkeyPatch) -> None:
+    right = KVStore.write
+
+    def wrong(self: KVStore, chunk: Chunk) -> None:
+        asked = self.scenes._switch
+        if chunk.frames == self._pending and asked is not None and asked.mode in ("smooth", "cut"):
+            self._turn(chunk.start)
+        right(self, chunk)
+
+    patch.setattr(KVStore, "write", wrong)
+
+
+def digests_outlive_a_switch(patch: pytest.MonkeyPatch) -> None:
+    right = KVStore._turn
+
+    def wrong(self: KVStore, start: int) -> None:
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(Digests, "clear", Digests.refresh)
+            right(self, start)
+
+    patch.setattr(KVStore, "_turn", wrong)
+
+
+def the_first_switch_asked_for_counts(patch: pytest.MonkeyPatch) -> None:
+    right = Scenes.ask
+    patch.setattr(Scenes, "ask", lambda self, switch: right(self, self._switch or switch))
+
+
+def a_mark_forgets_episodic_frames(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Memory, "recalls", property(lambda self: ("sink", "recent")))
+
+
+def frames_run_again_stay(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("headforcing.stores.scenes._rows_before", lambda frames, first: range(len(frames)))
+
+
+PLANTED = [
+    smooth_keeps_recent_frames,
+    a_cut_does_not_restart_time,
+    recall_returns_another_mark,
+    a_switch_takes_effect_at_once,
+    digests_outlive_a_switch,
+    the_first_switch_asked_for_counts,
+    a_mark_forgets_episodic_frames,
+    frames_run_again_stay,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_the_state_machine_catches_a_planted_bug(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    quick = settings(SETTINGS, phases=[Phase_.generate], report_multiple_bugs=False)
+    with pytest.raises((AssertionError, RuntimeError, IndexError, StreamError, RoleError, WindowError)):
+        run_state_machine_as_test(SwitchMachine, settings=quick)
+
+
+# Stores, case by case -------------------------------------------------------------------------------
+
+
+def chunk_of(start: int, length: int = 3, take: int = 0, heads: int = 1) -> Chunk:
+    x = frame_tensor(range(start, start + length), take, 1, heads, tokens=4)
+    return Chunk(start, x, x, GRID)
+
+
+def told(role: HeadRole, store: str = "ring") -> KVStore:
+    return store_class(store)(grouped([role]), window=WINDOW, layer=0)
+
+
+@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store: str) -> None:
+    role = Local(6)
+    held = told(role, store)
+    for start in (0, 3):
+        held.write(chunk_of(start))
+    for mode, frames, start in (("smooth", 0, 6), ("recache", 6, 3), ("smooth", 0, 6)):
+        held.scenes.ask(Switch(mode, frames=frames))
+        held.write(chunk_of(start, take=1))
+    assert held.frames(role) == [[]]
+
+
+@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
+    held = told(Full(), store)
+    for start in (0, 3, 6):
+        held.write(chunk_of(start))
+    held.scenes.ask(Switch("cut"))
+    held.write(chunk_of(9))
+    with pytest.raises(StreamError, match=r"restarted at frame 9.*frames=3 or fewer"):
+        held.check_switch(Switch("recache", frames=6))
+    held.check_switch(Switch("recache", frames=3))
+
+
+@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+def test_a_commit_between_asking_and_running_again_brings_no_frame_back(store: str) -> None:
+    role = Memory(0, 4, 1)
+    held = told(role, store)
+    for start in range(0, 15, 3):
+        held.write(chunk_of(start))
+    switch = Switch("recache", frames=3)
+    held.check_switch(switch)
+    held.scenes.ask(switch)
+    held.commit()  # frames 12 and 13 may now be among those chosen by content
+    held.write(chunk_of(12, take=1))
+    assert all(frame < 12 for frame in held.frames(role)[0])
+
+
+@pytest.mark.parametrize("mode", ["smooth", "recall"])
+def test_a_commit_by_hand_does_not_change_what_a_switch_keeps(mode: Any) -> None:
+    role, found = Memory(1, 2, 1), []
+    for by_hand in (False, True):
+        held = told(role)
+        for start in range(0, 15, 3):
+            held.write(chunk_of(start))
+        held.scenes.mark("a")
+        if by_hand:
+            held.commit()
+        held.scenes.ask(Switch(mode, mark="a" if mode == "recall" else None))
+        held.write(chunk_of(15))
+        found.append((held.frames(role), sum(t.numel() for t in held.scenes.tensors())))
+    assert found[0] == found[1]
+
+
+def test_memory_stays_the_same_from_switch_to_switch() -> None:
+    modes = (
+        Switch("smooth"),
+        Switch("cut", ("sink",)),
+        Switch("recall", mark="a"),
+        Switch("recache", frames=3),
+    )
+    held = RingStore(grouped([Local(3, 1), Memory(1, 2, 2), Veil(1, 1, blocks=2)]), window=WINDOW, layer=0)
+    start, sizes = 0, []
+    for number in range(60):
+        if number:
+            held.scenes.mark("a")
+            held.check_switch(modes[number % 4])
+            held.scenes.ask(modes[number % 4])
+            start -= modes[number % 4].frames
+        for _ in range(6):
+            held.write(chunk_of(start, heads=3))
+            start += 3
+        sizes.append(held.nbytes())
+    assert sizes[4:32] == sizes[32:]
+
+
+# Models ---------------------------------------------------------------------------------------------
+
+TABLES: dict[str, list[HeadRole]] = {
+    "bounded": [Local(1), Anchor(), Memory(), SlidingWindow(6, 1)],
+    "absolute": [
+        Full(),
+        SlidingWindow(6, 1, positions="absolute"),
+        Local(2, 1, positions="absolute"),
+        Memory(1, 2, 2, Uniform(), positions="absolute"),
+    ],
+    "digests": [Veil(), Averaging(9, 2), Dynamic(1, 4), Wave()],
+}
+
+
+def applied(row: list[HeadRole], window: int = 9, **kind: Any) -> tuple[Rig, hf.HeadForcing]:
+    rig = Rig(window, **kind)
+    return rig, hf.apply_head_forcing(rig.model, [row, row[::-1]])
+
+
+def say(
+    rig: Rig, caches: Caches, start: int, *, prompt: int = 0, draw: int = 0, noise: int | None = None
+) -> Tensor:
+    """One pass over three frames; the noise is that of a chunk at `noise`."""
+    x = rig.noise(start if noise is None else noise, 3, draw=draw)
+    words = (torch.arange(PROMPT_WORDS)[None] + 3 * prompt) % len(WORDS)
+    with torch.no_grad():
+        out: Tensor = rig.model(
+            x,
+            t=torch.full((1,), 0.1 * draw),
+            context=words,
+            kv_cache=caches.kv,
+            crossattn_cache=caches.cross,
+            current_start=start * rig.config.tokens_per_frame,
+        )
+    return out
+
+
+def tell(
+    rig: Rig, caches: Caches, starts: range, *, prompt: int = 0, shift: int = 0, steps: int = 2
+) -> list[Tensor]:
+    """Chunks of three frames, noisy passes and a clean one each."""
+    return [
+        say(rig, caches, start, prompt=prompt, draw=draw, noise=start + shift)
+        for start in starts
+        for draw in reversed(range(steps))
+    ]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def new_prompt_by_host(caches: Caches) -> None:
+    for cross in caches.cross:
+        cross["is_init"] = False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("row", TABLES.values(), ids=TABLES)
+def test_a_cut_is_a_new_video_bit_for_bit(row: list[HeadRole], dtype: torch.dtype) -> None:
+    fresh, _ = applied(row, dtype=dtype)
+    expected = tell(fresh, fresh.caches(), range(0, 18, 3), prompt=1)
+    rig, handle = applied(row, dtype=dtype)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 12, 3))
+    say(rig, caches, 12, draw=1)
+    handle.switch_prompt("cut")  # in the middle of a chunk
+    say(rig, caches, 12)
+    assert equal(tell(rig, caches, range(15, 33, 3), prompt=1, shift=-15), expected)
+
+
+def test_a_cut_that_is_not_asked_for_is_not_a_new_video() -> None:
+    fresh, _ = applied(TABLES["bounded"])
+    expected = tell(fresh, fresh.caches(), range(0, 6, 3), prompt=1)
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 12, 3))
+    handle.switch_prompt("smooth")
+    assert not equal(tell(rig, caches, range(12, 18, 3), prompt=1, shift=-12), expected)
+
+
+@pytest.mark.parametrize("row", TABLES.values(), ids=TABLES)
+def test_continue_is_no_call_at_all_where_the_host_projects_the_prompt_anew(row: list[HeadRole]) -> None:
+    found = []
+    for asks in (False, True):
+        rig, handle = applied(row)
+        caches = rig.caches()
+        outputs = tell(rig, caches, range(0, 12, 3))
+        if asks:
+            handle.switch_prompt("continue")
+        new_prompt_by_host(caches)
+        found.append(outputs + tell(rig, caches, range(12, 24, 3), prompt=1))
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("mode", ["continue", "smooth", "cut", "recall", "recache"])
+def test_the_chunk_that_runs_is_rewritten_bit_for_bit(mode: Any) -> None:
+    extra = {"recall": {"mark": "a"}, "recache": {"frames": 6}}.get(mode, {})
+    rig, handle = applied(TABLES["bounded"], window=12)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 12, 3))
+    handle.mark("a")
+    before = [say(rig, caches, 9, draw=draw) for draw in (3, 2, 0)]
+    handle.switch_prompt(mode, **extra)
+    assert equal([say(rig, caches, 9, draw=draw) for draw in (3, 2, 0)], before)
+
+
+def test_smooth_keeps_first_and_episodic_frames_and_recall_brings_a_scene_back() -> None:
+    row = [Memory(1, 2, 2, Uniform()), Local(3, 1), Anchor(), Full()]
+    rig, handle = applied(row, window=9)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 9, 3))
+    handle.mark("street")
+    assert handle.marks == ("street",)
+    handle.switch_prompt("smooth")
+    say(rig, caches, 9, prompt=1)
+    assert handle.frames(0, 1) == [[[0]]]
+    assert handle.frames(0, 2) == [[[0]]]
+    assert handle.frames(0, 3) == [[[]]]
+    assert all(frame < 7 for frame in handle.frames(0, 0)[0][0]), "7 and 8 were recent"
+    tell(rig, caches, range(12, 18, 3), prompt=1)
+    handle.switch_prompt("cut")
+    say(rig, caches, 18, prompt=2)
+    assert [handle.frames(0, head) for head in range(4)] == [[[[]]]] * 4
+    handle.switch_prompt("recall", mark="street")
+    say(rig, caches, 21)
+    assert set(handle.frames(0, 0)[0][0]) <= set(range(9))
+    assert {0, 7, 8} <= set(handle.frames(0, 0)[0][0]), "what was recent comes back as well"
+    assert [handle.frames(0, head) for head in (1, 2, 3)] == [[[[0]]], [[[0]]], [[[]]]]
+    caches.new_video()
+    tell(rig, caches, range(0, 3, 3))
+    assert handle.marks == ()
+
+
+# Running frames again -------------------------------------------------------------------------------
+
+ALL: list[HeadRole] = [Full(), Anchor(), SlidingWindow(21, positions="absolute"), Memory(1, 8, 8)]
+"""Roles that hold everything for twenty-one frames, or never need what they let go."""
+
+
+def test_running_frames_again_is_a_run_in_which_the_first_version_never_happened() -> None:
+    rig, _ = applied(ALL, window=21)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 9, 3))
+    new_prompt_by_host(caches)
+    expected = tell(rig, caches, range(9, 21, 3), prompt=1)
+    rig, handle = applied(ALL, window=21)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 15, 3))
+    handle.switch_prompt("recache", frames=6)
+    assert equal(tell(rig, caches, range(9, 21, 3), prompt=1), expected)
+
+
+def test_of_the_frames_before_those_that_run_again_every_head_holds_what_it_held() -> None:
+    row = [Local(4), Memory(1, 2, 5, Uniform()), SlidingWindow(8, 1), Anchor(1, 5)]
+    rig, handle = applied(row, window=12)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 15, 3))
+    held = [handle.frames(layer, head)[0][0] for layer in (0, 1) for head in range(4)]
+    handle.switch_prompt("recache", frames=4)
+    say(rig, caches, 11, prompt=1)
+    assert [handle.frames(layer, head)[0][0] for layer in (0, 1) for head in range(4)] == [
+        [frame for frame in frames if frame < 11] for frames in held
+    ]
+
+
+def test_frames_that_run_again_from_the_wrong_one_are_refused_and_the_right_one_still_works() -> None:
+    found = []
+    for wrong in ((), (15, 12, 6)):
+        rig, handle = applied(ALL, window=21)
+        caches = rig.caches()
+        tell(rig, caches, range(0, 15, 3))
+        handle.switch_prompt("recache", frames=6)
+        for start in wrong:
+            if start == 12:
+                say(rig, caches, 12)  # the chunk that runs may still be rewritten
+                continue
+            with pytest.raises(ChunkOrderError, match=rf"starts at frame {start}, expected 9.*'recache'"):
+                say(rig, caches, start, prompt=1)
+        found.append(tell(rig, caches, range(9, 15, 3), prompt=1))
+    assert equal(*found)
+
+
+def test_the_whole_video_can_run_again() -> None:
+    fresh, _ = applied(ALL, window=21)
+    expected = tell(fresh, fresh.caches(), range(0, 9, 3), prompt=1)
+    rig, handle = applied(ALL, window=21)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    handle.switch_prompt("recache", frames=6)
+    assert equal(tell(rig, caches, range(0, 9, 3), prompt=1), expected)
+
+
+def test_frames_chosen_by_content_that_cannot_be_told_apart_are_refused_before_anything_changes() -> None:
+    found = []
+    for asks in (False, True):
+        rig = Rig(9)
+        rows = [[Local()] * 4, [Memory(1, 2, 1)] * 4]
+        handle = hf.apply_head_forcing(rig.model, rows)
+        caches, before = rig.caches(), snapshot(rig.model)
+        tell(rig, caches, range(0, 18, 3))
+        if asks:
+            with pytest.raises(StreamError, match=r"layer 1: Memory.*among the last 6: run fewer"):
+                handle.switch_prompt("recache", frames=6)
+            assert before.diff(snapshot(rig.model)) == []
+        found.append(tell(rig, caches, range(18, 24, 3)))
+        handle.switch_prompt("recache", frames=3)  # those were never chosen
+        found[-1] += tell(rig, caches, range(21, 24, 3), prompt=1)
+    assert equal(*found)
+
+
+# The prompt is heard --------------------------------------------------------------------------------
+
+
+class Projections:
+    """Counts how often every layer projects a prompt."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.counts = [0] * len(rig.model.blocks)
+        for layer, block in enumerate(rig.model.blocks):
+            block.cross_attn.k.register_forward_hook(lambda *_, layer=layer: self._count(layer))
+
+    def _count(self, layer: int) -> None:
+        self.counts[layer] += 1
+
+    def take(self) -> list[int]:
+        counts, self.counts = self.counts, [0] * len(self.counts)
+        return counts
+
+
+@pytest.mark.parametrize("mode", ["continue", "smooth", "cut", "recall", "recache"])
+def test_a_host_that_keeps_the_old_prompt_hears_the_new_one(mode: Any) -> None:
+    extra = {"recall": {"mark": "a"}, "recache": {"frames": 3}}.get(mode, {})
+    found = []
+    for by_host, by_us in ((True, True), (False, True), (False, False)):
+        rig, handle = applied(TABLES["bounded"])
+        caches = rig.caches()
+        tell(rig, caches, range(0, 9, 3))
+        handle.mark("a")
+        handle.switch_prompt(mode, **extra)
+        if by_host:
+            new_prompt_by_host(caches)
+        if not by_us:
+            for block in rig.model.blocks:
+                block.cross_attn._forward_pre_hooks.clear()
+        begin = 9 - extra.get("frames", 0)
+        found.append(tell(rig, caches, range(begin, begin + 6, 3), prompt=1))
+    assert equal(found[0], found[1])
+    assert not equal(found[0], found[2]), "the control: without us it does not"
+
+
+def test_every_layer_of_both_branches_projects_once_per_switch_and_the_branches_keep_their_own() -> None:
+    rig, handle = applied(TABLES["bounded"])
+    with_prompt, without = rig.caches(), rig.caches()
+
+    def passes(start: int, draw: int, prompt: int) -> tuple[list[int], list[int]]:
+        say(rig, with_prompt, start, prompt=prompt, draw=draw)
+        once = projections.take()
+        say(rig, without, start, prompt=7, draw=draw)
+        return once, projections.take()
+
+    projections = Projections(rig)
+    assert passes(0, 1, 0) == ([1, 1], [1, 1])
+    for prompt in (1, 2):
+        start = 6 * prompt
+        for first in (start - 6, start - 3):
+            assert [passes(first, draw, prompt - 1) for draw in (2, 1)][-1] == ([0, 0], [0, 0])
+        handle.switch_prompt("smooth")
+        handle.switch_prompt("continue")
+        assert passes(start - 3, 0, prompt - 1) == ([0, 0], [0, 0]), "not in this chunk"
+        assert passes(start, 1, prompt) == ([1, 1], [1, 1])
+        assert passes(start, 0, prompt) == ([0, 0], [0, 0])
+    keys = [cross["k"] for cross in with_prompt.cross]
+    assert not equal(keys, [cross["k"] for cross in without.cross])
+
+
+def test_after_many_switches_there_is_one_hook_per_layer_and_none_after_remove() -> None:
+    rig = Rig(9)
+    before = snapshot(rig.model)
+    handle = hf.apply_head_forcing(rig.model, Local())
+    caches = rig.caches()
+    for start in range(0, 15, 3):
+        say(rig, caches, start)
+        handle.switch_prompt("smooth")
+    assert [len(block.cross_attn._forward_pre_hooks) for block in rig.model.blocks] == [1, 1]
+    handle.remove()
+    assert before.diff(snapshot(rig.model)) == []
+
+
+def test_the_hooks_of_somebody_else_stay() -> None:
+    rig, handle = applied(TABLES["bounded"])
+    heard: list[int] = []
+    rig.model.blocks[0].cross_attn.register_forward_pre_hook(lambda *_: heard.append(0))
+    caches = rig.caches()
+    say(rig, caches, 0)
+    handle.switch_prompt("cut")
+    handle.remove()
+    tell(rig, rig.caches(), range(0, 3, 3))
+    assert len(heard) == 3
+
+
+def test_a_deep_copy_hears_its_own_prompts_and_is_cleaned_on_its_own() -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    handle.switch_prompt("continue")
+    twin = Rig(9)
+    twin.model = copy.deepcopy(rig.model)
+    own = hf.apply_head_forcing(twin.model, [TABLES["bounded"], TABLES["bounded"][::-1]])
+    assert own is not handle
+    theirs, projections = twin.caches(), Projections(twin)
+    tell(twin, theirs, range(0, 6, 3))
+    assert projections.take() == [1, 1]
+    own.switch_prompt("smooth")
+    tell(twin, theirs, range(6, 9, 3), prompt=1)
+    assert projections.take() == [1, 1]
+    assert [len(block.cross_attn._forward_pre_hooks) for block in twin.model.blocks] == [1, 1]
+    del own
+    hf.remove_head_forcing(twin.model)
+    assert [len(block.cross_attn._forward_pre_hooks) for block in twin.model.blocks] == [0, 0]
+    assert [len(block.cross_attn._forward_pre_hooks) for block in rig.model.blocks] == [1, 1]
+
+
+def test_a_handle_made_anew_switches_and_takes_the_hooks_out() -> None:
+    rig = Rig(9)
+    before = snapshot(rig.model)
+    caches = rig.caches()
+    row = [TABLES["bounded"]] * 2
+    handle = hf.apply_head_forcing(rig.model, row)
+    say(rig, caches, 0)
+    handle.switch_prompt("continue")
+    del handle
+    handle = hf.apply_head_forcing(rig.model, row)
+    handle.switch_prompt("smooth")
+    projections = Projections(rig)
+    say(rig, caches, 3, prompt=1)
+    assert projections.take() == [1, 1]
+    for block in rig.model.blocks:
+        block.cross_attn.k._forward_hooks.clear()
+    handle.remove()
+    assert before.diff(snapshot(rig.model)) == []
+
+
+class Mute(type(Rig().model.blocks[0])):  # type: ignore[misc]
+    """A block that hears no prompt."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.__dict__["cross_attn"] = lambda x, *_: torch.zeros_like(x)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del self.__dict__["cross_attn"]
+
+
+def test_a_model_without_cross_attention_is_refused_and_nothing_changes() -> None:
+    rig = Rig(9)
+    rig.model.blocks[1].__class__ = Mute
+    del rig.model.blocks[1].cross_attn
+    handle = hf.apply_head_forcing(rig.model, Local())
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    before = snapshot(rig.model)
+    with pytest.raises(UnsupportedModelError, match="no cross_attn"):
+        handle.switch_prompt("cut")
+    assert before.diff(snapshot(rig.model)) == []
+    assert _asked(handle) == set()
+
+
+def test_an_adapter_that_names_too_few_cross_attentions_is_refused_and_nothing_changes() -> None:
+    from headforcing.integrations.self_forcing import SelfForcing
+
+    class Short(SelfForcing):
+        def cross_attentions(self, model: Any) -> Any:
+            return super().cross_attentions(model)[:1]
+
+    rig = Rig(9)
+    handle = hf.apply_head_forcing(rig.model, Local(), adapter=Short())
+    say(rig, rig_caches := rig.caches(), 0)
+    before = snapshot(rig.model)
+    with pytest.raises(StreamError, match="1 cross-attentions for 2 layers"):
+        handle.switch_prompt("smooth")
+    assert before.diff(snapshot(rig.model)) == []
+    assert _asked(handle) == set()
+    del rig_caches
+
+
+# Refusals -------------------------------------------------------------------------------------------
+
+
+def _asked(handle: hf.HeadForcing) -> set[Any]:
+    """Switches that are asked for, over all layers and streams."""
+    stores = [stream.store for plan in handle._plans for stream in plan.streams.values()]
+    return {store.scenes._switch for store in stores} - {None}
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"mode": "fade"}, OptionError, "expected one of continue, smooth, cut, recall, recache"),
+    ({"mode": None}, OptionError, "mode is None"),
+    ({"mode": ["cut"]}, OptionError, "expected one of"),
+    ({"mode": "smooth", "keep": ("sink",)}, OptionError, "keep goes with mode 'cut': got mode 'smooth'"),
+    ({"mode": "cut", "frames": 3}, OptionError, "frames goes with mode 'recache': got mode 'cut'"),
+    ({"mode": "cut", "mark": "a"}, OptionError, "mark goes with mode 'recall': got mode 'cut'"),
+    ({"mode": "continue", "mark": ""}, OptionError, "mark goes with mode 'recall'"),
+    ({"mode": "cut", "keep": ("recent",)}, OptionError, "expected some of sink, episodic"),
+    ({"mode": "cut", "keep": "sink"}, OptionError, "expected some of sink, episodic"),
+    ({"mode": "cut", "keep": [1, "x", ["sink"]]}, OptionError, "expected some of sink, episodic"),
+    ({"mode": "recall"}, OptionError, "needs mark"),
+    ({"mode": "recall", "mark": "b"}, StreamError, "nothing is marked 'b', marks are: a"),
+    ({"mode": "recall", "mark": 5}, StreamError, "nothing is marked 5"),
+    ({"mode": "recache"}, OptionError, "needs frames"),
+    ({"mode": "recache", "frames": -3}, OptionError, "expected a number of frames"),
+    ({"mode": "recache", "frames": 3.0}, OptionError, "expected a number of frames"),
+    ({"mode": "recache", "frames": True}, OptionError, "expected a number of frames"),
+    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot come again"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_is_refused_and_nothing_changes(
+    wrong: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    handle.mark("a")
+    before, bytes_before = snapshot(rig.model), handle.status().stored_bytes
+    with pytest.raises(kind, match=message):
+        handle.switch_prompt(**wrong)
+    assert before.diff(snapshot(rig.model)) == []
+    assert _asked(handle) == set()
+    assert (handle.marks, handle.status().stored_bytes) == (("a",), bytes_before)
+
+
+def test_a_refused_switch_leaves_the_one_asked_for_before() -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    handle.switch_prompt("smooth")
+    with pytest.raises(StreamError):
+        handle.switch_prompt("recall", mark="never")
+    assert _asked(handle) == {Switch("smooth")}
+
+
+@pytest.mark.parametrize("name", [None, 5, ["a"]])
+def test_a_mark_needs_a_name(name: Any) -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    say(rig, caches, 0)
+    with pytest.raises(OptionError, match="expected a text"):
+        handle.mark(name)
+    say(rig, caches, 3)
+    assert handle.marks == ()
+
+
+def test_without_a_running_video_there_is_nothing_to_switch_or_mark() -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    before = snapshot(rig.model)
+    for ask in (lambda: handle.switch_prompt("cut"), lambda: handle.mark("a")):
+        with pytest.raises(StreamError, match="no video is running"):
+            ask()
+        say(rig, caches, 0)
+        handle.reset()
+    assert before.diff(snapshot(rig.model)) == []
+    say(rig, caches, 0)
+    handle.remove()
+    with pytest.raises(StreamError, match="no video is running"):
+        handle.switch_prompt("cut")
+
+
+def test_a_new_video_drops_what_was_asked_for() -> None:
+    fresh, _ = applied(TABLES["bounded"])
+    expected = tell(fresh, fresh.caches(), range(0, 9, 3))
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 9, 3))
+    handle.mark("a")
+    handle.switch_prompt("recall", mark="a")
+    caches.new_video()
+    assert equal(tell(rig, caches, range(0, 9, 3)), expected)
+    assert (handle.marks, _asked(handle)) == ((), set())
+
+
+@pytest.mark.parametrize("what", ["switch", "mark"])
+def test_inside_an_attention_call_nothing_can_be_asked_for(what: str) -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    say(rig, caches, 0)
+    attention = rig.model.blocks[0].self_attn
+    removable = attention.o.register_forward_hook(
+        lambda *_: handle.mark("a") if what == "mark" else handle.switch_prompt("cut")
+    )
+    with pytest.raises(StreamActiveError, match="inside an attention call"):
+        say(rig, caches, 3)
+    removable.remove()
+    assert (_asked(handle), handle.marks) == (set(), ())
+
+
+# Known to be wrong ----------------------------------------------------------------------------------
+
+
+def test_between_two_layers_of_a_pass_nothing_can_be_asked_for() -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    seen: dict[int, Any] = {}
+    removable = rig.model.blocks[0].register_forward_hook(lambda *_: handle.switch_prompt("cut"))
+    with handle.observe(lambda o: seen.update({o.layer: sorted(o.frames)})):
+        try:
+            say(rig, caches, 6)
+        except StreamActiveError:
+            return
+    removable.remove()
+    assert seen[0] == seen[1], "every layer switches in the same chunk"
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_new_prompt_is_heard_also_where_the_first_pass_failed(layer: int) -> None:
+    rig, handle = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    handle.switch_prompt("continue")
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    removable = rig.model.blocks[layer].self_attn.o.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        say(rig, caches, 6, prompt=1, draw=1)
+    removable.remove()
+    found = tell(rig, caches, range(6, 9, 3), prompt=1)
+    rig, _ = applied(TABLES["bounded"])
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    new_prompt_by_host(caches)
+    assert equal(found, tell(rig, caches, range(6, 9, 3), prompt=1))
+
+
+def test_a_broken_chunk_can_run_again() -> None:
+    rig, handle = applied(ALL, window=21)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 6, 3))
+    removable = rig.model.blocks[1].self_attn.k.register_forward_hook(lambda _, __, out: out * torch.nan)
+    say(rig, caches, 6)
+    removable.remove()
+    handle.switch_prompt("recache", frames=3)
+    say(rig, caches, 6, prompt=1)
+
+
+def test_a_broken_chunk_that_should_run_again_leaves_the_layers_alike() -> None:
+    rig, handle = applied(ALL, window=21)
+    caches = rig.caches()
+    tell(rig, caches, range(0, 9, 3))
+    removable = rig.model.blocks[1].self_attn.k.register_forward_hook(lambda _, __, out: out * torch.nan)
+    say(rig, caches, 9)
+    removable.remove()
+    handle.switch_prompt("recache", frames=6)
+    try:
+        say(rig, caches, 6, prompt=1)
+    except NonFiniteKVError:
+        stores = [stream.store for plan in handle._plans for stream in plan.streams.values()]
+        assert len({(store.pending, store.committed) for store in stores}) == 1

@@ -1,0 +1,158 @@
+"""The documentation tells the truth: its Python runs, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.exists()]
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>```+) *(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks) *$",
+    re.MULTILINE | re.DOTALL,
+)
+NOTEST = re.compile(r'\bnotest="[^"]+"')
+
+
+class Fence(NamedTuple):
+    line: int  # of the first line inside
+    info: str
+    body: str
+
+
+def fences(text: str, language: str) -> list[Fence]:
+    found = []
+    for match in FENCE.finditer(text):
+        info, indent = match["info"].strip(), match["indent"]
+        if re.split(r"[\s{]", info.removeprefix("{."))[0] == language:
+            body = re.sub(f"^{indent}", "", match["body"], flags=re.MULTILINE)
+            found.append(Fence(text.count("\n", 0, match.start("body")) + 1, info, body))
+    return found
+
+
+def run_python(text: str, name: str) -> int:
+    """Runs the fences of one page in one namespace; returns how many."""
+    namespace = {"__name__": "__main__"}
+    tested = [f for f in fences(text, "python") if not NOTEST.search(f.info)]
+    for fence in tested:
+        source = "\n" * (fence.line - 1) + fence.body  # a traceback shows the line of the page
+        exec(compile(source, name, "exec"), namespace)
+    return len(tested)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = []
+    for fence in fences(text, "bash"):
+        if not NOTEST.search(fence.info):
+            lines += fence.body.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|;|\|", line.strip().removeprefix("$ ")):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words = words[1:]
+            found += [words] if words else []
+    return found
+
+
+def make_targets() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+
+
+def console_commands() -> set[str]:
+    typer = pytest.importorskip("typer")
+    cli = pytest.importorskip("headforcing.cli", exc_type=ModuleNotFoundError)
+    return set(getattr(typer.main.get_command(cli.app), "commands", {}))
+
+
+def unknown(text: str) -> list[str]:
+    """Targets and commands that a page names and that do not exist."""
+    missing = []
+    for words in commands(text):
+        names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+        if words[0] == "make":
+            missing += [f"make {name}" for name in names if name not in make_targets()]
+        elif words[0] == "headforcing":
+            missing += [f"headforcing {n}" for n in names[:1] if n not in console_commands()]
+    return missing
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_there_is_a_readme():
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is not written yet")
+    assert ROOT / "README.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python(page.read_text(encoding="utf-8"), str(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_commands_of_a_page_exist(page):
+    assert unknown(page.read_text(encoding="utf-8")) == []
+
+
+def test_fences_of_a_page_share_their_names_and_failures_show():
+    page = "```python\nx = 1\n```\ntext\n\n- item\n\n    ```python\n    assert x == {}\n    ```\n"
+    assert run_python(page.replace("{}", "1"), "page") == 2
+    with pytest.raises(AssertionError):
+        run_python(page.replace("{}", "2"), "page")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent != ROOT], ids=page_id)
+def test_the_site_can_read_the_fences_of_a_page(page):
+    """Beside a bare language it knows attributes in braces only; anything else breaks all that follows."""
+    infos = [match["info"].strip() for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    assert [info for info in infos if not re.fullmatch(r"\w*|\{\.\w+( \w+=\"[^\"]+\")*\}", info)] == []
+
+
+def test_only_a_reason_spares_a_fence():
+    assert run_python('```python notest="needs a GPU"\n1 / 0\n```\n', "page") == 0
+    assert run_python('```{.python notest="needs a GPU"}\n1 / 0\n```\n', "page") == 0
+    assert run_python('```{.python title="a"}\n1\n```\n', "page") == 1
+    with pytest.raises(ZeroDivisionError):
+        run_python('```python notest=""\n1 / 0\n```\n', "page")
+
+
+def test_a_command_that_does_not_exist_is_found():
+    assert unknown("```bash\n$ A=1 make test && make -j2 check  # both\n```\n") == []
+    assert unknown("```bash\nmake tset\n```\n") == ["make tset"]
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert len(links) > 20
+    assert [path for path, _, _ in links if not (ROOT / path).exists()] == []
+    missing = [
+        f"{path}#{place}"
+        for path, _, place in links
+        if place and place not in headings((ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert missing == []
+
+
+def headings(text: str) -> set[str]:
+    """The places in a page that a link may name."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title.lower())) for title in titles}
+
+
+def test_the_porting_guide_names_every_question_of_an_adapter():
+    adapter = pytest.importorskip("headforcing.adapters.base").Adapter
+    said = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
+    public = [name for name in vars(adapter) if not name.startswith("_")]
+    questions = [name for name in public if callable(getattr(adapter, name))]
+    assert len(questions) > 15
+    assert [name for name in questions if not re.search(rf"`{name}[(`]", said)] == []

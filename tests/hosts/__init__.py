@@ -1,0 +1,20 @@
+"""The hosts on which the adapters sit the conformance kit, one module each, named like the adapter's."""
+
+from __future__ import annotations
+
+from headforcing.errors import module_names, named_class
+from headforcing.testing.host import Host
+
+
+def host_names() -> tuple[str, ...]:
+    """Adapters that have a host here."""
+    return module_names(__name__)
+
+
+def find_host(name: str) -> Host:
+    """The host of the adapter `name`.
+
+    Raises:
+        OptionError: there is none; the message lists those there are.
+    """
+    return named_class(__name__, name, Host)()  # type: ignore[type-abstract]
