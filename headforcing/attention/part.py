@@ -1,4 +1,4 @@
-"""What a backend is given: the heads that see the same, with their queries, keys and values."""
+"""What a backend is given: heads that attend to the same keys, with their queries, keys and values."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ Attend = Callable[[Sequence[Part], int], Tensor]
 """Softmax attention of all parts, put together: `[B, L, H, D]`, contiguous, for `L` queries."""
 
 
-def queries(parts: Sequence[Part]) -> int:
-    """Queries of the chunk, `L`, of which a part may hold a few."""
+def num_queries(parts: Sequence[Part]) -> int:
+    """Queries of the chunk, `L`; a part may hold those of one frame only."""
     return max(part.rows.stop or part.q.shape[1] for part in parts)

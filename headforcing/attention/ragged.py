@@ -1,11 +1,14 @@
-"""Ragged heads as one row axis: every head of every sample is a segment of rows. Integers only.
+"""Heads that attend to different numbers of keys, in one call of a varlen kernel.
 
-Kernels for sequences of different lengths take one tensor of rows and the places where sequences begin.
-Here a sequence is a segment: the queries and the keys of one head of one sample. Where the keys of all
-parts are views of one storage, each head's tokens one run of rows, that storage itself is the tensor of
-rows and a segment is where a run begins; likewise the values. Anything else has to be packed.
+A varlen kernel, as FlashAttention's, takes the rows `[T, 1, D]` of many sequences and the numbers of the rows
+where they begin (`cu_seqlens`). Here every head of every sample is a sequence of its own.
 
-Where things lie is all that decides, so a plan is made once per layout and kept.
+Where the keys of all parts are views of one storage, the tokens of each head in neighbouring rows, and values
+lie likewise, these storages are the rows and are read in place. Anything else is packed: copied into new rows
+in every pass. Rows between two heads that nobody attends to, as in buffers that are not full yet, are a
+sequence without queries.
+
+The layout depends on sizes, strides and offsets alone, so it is computed once and cached.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from headforcing.attention.part import Part, queries
+from headforcing.attention.part import Part, num_queries
 
-KEPT = 1024
-"""Plans that are kept: a model has one per layer, phase and length of its memory."""
+CACHED = 1024
+"""Layouts that are cached: a model has one per layer, phase and number of stored frames."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a plan knows of one part: its sizes, and where keys and values lie."""
+class PartLayout:
+    """Sizes of one part, and where its keys and values lie."""
 
     batch: int
     heads: int
@@ -43,20 +47,20 @@ class Place:
     k: Address
     v: Address
 
-    def members(self) -> list[tuple[int, int]]:
-        """Samples and heads."""
+    def sequences(self) -> list[tuple[int, int]]:
+        """Sample and head of each."""
         return list(itertools.product(range(self.batch), range(self.heads)))
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Everything a plan depends on."""
+class CallLayout:
+    """All parts of one call: everything a `RaggedLayout` depends on."""
 
-    places: tuple[Place, ...]
+    parts: tuple[PartLayout, ...]
     dim: int
 
     @classmethod
-    def of(cls, parts: Sequence[Part]) -> Layout:
+    def of(cls, parts: Sequence[Part]) -> CallLayout:
         """The layout of the parts of one call."""
         storages: dict[int, int] = {}
 
@@ -64,24 +68,24 @@ class Layout:
             memory = x.untyped_storage().data_ptr()
             return Address(storages.setdefault(memory, len(storages)), int(x.storage_offset()), x.stride())
 
-        def place(part: Part) -> Place:
-            batch, asked, heads, _ = part.q.shape
-            return Place(batch, heads, asked, part.k.shape[1], address(part.k), address(part.v))
+        def layout(part: Part) -> PartLayout:
+            batch, queries, heads, _ = part.q.shape
+            return PartLayout(batch, heads, queries, part.k.shape[1], address(part.k), address(part.v))
 
-        return cls(tuple(place(part) for part in parts), parts[0].q.shape[-1])
+        return cls(tuple(layout(part) for part in parts), parts[0].q.shape[-1])
 
 
 @dataclass(frozen=True)
-class Run:
-    """Where the segments of one part begin: sample `b`, head `h` in row `first + b*sample + h*head`."""
+class Rows:
+    """The rows of one part: those of sample `b` and head `h` begin at `first + b*sample + h*head`."""
 
     first: int
     sample: int
     head: int
 
-    def at(self, member: tuple[int, int]) -> int:
+    def start(self, sequence: tuple[int, int]) -> int:
         """The first row of a sample and head."""
-        return self.first + member[0] * self.sample + member[1] * self.head
+        return self.first + sequence[0] * self.sample + sequence[1] * self.head
 
     def view(self, rows: Tensor, like: Tensor) -> Tensor:
         """The part's rows of a dense `[rows, 1, D]` in the shape of `like`, `[B, L, Hr, D]`."""
@@ -90,27 +94,26 @@ class Run:
         return rows.as_strided(like.shape, strides, rows.storage_offset() + self.first * dim)
 
 
-@dataclass(frozen=True, eq=False)  # equal only to itself, so that what is built from it is found quickly
-class Plan:
-    """The segments of one call, in the order of their keys.
+@dataclass(frozen=True, eq=False)  # equal only to itself, so that its index tensors are found quickly
+class RaggedLayout:
+    """The sequences of one kernel call, in the order of their keys.
 
     Attributes:
-        asked: first query row of every segment; behind the last one where the rows end.
-        queries: how many of them count.
-        begins: first key row of every segment; behind the last one where the rows end.
-        used: how many of them count; the rows up to the next segment are not read.
-        q_runs: query rows by part.
-        k_runs: key rows by part.
-        bases: where row 0 of keys and of values lies in its storage, in elements; `None`: keys and values
-            have to be packed.
+        cu_seqlens_q: first query row of every sequence, and the number of query rows at the end.
+        cu_seqlens_k: first key row of every sequence, and the number of key rows at the end.
+        max_q: queries of the longest sequence.
+        max_k: keys of the longest sequence that has queries.
+        q_rows: query rows by part.
+        k_rows: key rows by part.
+        bases: where row 0 of keys and of values lies in its storage, in elements; `None`: packed.
     """
 
-    asked: tuple[int, ...]
-    queries: tuple[int, ...]
-    begins: tuple[int, ...]
-    used: tuple[int, ...]
-    q_runs: tuple[Run, ...]
-    k_runs: tuple[Run, ...]
+    cu_seqlens_q: tuple[int, ...]
+    cu_seqlens_k: tuple[int, ...]
+    max_q: int
+    max_k: int
+    q_rows: tuple[Rows, ...]
+    k_rows: tuple[Rows, ...]
     bases: tuple[int, int] | None
 
     @property
@@ -119,132 +122,135 @@ class Plan:
         return self.bases is None
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """The row behind the last key of every segment."""
-        return tuple(begin + used for begin, used in zip(self.begins, self.used, strict=False))
+    def gaps(self) -> bool:
+        """Whether there are rows that nobody attends to."""
+        return any(row == after for row, after in itertools.pairwise(self.cu_seqlens_q))
 
 
-@functools.lru_cache(maxsize=KEPT)
-def plan_of(layout: Layout, step: int = 1, gaps: bool = True) -> Plan:
-    """The plan of a layout: in place where that is possible.
+@functools.lru_cache(maxsize=CACHED)
+def ragged_layout(call: CallLayout, gaps: bool = True) -> RaggedLayout:
+    """The layout of a call: in place where that is possible.
 
     Args:
-        layout: where parts lie.
-        step: query rows of every segment are filled up to a multiple of this.
-        gaps: whether rows between segments are left alone by the kernel; where not, parts that have such
-            rows between them are packed.
+        call: where parts lie.
+        gaps: whether there may be rows that nobody attends to; if not, parts with such rows between them are
+            packed.
     """
-    keys = _in_place([(place, place.k) for place in layout.places], layout.dim)
-    values = _in_place([(place, place.v) for place in layout.places], layout.dim)
+    keys = _in_place([(part, part.k) for part in call.parts], call.dim)
+    values = _in_place([(part, part.v) for part in call.parts], call.dim)
     if keys is not None and values is not None and keys[0] == values[0]:
-        plan = _plan(layout, keys[0], (keys[1], values[1]), step)
-        if plan is not None and (gaps or plan.ends == plan.begins[1:]):
-            return plan
-    packed = _plan(layout, _packed(layout), None, step)
+        layout = _layout(call, keys[0], (keys[1], values[1]))
+        if layout is not None and (gaps or not layout.gaps):
+            return layout
+    packed = _layout(call, _packed(call), None)
     assert packed is not None
     return packed
 
 
-def _in_place(sides: Sequence[tuple[Place, Address]], dim: int) -> tuple[tuple[Run, ...], int] | None:
-    """Where parts lie in rows of `D` elements of one storage, and where row 0 does; `None`: in no such."""
+def _in_place(sides: Sequence[tuple[PartLayout, Address]], dim: int) -> tuple[tuple[Rows, ...], int] | None:
+    """The parts as rows of `D` elements of one storage, and the offset of row 0; `None`: they are not."""
     if len({address.storage for _, address in sides}) > 1:
         return None
     base = min(address.offset for _, address in sides)
-    runs = []
-    for place, address in sides:
+    rows = []
+    for part, address in sides:
         sample, token, head, channel = address.strides
-        sample, head = sample * (place.batch > 1), head * (place.heads > 1)  # the stride of one means nothing
-        in_rows = (token == dim or place.keys == 1) and (channel == 1 or dim == 1)
+        sample, head = sample * (part.batch > 1), head * (part.heads > 1)  # the stride of one means nothing
+        in_rows = (token == dim or part.keys == 1) and (channel == 1 or dim == 1)
         if not in_rows or any(number % dim for number in (address.offset, sample, head)):
             return None
-        runs.append(Run((address.offset - base) // dim, sample // dim, head // dim))
-    return tuple(runs), base
+        rows.append(Rows((address.offset - base) // dim, sample // dim, head // dim))
+    return tuple(rows), base
 
 
-def _packed(layout: Layout) -> tuple[Run, ...]:
+def _packed(call: CallLayout) -> tuple[Rows, ...]:
     """Key rows part by part; the longest come first, so that no long one is left for the end."""
-    runs, row = {}, 0
-    for part, place in sorted(enumerate(layout.places), key=lambda item: -item[1].keys):
-        runs[part] = Run(row, place.heads * place.keys, place.keys)
-        row += place.batch * place.heads * place.keys
-    return tuple(runs[part] for part in range(len(runs)))
+    rows, first = {}, 0
+    for number, part in sorted(enumerate(call.parts), key=lambda item: -item[1].keys):
+        rows[number] = Rows(first, part.heads * part.keys, part.keys)
+        first += part.batch * part.heads * part.keys
+    return tuple(rows[number] for number in range(len(rows)))
 
 
-def _plan(layout: Layout, runs: tuple[Run, ...], bases: tuple[int, int] | None, step: int) -> Plan | None:
-    """The plan of key rows; `None`: segments share rows, or queries would lie in an order no view has."""
-    segments = sorted(
-        (run.at(member), part, member)
-        for part, (place, run) in enumerate(zip(layout.places, runs, strict=True))
-        for member in place.members()
+def _layout(call: CallLayout, k_rows: tuple[Rows, ...], bases: tuple[int, int] | None) -> RaggedLayout | None:
+    """The layout of key rows; `None`: heads share rows, or no view has the order of the query rows."""
+    sequences = sorted(
+        (rows.start(sequence), number, sequence)
+        for number, (part, rows) in enumerate(zip(call.parts, k_rows, strict=True))
+        for sequence in part.sequences()
     )
-    places = [layout.places[part] for _, part, _ in segments]
-    begins = [begin for begin, _, _ in segments]
-    ends = [begin + place.keys for begin, place in zip(begins, places, strict=True)]
-    if any(end > after for end, after in zip(ends, begins[1:], strict=False)):
-        return None
-    lengths = [-(-place.queries // step) * step for place in places]
-    asked = list(itertools.accumulate(lengths, initial=0))
-    rows = {(part, member): row for (_, part, member), row in zip(segments, asked, strict=False)}
-    q_runs = []
-    for part, place in enumerate(layout.places):
-        first = rows[part, (0, 0)]
-        steps = [rows.get((part, member), first) - first for member in ((1, 0), (0, 1))]
-        q_runs.append(Run(first, *steps))
-        if any(q_runs[-1].at(member) != rows[part, member] for member in place.members()):
+    row, cu_seqlens_q, cu_seqlens_k = 0, [0], [0]
+    starts: dict[tuple[int, tuple[int, int]], int] = {}
+    for start, number, sequence in sequences:
+        if start < cu_seqlens_k[-1]:
             return None
-    return Plan(
-        asked=tuple(asked),
-        queries=tuple(place.queries for place in places),
-        begins=(*begins, ends[-1]),
-        used=tuple(place.keys for place in places),
-        q_runs=tuple(q_runs),
-        k_runs=runs,
+        if start > cu_seqlens_k[-1]:  # a gap
+            cu_seqlens_q.append(row)
+            cu_seqlens_k.append(start)
+        starts[number, sequence] = row
+        row += call.parts[number].queries
+        cu_seqlens_q.append(row)
+        cu_seqlens_k.append(start + call.parts[number].keys)
+    q_rows = []
+    for number, part in enumerate(call.parts):
+        first = starts[number, (0, 0)]
+        sample, head = (starts.get((number, one), first) - first for one in ((1, 0), (0, 1)))
+        q_rows.append(Rows(first, sample, head))
+        if any(q_rows[-1].start(sequence) != starts[number, sequence] for sequence in part.sequences()):
+            return None
+    return RaggedLayout(
+        cu_seqlens_q=tuple(cu_seqlens_q),
+        cu_seqlens_k=tuple(cu_seqlens_k),
+        max_q=max(part.queries for part in call.parts),
+        max_k=max(part.keys for part in call.parts),
+        q_rows=tuple(q_rows),
+        k_rows=k_rows,
         bases=bases,
     )
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
-"""Attention of query rows `[Tq, 1, D]` with keys and values `[Tk, 1, D]` by segment: `[Tq, 1, D]`, dense."""
+@functools.lru_cache(maxsize=CACHED)
+def index_tensors(layout: RaggedLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`cu_seqlens_q` and `cu_seqlens_k` on a device, int32; copied there once."""
+    with torch.inference_mode(False):
+        both = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32, device=device)
+    return both[0], both[1]
 
 
-def attend_by(
-    kernel: Kernel, parts: Sequence[Part], num_heads: int, *, step: int = 1, gaps: bool = True
-) -> Tensor:
-    """Attends with one call of a kernel; see `headforcing.attention.backends.Attend`.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+"""`kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)`, rows `[T, 1, D]`; returns dense query rows."""
+
+
+def attend_ragged(kernel: Kernel, parts: Sequence[Part], num_heads: int, *, gaps: bool = True) -> Tensor:
+    """Attends with one call of a varlen kernel; see `headforcing.attention.backends.Attend`.
 
     Args:
-        kernel: attends by segment.
-        parts: heads and what they see.
+        kernel: attends sequence by sequence.
+        parts: heads and what they attend to.
         num_heads: heads of the layer, `H`.
-        step: query rows of every segment are filled up to a multiple of this, with anything.
-        gaps: whether the kernel leaves rows between segments alone, which may hold anything.
+        gaps: whether rows that nobody attends to may hold anything, also NaN.
     """
-    q, plan = parts[0].q, plan_of(Layout.of(parts), step, gaps)
-    rows = q.new_empty(plan.asked[-1], 1, q.shape[-1])
-    for part, run in zip(parts, plan.q_runs, strict=True):
-        run.view(rows, part.q).copy_(part.q)
-    answers = kernel(rows, *key_rows(parts, plan), plan)
-    out = q.new_empty(q.shape[0], queries(parts), num_heads, q.shape[-1])
-    for part, run in zip(parts, plan.q_runs, strict=True):
-        part.heads.put(out[:, part.rows], run.view(answers, part.q))
+    q, layout = parts[0].q, ragged_layout(CallLayout.of(parts), gaps)
+    rows = q.new_empty(layout.cu_seqlens_q[-1], 1, q.shape[-1])
+    for part, q_rows in zip(parts, layout.q_rows, strict=True):
+        q_rows.view(rows, part.q).copy_(part.q)
+    starts = index_tensors(layout, q.device)
+    attended = kernel(rows, *key_rows(parts, layout), *starts, layout.max_q, layout.max_k)
+    out = q.new_empty(q.shape[0], num_queries(parts), num_heads, q.shape[-1])
+    for part, q_rows in zip(parts, layout.q_rows, strict=True):
+        part.heads.put(out[:, part.rows], q_rows.view(attended, part.q))
     return out
 
 
-def key_rows(parts: Sequence[Part], plan: Plan) -> tuple[Tensor, Tensor]:
+def key_rows(parts: Sequence[Part], layout: RaggedLayout) -> tuple[Tensor, Tensor]:
     """Keys and values of all parts as rows, `[Tk, 1, D]` each: in place, or packed."""
-    k, v = [part.k for part in parts], [part.v for part in parts]
-    if plan.bases is None:
-        return _packed(k, plan), _packed(v, plan)
-    return _in_place(k[0], plan, plan.bases[0]), _in_place(v[0], plan, plan.bases[1])
-
-
-def _in_place(x: Tensor, plan: Plan, base: int) -> Tensor:
-    dim = x.shape[-1]
-    return x.as_strided((plan.begins[-1], 1, dim), (dim, dim, 1), base)
-
-
-def _packed(sides: Sequence[Tensor], plan: Plan) -> Tensor:
-    rows = sides[0].new_empty(plan.begins[-1], 1, sides[0].shape[-1])
-    for x, run in zip(sides, plan.k_runs, strict=True):
-        run.view(rows, x).copy_(x)
-    return rows
+    count, dim = layout.cu_seqlens_k[-1], parts[0].k.shape[-1]
+    if layout.bases is not None:
+        sides = zip((parts[0].k, parts[0].v), layout.bases, strict=True)
+        k, v = (x.as_strided((count, 1, dim), (dim, dim, 1), base) for x, base in sides)
+        return k, v
+    k, v = (parts[0].k.new_empty(count, 1, dim) for _ in range(2))
+    for part, rows in zip(parts, layout.k_rows, strict=True):
+        rows.view(k, part.k).copy_(part.k)
+        rows.view(v, part.v).copy_(part.v)
+    return k, v

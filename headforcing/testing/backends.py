@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.attention.backends.sdpa import attend as sdpa
-from headforcing.attention.part import Attend, Part, queries
+from headforcing.attention.part import Attend, Part, num_queries
 from headforcing.types import Heads
 
 WORSE = 2
-"""How many times the error of `sdpa` another backend may have, beside the budget of rounding."""
+"""How many times the error of the plainest computation a backend may have, beside the bound of float32."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +142,17 @@ class Budget:
 
 
 def budget_of(parts: Sequence[Part], num_heads: int) -> Budget:
-    """How far from attention in float64 a backend may be: as `sdpa` is, and as far as rounding explains.
+    """How far from attention in float64 a backend may be: computed from the data, without asking a kernel.
 
-    With unit roundoff `u` of the dtype and `w` of float32, in which kernels accumulate at least, scores
-    `s = q·k/√D` of `D` products are off by `d <= (D + 4) w Σ|q||k|/√D`, so weights by a factor `exp(2d)`;
-    they are rounded to the dtype once, summed with `M` roundings of float32, and so are the outputs. With
-    `A = Σ p|v|`, what the outputs may cancel from, that is `(2d + 2u + 2 M w) A + u |o|`, to first order.
+    Allowed is `WORSE` times the greatest error of the plainest correct computation, which rounds to the dtype
+    after every step, and a bound for kernels that accumulate in float32. With unit roundoff `u` of the dtype
+    and `w` of float32, scores `s = q·k/√D` of `D` products are off by `d <= (D + 4) w Σ|q||k|/√D`, so weights
+    by a factor `exp(2d)`; they are rounded to the dtype once, summed with `M` roundings of float32, and so
+    are the outputs. With `A = Σ p|v|`, what the outputs may cancel from, that is
+    `(2d + 2u + 2 M w) A + u |o|`, to first order.
     """
-    shape = (parts[0].q.shape[0], queries(parts), num_heads, parts[0].q.shape[-1])
-    exact, rounding = (parts[0].q.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    shape = (parts[0].q.shape[0], num_queries(parts), num_heads, parts[0].q.shape[-1])
+    exact, bound, plain = (parts[0].q.new_empty(shape, dtype=torch.float64) for _ in range(3))
     u, w = torch.finfo(parts[0].q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     for part in parts:
         q, k, v = (x.double().transpose(1, 2) for x in (part.q, part.k, part.v))
@@ -160,10 +161,20 @@ def budget_of(parts: Sequence[Part], num_heads: int) -> Budget:
         out, around = weights @ v, weights @ v.abs()
         apart = (q.shape[-1] + 4) * w * scale * (q.abs() @ k.abs().mT).amax(-1, keepdim=True)
         off = (2 * apart + 2 * u + 2 * k.shape[-2] * w) * around + u * out.abs()
-        for whole, piece in ((exact, out), (rounding, off)):
+        for whole, piece in ((exact, out), (bound, off), (plain, _plainest(q, k, v, part.q.dtype))):
             part.heads.put(whole[:, part.rows], piece.transpose(1, 2))
-    known = (sdpa(parts, num_heads).double() - exact).abs().max()
-    return Budget(exact, WORSE * known + rounding)
+    return Budget(exact, WORSE * (plain - exact).abs().max() + bound)
+
+
+def _plainest(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention of float64 tensors `[B, Hr, L or M, D]`, every step rounded to the dtype."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).double()
+
+    root = q.shape[-1] ** -0.25  # PyTorch's operators scale both sides
+    scores = rounded(rounded(root * q) @ rounded(root * k).mT)
+    return rounded(rounded(scores.softmax(-1)) @ v)
 
 
 def check_backend(

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import headforcing as hf
 from headforcing.attention import backends
-from headforcing.attention.backends import Part, auto, find_backend, flash, flex, needs_of, varlen
+from headforcing.attention.backends import Part, auto, find_backend, flash, requirements_of, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
-from headforcing.attention.needs import Case, Needs
-from headforcing.attention.ragged import Layout, plan_of
+from headforcing.attention.ragged import CallLayout, attend_ragged, ragged_layout
+from headforcing.attention.requirements import Case, Requirements
 from headforcing.errors import OptionError, module_names
 from headforcing.roles import Anchor, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
@@ -24,10 +22,8 @@ from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.testing import check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
-from headforcing.testing.strategies import arrangements
 from tests.hosts.rig import Rig
 
-pytestmark = pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
 NAMES = module_names(backends.__name__)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parents[2]
@@ -37,9 +33,6 @@ def case(device: str, dtype: torch.dtype, dim: int = 16) -> Case:
     return Case.of(torch.empty(1, 1, 1, dim, dtype=dtype, device=device))
 
 
-NO_FLEX = needs_of("flex").why_not(case("cpu", torch.float32))
-COMPILES = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex: {NO_FLEX}")
-
 # Every backend in the folder: it attends as the budget allows, or says why it does not.
 
 
@@ -47,10 +40,8 @@ COMPILES = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex: {NO_FLEX}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_backend_attends_or_says_why_not(name, dtype, device, request):
-    reason = needs_of(name).why_not(case(device, dtype))
+    reason = requirements_of(name).why_not(case(device, dtype))
     if reason is None:
-        if (name, device) == ("flex", "cpu") and dtype != torch.float32:
-            pytest.skip("compiled once per dtype: test_flex_in_half_precision")
         check_backend(find_backend(name), device=device, dtypes=[dtype])
         return
     parts = ARRANGEMENTS[0].parts(device, dtype)
@@ -61,35 +52,18 @@ def test_a_backend_attends_or_says_why_not(name, dtype, device, request):
         assert piece in str(error.value)
 
 
-@COMPILES
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flex_in_half_precision(dtype):
-    check_backend(flex.attend, dtypes=[dtype])
-    check_backend(flex.attend, dtypes=[dtype], dim=128)
-
-
-@COMPILES
-@pytest.mark.slow
-@given(arrangements(), st.integers(0, 99))
-def test_flex_compiles_once_for_all_lengths(arrangement, seed):
-    """Beside sizes of one, which PyTorch compiles apart; many more kernels than that it refuses."""
-    parts = arrangement.parts(seed=seed)
-    budget_of(parts, arrangement.num_heads).check(flex.attend(parts, arrangement.num_heads), "flex")
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_backend_is_documented_and_has_its_table(name):
+def test_a_backend_is_documented_and_states_its_requirements(name):
     assert f"`{name}`" in (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
-    assert isinstance(needs_of(name), Needs)
+    assert isinstance(requirements_of(name), Requirements)
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash", "flex"])
+@pytest.mark.parametrize("name", ["varlen", "flash"])
 def test_a_kernel_without_gradients_refuses_to_drop_them(name, monkeypatch):
     parts = ARRANGEMENTS[0].parts()
     parts[0].v.requires_grad_()
     module = backends.named_module(backends.__name__, name)
-    monkeypatch.setattr(module, "NEEDS", Needs())
+    monkeypatch.setattr(module, "REQUIREMENTS", Requirements())
     with pytest.raises(OptionError, match="no gradients"):
         module.attend(parts, 3)
 
@@ -162,7 +136,7 @@ def test_the_budget_is_of_the_size_of_rounding(dtype):
 
 # `auto` chooses by stated conditions.
 
-HERE = needs_of("varlen").missing() is None
+HERE = requirements_of("varlen").missing() is None
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TABLE = [
     (Case("cuda", BF16, 128, (9, 0)), "varlen"),
@@ -188,10 +162,10 @@ def test_auto_chooses_by_a_table(asked, expected):
 
 
 def test_what_pytorch_was_built_with_counts_on_cuda_alone():
-    needs, other = Needs(flash_built=True), Needs()
-    assert "built without it" in str(needs.why_not(Case("cuda", BF16, 128, (9, 0), flash_built=False)))
-    assert needs.why_not(Case("cuda", BF16, 128, (9, 0))) is None
-    assert needs.why_not(Case("cpu", BF16, 128, flash_built=False)) is None
+    built, other = Requirements(flash_built=True), Requirements()
+    assert "built without it" in str(built.why_not(Case("cuda", BF16, 128, (9, 0), flash_built=False)))
+    assert built.why_not(Case("cuda", BF16, 128, (9, 0))) is None
+    assert built.why_not(Case("cpu", BF16, 128, flash_built=False)) is None
     assert other.why_not(Case("cuda", BF16, 128, (9, 0), flash_built=False)) is None
     for device in DEVICES:
         told = torch.backends.cuda.is_flash_attention_available()
@@ -211,7 +185,7 @@ def test_auto_does_not_take_another_one_when_a_kernel_fails(monkeypatch):
 
 
 def test_a_backend_that_is_not_installed_is_refused_at_apply():
-    missing = needs_of("flash").missing()
+    missing = requirements_of("flash").missing()
     if missing is None:
         pytest.skip("flash-attn is installed")
     rig = Rig()
@@ -222,21 +196,11 @@ def test_a_backend_that_is_not_installed_is_refused_at_apply():
     assert not [module for module in rig.model.modules() if "HeadForced" in type(module).__name__]
 
 
-def test_an_older_function_is_told_from_the_one_that_is_needed():
-    old = Needs(
-        function="headforcing.attention.backends.sdpa:attend", argument="seqused_k", remedy="get a newer one"
-    )
-    assert "seqused_k, which is unknown here: get a newer one" in str(old.missing())
+def test_a_library_without_the_function_is_not_enough():
+    old = Requirements(function="headforcing.attention.backends.sdpa:nowhere", remedy="get a newer one")
+    assert "nowhere, which is not here" in str(old.missing())
     with pytest.raises(OptionError, match="get a newer one"):
         old.load()
-    assert "nowhere" in str(Needs(function="headforcing.attention.backends.sdpa:nowhere").missing())
-
-
-def test_flex_says_that_it_needs_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    reason = needs_of("flex").why_not(case("cpu", torch.float32))
-    assert "no C++ compiler 'no-such-compiler'" in str(reason)
-    assert needs_of("flex").why_not(Case("cuda", torch.bfloat16, 128, (9, 0))) is None
 
 
 def test_what_cannot_run_here_says_so_at_the_first_call():
@@ -266,12 +230,12 @@ def film(backend, dtype=torch.float32, store="ring"):
         return video.double(), handle.status()
 
 
-def follows(q, k, v, asked, begins, longest_q, longest_k, seqused_k):
-    """What `varlen_attn` computes, by other means."""
+def varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k):
+    """What the kernel computes, by other means."""
     out = torch.empty_like(q)
-    for i, used in enumerate(seqused_k.tolist()):
-        (a, b), c = asked[i : i + 2].tolist(), int(begins[i])
-        sides = (x.transpose(0, 1) for x in (q[a:b], k[c : c + used], v[c : c + used]))
+    for i in range(len(cu_seqlens_q) - 1):
+        (a, b), (c, d) = (starts[i : i + 2].tolist() for starts in (cu_seqlens_q, cu_seqlens_k))
+        sides = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
         out[a:b] = torch.nn.functional.scaled_dot_product_attention(*sides).transpose(0, 1)
     return out
 
@@ -284,8 +248,8 @@ def exact():
 @pytest.mark.parametrize("store", ["ring", "reference"])
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param("flex", marks=COMPILES), "auto", functools.partial(varlen.attend_with, follows)],
-    ids=["flex", "auto", "varlen without its kernel"],
+    ["auto", functools.partial(attend_ragged, varlen_attn)],
+    ids=["auto", "varlen without its kernel"],
 )
 def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     """Errors grow through layers and chunks as they do for `sdpa`, whose own error is the measure."""
@@ -295,11 +259,10 @@ def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     assert status.backend == (backend if isinstance(backend, str) else "partial")
 
 
-@COMPILES
 def test_a_video_in_inference_mode():
-    rig = Rig(window=9)
-    plain, _ = film("flex")
-    with hf.apply_head_forcing(rig.model, ROLES, window=9, backend="flex"), torch.inference_mode():
+    rig, attend = Rig(window=9), functools.partial(attend_ragged, varlen_attn)
+    plain, _ = film(attend)
+    with hf.apply_head_forcing(rig.model, ROLES, window=9, backend=attend), torch.inference_mode():
         again = torch.stack(rig.video(rig.caches(), 5)).double()
     assert torch.equal(plain, again)
 
@@ -308,12 +271,12 @@ WHOLE = (Local(), Anchor(), Memory(), SlidingWindow(6))
 BESIDE = (Averaging(9), Anchor(), Participating(9, 1, 3, 1), Dynamic(1, pieces=2, positions="compact"))
 
 
-def plans_of(row, chunks, batch=1):
+def layouts_of(row, chunks, batch=1):
     """Where the parts of every call of a video lay, passes with noise first."""
-    plans = []
+    layouts = []
 
     def noting(parts, num_heads):
-        plans.append(plan_of(Layout.of(parts)))
+        layouts.append(ragged_layout(CallLayout.of(parts)))
         return sdpa(parts, num_heads)
 
     rig = Rig(9)
@@ -322,30 +285,30 @@ def plans_of(row, chunks, batch=1):
     for start in range(0, 3 * chunks, 3):
         for draw in (1, 0):
             rig.call(caches, start, 3, draw=draw)
-    return plans
+    return layouts
 
 
 @pytest.mark.parametrize("row", [WHOLE, BESIDE], ids=["whole frames", "and what is kept beside them"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_ring_store_is_read_in_place(batch, row):
     """Where all that is kept is seen, nothing is copied for a kernel that takes rows, warm-up included."""
-    plans = plans_of(row, 12, batch)
-    assert not any(plan.packed for plan in plans)
-    assert plans[-1] is plans[-2], "the plan of a full memory is made once"
+    layouts = layouts_of(row, 12, batch)
+    assert not any(layout.packed for layout in layouts)
+    assert layouts[-1] is layouts[-2], "the layout of full buffers is computed once"
 
 
 @pytest.mark.parametrize("row", [(Wave(),) * 4, (Wave(), Strided(), Veil(), Wave())], ids=["one", "many"])
 def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):
-    plans = plans_of(row, 24)
-    settled = plans[len(plans) // 2 :]
-    assert not any(plan.packed for plan in settled)
-    assert len(settled[0].q_runs) == 3 * len(set(row)), "one per role and query frame"
+    layouts = layouts_of(row, 24)
+    settled = layouts[len(layouts) // 2 :]
+    assert not any(layout.packed for layout in settled)
+    assert len(settled[0].q_rows) == 3 * len(set(row)), "one per role and query frame"
 
 
 def test_the_same_backend_by_name_and_function_is_one_application():
     rig = Rig()
-    handle = hf.apply_head_forcing(rig.model, Local(1), backend="flex")
-    assert hf.apply_head_forcing(rig.model, Local(1), backend=flex.attend) is handle
+    handle = hf.apply_head_forcing(rig.model, Local(1), backend="auto")
+    assert hf.apply_head_forcing(rig.model, Local(1), backend=auto.attend) is handle
     with pytest.raises(hf.errors.AlreadyAppliedError):
-        hf.apply_head_forcing(rig.model, Local(1), backend="auto")
+        hf.apply_head_forcing(rig.model, Local(1), backend="sdpa")
     assert flash.attend is not varlen.attend

@@ -1,8 +1,8 @@
 """The backend that fits the tensors, by stated conditions.
 
-The first of `PREFERRED` that can attend is taken, for all attention of that kind. Conditions are looked at
-beforehand: a kernel that fails is an error, never a reason to take another one. The order is by reasoning,
-not by measurement.
+The first of `PREFERRED` that can attend is taken, for all attention of that device, dtype and head dim.
+Requirements are checked beforehand: a kernel that fails is an error, never a reason to take another one. The
+order is by reasoning, not by measurement.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from headforcing.attention.backends import Attend, Part, find_backend, needs_of
-from headforcing.attention.needs import Case, Needs
+from headforcing.attention.backends import Attend, Part, find_backend, requirements_of
+from headforcing.attention.requirements import Case, Requirements
 
 PREFERRED = ("varlen", "sdpa")
 """One launch per layer where a kernel for it comes with PyTorch, else one per role."""
-NEEDS = Needs()
+REQUIREMENTS = Requirements()
 
 
 def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
@@ -33,7 +33,7 @@ def choose(case: Case) -> str:
         >>> choose(Case("cpu", torch.float32, head_dim=64))
         'sdpa'
     """
-    return next(name for name in PREFERRED if needs_of(name).why_not(case) is None)
+    return next(name for name in PREFERRED if requirements_of(name).why_not(case) is None)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from headforcing.attention.backends import Part
-from headforcing.attention.needs import Needs
-from headforcing.attention.part import queries
+from headforcing.attention.part import num_queries
+from headforcing.attention.requirements import Requirements
 
-NEEDS = Needs()
+REQUIREMENTS = Requirements()
 
 
 def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
@@ -19,7 +19,7 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
     if len(parts) == 1:
         return _attend(parts[0]).contiguous()
     q = parts[0].q
-    shape = (q.shape[0], queries(parts), num_heads, q.shape[3])
+    shape = (q.shape[0], num_queries(parts), num_heads, q.shape[3])
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     for part in parts:
         part.heads.put(out[:, part.rows], _attend(part))

@@ -1,14 +1,9 @@
-"""What a backend cannot do without, as a table: looked at before a kernel runs, never by trying one."""
+"""Requirements of a backend: device, dtype, head dim, compute capability; checked before the kernel runs."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
-import operator
-import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +26,7 @@ class Case:
         dtype: of queries, keys and values.
         head_dim: channels per head, `D`.
         capability: CUDA compute capability; `None`: not an NVIDIA GPU.
-        flash_built: whether PyTorch was built with FlashAttention for it; counts on `cuda` alone.
+        flash_built: whether PyTorch was built with FlashAttention; only asked on `cuda`.
     """
 
     device: str
@@ -52,19 +47,17 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a backend needs; by default nothing.
+class Requirements:
+    """What a backend requires; by default nothing.
 
     Attributes:
         devices: kinds of device; empty: any.
         dtypes: of queries, keys and values; empty: any.
         head_dims: channels per head; `None`: any number.
-        capability: least CUDA compute capability, asked for on `cuda` alone.
-        flash_built: whether PyTorch has to be built with FlashAttention, asked for on `cuda` alone.
-        compiler: whether it is compiled, which on a CPU needs a C++ compiler.
+        capability: least CUDA compute capability; only asked on `cuda`.
+        flash_built: whether PyTorch has to be built with FlashAttention; only asked on `cuda`.
         function: `module:name` of what it calls; imported when the backend is chosen, not before.
-        argument: a parameter that the function must have; older releases lack it.
-        remedy: what brings the function.
+        remedy: how to get the function.
     """
 
     devices: tuple[str, ...] = ()
@@ -72,14 +65,12 @@ class Needs:
     head_dims: range | None = None
     capability: tuple[int, int] | None = None
     flash_built: bool = False
-    compiler: bool = False
     function: str | None = None
-    argument: str | None = None
     remedy: str = ""
 
     def missing(self) -> str | None:
         """What is not installed here; `None`: nothing."""
-        return _found(self)[1]
+        return _imported(self)[1]
 
     def load(self) -> Callable[..., Any]:
         """The function it calls.
@@ -87,32 +78,27 @@ class Needs:
         Raises:
             OptionError: it is not installed.
         """
-        found, missing = _found(self)
-        if found is None:
+        function, missing = _imported(self)
+        if function is None:
             raise OptionError(missing or "this backend calls no function of a library")
-        return found
+        return function
 
     def why_not(self, case: Case) -> str | None:
         """What tells against this case; `None`: nothing."""
         if self.devices and case.device not in self.devices:
-            return f"it runs on {_either(self.devices)}"
+            return f"it runs on {' or '.join(self.devices)}"
         if self.dtypes and case.dtype not in self.dtypes:
-            return f"it takes {_either([_name(dtype) for dtype in self.dtypes])}"
-        if self.head_dims is not None and case.head_dim not in self.head_dims:
-            dims = self.head_dims
-            step = "" if dims.step == 1 else f", a multiple of {dims.step}"
-            return f"it takes {dims[0]} to {dims[-1]} channels per head{step}"
-        least = self.capability if case.device == "cuda" else None
-        if least is not None and (case.capability is None or case.capability < least):
-            return f"it needs an NVIDIA GPU of compute capability {_dotted(least)} or higher"
-        if self.flash_built and case.device == "cuda" and not case.flash_built:
+            return f"it takes {' or '.join(map(_name, self.dtypes))}"
+        if (dims := self.head_dims) is not None and case.head_dim not in dims:
+            return f"it takes {dims[0]} to {dims[-1]} channels per head, a multiple of {dims.step}"
+        if case.device == "cuda" and self.capability and (case.capability or (0, 0)) < self.capability:
+            return f"it needs an NVIDIA GPU of compute capability {_dotted(self.capability)} or higher"
+        if case.device == "cuda" and self.flash_built and not case.flash_built:
             return "it needs FlashAttention, and this PyTorch was built without it: install one that has it"
-        if self.compiler and case.device == "cpu" and not _is_there(name := _compiler()):
-            return f"it is compiled, and there is no C++ compiler {name!r}: install one, or name one in CXX"
         return self.missing()
 
     def check(self, name: str, parts: Sequence[Part]) -> None:
-        """Looks whether the backend `name` can attend.
+        """Checks that the backend `name` can attend.
 
         Raises:
             OptionError: it cannot, or gradients are asked for.
@@ -130,18 +116,15 @@ class Needs:
 
 
 @functools.lru_cache(maxsize=64)
-def _found(needs: Needs) -> tuple[Callable[..., Any] | None, str | None]:
-    """The function that is needed, or what is missing."""
-    if needs.function is None:
+def _imported(requirements: Requirements) -> tuple[Callable[..., Any] | None, str | None]:
+    """The function that is required, or what is missing."""
+    if requirements.function is None:
         return None, None
-    module, _, name = needs.function.partition(":")
+    module, _, name = requirements.function.partition(":")
     try:
-        function: Callable[..., Any] = operator.attrgetter(name)(importlib.import_module(module))
+        return getattr(importlib.import_module(module), name), None
     except (ImportError, AttributeError) as error:
-        return None, f"it calls {module}.{name}, which is not here ({error}): {needs.remedy}"
-    if needs.argument is not None and needs.argument not in inspect.signature(function).parameters:
-        return None, f"it calls {module}.{name} with {needs.argument}, which is unknown here: {needs.remedy}"
-    return function, None
+        return None, f"it calls {module}.{name}, which is not here ({error}): {requirements.remedy}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,23 +140,9 @@ def _flash_built() -> bool:
     return bool(torch.backends.cuda.is_flash_attention_available())
 
 
-def _compiler() -> str:
-    """The C++ compiler that PyTorch would call."""
-    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-
-
-@functools.lru_cache(maxsize=8)
-def _is_there(command: str) -> bool:
-    return shutil.which(command) is not None
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-def _either(names: list[str] | tuple[str, ...]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
