@@ -37,6 +37,13 @@ class Served(Protocol):
         """Serves one, without a compiler."""
 
 
+def serve_between_graphs(served: Served, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Serves one, and breaks the graph that is being made."""
+    from headforcing.attention import uncompiled
+
+    return uncompiled.serve(served, args, kwargs)
+
+
 POSSIBLE = hasattr(torch.Tag, "cudagraph_unsafe")
 """Whether an operator can forbid that CUDA graphs are captured around it; else calls stay between graphs."""
 _served: MutableMapping[int, Served] = weakref.WeakValueDictionary()

@@ -112,7 +112,7 @@ class LayerPlan:
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serves one call of the layer's module; see `headforcing.attention.compile`."""
         module: Any = None if self.module is None else self.module()
-        return module.served(*args, **kwargs)
+        return module.serve(args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled plan serves the same roles with an empty memory of its own."""
