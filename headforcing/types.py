@@ -189,7 +189,7 @@ class AttentionCall:
         rolling: whether the host denoises several chunks at once; see `Chunk`.
         shift: how far the host moves these frames on the temporal axis, in frames.
         heads: whose queries or keys are rotated, for hosts that turn every head otherwise; `None`: all.
-        turns: what was made of the host's RoPE table so far, for all roles of this call; see `rope.rotate`.
+        rotary_cache: rotation factors of the RoPE table, for all roles of this call; see `rope.rotate`.
     """
 
     x: Tensor
@@ -203,7 +203,7 @@ class AttentionCall:
     rolling: bool = False
     shift: float = 0
     heads: Heads | None = None
-    turns: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    rotary_cache: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -212,20 +212,20 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What `torch.compile` must know of a call that it does not look into.
+class TracedCall:
+    """What `torch.compile` must know of a call that becomes one operator of its graph.
 
     Attributes:
-        call: its arguments by name, without what the adapter does not read.
+        arguments: by name, without what the adapter does not read.
         like: what the forward returns has this shape, and its dtype unless autocast says otherwise.
-        writes: tensors of the host that are written, keys and values excluded.
-        told: how many whole numbers the forward returns beside it.
+        writes: tensors of the base model that are written, keys and values excluded.
+        numbers: how many whole numbers the forward returns after it.
     """
 
-    call: Mapping[str, Any]
+    arguments: Mapping[str, Any]
     like: Tensor
     writes: tuple[Tensor, ...] = ()
-    told: int = 0
+    numbers: int = 0
 
 
 class Heads:

@@ -20,7 +20,7 @@ from headforcing.adapters import rope
 from headforcing.adapters.base import bind
 from headforcing.adapters.wan_counted import INDICES, CountingWan
 from headforcing.errors import StreamShapeError
-from headforcing.types import AttentionCall, Grid, Outline
+from headforcing.types import AttentionCall, Grid, TracedCall
 
 GIVEN = ("q", "k", "v")
 _grids: MutableMapping[Tensor, tuple[int, int, Grid]] = WeakIdKeyDictionary()
@@ -64,13 +64,15 @@ class FastVideo(CountingWan):
         grid = _grid(arguments, tokens, first)
         return AttentionCall(x.flatten(2), start, (frames, *grid), anchor, arguments)
 
-    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
-        """See `Adapter.outline`; like `x` of the call, what needs gradients."""
-        outline = super().outline(module, args, kwargs)
-        if outline is None:
+    def traced_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> TracedCall | None:
+        """See `Adapter.traced_call`; like `x` of the call, what needs gradients."""
+        traced = super().traced_call(module, args, kwargs)
+        if traced is None:
             return None
-        learnt = [outline.call[name] for name in GIVEN if outline.call[name].requires_grad]
-        return dataclasses.replace(outline, like=learnt[0]) if learnt else outline
+        learnt = [traced.arguments[name] for name in GIVEN if traced.arguments[name].requires_grad]
+        return dataclasses.replace(traced, like=learnt[0]) if learnt else traced
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """What the block projected; a cache of keys before RoPE keeps them in its own precision."""
@@ -84,7 +86,8 @@ class FastVideo(CountingWan):
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        return rope.rotate_real(x, _tables(call.arguments), positions, *call.grid[1:], patch, call.turns)
+        grid, tables = call.grid[1:], _tables(call.arguments)
+        return rope.rotate_real(x, tables, positions, *grid, patch, call.rotary_cache)
 
 
 def _keeps_raw(module: nn.Module) -> bool:

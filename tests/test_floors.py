@@ -266,7 +266,7 @@ BAD = [
     (is_small, "headforcing.apply", "def f(a, b, c, d, e, f, g, *, h, i): ..."),
     (is_small, "headforcing.apply", "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."),
     (is_small, "headforcing.apply", "def apply_head_forcing(a, b, c, d, e, f, g, h, i, j): ..."),
-    (is_small, "headforcing.attention.plan", "def apply_head_forcing(a, b, c, d, e, f, g, h, i): ..."),
+    (is_small, "headforcing.attention.layer_state", "def apply_head_forcing(a, b, c, d, e, f, g, h, i): ..."),
 ]
 
 GOOD = [

@@ -1,7 +1,7 @@
 """The questions a base model must answer, and where the answers are found.
 
-An adapter is one file in `integrations/`. It knows its host's interface and nothing of roles, stores
-or backends. It recognises a model by signatures and structure, never by a class name: in this field
+An adapter is one file in `integrations/`. It knows its base model's interface and nothing of roles, stores or
+backends. It recognises a model by signatures and structure, never by a class name: in this field
 22 different classes are called `CausalWanModel`.
 """
 
@@ -19,14 +19,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from headforcing.errors import UnsupportedModelError, module_names
-from headforcing.types import AttentionCall, Edit, Outline, Phase
+from headforcing.types import AttentionCall, Edit, Phase, TracedCall
 
 Memo = MutableMapping[str, Any]
-"""What an adapter notes down per layer and timeline, a dict; empty when the timeline begins."""
+"""What an adapter notes per layer and timeline, a dict; empty when the timeline begins."""
 
 
 class Adapter(ABC):
-    """How to read, project, rotate and answer one call of a host's self-attention."""
+    """How to read, project, rotate and answer one call of a base model's self-attention."""
 
     @property
     @abstractmethod
@@ -68,16 +68,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """Whether the host says that a new video begins with this call.
+        """Whether the base model says that a new video begins with this call.
 
         False will do where a video begins with a chunk at frame 0, which begins one in any case.
 
         Raises:
-            ExternalEditError: the host's cache was changed in a way this adapter does not know.
+            ExternalEditError: the base model's cache was changed in a way this adapter does not know.
         """
 
     def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
-        """What the host did to its cache since the last call, no new video begun; default nothing."""
+        """What the base model did to its cache since the last call, no new video begun; default nothing."""
         return ()
 
     @abstractmethod
@@ -86,27 +86,27 @@ class Adapter(ABC):
 
     @abstractmethod
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
-        """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the host would.
+        """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the base model would.
 
         Args:
             x: queries or keys.
-            call: the call; its `heads` say whose they are, where every head is turned otherwise.
+            call: the call; its `heads` say whose they are, where every head is rotated differently.
             positions: temporal positions.
-            patch: side of the squares of patches that were merged into one, at whose top left they sit;
-                only asked with more than 1 where roles merge patches.
+            patch: side of the squares of patches that were merged into one, which is rotated as its top left
+                patch; more than 1 only where roles merge patches.
         """
 
     @abstractmethod
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """What the original forward returns for the attended `out [B, L, H, D]`, indices mirrored.
 
-        Keys and values are not written to the host's cache: they would be held twice.
+        Keys and values are not written to the base model's cache: they would be stored twice.
         """
 
     def split(self, module: nn.Module, call: AttentionCall) -> Sequence[AttentionCall]:
-        """The chunks of a call, in order, where the host runs the video so far again in one.
+        """The chunks of a call, in order, where the base model computes the video so far again in one.
 
-        They are served as if they came one by one; those before the last are not observed. Default: a call is
+        They are served as if they came one by one; observers are shown the last one only. Default: a call is
         one chunk.
         """
         return (call,)
@@ -118,26 +118,28 @@ class Adapter(ABC):
     def tokens(self, x: Tensor, frames: Sequence[int | None], call: AttentionCall) -> Tensor:
         """Keys or values of a view `[B, n, P, Hr, D]` as they are attended to, `[B, M, Hr, D]`; default all.
 
-        For hosts whose frames are not all of one grid; their adapter fills the smaller ones up.
+        For base models whose frames are not all of one grid; their adapter fills the smaller ones up.
         """
         return x.flatten(1, 2)
 
-    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
-        """What `torch.compile` must know of a call, so that the model stays one graph; it may read no tensor.
+    def traced_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> TracedCall | None:
+        """What `torch.compile` must know of a call, so that the model stays one graph. Must read no tensor.
 
         Default `None`, as for a call that has no cache: attention is served between two graphs.
         """
         return None
 
-    def answer(self, y: Tensor, told: Tensor) -> Any:
-        """What a compiled forward returns: `y` as `output` made it, and the whole numbers beside it.
+    def answer(self, y: Tensor, numbers: Tensor) -> Any:
+        """What a compiled forward returns: `y` as `output` made it, and the whole numbers after it.
 
-        Default: `y` alone, for hosts that are told none.
+        Default: `y` alone.
         """
         return y
 
     def clock(self, model: nn.Module) -> nn.Module | None:
-        """The module whose forward is told how noisy a pass is; default `None`, nobody knows."""
+        """The module whose forward receives the noise level of a pass; default `None`: there is none."""
         return None
 
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
@@ -147,8 +149,8 @@ class Adapter(ABC):
     def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
         """The cross-attention of every layer, in order; empty where none keeps the projected prompt."""
         raise UnsupportedModelError(
-            f"{self.name} does not say where the host keeps the projected prompt, so a prompt switch could "
-            "not reset it: define cross_attentions and forget_prompt"
+            f"{self.name} does not say where the base model keeps the projected prompt, so a prompt switch "
+            "could not reset it: define cross_attentions and forget_prompt"
         )
 
     def forget_prompt(  # noqa: B027 - optional on purpose
@@ -157,14 +159,14 @@ class Adapter(ABC):
         """Makes a call of a cross-attention module project the prompt anew, wherever it is cached."""
 
     def forget(self, memo: Memo) -> None:  # noqa: B027 - optional on purpose
-        """Drops what was noted about the host's counters, because the stream is reset by hand."""
+        """Drops what was noted about the base model's counters, because the stream is reset by hand."""
 
     def release(self, call: AttentionCall, memo: Memo) -> int:
-        """Frees the host's own K/V while we are in; returns the bytes freed. Default: nothing."""
+        """Frees the base model's own K/V while we are in; returns the bytes freed. Default: nothing."""
         return 0
 
     def give_back(self, anchor: object, memo: Memo) -> None:  # noqa: B027 - optional on purpose
-        """Undoes `release` and leaves the host's cache as freshly allocated."""
+        """Undoes `release` and leaves the base model's cache as freshly allocated."""
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

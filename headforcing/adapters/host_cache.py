@@ -1,6 +1,6 @@
-"""The tensors of a host's own cache: their memory while we are in, and whether somebody edited them.
+"""The tensors of a base model's own cache: their memory while we are in, and whether somebody edited them.
 
-What is noted about them holds them weakly, for the timeline dies with the host's cache.
+What is noted about them holds them weakly, for the timeline dies with the base model's cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Mark = tuple["weakref.ref[Tensor]", int | None]
 
 
 def free(tensors: Sequence[Tensor], memo: MutableMapping[str, Any]) -> int:
-    """Takes their memory from tensors that the host holds, once; returns the bytes that are free."""
+    """Takes their memory from tensors that the base model holds, once; returns the bytes that are free."""
     if "freed" in memo:
         return 0
     memo["freed"] = [weakref.ref(tensor) for tensor in tensors]  # the anchor may be among them
@@ -34,7 +34,7 @@ def allocate_again(memo: MutableMapping[str, Any]) -> None:
 
 
 def alive(tensors: Iterable[weakref.ref[Tensor]]) -> Iterator[Tensor]:
-    """Those of some tensors that the host still holds."""
+    """Those of some tensors that the base model still holds."""
     return (tensor for tensor in (known() for known in tensors) if tensor is not None)
 
 
@@ -55,7 +55,7 @@ def untouched(tensor: Tensor, mark: Mark) -> bool:
 
 
 def _restorage(tensor: Tensor, source: Tensor) -> None:
-    """Gives `tensor`, the object the host holds, the memory of `source`, keeping its shape."""
+    """Gives `tensor`, the object the base model holds, the memory of `source`, keeping its shape."""
     stride = source.stride() if source.shape == tensor.shape else (0,) * tensor.dim()
     with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
         tensor.set_(source.untyped_storage(), 0, tensor.shape, stride)

@@ -1,11 +1,12 @@
 """Rotary position embedding of a 3-D token grid, at any temporal position.
 
 The base models ship a table of complex multipliers `[rows, D/2]` whose columns are split into time,
-height and width. Inside the table we use its rows, so the result is the host's, bit for bit; past its
+height and width. Inside the table we use its rows, so the result is the base model's, bit for bit; past its
 last row the angle is computed, so there is no frame number at which it ends. Other models have tables of
 cosines and sines, and in them only the frames of the call: these are computed at any position.
 
-The device decides how: frame by frame on a CPU, all frames at once elsewhere (`headforcing.adapters.rope_fused`).
+The device decides how: frame by frame on a CPU, all frames at once elsewhere
+(`headforcing.adapters.rope_fused`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from headforcing.errors import RoleError
 from headforcing.types import runs
 
 THETA = 10000
-"""Wan's; only for tables of which the host shows no more than its own frames."""
+"""Wan's; only for tables of which the base model passes no more than the frames of the call."""
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
-Turns = dict[Any, Tensor]
-"""What was made of one table, by what was asked for: queries and keys of all roles of a call share it."""
+RotaryCache = dict[Any, Tensor]
+"""Rotation factors derived from one RoPE table, cached by positions for one call."""
 
 
 def rotate(
@@ -37,7 +38,7 @@ def rotate(
     height: int,
     width: int,
     patch: int = 1,
-    turns: Turns | None = None,
+    cache: RotaryCache | None = None,
 ) -> Tensor:
     """Rotates queries or keys to temporal `positions`; space stays where it is.
 
@@ -49,13 +50,13 @@ def rotate(
         height: patches per column.
         width: patches per row.
         patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
-        turns: what was made of this table before, for other `x`; added to.
+        cache: rotation factors of this table, as far as they are computed; added to.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
         do; computed in the precision of the table.
     """
-    turns, time, on_cpu = {} if turns is None else turns, temporal_columns(table), x.device.type == "cpu"
+    cache, time, on_cpu = {} if cache is None else cache, temporal_columns(table), x.device.type == "cpu"
 
     def times() -> Tensor:
         rows = temporal_rows(table[:, :time], positions)
@@ -65,28 +66,28 @@ def rotate(
         rows = _spatial_rows(table[:, time:], height, width, patch)
         return rows if on_cpu else packed_spaces(rows.real, rows.imag)
 
-    found = _once(turns, "times", positions, times), _once(turns, "spaces", (height, width, patch), spaces)
+    found = _once(cache, "times", positions, times), _once(cache, "spaces", (height, width, patch), spaces)
     return _by_frame(x, *found) if on_cpu else at_once(x, *found)
 
 
-def _once(turns: Turns, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
-    """What was made before for the same numbers, whole ones and others told apart."""
+def _once(cache: RotaryCache, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
+    """What was computed before for the same numbers, where 3 and 3.0 differ."""
     key = (what, *asked, *map(type, asked))
-    if key not in turns:
-        turns[key] = make()
-    return turns[key]
+    if key not in cache:
+        cache[key] = make()
+    return cache[key]
 
 
 def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
     """Complex multiplication, frame by frame: on a CPU, the wide copies of a frame stay in the cache."""
-    turns = times.new_empty(len(spaces), times.shape[1] + spaces.shape[1])  # [P, D/2]
-    turns[:, times.shape[1] :] = spaces
+    factors = times.new_empty(len(spaces), times.shape[1] + spaces.shape[1])  # [P, D/2]
+    factors[:, times.shape[1] :] = spaces
     out = torch.empty_like(x)
-    for frame, turn in enumerate(times):
-        turns[:, : times.shape[1]] = turn
+    for frame, time in enumerate(times):
+        factors[:, : times.shape[1]] = time
         wide = x[:, frame].to(times.real.dtype, memory_format=torch.contiguous_format, copy=True)
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, P, H, D/2], shares memory
-        pairs *= turns[:, None]
+        pairs *= factors[:, None]
         out[:, frame] = wide
     return out
 
@@ -98,9 +99,9 @@ def rotate_real(
     height: int,
     width: int,
     patch: int = 1,
-    turns: Turns | None = None,
+    cache: RotaryCache | None = None,
 ) -> Tensor:
-    """As `rotate`, where the host multiplies by cosines and sines; the same steps, so the same bits.
+    """As `rotate`, where the base model multiplies by cosines and sines; the same steps, so the same bits.
 
     Args:
         x: queries or keys before RoPE, `[B, n, P, H, D]`.
@@ -110,12 +111,12 @@ def rotate_real(
         height: patches per column.
         width: patches per row.
         patch: side of the squares of patches that are one in `x`.
-        turns: what was made of these tables before, for other `x`; added to.
+        cache: rotation factors of these tables, as far as they are computed; added to.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does.
     """
-    time, turns = temporal_columns(tables[0]), {} if turns is None else turns
+    time, cache = temporal_columns(tables[0]), {} if cache is None else cache
     merged = (slice(None, None, patch),) * 2
 
     def spaces() -> list[Tensor]:
@@ -126,15 +127,15 @@ def rotate_real(
     if x.device.type != "cpu":
         return at_once(
             x,
-            _once(turns, "times", positions, lambda: packed_times(*times)),
-            _once(turns, "spaces", (height, width, patch), lambda: packed_spaces(*spaces())),
+            _once(cache, "times", positions, lambda: packed_times(*times)),
+            _once(cache, "spaces", (height, width, patch), lambda: packed_spaces(*spaces())),
         )
     both = spaces()
     out = torch.empty_like(x)
     for frame in range(x.shape[1]):
         cos, sin = (
-            torch.cat([turned[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]
-            for turned, space in zip(times, both, strict=True)
+            torch.cat([time[frame].expand(len(space), -1), space], dim=1)[:, None]  # [P, 1, D/2]
+            for time, space in zip(times, both, strict=True)
         )
         even, odd = (x[:, frame, ..., first::2].float() for first in (0, 1))
         out[:, frame, ..., 0::2] = even * cos - odd * sin
@@ -143,7 +144,7 @@ def rotate_real(
 
 
 def temporal_columns(table: Tensor) -> int:
-    """Columns of a table `[rows, D/2]` that turn with time."""
+    """Columns of a table `[rows, D/2]` that belong to time."""
     return table.shape[1] - 2 * (table.shape[1] // 3)
 
 
@@ -159,8 +160,7 @@ def temporal_tables(
 ) -> Tables:
     """Temporal columns of cosines and sines at any positions, `[n, columns]`.
 
-    Computed on the CPU, as hosts do. Positions that were not there before are copied to an accelerator once,
-    without waiting for it.
+    Computed on the CPU, as base models do. New positions are copied to an accelerator once, without waiting.
     """
     steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
     rates = 1.0 / THETA ** (steps / (2 * columns))
@@ -182,18 +182,18 @@ def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
     for whole, group in itertools.groupby(positions, lambda position: isinstance(position, int)):
         if not whole:
             angles = [torch.full((), place, dtype=table_dtype, device=table.device) for place in group]
-            parts.append(_turns(table, torch.stack(angles)))  # made where they are: nothing to wait for
+            parts.append(_factors(table, torch.stack(angles)))  # made where they are: nothing to wait for
             continue
         for start, stop in runs([int(position) for position in group]):
             if stop <= len(table):
                 parts.append(table[start:stop])
             else:
                 frames = torch.arange(start, stop, dtype=table_dtype, device=table.device)
-                parts.append(_turns(table, frames))
+                parts.append(_factors(table, frames))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _turns(table: Tensor, positions: Tensor) -> Tensor:
+def _factors(table: Tensor, positions: Tensor) -> Tensor:
     """Multipliers at any positions `[n]`, computed as the second row of the table says."""
     angle = positions[:, None] * table[1].angle()
     return torch.polar(torch.ones_like(angle), angle)

@@ -1,14 +1,14 @@
 """Rotation of all frames at once, in one kernel: for accelerators, where every small one costs a launch.
 
-`turned` is the specification. `at_once` runs it compiled where PyTorch brings a compiler for the device: the
-device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch
+`rotated` is the specification. `at_once` runs it compiled where PyTorch brings a compiler for the device:
+the device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch
 raises; with `TORCH_COMPILE_DISABLE=1` in the environment it is run as it is.
-One compiled function serves every number of frames, tokens and heads; it is made anew only for another dtype,
-device, head dim or kind of memory layout, of which a video has about six.
+One compiled function serves every number of frames, tokens and heads; another one is compiled only for another
+dtype, device, head dim or kind of memory layout, of which a video has about six.
 
-On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.adapters.rope` bit for bit,
-in float32 and below; in float64 it was so wherever it was tried, and is within rounding in any case. On an
-accelerator the compiler may multiply and add in one step: not measured, no GPU.
+On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.adapters.rope` bit
+for bit, in float32 and below; in float64 it was so wherever it was tried, and is within rounding in any case.
+On an accelerator the compiler may multiply and add in one step: not measured, no GPU.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-_Turned = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Rotated = Callable[[Tensor, Tensor, Tensor], Tensor]
 COMPILED = ("cuda", "xpu")
 """Devices for which a compiler comes with PyTorch."""
 
 
-def turned(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
-    """Turns neighbouring channels: `(a, b) -> (a cos - b sin, b cos + a sin)`, in the precision of the turns.
+def rotated(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
+    """Rotates pairs of neighbouring channels `(a, b) -> (a cos - b sin, b cos + a sin)`.
 
     Args:
-        x: `[A, F*P, D]` or, with several samples one behind the other, `[A, B*F*P, D]`.
+        x: `[A, F*P, D]` or, with several samples in a row, `[A, B*F*P, D]`.
         times: cosines and sines of every frame, as `packed_times` makes them.
-        spaces: those of every patch, `[2, P, S]` with `T + S = D/2`; columns behind those of `times`.
+        spaces: those of every patch, `[2, P, S]` with `T + S = D/2`; the columns after those of `times`.
 
     Returns:
-        As `x`, in its dtype.
+        As `x`, in its dtype; computed in the precision of the cosines and sines.
     """
     patches, columns = spaces.shape[1], x.shape[2] // 2 - spaces.shape[2]
     rows = times.shape[0] // (2 * columns)
@@ -46,8 +46,8 @@ def turned(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
     cos, sin = torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
     wide = x.to(cos.dtype)
     partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    rotated: Tensor = (wide * cos + partner * sin).to(x.dtype)
-    return rotated
+    out: Tensor = (wide * cos + partner * sin).to(x.dtype)
+    return out
 
 
 def packed_times(cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def at_once(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
 
     Args:
         x: queries or keys before RoPE.
-        times: turns of every frame, as `packed_times` makes them.
-        spaces: turns of every patch, as `packed_spaces` makes them.
+        times: cosines and sines of every frame, as `packed_times` makes them.
+        spaces: those of every patch, as `packed_spaces` makes them.
     """
     graded = torch.is_grad_enabled()
     plain = x.device.type not in COMPILED or (x.requires_grad and graded)
@@ -81,8 +81,8 @@ def at_once(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
         if x.device.type == "meta":  # the result alone, as a compiled kernel makes it
             return back(torch.empty_like(flat))
         if plain:
-            return back(turned(flat, times, spaces))
-        flat = _alone(flat)
+            return back(rotated(flat, times, spaces))
+        flat = _without_view(flat)
         torch._dynamo.mark_static(flat, 2)  # channels are those of the model
         torch._dynamo.mark_static(spaces, [0, 2])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # one kind of call, compiled once
@@ -90,18 +90,18 @@ def at_once(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
 
 
 @functools.cache
-def compiled(device: torch.device, dtype: torch.dtype, channels: int, kind: tuple[bool, ...]) -> _Turned:
-    """`turned`, compiled when it is called first.
+def compiled(device: torch.device, dtype: torch.dtype, channels: int, kind: tuple[bool, ...]) -> _Rotated:
+    """`rotated`, compiled when it is called first.
 
     PyTorch counts for every code object how often it had to compile it, and gives up at some number, with an
     error: so every device, dtype, number of channels and kind of layout has its own, and they do not count
     together where PyTorch can tell them apart.
     """
-    code = turned.__code__.replace(co_name=f"turned_{str(dtype).rpartition('.')[2]}")
-    own = types.FunctionType(code, turned.__globals__)
+    code = rotated.__code__.replace(co_name=f"rotated_{str(dtype).rpartition('.')[2]}")
+    own = types.FunctionType(code, rotated.__globals__)
     knows = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     apart: dict[str, Any] = {"isolate_recompiles": True} if knows else {}
-    return cast(_Turned, torch.compile(own, dynamic=True, fullgraph=True, **apart))
+    return cast(_Rotated, torch.compile(own, dynamic=True, fullgraph=True, **apart))
 
 
 def _kind(flat: Tensor) -> tuple[bool, ...]:
@@ -112,7 +112,7 @@ def _kind(flat: Tensor) -> tuple[bool, ...]:
 def _tokens(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Frames `[B, n, P, Hr, D]` as `[A, M, D]`, `M` over tokens of frames, and the way back.
 
-    A view wherever frames of a bank or of a whole chunk come in; else a copy.
+    A view for frames of a buffer or of a whole chunk; else a copy.
     """
     batch, frames, patches, heads, _ = x.shape
     if x.stride(3) < x.stride(2):  # token by token
@@ -125,7 +125,7 @@ def _tokens(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     )
 
 
-def _alone(x: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: of a view, a compiled function also minds where it begins."""
+def _without_view(x: Tensor) -> Tensor:
+    """A non-view alias of the same storage: `torch.compile` specialises on the storage offset of a view."""
     own: Tensor = torch.from_dlpack(x.detach())  # type: ignore[attr-defined]
     return own

@@ -1,4 +1,4 @@
-"""What the adapters of Wan-like models share: modules, calls, RoPE, cross-attention, the host's buffers.
+"""What the adapters of Wan-like models share: modules, calls, RoPE, cross-attention, the cache.
 
 The facts: `self_attn` of every block has linear `q`, `k`, `v`, `o`, norms over the full dim before heads are
 split, frame-major tokens and 3-D RoPE as a complex table; the pipeline owns a dict per layer with `k` and
@@ -17,10 +17,10 @@ from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.adapters.host_cache import allocate_again, free
 from headforcing.errors import StreamShapeError, UnsupportedModelError
-from headforcing.types import AttentionCall, Outline, Phase
+from headforcing.types import AttentionCall, Phase, TracedCall
 
 CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
-"""The first arguments of the attention's `forward`, alike in all of these hosts."""
+"""The first arguments of the attention's `forward`, alike in all of these base models."""
 SUBMODULES = ("q", "k", "v", "o", "norm_q", "norm_k")
 TRAINED_WINDOW = 21
 """Latent frames Wan-like AR models are trained on; one with `local_attn_size=-1` does not carry it."""
@@ -30,14 +30,14 @@ class WanAdapter(Adapter):
     """The attention skeleton of Wan; see the module.
 
     Args:
-        context_noise: timestep of the clean pass that writes the cache, as in the host's configuration.
+        context_noise: timestep of the clean pass that writes the cache, as in the base model's configuration.
 
     Attributes:
-        forward: names of the arguments of the attention's `forward`, by which the host is known.
+        forward: names of the arguments of the attention's `forward`, by which the base model is recognised.
         numbers: attributes of the attention that are whole numbers.
         submodules: attributes of the attention that are modules.
-        neighbour: name of the cross-attention beside it.
-        root: attributes of the transformer, which is told the timestep.
+        neighbour: name of the cross-attention in the same block.
+        root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
     """
 
@@ -111,15 +111,17 @@ class WanAdapter(Adapter):
             )
         return AttentionCall(arguments["x"], start, (frames, height, width), cache["k"], arguments)
 
-    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
-        """See `Adapter.outline`; masks are for training, roles say what is seen."""
+    def traced_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> TracedCall | None:
+        """See `Adapter.traced_call`; masks are for training, roles say what is attended to."""
         if len(args) > len(self.forward) or any(name in kwargs for name in self.forward[: len(args)]):
             return None  # a wrong call, which says so where it is served
         call = {**dict(zip(self.forward, args, strict=False)), **kwargs, "block_mask": None}
-        return None if call.get("kv_cache") is None else Outline(call, call[self.forward[0]])
+        return None if call.get("kv_cache") is None else TracedCall(call, call[self.forward[0]])
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """False: a chunk at frame 0 begins a video, where the host says nothing else."""
+        """False: a chunk at frame 0 begins a video, where the base model says nothing else."""
         return False
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +133,7 @@ class WanAdapter(Adapter):
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch, call.turns)
+        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch, call.rotary_cache)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects."""
@@ -165,7 +167,7 @@ class WanAdapter(Adapter):
         return found  # type: ignore[return-value]
 
     def forget_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The host projects the prompt where `is_init` of the cache is false."""
+        """The base model projects the prompt where `is_init` of the cache is false."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, dict) and "is_init" in value:
                 value["is_init"] = False

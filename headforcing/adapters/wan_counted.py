@@ -1,4 +1,4 @@
-"""Wan-like hosts that count in their caches how far these are written."""
+"""Wan-like base models that count in their caches how far these are written."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from headforcing.adapters.base import Memo
 from headforcing.adapters.host_cache import alive, mark, untouched, version
 from headforcing.adapters.wan import WanAdapter
 from headforcing.errors import ExternalEditError
-from headforcing.types import AttentionCall, Outline
+from headforcing.types import AttentionCall, TracedCall
 
 INDICES = ("global_end_index", "local_end_index")
 
 
 class CountingWan(WanAdapter):
-    """A host whose cache dicts also hold how far they are written, as one-element tensors.
+    """A base model whose cache dicts also hold how far they are written, as one-element tensors.
 
     `global_end_index` counts tokens of the video, `local_end_index` those in the cache, where a full one is
-    rolled left behind its sink; a new video replaces both by zeros.
+    rolled to the left after its sink; a new video replaces both by zeros.
 
     Attributes:
         counters: what of a cache dict an adapter writes to.
@@ -30,16 +30,18 @@ class CountingWan(WanAdapter):
 
     counters: ClassVar[tuple[str, ...]] = INDICES
 
-    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
-        """See `Adapter.outline`; the counters are written."""
-        outline = super().outline(module, args, kwargs)
-        if outline is None:
+    def traced_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> TracedCall | None:
+        """See `Adapter.traced_call`; the counters are written."""
+        traced = super().traced_call(module, args, kwargs)
+        if traced is None:
             return None
-        cache = outline.call["kv_cache"]
-        return dataclasses.replace(outline, writes=tuple([cache[name] for name in self.counters]))
+        cache = traced.arguments["kv_cache"]
+        return dataclasses.replace(traced, writes=tuple([cache[name] for name in self.counters]))
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """See `Adapter.begins_video`; reads the indices only when the host touched them."""
+        """See `Adapter.begins_video`; reads the indices only when the base model touched them."""
         ends = self.changed_ends(call, memo)
         if ends is None or ends == memo["ends"]:
             return False
@@ -52,7 +54,7 @@ class CountingWan(WanAdapter):
         )
 
     def changed_ends(self, call: AttentionCall, memo: Memo) -> tuple[int, ...] | None:
-        """Both indices, where the host touched them since the last call; reads the device only then."""
+        """Both indices, where the base model touched them since the last call; reads the device only then."""
         if "ends" not in memo:
             return None
         indices = [call.arguments["kv_cache"][name] for name in INDICES]
@@ -70,7 +72,7 @@ class CountingWan(WanAdapter):
         return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
-        """Both indices behind a call, and the tokens that the host evicts in it."""
+        """Both indices after a call, and the tokens that the base model evicts in it."""
         cache, tokens = call.arguments["kv_cache"], self.written(module, call)
         end = int(call.arguments["current_start"]) + tokens
         global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
@@ -79,11 +81,11 @@ class CountingWan(WanAdapter):
         return end, local_end + end - global_end - evicted, evicted
 
     def written(self, module: nn.Module, call: AttentionCall) -> int:
-        """Tokens of a call that the host writes into its cache: all of them."""
+        """Tokens of a call that the base model writes into its cache: all of them."""
         return call.x.shape[1]
 
     def evicts(self, module: nn.Module) -> bool:
-        """Whether the host rolls a full cache."""
+        """Whether the base model rolls a full cache."""
         return bool(module.local_attn_size != -1)
 
     def forget(self, memo: Memo) -> None:
@@ -100,19 +102,21 @@ class CountingWan(WanAdapter):
 
 
 class DeferringWan(CountingWan):
-    """A host whose attention returns, beside its output, where the cache ends and what is to be written.
+    """A base model whose attention also returns where the cache ends and what is to be written.
 
     The model counts and writes once all layers ran.
     """
 
-    def outline(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
-        """See `Adapter.outline`; two ends are told."""
-        outline = super().outline(module, args, kwargs)
-        return None if outline is None else dataclasses.replace(outline, told=2)
+    def traced_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> TracedCall | None:
+        """See `Adapter.traced_call`; two ends are returned."""
+        traced = super().traced_call(module, args, kwargs)
+        return None if traced is None else dataclasses.replace(traced, numbers=2)
 
-    def answer(self, y: Tensor, told: Tensor) -> Any:
+    def answer(self, y: Tensor, numbers: Tensor) -> Any:
         """What `output` returns, the ends as tensors."""
-        return y, (told[0], told[1], None)
+        return y, (numbers[0], numbers[1], None)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
@@ -122,7 +126,7 @@ class DeferringWan(CountingWan):
         return y, (*memo["ends"], None)
 
     def wrote(self, call: AttentionCall, memo: Memo) -> bool:
-        """Whether something wrote to the host's keys since the last call."""
+        """Whether something wrote to the base model's keys since the last call."""
         keys = version(call.arguments["kv_cache"]["k"])
         return bool(memo.get("keys", keys) != keys)
 

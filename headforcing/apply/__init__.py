@@ -16,7 +16,7 @@ from headforcing.apply.hooks import check_phases
 from headforcing.apply.install import install
 from headforcing.apply.sites import check_single, sites_of
 from headforcing.attention.backends import Attend, find_backend
-from headforcing.attention.plan import Options
+from headforcing.attention.layer_state import Options
 from headforcing.errors import (
     AlreadyAppliedError,
     ForeignRolesWarning,

@@ -1,4 +1,4 @@
-"""The handle of an applied model, and how modules are put in and taken out."""
+"""The handle of an applied model: ask it, reset it, remove it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import TracebackType
 
 from torch import nn
 
-from headforcing.apply.hooks import hear_prompts, remove_hooks
+from headforcing.apply.hooks import add_prompt_hooks, remove_hooks
 from headforcing.apply.sites import Site, check_reachable, check_removable, sites_of
 from headforcing.apply.status import Status, collect
 from headforcing.attention.activity import Activity
+from headforcing.attention.layer_state import LayerState, Options, check_settled
 from headforcing.attention.module import HeadForcingMixin
 from headforcing.attention.observation import Observer
-from headforcing.attention.plan import LayerPlan, Options, check_settled
 from headforcing.attention.stream import Stream, Timeline, check_clean, check_finished, open_stream
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.roles.maps.role_map import RoleMap
@@ -30,18 +30,18 @@ class HeadForcing:
     Made by `apply_head_forcing`.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], plans: Sequence[LayerPlan]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], layers: Sequence[LayerState]) -> None:
         self._model = model
         self._sites = tuple(sites)
-        self._plans = tuple(plans)
+        self._layers = tuple(layers)
         self._timelines: dict[str, Timeline] = {}
-        for plan in plans:
-            plan.handle = weakref.ref(self)
+        for layer in layers:
+            layer.handle = weakref.ref(self)
 
     @property
     def options(self) -> Options:
         """What was applied: roles with every number filled in, window, adapter, store, backend."""
-        return self._plans[0].options
+        return self._layers[0].options
 
     @property
     def roles(self) -> RoleMap:
@@ -49,23 +49,23 @@ class HeadForcing:
         return self.options.roles
 
     def frames(self, layer: int, head: int) -> list[list[list[int]]]:
-        """Whole frames a head remembers now, per stream and sample, oldest first, own chunk excluded.
+        """Whole frames a head stores now, per stream and sample, oldest first, without the current chunk.
 
         Reads the device: for people and pictures, not for the path of a model.
         """
-        role, plan = self.roles.layers[layer][head], self._plans[layer]
-        return [stream.store.frames(role) for stream in plan.streams.values()]
+        role, state = self.roles.layers[layer][head], self._layers[layer]
+        return [stream.store.frames(role) for stream in state.streams.values()]
 
     def status(self) -> Status:
         """What is applied and what it holds right now, counted from the tensors."""
-        return collect(self._plans, self.applied)
+        return collect(self._layers, self.applied)
 
     def reset(self) -> None:
         """Forgets every video; the next chunk of each stream must start at frame 0."""
         self._refuse_while_running("reset")
-        for plan, stream in list(self._streams()):
+        for state, stream in list(self._streams()):
             stream.store.reset()
-            plan.options.adapter.forget(stream.memo)
+            state.options.adapter.forget(stream.memo)
 
     def commit(self) -> None:
         """Ends the pending chunk of every stream, which otherwise ends when the next one begins.
@@ -80,7 +80,7 @@ class HeadForcing:
     def mark(self, name: str) -> None:
         """Names the scene up to here, the pending chunk included, so that it can be recalled in this video.
 
-        A mark holds what heads with an episodic memory hold, and the first frames of the others; the same
+        A mark holds what heads with an episodic memory store, and the first frames of the others; the same
         name again replaces it. Its bytes count in `status()`, and a new video drops it.
 
         Raises:
@@ -101,35 +101,35 @@ class HeadForcing:
         """Says that the next chunk has another prompt, and what of the past the heads keep then.
 
         Takes effect when the next chunk begins, also if this one is not finished, in every video that runs;
-        of several calls before that, the last one counts. The host hands in the new prompt as it always does;
-        its cross-attention projects it anew.
+        of several calls before that, the last one counts. The pipeline passes the new prompt as it always
+        does; cross-attention projects it anew.
 
         Args:
-            mode: `"continue"` keeps everything. `"smooth"` drops recent frames, and what is kept beside whole
-                frames; first and episodic frames stay. `"cut"` drops everything but `keep`, and positions
-                restart, as in a new video. `"recall"` puts back what was held at a mark, and positions
-                restart behind it. `"recache"` drops the last `frames` frames, which the host runs again.
+            mode: `"continue"` keeps everything. `"smooth"` drops recent frames and compressed tokens; first
+                and episodic frames stay. `"cut"` drops everything but `keep`, and positions restart, as in a
+                new video. `"recall"` puts back what was stored at a mark, and positions restart after it.
+                `"recache"` drops the last `frames` frames, which the base model computes again.
             keep: tiers that outlive a cut: `"sink"`, `"episodic"`.
             mark: name of the scene to recall.
-            frames: frames that the host runs again.
+            frames: frames that the base model computes again.
 
         Raises:
             OptionError: there is no such mode, or the other arguments do not go with it.
             StreamError: no video is running, there is no such mark, or a role cannot tell which of its frames
                 come again.
-            UnsupportedModelError: the adapter does not say where the host keeps the projected prompt.
+            UnsupportedModelError: the adapter does not say where the base model keeps the projected prompt.
         """
         switch = Switch(mode, tuple(keep), mark, frames)
         stores = self._running("switch_prompt")
         for store in stores:
             store.check_switch(switch)
-        hear_prompts(self._model, self._plans)
+        add_prompt_hooks(self._model, self._layers)
         for store in stores:
             store.scenes.ask(switch)
 
     @contextmanager
     def stream(self, name: str) -> Iterator[None]:
-        """Names the timeline of the calls inside, for hosts whose calls carry no cache object.
+        """Names the timeline of the calls inside, for base models whose calls carry no cache object.
 
         One name per video and CFG branch. Leaving the block normally commits the pending chunk.
 
@@ -142,7 +142,7 @@ class HeadForcing:
         token = open_stream.set(timeline)
         try:
             yield
-            mine = [(plan, plan.streams[timeline]) for plan in self._plans if timeline in plan.streams]
+            mine = [(state, state.streams[timeline]) for state in self._layers if timeline in state.streams]
             self._commit(mine)
         finally:
             open_stream.reset(token)
@@ -150,7 +150,7 @@ class HeadForcing:
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
         """Shows every attention call to `observer` while the block runs, for measuring."""
-        observers = self._plans[0].activity.observers
+        observers = self._layers[0].activity.observers
         observers.append(observer)
         try:
             yield
@@ -158,23 +158,23 @@ class HeadForcing:
             observers.remove(observer)
 
     def remove(self) -> None:
-        """Puts every original module back and gives the host's caches back empty; idempotent.
+        """Puts every original module back and gives the base model's caches back empty; idempotent.
 
         Raises:
             StreamActiveError: a call or an explicit stream of this thread is open.
             PatchedModuleError: something added after apply still wraps one of our modules.
         """
         self._refuse_while_running("remove")
-        for site, plan in zip(self._sites, self._plans, strict=True):
-            check_reachable(site, plan)
+        for site, state in zip(self._sites, self._layers, strict=True):
+            check_reachable(site, state)
         ours = list(self._in_place())
         for site, module, _ in ours:
             check_removable(module, site)
-        for site, module, plan in ours:
-            _strip(module, plan)
-            _restore(site.original, plan)
+        for site, module, state in ours:
+            _strip(module, state)
+            _restore(site.original, state)
             site.put(site.original)
-        remove_hooks(self._model, self._plans[0].activity)
+        remove_hooks(self._model, self._layers[0].activity)
         self._timelines.clear()
 
     def __enter__(self) -> HeadForcing:
@@ -196,32 +196,32 @@ class HeadForcing:
         """Whether our modules are in place."""
         return any(True for _ in self._in_place())
 
-    def _in_place(self) -> Iterator[tuple[Site, nn.Module, LayerPlan]]:
+    def _in_place(self) -> Iterator[tuple[Site, nn.Module, LayerState]]:
         """The sites that still hold a module of ours."""
-        for site, plan in zip(self._sites, self._plans, strict=True):
+        for site, state in zip(self._sites, self._layers, strict=True):
             module = site.module
-            if isinstance(module, HeadForcingMixin) and module.__dict__.get("_headforcing") is plan:
-                yield site, module, plan
+            if isinstance(module, HeadForcingMixin) and module.__dict__.get("_headforcing") is state:
+                yield site, module, state
 
-    def _streams(self) -> Iterator[tuple[LayerPlan, Stream]]:
+    def _streams(self) -> Iterator[tuple[LayerState, Stream]]:
         """All streams of all layers."""
-        for plan in self._plans:
-            for stream in list(plan.streams.values()):
-                yield plan, stream
+        for state in self._layers:
+            for stream in list(state.streams.values()):
+                yield state, stream
 
-    def _commit(self, streams: Sequence[tuple[LayerPlan, Stream]]) -> None:
-        for plan, stream in streams:
-            check_finished(stream, plan.layer)
-            if plan.activity.hears_phases:
-                check_clean(stream, plan.layer)
+    def _commit(self, streams: Sequence[tuple[LayerState, Stream]]) -> None:
+        for state, stream in streams:
+            check_finished(stream, state.layer)
+            if state.activity.phase_hook:
+                check_clean(stream, state.layer)
         for _, stream in streams:
             stream.store.commit()
 
     def _running(self, what: str) -> list[KVStore]:
         """The memories of all videos that have begun."""
-        if self._plans[0].activity.depth:
+        if self._layers[0].activity.depth:
             raise StreamActiveError(f"{what}() inside an attention call: wait until the model returns")
-        check_settled(self._plans[0], what)
+        check_settled(self._layers[0], what)
         stores = [stream.store for _, stream in self._streams()]
         running = [store for store in stores if store.frames_so_far]
         if not running:
@@ -229,7 +229,7 @@ class HeadForcing:
         return running
 
     def _refuse_while_running(self, what: str) -> None:
-        if self._plans and self._plans[0].activity.depth:
+        if self._layers and self._layers[0].activity.depth:
             raise StreamActiveError(f"{what}() inside an attention call: wait until the model returns")
         if open_stream.get() in self._timelines.values():
             raise StreamActiveError(f"{what}() inside `with handle.stream(...)`: leave the block first")
@@ -243,24 +243,24 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
         by_application.setdefault(module._headforcing.activity, []).append(module)
     handles = []
     for modules in by_application.values():
-        plans = [module._headforcing for module in modules]
-        handle = plans[0].handle() if plans[0].handle is not None else None
+        states = [module._headforcing for module in modules]
+        handle = states[0].handle() if states[0].handle is not None else None
         if not isinstance(handle, HeadForcing):
-            handle = HeadForcing(model, sites_of(model, modules), plans)
+            handle = HeadForcing(model, sites_of(model, modules), states)
         handles.append(handle)
     return handles
 
 
-def _strip(ours: nn.Module, plan: LayerPlan) -> None:
+def _strip(ours: nn.Module, state: LayerState) -> None:
     """Takes everything of ours off a module, with what hooks and compilation left of us."""
-    for anchor, stream in list(plan.streams.items()):
-        plan.options.adapter.give_back(anchor, stream.memo)
-    plan.streams.clear()
+    for anchor, stream in list(state.streams.items()):
+        state.options.adapter.give_back(anchor, stream.memo)
+    state.streams.clear()
     for name in ("forward", "_compiled_call_impl", "_headforcing"):
         ours.__dict__.pop(name, None)
 
 
-def _restore(original: nn.Module, plan: LayerPlan) -> None:
+def _restore(original: nn.Module, state: LayerState) -> None:
     """Puts back a forward that the module had in its `__dict__` when head forcing came."""
-    if plan.own_forward is not None:
-        original.__dict__["forward"] = plan.own_forward
+    if state.own_forward is not None:
+        original.__dict__["forward"] = state.own_forward

@@ -1,4 +1,4 @@
-"""The two hooks beside the attention modules: one hears which pass begins, one makes a new prompt heard.
+"""The two hooks beside the attention modules: one notes the phase of a pass, one has a new prompt projected.
 
 Both are put on a model only where they are needed, and found again by their class, so that a copy of the
 model can be cleaned as well.
@@ -15,13 +15,13 @@ from torch import nn
 from headforcing.adapters.base import Adapter
 from headforcing.attention import compile as traced
 from headforcing.attention.activity import Activity
-from headforcing.attention.plan import LayerPlan
+from headforcing.attention.layer_state import LayerState
 from headforcing.errors import StreamError, UnsupportedModelError
 from headforcing.roles.maps.role_map import RoleMap
 
 
-class TellPhase:
-    """Before a pass of the model: notes down whether it is a clean one."""
+class PhaseHook:
+    """Before a pass of the model: notes whether it is a clean one."""
 
     def __init__(self, adapter: Adapter, activity: Activity) -> None:
         self.adapter, self.activity, self.key = adapter, activity, traced.number(self)
@@ -31,7 +31,7 @@ class TellPhase:
         if not torch.compiler.is_compiling():
             self.serve(args, kwargs)
         elif traced.POSSIBLE and traced.fits([args, kwargs]):
-            traced.hear(self.key, self.activity.order, args, kwargs)
+            traced.note_phase(self.key, self.activity.order, args, kwargs)
         else:
             traced.serve_between_graphs(self, args, kwargs)
 
@@ -40,14 +40,14 @@ class TellPhase:
         self.activity.phase = self.adapter.phase(args, kwargs)
 
     def __reduce__(self) -> Any:
-        return TellPhase, (self.adapter, self.activity)
+        return PhaseHook, (self.adapter, self.activity)
 
 
-class NewPrompt:
-    """Before cross-attention: projects the prompt anew where self-attention just began a new one."""
+class PromptHook:
+    """Before cross-attention: has it project the prompt anew, where a prompt switch just took effect."""
 
-    def __init__(self, plan: LayerPlan) -> None:
-        self.plan = plan
+    def __init__(self, layer: LayerState) -> None:
+        self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forgets the old prompt."""
@@ -57,13 +57,13 @@ class NewPrompt:
             self.serve((module, *args), kwargs)
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The same for a cross-attention and the arguments of its call."""
-        if self.plan.activity.heard_prompt(self.plan.layer):
-            self.plan.options.adapter.forget_prompt(args[0], args[1:], kwargs)
+        """The same, given the module and the arguments of its call."""
+        if self.layer.activity.take_new_prompt(self.layer.layer):
+            self.layer.options.adapter.forget_prompt(args[0], args[1:], kwargs)
 
 
 def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:
-    """Looks whether the host makes known what roles ask for.
+    """Checks that the base model makes known the phase that roles depend on.
 
     Raises:
         UnsupportedModelError: a role depends on the phase, and nobody knows it.
@@ -76,31 +76,32 @@ def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:
         )
 
 
-def hear_phases(model: nn.Module, roles: RoleMap, adapter: Adapter, activity: Activity) -> None:
+def add_phase_hook(model: nn.Module, roles: RoleMap, adapter: Adapter, activity: Activity) -> None:
     """Puts the hook in, where a role depends on the phase."""
     clock = adapter.clock(model)
     if clock is not None and any(role.uses_phase for role in roles.counts()):
-        activity.hears_phases = True
-        clock.register_forward_pre_hook(TellPhase(adapter, activity), with_kwargs=True)
+        activity.phase_hook = True
+        clock.register_forward_pre_hook(PhaseHook(adapter, activity), with_kwargs=True)
 
 
-def hear_prompts(model: nn.Module, plans: Sequence[LayerPlan]) -> None:
+def add_prompt_hooks(model: nn.Module, layers: Sequence[LayerState]) -> None:
     """Puts the hooks in, unless they are there.
 
     Raises:
         UnsupportedModelError: the adapter does not say where the prompt is projected.
         StreamError: it names more or fewer modules than there are layers.
     """
-    crosses = plans[0].options.adapter.cross_attentions(model)
-    if len(crosses) not in (0, len(plans)):
+    adapter, activity = layers[0].options.adapter, layers[0].activity
+    crosses = adapter.cross_attentions(model)
+    if len(crosses) not in (0, len(layers)):
         raise StreamError(
-            f"{plans[0].options.adapter.name} names {len(crosses)} cross-attentions for {len(plans)} layers: "
+            f"{adapter.name} names {len(crosses)} cross-attentions for {len(layers)} layers: "
             "expected one each, or none"
         )
-    plans[0].activity.hears_prompts = True  # a compiled model looks at this, but not at hooks
-    for plan, cross in zip(plans, crosses, strict=False):
-        if not any(isinstance(hook, NewPrompt) for hook in cross._forward_pre_hooks.values()):
-            cross.register_forward_pre_hook(NewPrompt(plan), with_kwargs=True)
+    activity.prompt_hooks = True  # a compiled model looks at this, but not at hooks
+    for layer, cross in zip(layers, crosses, strict=False):
+        if not any(isinstance(hook, PromptHook) for hook in cross._forward_pre_hooks.values()):
+            cross.register_forward_pre_hook(PromptHook(layer), with_kwargs=True)
 
 
 def remove_hooks(model: nn.Module, activity: Activity) -> None:
@@ -113,6 +114,6 @@ def remove_hooks(model: nn.Module, activity: Activity) -> None:
 
 
 def _activity(hook: Any) -> Activity | None:
-    if isinstance(hook, NewPrompt):
-        return hook.plan.activity
-    return hook.activity if isinstance(hook, TellPhase) else None
+    if isinstance(hook, PromptHook):
+        return hook.layer.activity
+    return hook.activity if isinstance(hook, PhaseHook) else None

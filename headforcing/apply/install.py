@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from headforcing.apply.handle import HeadForcing
-from headforcing.apply.hooks import hear_phases
+from headforcing.apply.hooks import add_phase_hook
 from headforcing.apply.sites import Site, is_own, sites_of
 from headforcing.attention.activity import Activity
 from headforcing.attention.guards import check_runs
+from headforcing.attention.layer_state import LayerState, Options
 from headforcing.attention.module import patched_class, with_class
-from headforcing.attention.plan import LayerPlan, Options
 from headforcing.errors import PatchedModuleError
 
 
@@ -29,24 +29,24 @@ def install(model: nn.Module, options: Options) -> HeadForcing:
     for site in sites:
         _check_patchable(site)
     activity = Activity()
-    plans = [LayerPlan(layer, options, activity) for layer in range(len(sites))]
+    layers = [LayerState(layer, options, activity) for layer in range(len(sites))]
     replacements = []
     for site in sites:
         cls: Any = type(site.original)
         replacements.append(with_class(site.original, patched_class(cls)))
-    for site, plan, replacement in zip(sites, plans, replacements, strict=True):
-        plan.original = weakref.ref(site.original)
-        plan.own_forward = replacement.__dict__.pop("forward", None)
-        replacement.__dict__["_headforcing"] = plan
-        plan.module = weakref.ref(replacement)
+    for site, layer, replacement in zip(sites, layers, replacements, strict=True):
+        layer.original = weakref.ref(site.original)
+        layer.own_forward = replacement.__dict__.pop("forward", None)
+        replacement.__dict__["_headforcing"] = layer
+        layer.module = weakref.ref(replacement)
         site.put(replacement)
-    activity.way = _way(model, sites)
-    hear_phases(model, options.roles, options.adapter, activity)
-    return HeadForcing(model, sites, plans)
+    activity.path_modules = _path_modules(model, sites)
+    add_phase_hook(model, options.roles, options.adapter, activity)
+    return HeadForcing(model, sites, layers)
 
 
-def _way(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, weakref.ref[nn.Module]]]:
-    """The modules whose call leads to an attention, and the attentions themselves."""
+def _path_modules(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, weakref.ref[nn.Module]]]:
+    """The modules between the root and each attention, both included."""
     names = [site.path.split(".") for site in sites]
     paths = {".".join(parts[:depth]) for parts in names for depth in range(len(parts) + 1)}
     return [(path, weakref.ref(module)) for path, module in model.named_modules() if path in paths]

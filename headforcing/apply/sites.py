@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from headforcing.attention.layer_state import LayerState
 from headforcing.attention.module import HeadForcingMixin, original_class, with_class
-from headforcing.attention.plan import LayerPlan
 from headforcing.errors import PatchedModuleError, UnsupportedModelError
 
 
@@ -59,10 +59,10 @@ def sites_of(model: nn.Module, modules: Sequence[nn.Module]) -> list[Site]:
 
 
 def check_single(sites: Sequence[Site]) -> None:
-    """Looks whether PEFT keeps an attention beside a copy of it, so that there seem to be more layers.
+    """Checks that PEFT keeps no copy of an attention beside it, which would look like one more layer.
 
     Raises:
-        PatchedModuleError: it does.
+        PatchedModuleError: it keeps one.
     """
     for site in sites:
         if any(name == "original_module" for _, name in site.places):
@@ -85,8 +85,8 @@ def is_own(forward: Any, module: nn.Module) -> bool:
     return getattr(forward, "__self__", None) is module
 
 
-def check_reachable(site: Site, plan: LayerPlan) -> None:
-    """Looks whether a wrapper or a copy sits in the place of our module, which could not be put back.
+def check_reachable(site: Site, layer: LayerState) -> None:
+    """Checks that no wrapper or copy sits in the place of our module, which could not be put back.
 
     Raises:
         PatchedModuleError: one does.
@@ -99,7 +99,7 @@ def check_reachable(site: Site, plan: LayerPlan) -> None:
         )
     if there is None or isinstance(there, HeadForcingMixin):
         return
-    if any(module.__dict__.get("_headforcing") is plan for module in there.modules()):
+    if any(module.__dict__.get("_headforcing") is layer for module in there.modules()):
         raise PatchedModuleError(
             f"{site.path}: a {type(there).__name__} was put around it after head forcing was applied "
             "(torch.compile, PEFT's modules_to_save?): take that out first, then remove head forcing"
@@ -107,7 +107,7 @@ def check_reachable(site: Site, plan: LayerPlan) -> None:
 
 
 def check_removable(ours: nn.Module, site: Site) -> None:
-    """Looks whether our module is as we made it.
+    """Checks that our module is as we made it.
 
     Raises:
         PatchedModuleError: its forward or its class changed.

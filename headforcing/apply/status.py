@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from headforcing.attention.backends import Attend, find_backend
 from headforcing.attention.guards import layers_named
-from headforcing.attention.plan import LayerPlan
+from headforcing.attention.layer_state import LayerState
 from headforcing.attention.stream import Stream
 from headforcing.roles import HeadRole
 
@@ -17,7 +17,7 @@ class StreamStatus:
     """One timeline, as the first layer sees it.
 
     Attributes:
-        committed: frames finished, kept or not.
+        committed: frames finished, stored or not.
         pending: frames of the chunk that is still being written, `(start, stop)`.
     """
 
@@ -41,8 +41,8 @@ class Status:
         unserved: layers never called with a cache since apply.
         bypassed: calls that had a cache but went to the original forward (training, gradients).
         streams: the timelines alive now.
-        stored_bytes: keys and values held by all layers and streams.
-        released_bytes: the host's own K/V that is freed while we are in.
+        stored_bytes: keys and values stored by all layers and streams.
+        released_bytes: the base model's own K/V that is freed while we are in.
     """
 
     applied: bool
@@ -72,18 +72,18 @@ class Status:
             f"head forcing on {self.layers} layers x {self.heads} heads ({self.adapter}, window "
             f"{self.window} frames, {self.backend}), {state}\n{roles}\n{idle if self.active else ''}"
             f"  {len(self.streams)} streams, {self.stored_bytes / 1e6:.2f} MB stored, "
-            f"{self.released_bytes / 1e6:.2f} MB of the host's cache released"
+            f"{self.released_bytes / 1e6:.2f} MB of the base model's cache released"
         )
 
 
-def collect(plans: Sequence[LayerPlan], applied: bool) -> Status:
-    """The status of a model from the plans of its layers."""
-    streams = [stream for plan in plans for stream in list(plan.streams.values())]
-    first = plans[0]
+def collect(layers: Sequence[LayerState], applied: bool) -> Status:
+    """The status of a model from the state of its layers."""
+    streams = [stream for layer in layers for stream in list(layer.streams.values())]
+    first = layers[0]
     return Status(
         applied=applied,
         adapter=first.options.adapter.name,
-        layers=len(plans),
+        layers=len(layers),
         heads=first.num_heads,
         window=first.options.window,
         backend=_name(first.options.attend),

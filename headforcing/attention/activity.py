@@ -1,4 +1,4 @@
-"""What happens in an applied model: calls, passes, and what is looked at when a chunk begins."""
+"""What happens in an applied model: calls, passes, and what is checked when a chunk begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from headforcing.attention.compile import counter
 from headforcing.attention.guards import check_complete, check_runs, warn_of_idle
 from headforcing.attention.observation import Observer
-from headforcing.attention.stream import Stream
+from headforcing.attention.stream import PassId, Stream
 from headforcing.stores import KVStore
 from headforcing.types import Phase
 
@@ -28,10 +28,10 @@ class Activity:
         layers, served: those that have roles, and which of them were called.
         bypassed: calls that went to the original forward although they had a cache.
         depth, observers: calls in progress, and who is shown every call.
-        hears_phases: whether a hook tells the phase.
-        hears_prompts: whether hooks make a new prompt heard.
+        phase_hook: whether a hook notes the phase of every pass, because roles depend on it.
+        prompt_hooks: whether hooks make cross-attention project a new prompt.
         order: written by every compiled call; see `headforcing.attention.compile`.
-        way: modules that hold or are attentions, by name; unknown in a copy.
+        path_modules: modules between the root and each attention, weakly, by name; empty after deepcopy.
     """
 
     def __init__(self) -> None:
@@ -42,53 +42,56 @@ class Activity:
         self.bypassed = 0
         self.depth = 0
         self.observers: list[Observer] = []
-        self.hears_phases = self.hears_prompts = False
-        self.way: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
+        self.phase_hook = self.prompt_hooks = False
+        self.path_modules: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
         self._sought_idle = False
-        self._turns = itertools.count()
+        self._call_numbers = itertools.count()
         self._lock = threading.Lock()
-        self._pass = threading.local()
+        self._thread = threading.local()
 
     @property
     def phase(self) -> Phase | None:
-        """Which pass this thread is in, where the host makes it known."""
-        return getattr(self._pass, "phase", None)
+        """Which pass this thread is in, where the base model makes it known."""
+        return getattr(self._thread, "phase", None)
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        self._pass.phase = phase
+        self._thread.phase = phase
 
-    def heard_prompt(self, layer: int) -> bool:
-        """Whether the last self-attention of a layer in this thread has a new prompt; told once."""
-        store: KVStore | None = getattr(self._pass, "turned", {}).pop(layer, lambda: None)()
+    def take_new_prompt(self, layer: int) -> bool:
+        """Whether cross-attention, after a call of this layer in this thread, has a new prompt to project.
+
+        True once per prompt switch and layer.
+        """
+        store: KVStore | None = getattr(self._thread, "wrote", {}).pop(layer, lambda: None)()
         if store is None or not store.turned:
             return False
         store.turned = False
         return True
 
-    def note_turn(self, layer: int, store: KVStore) -> None:
-        """Notes down that a layer wrote, and whose prompt its cross-attention is about to hear."""
-        stream, turn = getattr(self._pass, "serving", (lambda: None, None))
+    def note_write(self, layer: int, store: KVStore) -> None:
+        """Notes that a layer wrote in this pass, and in which store, for its cross-attention that follows."""
+        stream, pass_id = getattr(self._thread, "serving", (lambda: None, None))
         if (wrote := stream()) is not None and wrote.store is store:
-            wrote.turn = turn
-        self._pass.__dict__.setdefault("turned", {})[layer] = weakref.ref(store)
+            wrote.pass_id = pass_id
+        self._thread.__dict__.setdefault("wrote", {})[layer] = weakref.ref(store)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Marks a call in progress."""
         with self._lock:
             self.depth += 1
-        self._pass.turn = next(self._turns)
+        self._thread.call_number = next(self._call_numbers)
         try:
             yield
         finally:
             with self._lock:
                 self.depth -= 1
 
-    def serve(self, layer: int, stream: Stream, start: int) -> None:
-        """Counts a call, and checks a finished chunk in all layers before the first one commits it.
+    def begin_call(self, layer: int, stream: Stream, start: int) -> None:
+        """Counts a call; in the first layer, checks a finished chunk in all layers before any commits it.
 
-        The layers of a pass are told of each other: they are one timeline.
+        The layers of a pass learn of each other: they are one timeline.
 
         Raises:
             NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
@@ -105,27 +108,29 @@ class Activity:
                 warn_of_idle(idle)
             self._sought_idle = True
         if layer:
-            first: Stream | None = getattr(self._pass, "first", lambda: None)()
-            if first is not None:
-                first.behind.add(stream)
-                stream.store.digests.notes = first.store.digests.notes
-                self._pass.serving = weakref.ref(stream), first.turn
+            self._join_timeline(stream)
             return
-        turn = getattr(self._pass, "turn", None), start
-        met = [stream, *sorted(stream.behind, key=lambda later: later.store.layer)]
+        pass_id = getattr(self._thread, "call_number", None), start
         if pending is not None and grown:
-            number, first_frame = stream.turn or turn
-            if number != turn[0] and first_frame == pending.start:  # else the same call goes on
-                ran = {one.store.layer for one in met if one.turn == stream.turn}
-                late = {one.store.layer for one in met if one.store.pending == pending} - ran
-                check_complete(sorted(late), pending)
-            for one in met:
-                one.store.check()
+            _check_finished_chunk(stream, pending, pass_id)
         if pending is None or start != pending.start or not start:
-            held = self.way or [(f"layer {one.store.layer}", one.module) for one in met if one.module]
-            check_runs((path, module) for path, ref in held if (module := ref()) is not None)
-        self._pass.first = weakref.ref(stream)
-        self._pass.serving = self._pass.first, turn
+            self._check_runs(stream)
+        self._thread.first = weakref.ref(stream)
+        self._thread.serving = self._thread.first, pass_id
+
+    def _join_timeline(self, stream: Stream) -> None:
+        """A later layer of the pass that this thread runs."""
+        first: Stream | None = getattr(self._thread, "first", lambda: None)()
+        if first is not None:
+            first.later_layers.add(stream)
+            stream.store.digests.notes = first.store.digests.notes
+            self._thread.serving = weakref.ref(stream), first.pass_id
+
+    def _check_runs(self, first: Stream) -> None:
+        """A chunk begins: checks that nothing may skip the attention of some layer."""
+        by_layer = [(f"layer {one.store.layer}", one.module) for one in first.all_layers if one.module]
+        held = self.path_modules or by_layer
+        check_runs((path, module) for path, ref in held if (module := ref()) is not None)
 
     def bypass(self) -> None:
         """Counts a call that went to the original forward although it had a cache; warns once."""
@@ -139,10 +144,22 @@ class Activity:
 
     def __reduce__(self) -> Any:
         """A copy starts counting anew; its hooks are copied with it."""
-        return _copied_activity, (self.hears_phases,)
+        return _copied_activity, (self.phase_hook,)
 
 
-def _copied_activity(hears_phases: bool) -> Activity:
+def _check_finished_chunk(first: Stream, pending: range, pass_id: PassId) -> None:
+    """Checks the chunk that the next pass will commit, in all layers of a timeline."""
+    layers = first.all_layers
+    call_number, start = first.pass_id or pass_id
+    if call_number != pass_id[0] and start == pending.start:  # else the same call goes on
+        wrote = {one.store.layer for one in layers if one.pass_id == first.pass_id}
+        late = {one.store.layer for one in layers if one.store.pending == pending} - wrote
+        check_complete(sorted(late), pending)
+    for one in layers:
+        one.store.check()
+
+
+def _copied_activity(phase_hook: bool) -> Activity:
     activity = Activity()
-    activity.hears_phases = hears_phases
+    activity.phase_hook = phase_hook
     return activity

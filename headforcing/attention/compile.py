@@ -1,15 +1,15 @@
 """A call as one operator, so that a compiled model stays one graph around it.
 
 `torch.compile` cannot look into a memory whose choices are made in Python, and need not. To the graph, a call
-of attention is `headforcing::attend`: it knows the shape of what comes out, and which tensors are written.
-When the graph runs, the operator puts the call together again and serves it as without a compiler.
+of attention is `headforcing::attend`: it knows the shape of the output, and which tensors are written. When
+the graph runs, the operator puts the call together again and serves it as without a compiler.
 
 What is written is declared, with two exceptions: the tensor that stands for the timeline, and the memory that
-the first call takes from the host's own keys and values (`Adapter.release`). No graph reads them, and what is
-declared may be copied.
+the first call takes from the base model's own keys and values (`Adapter.release`). No graph reads them, and
+what is declared may be copied.
 
-A call travels as its tensors, its numbers, and a template that says where they were. What cannot be taken
-apart so, because it carries an object of the host's own, is served between two graphs.
+A call travels as its tensors, its numbers, and a template that says where they were. One that cannot be taken
+apart so, because it carries an object of the base model, is served between two graphs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from headforcing.errors import StreamError, StreamShapeError
-from headforcing.types import Outline
+from headforcing.types import TracedCall
 
 
 class Served(Protocol):
@@ -78,24 +78,24 @@ def fits(value: Any) -> bool:
     return type(value) in (list, tuple) and all(fits(item) for item in value)
 
 
-def attend(key: Tensor, order: Tensor, outline: Outline) -> tuple[Tensor, Tensor]:
-    """One call of attention: what comes out, and the whole numbers told beside it."""
-    like, dtype = outline.like, outline.like.dtype
+def attend(key: Tensor, order: Tensor, call: TracedCall) -> tuple[Tensor, Tensor]:
+    """One call of attention: the output, and the whole numbers that come with it."""
+    like, dtype = call.like, call.like.dtype
     casts = torch.is_autocast_enabled(like.device.type)
     if casts:
         dtype = torch.get_autocast_dtype(like.device.type)
-    told = torch.empty(outline.told, dtype=torch.long, device="cpu")
-    written = [key, order, *outline.writes, told]
-    call, *parts = _taken_apart([like, (), outline.call], written)
-    template = f'{{"call":{call},"dtype":"{dtype}","casts":{int(casts)}}}'
-    return torch.ops.headforcing.attend(written, *parts, template), told
+    numbers = torch.empty(call.numbers, dtype=torch.long, device="cpu")
+    written = [key, order, *call.writes, numbers]
+    arguments, *parts = _taken_apart([like, (), call.arguments], written)
+    template = f'{{"call":{arguments},"dtype":"{dtype}","casts":{int(casts)}}}'
+    return torch.ops.headforcing.attend(written, *parts, template), numbers
 
 
-def hear(key: Tensor, order: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """One call of which only its arguments matter."""
+def note_phase(key: Tensor, order: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """One call of the module whose arguments tell the phase of a pass."""
     written = [key, order]
     call, *parts = _taken_apart([args, kwargs], written)
-    torch.ops.headforcing.hear(written, *parts, call)
+    torch.ops.headforcing.note_phase(written, *parts, call)
 
 
 def _taken_apart(value: Any, written: list[Tensor]) -> tuple[str, list[Tensor], list[int], list[float]]:
@@ -150,20 +150,20 @@ _operator = functools.partial(
 def _attend(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> Tensor:
-    layout, like, told = _read(template), tensors[0], written[-1]
+    layout, like, promised = _read(template), tensors[0], written[-1]
     _, args, kwargs = _together(layout["call"], _by_kind(written, tensors, numbers, floats))
     dtype = _dtype(layout)
     with torch.autocast(like.device.type, dtype) if layout["casts"] else nullcontext():
         answer = _serve(written, args, kwargs)
     y: Tensor
     y, *ends = [leaf for leaf in pytree.tree_leaves(answer) if leaf is not None]
-    if (y.shape, y.dtype, len(ends)) != (like.shape, dtype, len(told)):
+    if (y.shape, y.dtype, len(ends)) != (like.shape, dtype, len(promised)):
         raise StreamShapeError(
             f"under torch.compile, attention returned {tuple(y.shape)} in {y.dtype} and {len(ends)} numbers, "
-            f"but its adapter's outline() promised {tuple(like.shape)} in {dtype} and {len(told)}: mend "
-            "outline(), or return None there"
+            f"but its adapter's traced_call() promised {tuple(like.shape)} in {dtype} and {len(promised)}: "
+            "mend traced_call(), or return None there"
         )
-    told.copy_(torch.tensor(ends, dtype=told.dtype))
+    promised.copy_(torch.tensor(ends, dtype=promised.dtype))
     return y.contiguous()
 
 
@@ -174,14 +174,14 @@ def _(
     return tensors[0].new_empty(tensors[0].shape, dtype=_dtype(_read(template)))
 
 
-@_operator("headforcing::hear")
-def _hear(
+@_operator("headforcing::note_phase")
+def _note_phase(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> None:
     _serve(written, *_together(_read(template), _by_kind(written, tensors, numbers, floats)))
 
 
-@_hear.register_fake
+@_note_phase.register_fake
 def _(
     written: list[Tensor], tensors: list[Tensor], numbers: list[int], floats: list[float], template: str
 ) -> None:

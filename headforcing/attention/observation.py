@@ -19,7 +19,7 @@ class Observation:
 
     Attributes:
         layer: number of the layer.
-        call: what the host asked.
+        call: what the base model asked.
         timeline: the layer's stream; the same object as long as the stream lives.
         chunk: keys and values of the own chunk, before RoPE.
         q: queries of the own chunk, before RoPE, `[B, F, P, H, D]`.
@@ -31,7 +31,7 @@ class Observation:
         encode: rotates keys or queries to positions.
         sizes: per part, the keys of each of those frames; those that follow belong to no frame. `None`: all
             have one per patch of the chunk.
-        edited: whether the host edited its cache before this call, or runs frames again.
+        edited: whether the base model edited its cache before this call, or runs frames again.
     """
 
     layer: int

@@ -1,11 +1,11 @@
-"""Frames that the host runs again in one call, as many as there are, to hear a new prompt."""
+"""Frames that the base model computes again in one call after a prompt switch (KV recache)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-from headforcing.attention.plan import Options
+from headforcing.attention.layer_state import Options
 from headforcing.attention.stream import Stream
 from headforcing.errors import WindowError
 from headforcing.stores.switch import Switch
@@ -13,16 +13,16 @@ from headforcing.types import Chunk
 
 
 def rerun(chunk: Chunk, stream: Stream, options: Options, emptied: bool = False) -> Chunk:
-    """The part of a chunk that is remembered: all of it, unless its frames run again.
+    """The part of a chunk that is stored: all of it, unless its frames are recomputed.
 
-    Then it is the last ones, as many as every role has room for beside what it keeps, in place of what the
-    video ends with. The frames before them look, and are not seen.
+    Then it is the last frames, as many as fit every role beside what it keeps. They replace the frames that
+    the video ends with. The frames before them attend, but are not attended to.
 
     Args:
-        chunk: what the host brings.
+        chunk: what the base model brings.
         stream: of the layer.
         options: what was applied.
-        emptied: whether the host emptied its cache first, so that nothing is beside these frames.
+        emptied: whether the base model emptied its cache first, so that only these frames are attended to.
 
     Raises:
         StreamError: these frames cannot be told from others in some layer; nothing has changed.
@@ -33,7 +33,7 @@ def rerun(chunk: Chunk, stream: Stream, options: Options, emptied: bool = False)
     whole = (frames.start == 0 or emptied) and len(frames) <= options.window
     last = len(frames) if whole else max(n for n in range(1, len(frames) + 1) if _fits(options, n))
     switch = Switch("recache", frames=last)
-    for met in () if emptied else (stream, *stream.behind):
+    for met in () if emptied else (stream, *stream.later_layers):
         met.store.check_switch(switch)
     stream.store.scenes.ask(switch)
     skip = len(frames) - last
@@ -43,8 +43,14 @@ def rerun(chunk: Chunk, stream: Stream, options: Options, emptied: bool = False)
     return dataclasses.replace(chunk, start=chunk.start + skip, k=k, v=v, q=q, alone=whole)
 
 
-def seats(positions: Sequence[float], frames: int, chunk: int) -> tuple[float, ...]:
-    """Where the queries of a call of `frames` frames sit, the last `chunk` of which end the view."""
+def query_positions(positions: Sequence[float], frames: int, chunk: int) -> tuple[float, ...]:
+    """RoPE positions of the query frames.
+
+    Args:
+        positions: of the frames in view; the chunk comes last.
+        frames: query frames.
+        chunk: frames of the chunk that is stored: the last of the query frames.
+    """
     own = positions[len(positions) - chunk :]
     return (*(max(own[0] - before, 0) for before in range(frames - chunk, 0, -1)), *own)
 

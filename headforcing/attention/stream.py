@@ -13,6 +13,9 @@ from headforcing.errors import StreamError
 from headforcing.stores import KVStore
 from headforcing.types import Chunk, Phase
 
+PassId = tuple[int | None, int]
+"""One pass of the model: the number of its first attention call, and the first frame of its chunk."""
+
 
 class Timeline:
     """The anchor of a stream that the user opened."""
@@ -27,28 +30,33 @@ open_stream: ContextVar[Timeline | None] = ContextVar("headforcing_stream", defa
 
 @dataclass(eq=False)
 class Stream:
-    """One layer's memory on one timeline, and what the adapter noted about the host's cache.
+    """One layer's memory on one timeline, and what the adapter noted about the base model's cache.
 
     Attributes:
         store: the memory.
         memo: the adapter's notes.
-        released: bytes of the host's cache that are free meanwhile.
-        behind: the same timeline in the layers after the first, as the last pass met them.
+        released: bytes of the base model's cache that are free meanwhile.
+        later_layers: in layer 0, the streams of the other layers on this timeline, as seen in the last pass.
         phase: of the last pass, where roles ask.
-        unfinished: whether the last pass was the first one over a window of several chunks, of which the host
-            runs the first one again, clean.
-        module: the attention, while it is there.
-        turn: number and first frame of the last pass that wrote.
+        unfinished: whether the last pass was the first one over a window of several chunks, whose first chunk
+            still gets its clean pass.
+        module: the attention module, while it exists.
+        pass_id: the last pass that wrote.
     """
 
     store: KVStore
     memo: dict[str, Any] = field(default_factory=dict)
     released: int = 0
-    behind: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
+    later_layers: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
     phase: Phase | None = None
     unfinished: bool = False
     module: weakref.ref[nn.Module] | None = None
-    turn: tuple[int | None, int] | None = None
+    pass_id: PassId | None = None
+
+    @property
+    def all_layers(self) -> list[Stream]:
+        """In layer 0: this stream, then those of the later layers in order."""
+        return [self, *sorted(self.later_layers, key=lambda later: later.store.layer)]
 
     def write(self, chunk: Chunk, phase: Phase) -> None:
         """Takes one pass over a chunk; see `KVStore.write`."""
@@ -59,10 +67,10 @@ class Stream:
 
 
 def check_finished(stream: Stream, layer: int) -> None:
-    """Looks whether a window of chunks that are denoised at once had the clean pass of its first one.
+    """Checks that a window of chunks that are denoised together had the clean pass of its first one.
 
     Raises:
-        StreamError: it had not, and all of it would be remembered as it is, with its noise.
+        StreamError: it had not, and all of it would be stored as it is, with its noise.
     """
     pending = stream.store.pending
     if pending is not None and stream.unfinished:
@@ -73,7 +81,7 @@ def check_finished(stream: Stream, layer: int) -> None:
 
 
 def check_clean(stream: Stream, layer: int) -> None:
-    """Looks whether the pending chunk had its clean pass, where roles ask for phases.
+    """Checks that the pending chunk had its clean pass, where roles ask for phases.
 
     Raises:
         StreamError: its last pass was noisy.
@@ -82,6 +90,6 @@ def check_clean(stream: Stream, layer: int) -> None:
     if pending is not None and stream.phase != "commit":
         raise StreamError(
             f"layer {layer}: frames {pending.start}..{pending.stop - 1} had no clean pass, their last one "
-            "was noisy: if the host writes its cache at another noise level, say so, as in "
+            "was noisy: if the base model writes its cache at another noise level, say so, as in "
             "adapter=SelfForcing(context_noise=...)"
         )

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headforcing.adapters import rope
 from headforcing.adapters import rope_fused as fused
-from headforcing.adapters.rope_fused import at_once, compiled, packed_spaces, packed_times, turned
+from headforcing.adapters.rope_fused import at_once, compiled, packed_spaces, packed_times, rotated
 from headforcing.stores.buffers import Size, cut
 
 HEIGHT, WIDTH, ROWS = 3, 5, 64
@@ -280,10 +280,10 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def operators(positions: list[float], turns: rope.Turns | None = None) -> Copies:
+def operators(positions: list[float], cache: rope.RotaryCache | None = None) -> Copies:
     x, multipliers = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta"), table(10).to("meta")
     with FromHost() as made, Copies() as seen:
-        out = rope.rotate(x, multipliers, positions, HEIGHT, WIDTH, 1, turns)
+        out = rope.rotate(x, multipliers, positions, HEIGHT, WIDTH, 1, cache)
     assert out.shape == x.shape
     seen.found += made.found
     return seen
@@ -295,8 +295,8 @@ def test_no_position_comes_from_the_host(positions: Any) -> None:
 
 
 def test_what_is_made_of_a_table_is_made_once_per_call() -> None:
-    turns: rope.Turns = {}
-    first, other_frames, again = (operators(places, turns).count for places in ([0, 1], [4, 5], [4, 5]))
+    cache: rope.RotaryCache = {}
+    first, other_frames, again = (operators(places, cache).count for places in ([0, 1], [4, 5], [4, 5]))
     assert first > other_frames > again
 
 
@@ -347,7 +347,7 @@ def test_a_wrong_turn_is_found() -> None:
     flat, back = fused._tokens(x)
     expected = rope._by_frame(x, times, spaces)
     time = torch.cat([time, time[:, -1:]], 1)
-    assert torch.equal(back(turned(flat, time.flatten(), space)), expected)
+    assert torch.equal(back(rotated(flat, time.flatten(), space)), expected)
     for wrong in (time.roll(1, 1), time.flip(0), time * 1.01):
-        assert not torch.equal(back(turned(flat, wrong.flatten(), space)), expected)
-    assert not torch.equal(back(turned(flat, time.flatten(), space.roll(1, 1))), expected)
+        assert not torch.equal(back(rotated(flat, wrong.flatten(), space)), expected)
+    assert not torch.equal(back(rotated(flat, time.flatten(), space.roll(1, 1))), expected)

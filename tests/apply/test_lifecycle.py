@@ -229,7 +229,7 @@ def test_dropping_a_cache_frees_its_stream_at_once_without_the_garbage_collector
     kept, dropped = rig.caches(), rig.caches()
     for caches in (kept, dropped):
         rig.video(caches, 3)
-    stores = [weakref.ref(stream.store) for plan in handle._plans for stream in plan.streams.values()]
+    stores = [weakref.ref(stream.store) for layer in handle._layers for stream in layer.streams.values()]
     both = handle.status().stored_bytes
     gc.collect()
     gc.disable()
@@ -275,7 +275,7 @@ def test_no_stored_tensor_carries_a_gradient_graph() -> None:
     for start in (0, 3, 6):  # gradients are on, but nothing requires them
         out = rig.model(rig.noise(start, 3), torch.zeros(1), words, caches.kv, caches.cross, start * 16)
     assert out.grad_fn is None
-    stores = [stream.store for plan in handle._plans for stream in plan.streams.values()]
+    stores = [stream.store for layer in handle._layers for stream in layer.streams.values()]
     banks = [bank for store in stores for bank in store._banks.values()]  # type: ignore[attr-defined]
     assert not any(t.requires_grad for bank in banks for t in bank.tensors())
 
@@ -654,7 +654,7 @@ def test_the_memory_of_a_named_stream_goes_with_the_handle() -> None:
     model, handle = foreign()
     with handle.stream("video"):
         model(frames(0), 0)
-    stores = [weakref.ref(stream.store) for plan in handle._plans for stream in plan.streams.values()]
+    stores = [weakref.ref(stream.store) for layer in handle._layers for stream in layer.streams.values()]
     handle.remove()
     gc.collect()
     assert [ref() for ref in stores] == [None, None]

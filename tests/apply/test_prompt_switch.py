@@ -1137,7 +1137,7 @@ def test_an_adapter_that_names_too_few_cross_attentions_is_refused_and_nothing_c
 
 def _asked(handle: hf.HeadForcing) -> set[Any]:
     """Switches that are asked for, over all layers and streams."""
-    stores = [stream.store for plan in handle._plans for stream in plan.streams.values()]
+    stores = [stream.store for layer in handle._layers for stream in layer.streams.values()]
     return {store.scenes._switch for store in stores} - {None}
 
 
@@ -1306,5 +1306,5 @@ def test_a_broken_chunk_that_should_run_again_leaves_the_layers_alike() -> None:
     try:
         say(rig, caches, 6, prompt=1)
     except NonFiniteKVError:
-        stores = [stream.store for plan in handle._plans for stream in plan.streams.values()]
+        stores = [stream.store for layer in handle._layers for stream in layer.streams.values()]
         assert len({(store.pending, store.committed) for store in stores}) == 1

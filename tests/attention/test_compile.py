@@ -24,7 +24,7 @@ from headforcing.attention import compile as traced
 from headforcing.errors import StreamError, StreamShapeError
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, CommitForcing, HeadRole, Local, Memory, SlidingWindow
-from headforcing.types import AttentionCall, Outline
+from headforcing.types import AttentionCall, TracedCall
 from tests.hosts import find_host
 from tests.hosts.rig import Rig
 
@@ -380,7 +380,7 @@ def test_an_exported_program_is_refused() -> None:
 def test_a_number_without_an_owner_is_an_error() -> None:
     nobody = [torch.tensor(-1), torch.tensor(0)]
     with pytest.raises(StreamError, match="number -1, which is gone"):
-        torch.ops.headforcing.hear(nobody, [], [], [], '["tuple",0,["tuple",0],{}]')
+        torch.ops.headforcing.note_phase(nobody, [], [], [], '["tuple",0,["tuple",0],{}]')
 
 
 def test_a_wrong_call_says_so_as_without_a_compiler() -> None:
@@ -426,16 +426,16 @@ def test_what_cannot_be_taken_apart_is_served_between_graphs() -> None:
 class Promises(SelfForcing):
     """Says that a number comes with what it returns."""
 
-    def outline(self, module: nn.Module, args: Any, kwargs: Any) -> Outline | None:
-        outline = super().outline(module, args, kwargs)
-        return None if outline is None else dataclasses.replace(outline, told=1)
+    def traced_call(self, module: nn.Module, args: Any, kwargs: Any) -> TracedCall | None:
+        traced = super().traced_call(module, args, kwargs)
+        return None if traced is None else dataclasses.replace(traced, numbers=1)
 
 
 def test_a_broken_promise_is_said() -> None:
     rig = Rig(9)
     hf.apply_head_forcing(rig.model, Local(), adapter=Promises())
     rig.model = torch.compile(rig.model, backend="eager", fullgraph=True)  # type: ignore[assignment]
-    with pytest.raises(StreamShapeError, match=r"outline\(\) promised .* and 1: mend"):
+    with pytest.raises(StreamShapeError, match=r"traced_call\(\) promised .* and 1: mend"):
         rig.call(rig.caches(), 0, 3, draw=1)
 
 
@@ -468,19 +468,19 @@ def recorded(rig: Rig, role: HeadRole) -> dict[str, tuple[Any, ...]]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["attend", "hear"])
+@pytest.mark.parametrize("name", ["attend", "note_phase"])
 def test_opcheck(name: str) -> None:
     """PyTorch's own examination: what is written is declared, shapes are as promised, graphs agree."""
     rig = Rig(9)
     calls = recorded(rig, PHASED)
-    assert calls.keys() == {"attend", "hear"}
+    assert calls.keys() == {"attend", "note_phase"}
     with torch.no_grad():
         found = torch.library.opcheck(getattr(torch.ops.headforcing, name).default, calls[name])
     assert set(found.values()) == {"SUCCESS"}
     assert len(found) >= 4
 
 
-@pytest.mark.parametrize("name", ["attend", "hear"])
+@pytest.mark.parametrize("name", ["attend", "note_phase"])
 def test_no_cuda_graph_is_captured_around_choices_made_in_python(name: str) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.headforcing, name).default.tags
 

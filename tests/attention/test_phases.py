@@ -373,12 +373,14 @@ def test_a_host_that_writes_its_cache_at_another_level_must_say_so() -> None:
         if works:
             assert [phase for _, phase, *_ in watched(rig, handle, caches, range(3, 6, 3))][-1] == "denoise"
             continue
-        held = [stream.store.committed for plan in handle._plans for stream in plan.streams.values()]
+        held = [stream.store.committed for layer in handle._layers for stream in layer.streams.values()]
         with pytest.raises(
             StreamError, match=r"frames 0\.\.2 had no clean pass.*SelfForcing\(context_noise="
         ):
             rig.call(caches, 3, 3, draw=3)
-        assert held == [stream.store.committed for plan in handle._plans for stream in plan.streams.values()]
+        assert held == [
+            stream.store.committed for layer in handle._layers for stream in layer.streams.values()
+        ]
         rig.call(caches, 0, 3, draw=0)  # a clean pass helps
         rig.call(caches, 3, 3, draw=3)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headforcing.attention.backends.sdpa import attend
-from headforcing.attention.plan import Options
+from headforcing.attention.layer_state import Options
 from headforcing.attention.rerun import rerun, seats
 from headforcing.attention.stream import Stream
 from headforcing.errors import ChunkOrderError, StreamError, WindowError

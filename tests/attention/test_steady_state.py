@@ -408,7 +408,7 @@ def test_no_copy_stays_and_all_of_them_stay_where_they_are(row):
 def test_no_tensor_stays_in_the_lean_store():
     """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of rooms do."""
     layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
-    (stream,) = layer.handle._plans[0].streams.values()
+    (stream,) = layer.handle._layers[0].streams.values()
     rooms = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
     check_no_tensor_stays(layer, chunks=100)
     assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == rooms

@@ -598,10 +598,10 @@ class ProjectsToFloat32(SelfForcing):
         return super().output(module, out.to(module.o.weight.dtype), call, memo)
 
 
-class OutlinesByReading(SelfForcing):
-    def outline(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        outline = super().outline(module, args, kwargs)
-        return outline if args[2].tolist()[0][0] < 9 else None
+class TracesByReading(SelfForcing):
+    def traced_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        traced = super().traced_call(module, args, kwargs)
+        return traced if args[2].tolist()[0][0] < 9 else None
 
 
 class NormsOfOnes(SelfForcingHost):
@@ -642,7 +642,7 @@ CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
     "training_passes_through": SwitchesTrainingOff,
     "gradients_pass_through": SwitchesGradientsOff,
     "threads_do_not_meet": NotesOnItself,
-    "compiled_is_one_operator": OutlinesByReading,
+    "compiled_is_one_operator": TracesByReading,
     "skipped_chunk_refused": StartsWhereTheCacheEnds,
     "other_dtype_refused": ProjectsToFloat32,
     "remove_leaves_no_trace": LeavesAnAttribute,

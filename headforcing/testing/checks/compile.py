@@ -12,9 +12,9 @@ from headforcing.testing.kit import Caught, Kit, Skipped, same
 
 
 def compiled_is_one_operator(kit: Kit) -> None:
-    """Compiled attention is one graph, where the adapter says by `outline` what a graph must know."""
-    if type(kit.adapter).outline is Adapter.outline:
-        raise Skipped("attention is served between two graphs (Adapter.outline)")
+    """Compiled attention is one graph, where the adapter says by `traced_call` what a graph must know."""
+    if type(kit.adapter).traced_call is Adapter.traced_call:
+        raise Skipped("attention is served between two graphs (Adapter.traced_call)")
     take, frames = kit.forced(), 2 * kit.host.chunk
     torch._dynamo.reset()
     try:
@@ -25,7 +25,7 @@ def compiled_is_one_operator(kit: Kit) -> None:
     finally:
         torch._dynamo.reset()
     assert caught.error is None, (
-        f"compiled attention raises {caught.error!r}: outline() may read no tensor, and must name all that "
+        f"compiled attention raises {caught.error!r}: traced_call() may read no tensor, and must name all that "
         "output() writes"
     )
     same(outs, kit.truth(frames), "compiled: answer() must return what output() does")

@@ -1,4 +1,4 @@
-"""What an applied model carries: options, and one plan per layer with its streams."""
+"""What an applied model carries: options, and the state of every layer with its streams."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def _by_anchor() -> MutableMapping[object, Stream]:
     return WeakIdKeyDictionary()
 
 
-def check_settled(plan: LayerPlan, what: str) -> None:
-    """Looks whether all layers stand at the same chunk, as between two passes; `plan` is the first one's.
+def check_settled(first: LayerState, what: str) -> None:
+    """Checks that all layers stand at the same chunk, as between two passes; `first` is the first layer.
 
     Raises:
         StreamActiveError: they do not.
     """
-    for stream in list(plan.streams.values()):
-        ahead = stream.store.pending
-        if any(met.store.pending != ahead for met in stream.behind):
+    for stream in list(first.streams.values()):
+        pending = stream.store.pending
+        if any(later.store.pending != pending for later in stream.later_layers):
             raise StreamActiveError(
                 f"{what}() between two layers of a pass, or after one that failed there: call it between two "
                 "chunks, run a failed one again first"
@@ -54,8 +54,8 @@ class Options:
 
 
 @dataclass
-class LayerPlan:
-    """What one layer needs to know.
+class LayerState:
+    """The state of one layer; the only attribute that head forcing puts on the attention module.
 
     Attributes:
         layer: number of the layer.
@@ -63,10 +63,10 @@ class LayerPlan:
         activity: counters shared by all layers.
         handle: the handle of the model, while somebody holds it.
         original: the module that was replaced, while somebody holds it.
-        module: ours in its place, likewise.
+        module: the replacement, likewise.
         own_forward: the module's own forward, where it lay in its `__dict__`, as accelerate leaves it.
-        streams: memories of this layer by the anchor of their timeline.
-        key: the number by which compiled calls find this plan.
+        streams: streams of this layer by the anchor of their timeline.
+        key: the number by which compiled calls find this state.
     """
 
     layer: int
@@ -115,13 +115,13 @@ class LayerPlan:
         return module.serve(args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied or unpickled plan serves the same roles with an empty memory of its own."""
+        """A copied or unpickled layer serves the same roles with an empty memory of its own."""
         module = None if self.module is None else self.module()
         left = dict.fromkeys(("streams", "handle", "original", "own_forward", "key"))
         return {**self.__dict__, **left, "module": module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        module = state["module"]  # that of the copy, which is copied together with its plan
+        module = state["module"]  # that of the copy, which is copied together with its state
         ref = None if module is None else weakref.ref(module)
         self.__dict__.update(state, streams=_by_anchor(), module=ref, key=number(self))
         self.activity.layers.add(self.layer)
