@@ -3,7 +3,7 @@
 `rotated` is the specification. `at_once` runs it compiled where PyTorch brings a compiler for the device:
 the device alone decides (and whether gradients are asked for), and where nothing can be compiled, PyTorch
 raises; with `TORCH_COMPILE_DISABLE=1` in the environment it is run as it is.
-One compiled function serves every number of frames, tokens and heads; another one is compiled only for another
+One compiled function serves every number of frames, tokens and heads; another one is compiled for another
 dtype, device, head dim or kind of memory layout, of which a video has about six.
 
 On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.adapters.rope` bit

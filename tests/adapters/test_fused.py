@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -134,22 +134,33 @@ MODES = [
 """What a host may be in."""
 
 
-def every_call(dtype: torch.dtype = torch.bfloat16, batches: Any = (1, 2)) -> Iterator[Any]:
+ALL, FEW = (3, 1, 18, 2, 7, 21), (3, 1, 7)
+"""Numbers of frames."""
+
+
+def every_call(
+    dtype: torch.dtype = torch.bfloat16, batches: Any = (1, 2), frames: Sequence[int] = ALL
+) -> Iterator[Any]:
     for batch in batches:
-        for frames in (3, 1, 18, 2, 7, 21):
+        for count in frames:
             for heads in (4, 2, 1):
-                times, spaces = parts(10, list(range(frames)))
+                times, spaces = parts(10, list(range(count)))
                 part, slots = (
-                    drawn((batch, frames, PATCHES, 4, 20), dtype, bank, heads) for bank in (False, True)
+                    drawn((batch, count, PATCHES, 4, 20), dtype, bank, heads) for bank in (False, True)
                 )
                 for x in (part, slots, torch.empty_like(slots).copy_(slots)):
                     yield x, times, spaces
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_it_is_not_compiled_for_every_number_of_frames(counted: CompileCounterWithBackend, seed: int) -> None:
+SEEDS = [(0, FEW), *(pytest.param(seed, ALL, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+
+
+@pytest.mark.parametrize(("seed", "frames"), SEEDS)
+def test_it_is_not_compiled_for_every_number_of_frames(
+    counted: CompileCounterWithBackend, seed: int, frames: Sequence[int]
+) -> None:
     """Once for every way to lie: whole or a part, token by token or head by head, many heads or one."""
-    calls = [*every_call()]
+    calls = [*every_call(frames=frames)]
     random.Random(seed).shuffle(calls)
     for x, times, spaces in calls:
         assert torch.equal(fast(x, times, spaces), rope._by_frame(x, times, spaces))
@@ -162,6 +173,7 @@ def test_it_is_not_compiled_for_every_number_of_frames(counted: CompileCounterWi
     assert counted.frame_count == before, "whatever mode the host is in"
 
 
+@pytest.mark.slow
 def test_every_dtype_has_its_own_number_of_tries(counted: CompileCounterWithBackend) -> None:
     for dtype in DTYPES:
         for call in every_call(dtype):
@@ -192,6 +204,7 @@ def test_gradients_are_asked_for_by_the_host_alone(mode: Any) -> None:
         assert fast(x, times, spaces).requires_grad is (mode is torch.enable_grad)
 
 
+@pytest.mark.slow
 def test_every_kind_of_layout_has_its_own_number_of_tries(counted: CompileCounterWithBackend) -> None:
     """Where a host changes what is global to PyTorch, everything is compiled once more."""
     calls = [*every_call(batches=(1,))]
@@ -220,9 +233,16 @@ def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     compiled.cache_clear()
 
 
+def test_nothing_is_compiled_where_pytorch_is_told_not_to(counted: CompileCounterWithBackend) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        fast(*next(every_call()))
+    assert counted.frame_count == 0
+
+
+@pytest.mark.slow
 def test_nothing_is_compiled_where_the_environment_forbids_it() -> None:
     program = (
-        "import torch; from headforcing import fused; fused.COMPILED = ('cpu',); "
+        "import torch; from headforcing.adapters import rope_fused as fused; fused.COMPILED = ('cpu',); "
         "x = torch.randn(1, 2, 6, 3, 8); times = fused.packed_times(*[torch.rand(2, 2)] * 2); "
         "fused.at_once(x, times, torch.rand(2, 6, 2)); "
         "assert not torch._dynamo.utils.counters['stats'], torch._dynamo.utils.counters"

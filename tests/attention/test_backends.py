@@ -12,6 +12,7 @@ import headforcing as hf
 from headforcing.attention import backends
 from headforcing.attention.backends import Part, auto, find_backend, flash, requirements_of, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
+from headforcing.attention.part import num_queries
 from headforcing.attention.ragged import CallLayout, attend_ragged, ragged_layout
 from headforcing.attention.requirements import Case, Requirements
 from headforcing.errors import OptionError, module_names
@@ -123,6 +124,31 @@ WRONG = [shorter, longer, sharper, rounded, mixed_up, askew, greedy, wider]
 def test_the_check_finds_what_is_wrong(attend):
     with pytest.raises(AssertionError):
         check_backend(attend)
+
+
+def unfused(parts, num_heads):
+    """Operators of the dtype one by one: rounds after every step."""
+    batch, _, _, dim = parts[0].q.shape
+    out = parts[0].q.new_empty(batch, num_queries(parts), num_heads, dim)
+    for part in parts:
+        q, k, v = (x.transpose(1, 2) for x in (part.q, part.k, part.v))
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        part.heads.put(out[:, part.rows], (weights @ v).transpose(1, 2))
+    return out
+
+
+def in_float32(parts, num_heads):
+    """Rounds the result alone."""
+    wide = [Part(p.heads, *(x.float() for x in (p.q, p.k, p.v)), p.rows) for p in parts]
+    return sdpa(wide, num_heads).to(parts[0].q.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("attend", [unfused, in_float32], ids=lambda attend: attend.__name__)
+def test_the_budget_has_room_for_every_correct_computation(attend, dtype):
+    """On any CPU: it is computed from the data alone, and no kernel of the machine is its measure."""
+    for dim in (16, 64, 128):
+        check_backend(attend, dtypes=[dtype], dim=dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

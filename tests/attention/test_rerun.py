@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headforcing.attention.backends.sdpa import attend
 from headforcing.attention.layer_state import Options
-from headforcing.attention.rerun import rerun, seats
+from headforcing.attention.rerun import query_positions, rerun
 from headforcing.attention.stream import Stream
 from headforcing.errors import ChunkOrderError, StreamError, WindowError
 from headforcing.roles import Full, HeadRole, SlidingWindow
@@ -58,7 +58,7 @@ def test_the_last_frames_with_room_replace_what_the_video_ends_with(rolled: tupl
     frames, positions, values = seen(stream, ROLLED)
     assert frames == positions == (0, 1, 2, 12, 13, 14, 15, 16, 17)
     assert values.tolist() == [0, 1, 2, 12.5, 13.5, 14.5, 15.5, 16.5, 17.5]
-    assert seats(positions, 9, 6) == tuple(range(9, 18))
+    assert query_positions(positions, 9, 6) == tuple(range(9, 18))
     stream.store.write(rerun(chunk_of(18, 3), stream, options))
     assert seen(stream, ROLLED)[2].tolist() == [0, 1, 2, 15.5, 16.5, 17.5, 18, 19, 20]
 
@@ -113,7 +113,7 @@ def test_frames_before_a_cut_cannot_run_again(rolled: tuple[Stream, Options]) ->
 def test_queries_that_are_not_seen_sit_before_those_that_are(
     positions: tuple[int, ...], frames: int, chunk: int, expected: tuple[int, ...]
 ) -> None:
-    assert seats(positions, frames, chunk) == expected
+    assert query_positions(positions, frames, chunk) == expected
 
 
 def test_frames_that_run_again_behind_an_emptied_cache_are_all_remembered(

@@ -1,0 +1,32 @@
+"""What importing and applying loads: `torch._dynamo` takes seconds, and only a compiled model has use for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+import headforcing as hf
+
+hf.apply_head_forcing
+assert "torch._dynamo" not in sys.modules, "by importing"
+
+from headforcing.roles.commit_forcing import CommitForcing
+from tests.hosts.rig import Rig
+
+rig = Rig(9)
+caches = rig.caches()
+handle = hf.apply_head_forcing(rig.model, CommitForcing(hf.Memory(), 6))
+rig.video(caches, 2)
+handle.switch_prompt("smooth")
+rig.video(caches, 2, first=2)
+handle.remove()
+assert "torch._dynamo" not in sys.modules, "by applying"
+"""
+
+
+def test_dynamo_is_loaded_by_nothing_that_is_not_compiled() -> None:
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, cwd=ROOT)
