@@ -1,4 +1,4 @@
-"""What importing and applying loads: `torch._dynamo` takes seconds, and only a compiled model has use for it."""
+"""What importing and applying load: `torch._dynamo` takes seconds, and only compiled models need it."""
 
 from __future__ import annotations
 
