@@ -1,4 +1,4 @@
-"""The two hooks beside the attention modules: one notes the phase of a pass, one has a new prompt projected.
+"""Two hooks outside of the attention modules: one notes the phase of a pass, one has a new prompt projected.
 
 Both are put on a model only where they are needed, and found again by their class, so that a copy of the
 model can be cleaned as well.

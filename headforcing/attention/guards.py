@@ -1,4 +1,4 @@
-"""Attention that is skipped remembers nothing: who may skip it, and how it is noticed."""
+"""Attention that is skipped stores nothing: what may skip it, and how that is noticed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUNS_ALWAYS = {"peft_autocast_disable"}
 
 
 def check_runs(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Looks whether a cache of diffusers may skip one of the modules, given with their names.
+    """Checks that no cache of diffusers may skip one of the modules, given with their names.
 
     Raises:
         PatchedModuleError: one may.
@@ -33,7 +33,7 @@ def check_runs(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def check_complete(late: Sequence[int], chunk: range) -> None:
-    """Looks whether the last pass over a chunk left layers out, which hold what an earlier pass wrote.
+    """Checks that the last pass over a chunk left no layer out, which would keep what an earlier pass wrote.
 
     Raises:
         StreamError: it did.

@@ -19,19 +19,19 @@ class Observation:
 
     Attributes:
         layer: number of the layer.
-        call: what the base model asked.
+        call: the call of the base model.
         timeline: the layer's stream; the same object as long as the stream lives.
-        chunk: keys and values of the own chunk, before RoPE.
-        q: queries of the own chunk, before RoPE, `[B, F, P, H, D]`.
+        chunk: keys and values of the current chunk, before RoPE.
+        q: queries of the current chunk, before RoPE, `[B, F, P, H, D]`.
         parts: what the heads of every role attended with, one per query frame where a role reads so.
-        frames: per part, the whole frames in view, own chunk last (`None`: chosen by content). Merged blocks
-            are not among them; their tokens come first in the part's keys and values.
+        frames: per part, the whole frames in view, current chunk last (`None`: chosen by content).
+            Compressed tokens are not among them; they come first in the part's keys and values.
         positions: per part, the temporal RoPE positions of those frames.
         out: what came out, `[B, L, H, D]`.
         encode: rotates keys or queries to positions.
         sizes: per part, the keys of each of those frames; those that follow belong to no frame. `None`: all
             have one per patch of the chunk.
-        edited: whether the base model edited its cache before this call, or runs frames again.
+        edited: whether the base model edited its cache before this call, or recomputes frames.
     """
 
     layer: int

@@ -19,18 +19,18 @@ from headforcing.attention.part import Attend, Part, num_queries
 from headforcing.types import Heads
 
 WORSE = 2
-"""How many times the error of the plainest computation a backend may have, beside the bound of float32."""
+"""How many times the error of the plainest computation a backend may have, on top of the float32 bound."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Heads that see the same.
+    """Heads that attend to the same keys.
 
     Attributes:
         heads: which of the layer these are.
-        keys: how many keys they see, `M`.
-        spare: tokens of room behind them that are not seen.
-        alone: whether every frame of queries reads by itself, and sees one key more than the one before it.
+        keys: how many keys they attend to, `M`.
+        spare: unused tokens of the buffer after them.
+        alone: whether every frame of queries attends by itself, to one key more than the one before it.
     """
 
     heads: tuple[int, ...]
@@ -66,7 +66,7 @@ class Arrangement:
         return sum(len(group.heads) for group in self.groups)
 
     def parts(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Part]:
-        """The parts; what is not seen is `NaN`, so that a result which depends on it shows."""
+        """The parts; what is not attended to is `NaN`, so that a result which depends on it shows."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -74,7 +74,7 @@ class Arrangement:
 
         readings = [(group, *reading) for group in self.groups for reading in self._readings(group)]
         sizes = [(self.batch, len(group.heads), keys + group.spare) for group, _, keys in readings]
-        sides = [self._rooms(sizes, draw) for _ in ("k", "v")]
+        sides = [self._buffers(sizes, draw) for _ in ("k", "v")]
         parts = []
         for (group, rows, keys), k, v in zip(readings, *sides, strict=True):
             heads = Heads(group.heads, self.num_heads)
@@ -84,14 +84,14 @@ class Arrangement:
         return parts
 
     def _readings(self, group: Group) -> list[tuple[slice, int]]:
-        """Query rows that see the same, and how many keys they see."""
+        """Query rows that attend to the same, and to how many keys."""
         if not group.alone:
             return [(slice(0, self.frames * self.patches), group.keys)]
         starts = range(0, self.frames * self.patches, self.patches)
         return [(slice(at, at + self.patches), group.keys + number) for number, at in enumerate(starts)]
 
-    def _rooms(self, sizes: Sequence[tuple[int, int, int]], draw: Callable[..., Tensor]) -> list[Tensor]:
-        """Room for keys or values `[B, M, Hr, D]` of `(B, Hr, M)`."""
+    def _buffers(self, sizes: Sequence[tuple[int, int, int]], draw: Callable[..., Tensor]) -> list[Tensor]:
+        """Buffers for keys or values `[B, M, Hr, D]` of `(B, Hr, M)`."""
         if not self.shared:
             return [draw(batch, tokens, heads, self.dim) for batch, heads, tokens in sizes]
         flat = draw(sum(math.prod(size) for size in sizes), self.dim)
@@ -107,7 +107,7 @@ ARRANGEMENTS = (
     Arrangement((Group((0, 2), 33, spare=4), Group((1,), 3)), batch=2, shared=False),
     Arrangement((Group((1,), 5, alone=True), Group((0, 2), 300)), frames=3, patches=130),
 )
-"""One role; heads of three lengths; memories that are not full; reading per query frame; many storages; more
+"""One role; heads of three lengths; buffers that are not full; reading per query frame; many storages; more
 queries than a kernel takes at once."""
 
 
@@ -124,7 +124,7 @@ class Budget:
     allowed: Tensor
 
     def check(self, out: Tensor, what: str) -> None:
-        """Looks whether an output `[B, L, H, D]` is near enough.
+        """Checks that an output `[B, L, H, D]` is near enough.
 
         Raises:
             AssertionError: it is not.

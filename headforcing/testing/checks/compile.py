@@ -25,8 +25,8 @@ def compiled_is_one_operator(kit: Kit) -> None:
     finally:
         torch._dynamo.reset()
     assert caught.error is None, (
-        f"compiled attention raises {caught.error!r}: traced_call() may read no tensor, and must name all that "
-        "output() writes"
+        f"compiled attention raises {caught.error!r}: traced_call() may read no tensor, and must name "
+        "all that output() writes"
     )
     same(outs, kit.truth(frames), "compiled: answer() must return what output() does")
 
