@@ -530,7 +530,7 @@ def test_pieces_of_a_role_and_of_the_same_one_inside_are_chosen_apart() -> None:
     for beside in (CommitForcing(Local(), 3), CommitForcing(inner, 3)):
         first = store_class("ring")({inner: Heads([0], 2), beside: Heads([1], 2)}, window=WINDOW, layer=0)
         second = store_class("ring")({inner: Heads([0, 1], 2)}, window=WINDOW, layer=1)
-        second.digests.notes = first.digests.notes
+        second.compressed.notes = first.compressed.notes
         for start in range(0, 12, 3):
             x = frame_tensor(range(start, start + 3), 0, 1, 2, tokens=4)
             for store in (first, second):

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import headforcing as hf
-from headforcing import stores
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.integrations.self_forcing import SelfForcing
@@ -34,9 +33,11 @@ from headforcing.roles.episodic import ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores.checks import HostFlag
+from headforcing.stores import KVStore, checks
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
+from tests.stores.planted import store_of_banks
 
 WINDOW, CHUNK, TOKENS, DIM = 12, 3, 2, 4
 ROPE_ROWS = 32
@@ -85,7 +86,7 @@ class Layer:
         row: Sequence[HeadRole] = EVERY_ROLE,
         *,
         adapter: SelfForcing | None = None,
-        store: type[stores.KVStore] = RingStore,
+        store: type[KVStore] = RingStore,
         device: str = "cpu",
         passes: int = 3,
         addresses: bool = True,
@@ -181,7 +182,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """First frames of the chunks checked for NaN; a verdict is the one read that is wanted, a chunk late."""
     checked: list[int] = []
 
-    class Unread(HostFlag):
+    class Unread(checks.FiniteCheck):
         ready = False
 
         def __init__(self, sums: Tensor, heads: Any, layer: int, frames: range) -> None:
@@ -191,7 +192,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             """Would read."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "HostFlag", Unread)
+        patch.setattr(checks, "FiniteCheck", Unread)
         yield checked
 
 
@@ -406,12 +407,12 @@ def test_no_copy_stays_and_all_of_them_stay_where_they_are(row):
 
 
 def test_no_tensor_stays_in_the_lean_store():
-    """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of rooms do."""
+    """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of buffers do."""
     layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
     (stream,) = layer.handle._plans[0].streams.values()
-    rooms = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
+    buffers = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
     check_no_tensor_stays(layer, chunks=100)
-    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == rooms
+    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == buffers
 
 
 @both_stores
@@ -542,60 +543,58 @@ def test_a_read_or_a_transfer_is_found_on_the_meta_device(read, monkeypatch):
         check_data_is_never_read(Layer(**reading(read), device="meta"))
 
 
-class Piling(RingStore):
+class Piling(RotatedBank):
     """Keeps every chunk it was ever given, and looks through all of them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pile: list[Tensor] = []
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
-        self.pile.append(next(self._staged())[1].clone())
+    def append(self, frames: range, inside: range) -> None:
+        self.pile.append(self.staged()[0].clone())
         sum(self.pile)
+        super().append(frames, inside)
 
 
-class Moving(RingStore):
+class Moving(RotatedBank):
     """Puts its keys into other buffers for every chunk, two in turn."""
 
-    def _begin(self, chunk: int) -> None:
-        super()._begin(chunk)
-        for bank in self._banks.values():
-            bank.other, bank.rooms["rotated"] = bank.rooms["rotated"], bank.rooms["rotated"].clone()
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.other, self.buffers["rotated"] = self.buffers["rotated"], self.buffers["rotated"].clone()
 
 
-class Knotted(RingStore):
+class Knotted(RotatedBank):
     """Leaves tensors to the garbage collector."""
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
+    def append(self, frames: range, inside: range) -> None:
+        super().append(frames, inside)
         knot: list[Any] = [torch.zeros(1)]
         knot.append(knot)
 
 
-class Noting(RingStore):
+class Noting(RotatedBank):
     """Keeps a diary."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.diary: list[str] = []
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
+    def append(self, frames: range, inside: range) -> None:
+        super().append(frames, inside)
         self.diary.append(f"Dear diary, today I kept {frames}, and nothing else happened" + "." * 400)
 
 
-class Forgetful(RingStore):
+class Forgetful(RotatedBank):
     """Does not remember where its keys were rotated to."""
 
-    def _stage(self, chunk: Any) -> None:
-        super()._stage(chunk)
-        for bank in self._banks.values():
-            bank._placed = [None] * len(bank._placed)
+    def stage(self, k: Tensor, v: Tensor) -> None:
+        super().stage(k, v)
+        self._rotated_to = [None] * len(self._rotated_to)
 
 
 @pytest.mark.parametrize(
-    "kind", [{"row": [Local(1)], "store": Piling}, {"row": [Full()]}], ids=["piling", "full"]
+    "kind", [{"row": [Local(1)], "store": store_of_banks(Piling)}, {"row": [Full()]}], ids=["piling", "full"]
 )
 def test_work_that_grows_is_found(kind):
     with pytest.raises(AssertionError):
@@ -605,9 +604,9 @@ def test_work_that_grows_is_found(kind):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ({"row": [Local(1)], "store": Piling}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": Knotted}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": Moving}, "addresses"),
+        ({"row": [Local(1)], "store": store_of_banks(Piling)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": store_of_banks(Knotted)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": store_of_banks(Moving)}, "addresses"),
         ({"row": [Full()]}, "tensors, bytes"),
     ],
     ids=["piling", "knotted", "moving", "full"],
@@ -619,13 +618,13 @@ def test_a_tensor_that_stays_is_found(kind, what):
 
 def test_an_object_that_stays_is_found():
     with pytest.raises(AssertionError, match="Python memory grew"):
-        check_no_object_stays(Layer([Local(1)], store=Noting), chunks=100, allowed=SOME_BYTES)
+        check_no_object_stays(Layer([Local(1)], store=store_of_banks(Noting)), chunks=100, allowed=SOME_BYTES)
 
 
-class Scattered(RingStore):
-    """Puts what is kept beside frames wherever there is room."""
+class Scattered(RotatedBank):
+    """Leaves compressed tokens wherever there is room."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
+    def prepend(self, query: int | None, tokens: Any) -> Any:
         return tokens
 
 
@@ -634,10 +633,10 @@ class Scattered(RingStore):
 )
 def test_tokens_that_are_put_together_in_every_pass_are_found(row):
     with pytest.raises(AssertionError, match="cat"):
-        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=Scattered))
+        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=store_of_banks(Scattered)))
 
 
-@pytest.mark.parametrize("store", [Forgetful, LeanStore])
+@pytest.mark.parametrize("store", [store_of_banks(Forgetful), LeanStore])
 def test_rotating_more_than_the_own_chunk_makes_more(store):
     with pytest.raises(AssertionError):
         check_a_pass_makes_nothing_larger_than_its_chunk(Layer([Memory(1, 4, 4)], store=store))
@@ -645,6 +644,6 @@ def test_rotating_more_than_the_own_chunk_makes_more(store):
 
 def test_rotating_history_on_every_pass_is_found():
     turns = Turns()
-    layer = Layer([Memory(1, 4, 4)], adapter=turns, store=Forgetful)
+    layer = Layer([Memory(1, 4, 4)], adapter=turns, store=store_of_banks(Forgetful))
     with pytest.raises(AssertionError):
         check_history_is_rotated_once_per_chunk(layer, turns)

@@ -236,7 +236,7 @@ def layers_of(row: list[Dynamic], shared: bool, store: str = "ring") -> list[Any
     ]
     if shared:
         for each in made[1:]:
-            each.digests.notes = made[0].digests.notes
+            each.compressed.notes = made[0].compressed.notes
     return made
 
 

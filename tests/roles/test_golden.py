@@ -359,9 +359,10 @@ class Noisy(RingStore):
         self.first = first if first.start == chunk.start else chunk
         super()._stage(chunk)
 
-    def _append(self, frames: range) -> None:
-        super()._stage(self.first)
-        super()._append(frames)
+    def _commit_before(self, start: int) -> None:
+        if self._pending is not None:
+            super()._stage(self.first)
+        super()._commit_before(start)
 
 
 class Shifted(RingStore):

@@ -26,9 +26,11 @@ from headforcing.roles.pyramid_forcing import Veil
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.buffers import joined
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
 from headforcing.testing.strategies import GRID, kinds, queries
 from headforcing.types import Chunk, Encode, FrameTable, Heads, Phase, Truncation
+from tests.stores.planted import store_of_banks
 
 WINDOW, CHUNK, DIM = 12, 4, 12
 PATCHES = GRID[0] * GRID[1]
@@ -299,7 +301,7 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
             side.each(lambda store: store.scenes.ask(Switch("cut")))
         side.write(side.next, 1)
         side.look("denoise")
-        slots.append(side.stores[1]._banks[role].rooms["v"].shape[1])
+        slots.append(side.stores[1]._banks[role].buffers["v"].shape[1])
     before, after = [sorted(set(part)) for part in (slots[:20], slots[20:])]
     assert before == after == [WINDOW - AVERAGES, WINDOW]
 
@@ -307,11 +309,11 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
 # Planted bugs -------------------------------------------------------------------------------------
 
 
-class Crowded(RingStore):
-    """Lays what all query frames see in one place, whatever it is."""
+class Crowded(RotatedBank):
+    """Puts the compressed tokens of all query frames in one place."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        return super()._lay(role, None if which is None else 0, tokens)
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        return super().prepend(None if query is None else 0, tokens)
 
 
 class Shy(RingStore):
@@ -319,18 +321,22 @@ class Shy(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.refresh = lambda: None
+        self.compressed.forget_views = lambda: None
 
 
-class Shifted(RingStore):
-    """Lays tokens as if there were one more."""
+class Shifted(RotatedBank):
+    """Puts compressed tokens as if there were one more."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        laid = super()._lay(role, which, tokens)
-        return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in laid)
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        put = super().prepend(query, tokens)
+        return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in put)
 
 
-PLANTED = [(Crowded, Curious(said=CHUNK)), (Shy, Averaging(8)), (Shifted, Averaging(8))]
+PLANTED = [
+    (store_of_banks(Crowded), Curious(said=CHUNK)),
+    (Shy, Averaging(8)),
+    (store_of_banks(Shifted), Averaging(8)),
+]
 
 
 @pytest.mark.parametrize(("store", "role"), PLANTED)

@@ -665,7 +665,7 @@ def test_a_longer_window_shows_what_became_of_frames_that_made_room(role: Any) -
         store.write(with_queries(dataclasses.replace(chunk_of(start), rolling=True)))
         store.view_digest(role, as_it_is)
     store.write(with_queries(dataclasses.replace(chunk_of(9, 6), rolling=True)))
-    assert store.digests.get(role).places
+    assert store.compressed.get(role).places
     assert store.view_digest(role, as_it_is) is not None
 
 

@@ -40,8 +40,10 @@ from headforcing.roles.rolling_forcing import Rolling
 from headforcing.stores import STORES, KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
+from tests.stores.planted import store_of_banks
 
 WINDOW, CHUNK = 12, 4
 PATCHES = GRID[0] * GRID[1]
@@ -429,10 +431,10 @@ class Leaky(RingStore):
                 bank.append(self._pending, self._pending)
 
 
-class Sticky(RingStore):
+class Sticky(RotatedBank):
     """Forgets to forget."""
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         pass
 
 
@@ -463,7 +465,7 @@ class Frozen(RingStore):
             return super().view(role, phase, encode, query)
         placed = [role.place((*bank.frames, *self._pending), len(self._pending), self.window)]
         held = len(bank.frames) - 1
-        bank._placed[:held] = placed[0][:held]
+        bank._rotated_to[:held] = placed[0][:held]
         return super().view(role, phase, encode, query)
 
 
@@ -472,7 +474,7 @@ class Lasting(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.refresh = lambda: None
+        self.compressed.forget_views = lambda: None
 
 
 class Withholding(RingStore):
@@ -480,7 +482,7 @@ class Withholding(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.let_go = lambda *_: None
+        self.compressed.evicted = lambda *_: None
 
 
 class Hasty(RingStore):
@@ -492,10 +494,10 @@ class Hasty(RingStore):
         super()._stage(chunk)
 
     def _commit_before(self, start: int) -> None:
-        add = self.digests.add
-        self.digests.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
+        add = self.compressed.add
+        self.compressed.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
         super()._commit_before(start)
-        self.digests.add = add
+        self.compressed.add = add
 
     def _instead(self, role: HeadRole, chunk: Chunk) -> Chunk:
         k, v = self.heads[role].take(self._first.k), self.heads[role].take(self._first.v)
@@ -504,7 +506,7 @@ class Hasty(RingStore):
 
 @pytest.mark.parametrize(
     "store",
-    [Leaky, Sticky, Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
+    [Leaky, store_of_banks(Sticky), Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
     ids=lambda store: store.__name__,
 )
 def test_the_state_machine_catches_a_planted_bug(store):
