@@ -1,7 +1,7 @@
 """Draws docs/assets/architecture.svg: the folders of the package, and the way of one attention call.
 
     python benchmarks/import_graph.py            # draws it anew
-    python benchmarks/import_graph.py --check    # ends with 1 where the code has other imports than the picture
+    python benchmarks/import_graph.py --check    # ends with 1 where the picture is old
 
 Floors come from tests/test_floors.py, arrows from the code. An arrow is an import between folders, thicker
 where more modules take part; those that a longer way replaces are left out. The numbers are the way of one
