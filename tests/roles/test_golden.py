@@ -359,16 +359,16 @@ class Noisy(RingStore):
         self.first = first if first.start == chunk.start else chunk
         super()._stage(chunk)
 
-    def _append(self, frames: range) -> None:
+    def _commit_before(self, start: int) -> None:
         super()._stage(self.first)
-        super()._append(frames)
+        super()._commit_before(start)
 
 
 class Shifted(RingStore):
     """Moves values by a row whenever it moves keys."""
 
-    def _begin(self, own: range) -> None:
-        super()._begin(own)
+    def _make_room(self, own: range) -> None:
+        super()._make_room(own)
         for bank in self._banks.values():
             if bank.frames:
                 bank._v[:, : len(bank.frames)] = bank._v[:, : len(bank.frames)].roll(1, 1)
