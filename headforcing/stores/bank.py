@@ -1,13 +1,13 @@
 """The buffers of one role in one layer: history first, oldest in slot 0, then the pending chunk.
 
-The pending chunk is written right behind the history, so a view is one slice: no gather and no `cat` per pass.
+The pending chunk is written right after the history, so a view is one slice: no gather, no `cat` per pass.
 When a chunk begins, the frames that stay slide to the front, as in the base model's rolling KV cache.
 
-A role has a buffer of `capacity + chunk` frames for keys before RoPE and one for values. The buffers of all roles of
-a layer are cut out of one allocation, the longest first; see `headforcing.stores.buffers`. They are allocated when the
-first chunk comes and stay where they are, also for the next video, unless a role without a capacity or a longer chunk
-needs more, or a role needs less from now on because compressed tokens took the place of frames: then all of them
-move, with their contents.
+A role has a buffer of `capacity + chunk` frames for keys before RoPE and one for values. The buffers of all
+roles of a layer are cut out of one allocation, the longest first; see `headforcing.stores.buffers`. They are
+allocated when the first chunk comes and stay where they are, also for the next video, unless a role without a
+capacity or a longer chunk needs more, or a role needs less from now on because compressed tokens took the
+place of frames: then all of them move, with their contents.
 
 Here the visible keys are rotated in every pass; `headforcing.stores.rotated` keeps them rotated.
 """

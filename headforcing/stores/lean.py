@@ -1,15 +1,15 @@
 """The small store: keys before RoPE and values, each once, and nothing that can be made again.
 
-Lies and moves like `ring` (see `headforcing.stores.bank`), without the room for rotated keys: all that a role sees
-is rotated in every pass, into memory that is free again when the layer is through. So it holds what the
-roles keep, the own chunk, and a number per frame and role; a layer at work takes at most as much again as
-what it sees. It shows what `ring` shows, bit for bit.
+Like `ring` (see `headforcing.stores.bank`) without buffers for rotated keys: all visible keys of a role are
+rotated in every pass, into memory that is free again when the layer is done. So it stores what the roles keep,
+the current chunk, and a number per frame and role; a layer at work allocates at most as much again as it
+attends to. Its views equal those of `ring`, bit for bit.
 
-The price is time: a pass rotates its whole view instead of the own chunk, and where a role reads a part of
-what it keeps, or per query frame, copies that part in every pass. What is kept beside whole frames is put
-together in every pass, too.
+The price is time: a pass rotates its whole view instead of the current chunk, and where a role attends to a
+part of what it keeps, or per query frame, copies that part in every pass. Compressed tokens are put together
+in every pass, too.
 
-A role without a capacity has room for up to twice what it keeps, as in `ring`.
+A role without a capacity has buffers for up to twice what it keeps, as in `ring`.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Scenes:
                 continue
             names = self.outside(role, kept.frames)
             self._scenes[role] = Scene(names, start, len(names))
-            self._histories[role].put(kept.restarted())
+            history.put(kept.restarted())
 
     def mark(self, name: str) -> None:
         """Names what the heads hold when the next chunk begins.
