@@ -1,9 +1,9 @@
 """The small store: keys before RoPE and values, each once, and nothing that can be made again.
 
 Like `ring` (see `headforcing.stores.bank`) without buffers for rotated keys: all visible keys of a role are
-rotated in every pass, into memory that is free again when the layer is done. So it stores what the roles keep,
-the current chunk, and a number per frame and role; a layer at work allocates at most as much again as it
-attends to. Its views equal those of `ring`, bit for bit.
+rotated in every pass, into memory that is free again when the layer is done. So it stores what the roles
+keep, the current chunk, and a number per frame and role; a layer at work allocates at most as much again as
+it attends to. Its views equal those of `ring`, bit for bit.
 
 The price is time: a pass rotates its whole view instead of the current chunk, and where a role attends to a
 part of what it keeps, or per query frame, copies that part in every pass. Compressed tokens are put together

@@ -135,12 +135,11 @@ class Scenes:
         """
         self._pin = None
         for role in self._scenes:
-            frames = self.outside(role, self._histories[role].frames)
-            kept = self._histories[role].take(
-                [row for row, f in enumerate(frames) if f is not None and f < keep]
-            )
+            history = self._histories[role]
+            frames = self.outside(role, history.frames)
+            kept = history.take([row for row, f in enumerate(frames) if f is not None and f < keep])
             if role.scheme in TRUE:
-                self._histories[role].put(kept)
+                history.put(kept)
                 continue
             names = self.outside(role, kept.frames)
             self._scenes[role] = Scene(names, start, len(names))
