@@ -67,8 +67,8 @@ LIMITS = """## What this does not show
 * The presets are methods for models of 1.3 B parameters and more, with numbers chosen there. Here they run on
   1.5 M parameters, 24 heads and a synthetic world of 24×24 pixels. A preset that does badly here may do well
   there, and the other way round: this page tests our implementation and its controls, not the papers.
-* What is not taken over from a source is said in `headforcing.roles.maps.presets`. One number had to change: Forcing-KV
-  cuts frames into 6 pieces, which do not divide 16 patches; here 4, one per row of patches.
+* What is not taken over from a source is said in `headforcing.roles.maps.presets`. One number had to change:
+  Forcing-KV cuts frames into 6 pieces, which do not divide 16 patches; here 4, one per row of patches.
 * Labels are measured by our reading of each rule; some sources label heads anew in every video.
 * Background PSNR rewards who remembers the start. It does not judge what people judge in a video, and a still
   background is as good as a live one: see sprites and motion.

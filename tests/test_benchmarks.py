@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady
 from headforcing.roles import SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 

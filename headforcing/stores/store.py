@@ -18,7 +18,7 @@ from headforcing.errors import StreamError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.stores.bank import Bank, make_room
-from headforcing.stores.checks import HostFlag, Shape, check_order
+from headforcing.stores.checks import FiniteCheck, Shape, check_order
 from headforcing.stores.compressed import Digests
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.switch import Shifts, Switch
@@ -58,7 +58,7 @@ class KVStore(ABC):
         self._end = 0
         self._moving = False
         self._checked = False
-        self._finite: HostFlag | None = None
+        self._finite: FiniteCheck | None = None
 
     @abstractmethod
     def new_bank(self, role: HeadRole, heads: Heads) -> Bank:
@@ -134,7 +134,7 @@ class KVStore(ABC):
         late, self._finite = self._finite, None
         if late is not None:
             late.check("were committed before this was known: reset the stream")
-        flag = HostFlag.of(
+        flag = FiniteCheck.of(
             [(bank.heads, *bank.staged(len(self._pending))) for bank in self._banks.values()],
             self.layer,
             self._pending,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
