@@ -410,7 +410,7 @@ def test_a_failure_says_what_was_raised_and_where() -> None:
 def test_nothing_is_asked_of_layers_that_were_not_found() -> None:
     report = check_adapter(LayerMissing(), SelfForcingHost())
     assert [result.name for result in report.failed] == ["layers_found"]
-    assert report.results[-1].reason == "needs layers_found"
+    assert report.results[-1].reason == "requires layers_found"
 
 
 class Unanchored(LongLive):
