@@ -351,12 +351,12 @@ class Foreign:
 
 def test_a_foreign_processor_in_one_layer_is_refused_with_its_reason(model: Any) -> None:
     model.transformer_blocks[1].attn1.set_processor(Foreign())
-    said = r"cannot be served: transformer_blocks\.1\.attn1 has a Foreign for a processor.*set_processor\(\)"
+    said = r"cannot be served: transformer_blocks\.1\.attn1 has the processor Foreign.*set_processor\(\)"
     with pytest.raises(UnsupportedModelError, match=said):
         forced(model, Full())
-    with pytest.raises(UnsupportedModelError, match=r"sana_wm: transformer_blocks\.1\.attn1 has a Foreign"):
+    with pytest.raises(UnsupportedModelError, match=r"sana_wm: transformer_blocks\.1\.attn1 has the processor Foreign"):
         forced(model, Full(), adapter=SanaWM())
-    assert "has a Foreign" in str(hf.explain(model).refused)
+    assert "has the processor Foreign" in str(hf.explain(model).refused)
 
 
 def test_a_processor_of_the_same_kind_is_known_by_its_signature(model: Any) -> None:
@@ -370,7 +370,7 @@ def test_a_processor_exchanged_while_applied_is_not_passed_over(model: Any) -> N
     handle = forced(model, WINDOW)
     own = model.transformer_blocks[0].attn1.processor
     model.transformer_blocks[0].attn1.set_processor(Foreign())
-    with pytest.raises(PatchedModuleError, match="has a Foreign for a processor"):
+    with pytest.raises(PatchedModuleError, match="has the processor Foreign"):
         refined(model)
     model.transformer_blocks[0].attn1.set_processor(own)
     assert torch.equal(refined(model), plain())
@@ -450,7 +450,7 @@ def test_a_block_behind_one_first_frame_that_leaves_out_another_is_noticed(model
 def test_frames_in_another_order_are_refused(model: Any, calls: Any) -> None:
     forced(model, Full())
     calls(range(3), "capture_pre_rope")
-    with pytest.raises(StreamShapeError, match="frame 1 is not at the position"):
+    with pytest.raises(StreamShapeError, match="frame 1 has another RoPE position"):
         calls([0, 2, 1])
 
 
@@ -467,7 +467,7 @@ def test_rows_that_are_no_whole_frames_are_refused(model: Any, calls: Any) -> No
     torn = tuple(table[:, :, : TOKENS + 3] for table in rows)
     with pytest.raises(StreamShapeError, match="expected whole frames"):
         calls([0, 1], "capture_pre_rope", video_rotary_emb=torn)
-    with pytest.raises(StreamShapeError, match=r"8 tokens with rows of RoPE for \(2, 2, 4\)"):
+    with pytest.raises(StreamShapeError, match=r"8 tokens, but RoPE rows for \(2, 2, 4\)"):
         calls([0], "capture_pre_rope", video_rotary_emb=rows)
 
 
