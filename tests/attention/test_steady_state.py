@@ -428,7 +428,7 @@ def test_no_object_stays():
     check_no_object_stays(Layer(passes=2), chunks=100, allowed=SOME_BYTES)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_nothing_stays_of_ten_thousand_chunks():
     names = ("local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
     layer = Layer([ROLES[name] for name in names], passes=2)
