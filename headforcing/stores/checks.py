@@ -112,9 +112,10 @@ class FiniteCheck:
     """Sums per head on their way to the CPU; a sum that is not finite reveals a broken head."""
 
     def __init__(self, sums: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
-        self._sums = sums if sums.device.type == "cpu" else sums.to("cpu", non_blocking=True)
+        waits = sums.device.type not in ("cpu", "meta")
+        self._sums = sums.to("cpu", non_blocking=True) if waits else sums
         self._event: Any = None
-        if sums.device.type != "cpu":
+        if waits:
             self._event = torch.Event(sums.device)
             self._event.record()
         self._heads, self._layer, self._frames = heads, layer, frames
@@ -142,6 +143,8 @@ class FiniteCheck:
         """
         if self._event is not None:
             self._event.synchronize()
+        if self._sums.is_meta:  # a shape without numbers
+            return
         finite = torch.isfinite(self._sums).numpy()
         broken = sorted({head for head, fine in zip(self._heads, finite, strict=True) if not fine})
         if broken:

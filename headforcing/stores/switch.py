@@ -22,10 +22,10 @@ class Switch:
 
     Attributes:
         mode: `continue` keeps everything. `smooth` drops recent frames and keeps sink and episodic frames,
-            where they are in time. `cut` drops everything but the tiers in `keep`, and time restarts: the next
-            chunk begins a scene as if it began a video. `recall` drops everything, restores what the heads
-            stored at a mark, and time restarts after it. `recache` drops the last frames, because the base
-            model recomputes them under the new prompt (KV recache).
+            where they are in time. `cut` drops everything but the tiers in `keep`, and time restarts: the
+            next chunk begins a scene as if it began a video. `recall` drops everything, restores what the
+            heads stored at a mark, and time restarts after it. `recache` drops the last frames, because the
+            base model recomputes them under the new prompt (KV recache).
         keep: tiers that survive a cut.
         mark: name of the mark to recall.
         frames: number of recomputed frames.

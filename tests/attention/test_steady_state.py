@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import headforcing as hf
+from benchmarks.meta_layer import returns_views
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.measure.census import returns_views
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import ThresholdFifo, Uniform
@@ -37,7 +37,7 @@ from headforcing.stores import KVStore, checks
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
-from tests.stores.planted import store_of_banks
+from tests.planted import with_banks
 
 WINDOW, CHUNK, TOKENS, DIM = 12, 3, 2, 4
 ROPE_ROWS = 32
@@ -407,7 +407,7 @@ def test_no_copy_stays_and_all_of_them_stay_where_they_are(row):
 
 
 def test_no_tensor_stays_in_the_lean_store():
-    """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of buffers do."""
+    """Rotated keys lie wherever there is room, so their addresses tell nothing; those of buffers do."""
     layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
     (stream,) = layer.handle._plans[0].streams.values()
     buffers = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
@@ -427,7 +427,7 @@ def test_no_object_stays():
     check_no_object_stays(Layer(passes=2), chunks=100, allowed=SOME_BYTES)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_nothing_stays_of_ten_thousand_chunks():
     names = ("local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
     layer = Layer([ROLES[name] for name in names], passes=2)
@@ -552,8 +552,8 @@ class Piling(RotatedBank):
 
     def append(self, frames: range, inside: range) -> None:
         self.pile.append(self.staged()[0].clone())
-        sum(self.pile)
         super().append(frames, inside)
+        sum(self.pile)
 
 
 class Moving(RotatedBank):
@@ -585,16 +585,24 @@ class Noting(RotatedBank):
         self.diary.append(f"Dear diary, today I kept {frames}, and nothing else happened" + "." * 400)
 
 
-class Forgetful(RotatedBank):
+class Scattered(RotatedBank):
+    """Leaves compressed tokens wherever there is room."""
+
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        return tokens
+
+
+class Forgetful(RingStore):
     """Does not remember where its keys were rotated to."""
 
-    def stage(self, k: Tensor, v: Tensor) -> None:
-        super().stage(k, v)
-        self._rotated_to = [None] * len(self._rotated_to)
+    def _stage(self, chunk: Any) -> None:
+        super()._stage(chunk)
+        for bank in self._banks.values():
+            bank._rotated_to = [None] * len(bank._rotated_to)
 
 
 @pytest.mark.parametrize(
-    "kind", [{"row": [Local(1)], "store": store_of_banks(Piling)}, {"row": [Full()]}], ids=["piling", "full"]
+    "kind", [{"row": [Local(1)], "store": with_banks(Piling)}, {"row": [Full()]}], ids=["piling", "full"]
 )
 def test_work_that_grows_is_found(kind):
     with pytest.raises(AssertionError):
@@ -604,9 +612,9 @@ def test_work_that_grows_is_found(kind):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ({"row": [Local(1)], "store": store_of_banks(Piling)}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": store_of_banks(Knotted)}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": store_of_banks(Moving)}, "addresses"),
+        ({"row": [Local(1)], "store": with_banks(Piling)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": with_banks(Knotted)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": with_banks(Moving)}, "addresses"),
         ({"row": [Full()]}, "tensors, bytes"),
     ],
     ids=["piling", "knotted", "moving", "full"],
@@ -618,14 +626,7 @@ def test_a_tensor_that_stays_is_found(kind, what):
 
 def test_an_object_that_stays_is_found():
     with pytest.raises(AssertionError, match="Python memory grew"):
-        check_no_object_stays(Layer([Local(1)], store=store_of_banks(Noting)), chunks=100, allowed=SOME_BYTES)
-
-
-class Scattered(RotatedBank):
-    """Leaves compressed tokens wherever there is room."""
-
-    def prepend(self, query: int | None, tokens: Any) -> Any:
-        return tokens
+        check_no_object_stays(Layer([Local(1)], store=with_banks(Noting)), chunks=100, allowed=SOME_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -633,10 +634,10 @@ class Scattered(RotatedBank):
 )
 def test_tokens_that_are_put_together_in_every_pass_are_found(row):
     with pytest.raises(AssertionError, match="cat"):
-        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=store_of_banks(Scattered)))
+        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=with_banks(Scattered)))
 
 
-@pytest.mark.parametrize("store", [store_of_banks(Forgetful), LeanStore])
+@pytest.mark.parametrize("store", [Forgetful, LeanStore])
 def test_rotating_more_than_the_own_chunk_makes_more(store):
     with pytest.raises(AssertionError):
         check_a_pass_makes_nothing_larger_than_its_chunk(Layer([Memory(1, 4, 4)], store=store))
@@ -644,6 +645,6 @@ def test_rotating_more_than_the_own_chunk_makes_more(store):
 
 def test_rotating_history_on_every_pass_is_found():
     turns = Turns()
-    layer = Layer([Memory(1, 4, 4)], adapter=turns, store=store_of_banks(Forgetful))
+    layer = Layer([Memory(1, 4, 4)], adapter=turns, store=Forgetful)
     with pytest.raises(AssertionError):
         check_history_is_rotated_once_per_chunk(layer, turns)

@@ -64,7 +64,7 @@ def test_buffers_are_cut_side_by_side(sizes: Any, frame: Any, dtype: torch.dtype
 
 
 @given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 3), frame_sizes, st.integers(1, 3), st.booleans())
-def test_tokens_in_front_of_a_room_are_read_with_it(
+def test_tokens_in_front_of_a_buffer_are_read_with_it(
     slots: int, place: int, spare: int, frame: Any, heads: int, elsewhere: bool
 ) -> None:
     (buffer,) = cut([Size(slots, heads, place + spare)], frame, torch.empty(0))
@@ -190,7 +190,7 @@ def test_a_role_without_capacity_moves_all_buffers_and_the_history_with_them() -
     assert moves <= 6, "its buffer doubles"
 
 
-def test_another_batch_leaves_nothing_of_the_rooms_before() -> None:
+def test_another_batch_leaves_nothing_of_the_buffers_before() -> None:
     store = store_of([Local(2), Full()])
     for start in range(0, 8 * CHUNK, CHUNK):
         write(store, range(start, start + CHUNK), batch=2)
@@ -200,7 +200,7 @@ def test_another_batch_leaves_nothing_of_the_rooms_before() -> None:
     assert store.nbytes() == other.nbytes()
 
 
-def test_memory_that_runs_out_while_rooms_are_made_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_while_buffers_are_made_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of([Local(2), Full()])
     write(store, range(CHUNK))
     held, made = store._banks[Full()].slots(*[torch.zeros(1, 1, PATCHES, 2, DIM)] * 2), []

@@ -30,7 +30,7 @@ from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
 from headforcing.testing.strategies import GRID, kinds, queries
 from headforcing.types import Chunk, Encode, FrameTable, Heads, Phase, Truncation
-from tests.stores.planted import store_of_banks
+from tests.planted import with_banks
 
 WINDOW, CHUNK, DIM = 12, 4, 12
 PATCHES = GRID[0] * GRID[1]
@@ -333,9 +333,9 @@ class Shifted(RotatedBank):
 
 
 PLANTED = [
-    (store_of_banks(Crowded), Curious(said=CHUNK)),
+    (with_banks(Crowded), Curious(said=CHUNK)),
     (Shy, Averaging(8)),
-    (store_of_banks(Shifted), Averaging(8)),
+    (with_banks(Shifted), Averaging(8)),
 ]
 
 
