@@ -86,7 +86,7 @@ def check_order(frames: range, pending: range | None, end: int, again: int | Non
         if frames.start != again:
             raise ChunkOrderError(
                 f"layer {layer}: a chunk starts at frame {frames.start}, expected {again}: a prompt switch "
-                "with mode 'recache' said that the frames from there on come again"
+                "with mode 'recache' announced that the frames from there on are recomputed"
             )
         return
     before = range(end - 1, end) if pending is None else pending

@@ -49,8 +49,8 @@ class CompressedHistories:
         for role, history in self._histories.items():
             if chunk.shift and role.scheme == "absolute":
                 raise StreamError(
-                    f"layer {self._layer}: the host moves a later shot in time, but {role} keeps parts of "
-                    "frames where they were: give it positions='compact', or set the host's offset to 0"
+                    f"layer {self._layer}: the base model moves a later shot in time, but {role} keeps parts "
+                    "of frames where they were: give it positions='compact', or set the base model's offset to 0"
                 )
             history.check(chunk.grid)
             if before is not None and chunk.grid != before:
@@ -84,7 +84,7 @@ class CompressedHistories:
         if role not in self._histories:
             return
         if kept.chosen is not None:
-            raise RoleError(f"{role} chooses frames by content: it cannot have a digest")
+            raise RoleError(f"{role} chooses frames by content: it cannot have a compressed history")
         gone = [row for row in range(len(table)) if row not in {*kept.before, *kept.after}]
         if gone:
             frames = [table.frames[row] for row in gone]

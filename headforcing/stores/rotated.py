@@ -84,8 +84,8 @@ class RotatedBank(BufferedBank):
             return tokens
         if count > most:
             raise RoleError(
-                f"{self.role} shows {count} tokens beside frames of {patches}, but said that there would be "
-                f"at most {most}: mend {type(self.compressed).__name__}.most"
+                f"{self.role} shows {count} tokens compressed from frames of {patches}, but said that there "
+                f"would be at most {most}: mend {type(self.compressed).__name__}.most"
             )
         k, v = (front(buffer, count).copy_(x) for buffer, x in zip(buffers, tokens, strict=True))
         return k, v

@@ -135,12 +135,12 @@ class Scenes:
         if switch.mode != "recache":
             return
         if switch.frames > stop:
-            raise StreamError(f"layer {layer}: {switch.frames} of {stop} frames cannot come again")
+            raise StreamError(f"layer {layer}: {switch.frames} of {stop} frames cannot be recomputed")
         for role, scene in self._scenes.items():
             if stop - switch.frames < scene.begin:
                 raise StreamError(
                     f"layer {layer}: time restarted at frame {scene.begin}, so of {stop} frames only the "
-                    f"last {stop - scene.begin} can come again: pass frames={stop - scene.begin} or fewer"
+                    f"last {stop - scene.begin} can be recomputed: pass frames={stop - scene.begin} or fewer"
                 )
             frames, first = self._banks[role].frames, scene.inside(stop - switch.frames)
             unknown = [row for row, frame in enumerate(frames) if frame is None]
@@ -148,7 +148,7 @@ class Scenes:
             if unknown and (not later or later[0] > first):
                 raise StreamError(
                     f"layer {layer}: {role} chose frames by content that may be among the last "
-                    f"{switch.frames}: run fewer frames again, or give the role more recent ones"
+                    f"{switch.frames}: recompute fewer frames, or give the role more recent ones"
                 )
 
     def ask(self, switch: Switch) -> None:

@@ -162,8 +162,8 @@ class KVStore(ABC):
         if self._pending is None or self._pending.start < start:
             what = "no chunk is" if self._pending is None else f"frames from {self._pending.start} on are not"
             raise StreamError(
-                f"layer {self.layer}: the host emptied its cache before frame {start}, but {what} run again: "
-                "reset the stream with handle.reset()"
+                f"layer {self.layer}: the base model emptied its KV cache before frame {start}, but {what} "
+                "recomputed: reset the stream with handle.reset()"
             )
         pending = self._copy_pending(self._pending.start)
         self._moving = True

@@ -1160,7 +1160,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "recache", "frames": -3}, OptionError, "expected a number of frames"),
     ({"mode": "recache", "frames": 3.0}, OptionError, "expected a number of frames"),
     ({"mode": "recache", "frames": True}, OptionError, "expected a number of frames"),
-    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot come again"),
+    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot be recomputed"),
 ]
 
 

@@ -282,7 +282,7 @@ def test_a_cache_emptied_before_another_chunk_is_refused(name: str) -> None:
     store = store_of(name, Local())
     store.write(chunk_of(0))
     store.write(chunk_of(3))
-    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not run again"):
+    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not recomputed"):
         store.edit(Truncation(), 6)
 
 
@@ -302,7 +302,7 @@ def test_parts_of_frames_do_not_move() -> None:
     role = Dynamic(pieces=1)
     store = store_of("ring", role)
     store.write(chunk_of(0))
-    with pytest.raises(StreamError, match="positions='compact', or set the host's offset to 0"):
+    with pytest.raises(StreamError, match="positions='compact', or set the base model's offset to 0"):
         store.write(chunk_of(3, shift=8))
     store.write(chunk_of(3))
 
