@@ -272,8 +272,8 @@ def test_check_takes_an_adapter_or_a_host(arguments: list[str], found: tuple[str
         (["own_host:BadHost", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
         (["self_forcing", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
         (["own_host:BadHost", "--adapter", "own_host:BadHost"], "is BadHost: expected a subclass of headfor"),
-        (["--adapter", "apart:Plain"], "--host and --adapter go with a target"),
-        (["--host", "own_host:BadHost"], "--host and --adapter go with a target"),
+        (["--adapter", "apart:Plain"], "--host and --adapter need a target"),
+        (["--host", "own_host:BadHost"], "--host and --adapter need a target"),
         (
             ["own_host:BadHost", "--adapter", "Plain"],
             "'Plain' is not MODULE:NAME, as in my_adapter:MyAdapter",
