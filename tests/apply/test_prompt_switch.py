@@ -668,10 +668,10 @@ def chunk_of(start: int, length: int = 3, take: int = 0, heads: int = 1) -> Chun
 
 
 def told(role: HeadRole, store: str = "ring") -> KVStore:
-    return store_class(store)(grouped([role]), window=WINDOW, layer=0)
+    return STORES[store](grouped([role]), window=WINDOW, layer=0)
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store: str) -> None:
     role = Local(6)
     held = told(role, store)
@@ -683,7 +683,7 @@ def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store:
     assert held.frames(role) == [[]]
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
     held = told(Full(), store)
     for start in (0, 3, 6):
@@ -695,7 +695,7 @@ def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
     held.check_switch(Switch("recache", frames=3))
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_a_commit_between_asking_and_running_again_brings_no_frame_back(store: str) -> None:
     role = Memory(0, 4, 1)
     held = told(role, store)

@@ -107,7 +107,8 @@ def test_validate_imports_no_more_than_it_needs(tmp_path):
     code += (
         "from headforcing.cli import app\ntry:\n    app()\nexcept SystemExit as end:\n    print(end.code)\n"
     )
-    code += "unwanted = ['rich', 'matplotlib', 'headforcing.measure.profile', 'headforcing.apply.handle', 'headforcing.demo']\n"
+    code += "unwanted = ['rich', 'matplotlib', 'headforcing.measure.profile', 'headforcing.apply.handle', "
+    code += "'headforcing.demo']\n"
     code += "print([name for name in unwanted if name in sys.modules])"
     assert fresh(code).endswith("0\n[]\n")
 

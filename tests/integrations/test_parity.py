@@ -16,13 +16,12 @@ from torch import Tensor
 import headforcing as hf
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.words import PROMPT_WORDS
-from headforcing.errors import module_names
 from headforcing.roles import Anchor, Full, HeadRole, Local, SlidingWindow
+from headforcing.stores import STORES
 from headforcing.testing import bits
 from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
 
-STORES = module_names("headforcing.stores")
 DTYPES = [torch.float32, torch.bfloat16]
 CHUNK = 3
 
@@ -164,7 +163,7 @@ def test_the_role_of_the_host_gives_the_output_of_the_host(
     assert got.same(expected)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", sorted(STORES))
 @every_host
 def test_every_store_reproduces_the_host(host: Host, store: str) -> None:
     expected, got = pair(host, append([1, 3, 2, 3, 3], [2, 1, 3]), store=store)
@@ -179,7 +178,9 @@ def test_every_sample_of_a_batch_is_exact(host: Host, dtype: torch.dtype) -> Non
 
 
 @settings(max_examples=examples(20))
-@given(data=st.data(), window=st.integers(3, 9), sink=st.integers(0, 4), store=st.sampled_from(STORES))
+@given(
+    data=st.data(), window=st.integers(3, 9), sink=st.integers(0, 4), store=st.sampled_from(sorted(STORES))
+)
 def test_chunks_of_any_length_and_any_number_of_passes_are_exact(
     data: st.DataObject, window: int, sink: int, store: str
 ) -> None:

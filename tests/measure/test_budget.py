@@ -19,8 +19,8 @@ from headforcing.measure import budget as module
 from headforcing.measure import labels as controls
 from headforcing.measure.budget import COLUMNS, fit_budget
 from headforcing.measure.classifiers import find_classifier, unrestricted
-from headforcing.measure.footprint import MODELS, ModelSize
 from headforcing.measure.labels import measured_map
+from headforcing.measure.sizes import MODELS, ModelSize
 from headforcing.measure.stability import stability
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.maps.file import encode_role

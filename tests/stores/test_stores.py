@@ -40,9 +40,11 @@ from headforcing.roles.rolling_forcing import Rolling
 from headforcing.stores import STORES, KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
 from tests.examples import examples
+from tests.planted import with_banks
 
 WINDOW, CHUNK = 12, 4
 PATCHES = GRID[0] * GRID[1]
@@ -430,19 +432,19 @@ class Leaky(RingStore):
                 bank.append(self._pending, self._pending)
 
 
-class Sticky(RingStore):
+class Sticky(RotatedBank):
     """Forgets to forget."""
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         pass
 
 
 class Greedy(RingStore):
     """Keeps what the role says to evict, once it has enough."""
 
-    def _begin(self, own: range) -> None:
+    def _make_room(self, own: range) -> None:
         if any(len(bank.frames) < 8 for bank in self._banks.values()):
-            super()._begin(own)
+            super()._make_room(own)
 
 
 class Mixed(RingStore):
@@ -505,7 +507,7 @@ class Hasty(RingStore):
 
 @pytest.mark.parametrize(
     "store",
-    [Leaky, Sticky, Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
+    [Leaky, with_banks(Sticky), Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
     ids=lambda store: store.__name__,
 )
 def test_the_state_machine_catches_a_planted_bug(store):
