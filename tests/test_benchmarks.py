@@ -300,15 +300,15 @@ def all_of(bench, **told):
 
 
 def test_only_attention_and_transformer_are_run_once_per_backend(bench):
-    every, args = all_of(bench, backends=["flex", "varlen"])
+    every, args = all_of(bench, backends=["flash", "varlen"])
     asked = [(part.name, part.options[part.options.index("--backend") + 1]) for part in every.parts(args)]
     assert asked == [
-        ("transformer-flex", "flex"),
+        ("transformer-flash", "flash"),
         ("transformer-varlen", "varlen"),
-        ("attention-flex", "flex"),
+        ("attention-flash", "flash"),
         ("attention-varlen", "varlen"),
-        ("presets", "flex"),
-        ("length", "flex"),
+        ("presets", "flash"),
+        ("length", "flash"),
         ("calls", "sdpa"),
     ]
 

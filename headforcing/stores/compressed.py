@@ -50,7 +50,7 @@ class CompressedHistories:
             if chunk.shift and role.scheme == "absolute":
                 raise StreamError(
                     f"layer {self._layer}: the base model moves a later shot in time, but {role} keeps parts "
-                    "of frames where they were: give it positions='compact', or set the base model's offset to 0"
+                    "of frames where they were: give it positions='compact', or set its offset to 0"
                 )
             history.check(chunk.grid)
             if before is not None and chunk.grid != before:

@@ -302,7 +302,7 @@ def test_parts_of_frames_do_not_move() -> None:
     role = Dynamic(pieces=1)
     store = store_of("ring", role)
     store.write(chunk_of(0))
-    with pytest.raises(StreamError, match="positions='compact', or set the base model's offset to 0"):
+    with pytest.raises(StreamError, match="positions='compact', or set its offset to 0"):
         store.write(chunk_of(3, shift=8))
     store.write(chunk_of(3))
 
