@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from headforcing.measure.plots.drift import drift_curves, drift_panels
     from headforcing.measure.plots.frames import frames_kept
     from headforcing.measure.plots.grid import head_map
-    from headforcing.measure.plots.layers import roles_per_layer
+    from headforcing.measure.plots.shares import mass_scatter, roles_per_layer
     from headforcing.measure.plots.style import role_colours
     from headforcing.measure.plots.tradeoff import budget_curve
-    from headforcing.measure.plots.triangle import mass_scatter
 
 __all__ = [
     "budget_curve",
