@@ -28,9 +28,9 @@ from headforcing.measure.classifiers import (
     tried,
     unrestricted,
 )
-from headforcing.measure.footprint import ModelSize, packs
 from headforcing.measure.labels import measured_map
 from headforcing.measure.profile import HeadProfile
+from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.origin import ModelFacts, Scalar
 from headforcing.roles.maps.role_map import RoleMap
@@ -134,7 +134,7 @@ def fit_budget(
     elif tokens_per_frame is not None or held:
         raise OptionError("tokens_per_frame and held work with a budget in bytes only: leave them out")
     roles = _roles(profile, by)
-    if held and (packed := [role for role in roles if packs(role)]):
+    if held and (packed := [role for role in roles if _is_copied(role)]):
         raise OptionError(f"held does not count the copies of the ring store for {packed[0]}: leave it out")
     if groups is not None:
         settings["groups"] = groups.hash
@@ -240,8 +240,13 @@ def _size(facts: ModelFacts, tokens_per_frame: int | None, itemsize: int) -> Mod
     if tokens_per_frame is None:
         raise OptionError("a budget in bytes requires tokens_per_frame, the patches of one frame")
     return ModelSize(
-        facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, tokens_per_frame, itemsize
+        facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, (1, tokens_per_frame), itemsize
     )
+
+
+def _is_copied(role: HeadRole) -> bool:
+    """Whether the `ring` store copies what the role attends to."""
+    return role.reads_per_query or type(role).attend is not HeadRole.attend
 
 
 class Choice(NamedTuple):
