@@ -65,7 +65,7 @@ def test_the_video_has_every_frame(made):
 def test_the_table_and_a_preset(made, tmp_path):
     answer = run("--out", tmp_path, "--preset", "streaming_llm", "--seed", 2)
     assert answer.exit_code == 0, answer.output
-    assert all(word in answer.stdout for word in ("3 scenes: A B A", "recall", "leak", "One video proves"))
+    assert all(word in answer.stdout for word in ("3 scenes: A B A", "recall", "leak", "This is one video"))
     assert "continue: 6/6" in answer.stderr
     report = json.loads((tmp_path / "scenes.json").read_text())
     assert [role["role"] for role in report["roles"]] == ["slidingwindow"]

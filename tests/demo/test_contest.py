@@ -126,7 +126,7 @@ def test_pictures_show_every_entrant(found, monkeypatch):
     monkeypatch.setattr(pictures, "draw_sheet", lambda story: drawn.append(story))
     pictures.sheet(found)
     (story,) = drawn
-    assert [track.name for track in story.tracks] == ["True world", "window", "mixed"]
+    assert [track.name for track in story.tracks] == ["Ground truth", "window", "mixed"]
     assert (story.frames, story.trained, story.given) == (27, CONFIG.window, 3)
 
 
