@@ -47,10 +47,10 @@ def test_the_files_are_where_the_report_says(made):
     assert sorted(report["files"]) == sorted(str(out / name) for name in FILES)
     document = json.loads((out / "scenes.json").read_text())
     assert document["made_by"] == "headforcing scenes"
-    held = document["remembered"]["recall"]
+    held = document["stored_frames"]["recall"]
     assert {len(chunks) for chunks in held.values()} == {6}
     assert held["memory3+12+3, 1 head"][4] == [0, 1, 2, 3, 4, 5]
-    assert document["remembered"]["cut"]["memory3+12+3, 1 head"][4] == []
+    assert document["stored_frames"]["cut"]["memory3+12+3, 1 head"][4] == []
 
 
 def test_the_video_has_every_frame(made):

@@ -119,7 +119,7 @@ class Contest:
         """First and last frame of the late span."""
         return spans(self.frames, self.setting.given * CHUNK, self.trained)[1]
 
-    def beside(self, result: Result) -> tuple[Result, ...]:
+    def controls_of(self, result: Result) -> tuple[Result, ...]:
         """The controls of an entrant."""
         return tuple(other for other in self.results if other.of == result.entrant.name)
 

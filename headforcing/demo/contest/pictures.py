@@ -23,16 +23,16 @@ LABEL = "background PSNR, dB"
 def drift(found: Contest) -> Any:
     """A matplotlib figure: one picture for a few entrants, otherwise a panel each, with controls if any."""
     values = {result.entrant.name: result.psnr.numpy() for result in found.entrants}
-    beside = {
+    controls = {
         result.entrant.name: control.psnr.numpy()
         for result in found.entrants
-        for control in found.beside(result)
+        for control in found.controls_of(result)
         if "attended" in control.entrant.kind
     }
-    if len(values) <= FEW and not beside:
+    if len(values) <= FEW and not controls:
         return drift_curves(values, found.trained, LABEL).figure
     what = "first and last frames, as many attended"
-    return drift_panels(values, found.trained, LABEL, beside or None, what)[0].figure
+    return drift_panels(values, found.trained, LABEL, controls or None, what)[0].figure
 
 
 def sheet(found: Contest) -> Any:

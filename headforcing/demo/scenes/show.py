@@ -39,13 +39,13 @@ MADE_BY = "headforcing scenes"
 
 @dataclass(frozen=True)
 class Request:
-    """What to show.
+    """The options of the command.
 
     Attributes:
         prompts: one per scene.
         chunks: of each scene.
         seed: of the noise.
-        out: folder for the files, made where it is missing.
+        out: folder for the files, created if missing.
         roles: role-map file; `None`: the one in the package.
         preset: name of a preset instead of a role map.
     """
@@ -60,11 +60,11 @@ class Request:
 
 @dataclass(frozen=True)
 class ModeRow:
-    """What was measured in one mode; `None` where there is nothing to measure.
+    """The metrics of one mode; `None` if there is nothing to measure.
 
     Attributes:
-        mode: what happened between scenes.
-        stored_bytes: keys, values and marks held at the end.
+        mode: the prompt switch between scenes.
+        stored_bytes: keys, values and marks stored at the end.
         returned: correlation of a returning scene's texture with its first appearance, mean.
         leaked: the same between scenes of different prompts, mean over all pairs.
         distance: returned minus leaked.
@@ -243,7 +243,7 @@ def write(
     script = Script(request.prompts, request.chunks)
     told, paths = tale(report, script, played, who), {name: request.out / name for name in FILES}
     held = {each.mode: {memory.name: memory.held for memory in each.memories} for each in played}
-    document = json.dumps({"made_by": MADE_BY, **report.to_dict(), "remembered": held})
+    document = json.dumps({"made_by": MADE_BY, **report.to_dict(), "stored_frames": held})
 
     def drawn() -> Iterable[Pixels]:
         for index, frame in enumerate(draw_video(told)):

@@ -137,7 +137,7 @@ def _panel(axes: Any, script: Script, memory: Held) -> None:
     tints = [colours[script.names[script.scene_at(frame)]] for _, frame in held]
     cells = [_cell(chunk, frame, 1) for chunk, frame in held]
     marks = PolyCollection(cells, facecolor=tints, edgecolor=tints, lw=0.2, zorder=2)
-    marks.set_gid("remembered")
+    marks.set_gid("stored")
     axes.add_collection(marks)
     axes.set(xlim=(0, script.frames), ylim=(0, script.frames), yticks=[])
     axes.set_title(memory.name, color=INK, fontsize=11.5, loc="left", pad=5)

@@ -63,8 +63,8 @@ def head_map(
     if per_layer:
         _bars(ax.inset_axes((0, 1 + GAP / inches[1], 1, BAR / inches[1]), sharex=ax), labels, across=True)
     if per_head:
-        beside = ax.inset_axes((1 + GAP / inches[0], 0, BAR / inches[0], 1), sharey=ax)
-        _bars(beside, tuple(zip(*labels, strict=True)), across=False)
+        aside = ax.inset_axes((1 + GAP / inches[0], 0, BAR / inches[0], 1), sharey=ax)
+        _bars(aside, tuple(zip(*labels, strict=True)), across=False)
     if own:
         style.legend_above(ax, handles, 1 + (GAP + BAR) * per_layer / inches[1])
     else:
@@ -75,11 +75,11 @@ def head_map(
     return ax
 
 
-def _own_axes(shape: tuple[int, int], handles: list[Any], above: float, beside: float, key: bool) -> Any:
+def _own_axes(shape: tuple[int, int], handles: list[Any], above: float, aside: float, key: bool) -> Any:
     """Axes in a new figure, laid out in inches so that cells are square."""
     layers, heads = shape
     cell = min(0.45, max(0.155, 6.0 / max(shape)))
-    left, low, right = 0.52, 0.46 + 0.16 * key, 0.1 + (beside + GAP + 0.1 if beside else 0.0)
+    left, low, right = 0.52, 0.46 + 0.16 * key, 0.1 + (aside + GAP + 0.1 if aside else 0.0)
     width = max(3.4, left + layers * cell + right)
     legend = 0.12 + 0.17 * -(-len(handles) // style.columns(handles, width - style.MARGIN))
     height = low + heads * cell + (above + GAP if above else 0.0) + legend
