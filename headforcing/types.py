@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Phase = Literal["denoise", "commit"]
-"""`"denoise"`: a noisy pass. `"commit"`: the clean pass that writes the cache."""
+Phase = Literal["denoise", "clean"]
+"""`"denoise"`: a noisy pass. `"clean"`: the clean pass that writes the cache."""
 
 Tier = Literal["sink", "episodic", "recent"]
 """Where a role holds a frame: among the first, the chosen, or the last."""

@@ -173,8 +173,8 @@ def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
     metric, room = by.partition(".")[0], model.window - model.chunk
     profile[by]  # says how it is measured
     roles = [role for role in candidates(profile, metric) if frames_kept(role, model.chunk) <= room]
-    if digesting := [role for role in roles if role.digest() is not None]:
-        raise OptionError(f"{digesting[0]} keeps more than whole frames, which is not counted: leave it out")
+    if unfit := [role for role in roles if role.compressed() is not None]:
+        raise OptionError(f"{unfit[0]} keeps more than whole frames, which is not counted: leave it out")
     if metric == "ablation" and (rest := unrestricted(model)) not in roles:
         roles.append(rest)
     if not roles:

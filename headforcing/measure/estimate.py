@@ -180,10 +180,10 @@ def dense(setting: Setting) -> Takes:
 def _check_grid(choice: Choice, grid: Grid) -> None:
     """Looks whether what roles keep beside whole frames can be made of frames of this grid."""
     for role in choice.roles.counts():
-        if (digest := role.digest()) is None:
+        if (history := role.compressed()) is None:
             continue
         try:
-            digest.check(grid)
+            history.check(grid)
         except StreamShapeError as error:
             raise OptionError(
                 f"{choice.name}, {role}: {error}: give a --grid of other sides, or another choice"

@@ -156,7 +156,8 @@ def packs(role: HeadRole) -> bool:
     """Whether the `ring` store holds a copy of what the role sees beside what it keeps."""
     from headforcing.roles import HeadRole  # torch, which a help text does not wait for
 
-    return role.reads_per_query or type(role).attend is not HeadRole.attend
+    partly = role.clean_window is not None or type(role).visible is not HeadRole.visible
+    return partly or "query" in role.depends_on
 
 
 def _wan(layers: int, heads: int) -> ModelSize:

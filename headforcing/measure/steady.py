@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headforcing.errors import OptionError, StreamShapeError
 from headforcing.roles import HeadRole
+from headforcing.roles.base import needs_phase
 from headforcing.stores import KVStore, store_class
 from headforcing.types import Chunk, Grid, Heads, Phase
 
@@ -179,11 +180,11 @@ def _run(name: str, role: HeadRole, window: int, chunk: int, tiny: _Tiny) -> lis
         except StreamShapeError as error:
             raise OptionError(f"{role} cannot be simulated on {tiny.grid} patches: {error}") from error
         kept = store.nbytes()
-        queries = range(index * chunk, (index + 1) * chunk) if role.reads_per_query else [None]
+        queries = range(index * chunk, (index + 1) * chunk) if "query" in role.depends_on else [None]
         seen = [_tokens(store, role, query, "denoise") for query in queries]
-        if role.uses_phase:  # a store may keep what the last pass looked at
+        if needs_phase(role):  # a store may keep what the last pass looked at
             for query in queries:
-                _tokens(store, role, query, "commit")
+                _tokens(store, role, query, "clean")
         held = store.nbytes()
         rows.append(_Row(min(kept, held), held, Fraction(sum(seen), len(seen) * tiny.tokens)))
     return rows[chunks // 2 :]
@@ -203,7 +204,7 @@ def _as_it_is(x: Tensor, *_: object) -> Tensor:
 
 def keeps_beside(role: HeadRole) -> bool:
     """Whether a role keeps anything beside whole frames, which `capacity` does not count."""
-    return role.digest() is not None
+    return role.compressed() is not None
 
 
 def _cycle(rows: Sequence[object], role: HeadRole) -> int:

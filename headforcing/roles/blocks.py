@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import StreamShapeError
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Encode, Grid
 
 
-class Blocks(Digest):
+class Blocks(CompressedHistory):
     """Complete blocks, oldest first, and the one that is being filled.
 
     A block begins at a multiple of its length. Frames come one by one, in order; their patches are
@@ -49,7 +49,7 @@ class Blocks(Digest):
                 f"frames have {grid} patches, height and width: expected multiples of {side} to merge them"
             )
 
-    def most(self, patches: int) -> int:
+    def max_tokens(self, patches: int) -> int:
         """Tokens of all blocks."""
         return self.keep * (patches // self.patch**2)
 

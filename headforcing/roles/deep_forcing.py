@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Encode, FrameTable
 
 
@@ -69,12 +69,12 @@ class Participating(HeadRole):
             raise WindowError(f"{self} needs a window of at least {least} frames for a chunk of {chunk}")
         return super().fit(window, chunk)
 
-    def digest(self) -> Digest | None:
+    def compressed(self) -> CompressedHistory | None:
         """See the class."""
         return Chosen(self)
 
 
-class Chosen(Digest):
+class Chosen(CompressedHistory):
     """The tokens that were chosen, and the frames of which the next ones are chosen."""
 
     wants_queries = True
@@ -85,12 +85,12 @@ class Chosen(Digest):
         self._frames: list[Past] = []
         self._kept: Tokens | None = None
 
-    def most(self, patches: int) -> int:
+    def max_tokens(self, patches: int) -> int:
         """As many as the role says."""
         return self.role.chosen * patches
 
     @property
-    def places(self) -> int:
+    def gap(self) -> int:
         """One, for all of them."""
         return 1 if self._frames or self._kept is not None else 0
 
@@ -100,7 +100,7 @@ class Chosen(Digest):
         asked = past.q if self._queries is None else torch.cat([self._queries, past.q], 1)
         self._queries = asked[:, -self.role.recent :].clone()
 
-    def let_go(self, past: Past) -> None:
+    def evicted(self, past: Past) -> None:
         """Takes frames to choose of."""
         self._frames.append(past)
 

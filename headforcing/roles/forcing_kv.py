@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, StreamShapeError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.roles.positions import PositionScheme
 from headforcing.types import Encode, FrameTable, Grid
 
@@ -64,7 +64,7 @@ class Dynamic(HeadRole):
             raise WindowError(f"{self} takes {self.sink + 1 + 2 * chunk} places of {window}: lower sink")
         return super().fit(window, chunk)
 
-    def digest(self) -> Digest | None:
+    def compressed(self) -> CompressedHistory | None:
         """See the class."""
         return Pieces(self)
 
@@ -78,7 +78,7 @@ class _Choice:
     pieces: Tensor
 
 
-class Pieces(Digest):
+class Pieces(CompressedHistory):
     """Pieces of the last frames but one."""
 
     def __init__(self, role: Dynamic) -> None:
@@ -88,12 +88,12 @@ class Pieces(Digest):
         self._cut = 0
         self._seen: Tokens | None = None
 
-    def most(self, patches: int) -> int:
+    def max_tokens(self, patches: int) -> int:
         """As many pieces as a frame is cut to."""
         return patches
 
     @property
-    def places(self) -> int:
+    def gap(self) -> int:
         """Frames that were cut."""
         return self._cut
 
@@ -145,7 +145,7 @@ class Pieces(Digest):
     def _choice(self, past: Past, k: Tensor) -> Tensor:
         """The pieces that are least like their next frame, `[B, m]`, of rotated keys `[B, n, P, Hr, D]`."""
         frames = tuple(past.frames)
-        before: _Choice | None = past.notes.get("choice")
+        before: _Choice | None = past.shared.get("choice")
         if before is not None and before.layer < past.layer and before.frames == frames:
             return before.pieces.to(k.device)
         spots = k.flatten(3).float()
@@ -153,7 +153,7 @@ class Pieces(Digest):
         scores = alike.unflatten(2, (self.role.pieces, -1)).mean(-1).flatten(1)
         least = torch.sort(scores, dim=1, stable=True).indices[:, : self.role.pieces]
         pieces: Tensor = torch.sort(least, dim=1).values
-        past.notes["choice"] = _Choice(past.layer, frames, pieces)
+        past.shared["choice"] = _Choice(past.layer, frames, pieces)
         return pieces
 
 

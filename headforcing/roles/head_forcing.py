@@ -15,7 +15,7 @@ from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
 from headforcing.roles.episodic import EpisodicUpdate, MaxMin, Uniform
 from headforcing.roles.positions import PositionScheme
-from headforcing.types import FrameTable, Selection, Tier
+from headforcing.types import FrameTable, Selection
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,6 @@ class Memory(HeadRole):
             return (*range(sinks), *spread, *range(rows - recents, rows))
         chosen = self.update.choose(table.keys(contest), stored, episodic)
         return Selection(tuple(range(sinks)), sinks + chosen, tuple(range(rows - recents, rows)))
-
-    @property
-    def recalls(self) -> tuple[Tier, ...]:
-        """All it held: what was recent comes back as well."""
-        return ("sink", "episodic", "recent")
-
-    def tier(self, frame: int | None, start: int) -> Tier:
-        """Frames chosen by content are episodic, and all between the first and the last ones."""
-        _, recent = self._sizes()
-        if frame is None or self.sink <= frame < start - recent:
-            return "episodic"
-        return super().tier(frame, start)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         room = window - chunk - self.sink

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Encode, FrameTable
 
 AVERAGES = 2
@@ -67,11 +67,11 @@ class Averaging(HeadRole):
             )
         return super().fit(window, chunk)
 
-    def digest(self) -> Digest | None:
+    def compressed(self) -> CompressedHistory | None:
         return Averages(self)
 
 
-class Averages(Digest):
+class Averages(CompressedHistory):
     """The slow and the fast average of the frames that a role let go."""
 
     def __init__(self, role: Averaging) -> None:
@@ -80,16 +80,16 @@ class Averages(Digest):
         self._kinds: tuple[torch.dtype, torch.dtype] | None = None
         self._patches = 0
 
-    def most(self, patches: int) -> int:
+    def max_tokens(self, patches: int) -> int:
         """Both averages, at every patch."""
         return AVERAGES * patches
 
     @property
-    def places(self) -> int:
+    def gap(self) -> int:
         """Both averages, once there are any."""
         return 0 if self._both is None else AVERAGES
 
-    def let_go(self, past: Past) -> None:
+    def evicted(self, past: Past) -> None:
         """Takes frames in, all at once."""
         frames = past.k.shape[1]
         lost = min(AVERAGES, frames - 1) if self._both is None else 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.blocks import Blocks
-from headforcing.roles.compressed import Digest
+from headforcing.roles.compressed import CompressedHistory
 from headforcing.types import FrameTable, Phase
 
 
@@ -40,6 +40,7 @@ class _Clamped(HeadRole):
     recent: int = 1
     near: int = 18
     far: int = 21
+    depends_on = ("query",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,11 +48,6 @@ class _Clamped(HeadRole):
             raise RoleError(f"{self}: positions follow near and far, leave positions alone")
         if self.near > self.far:
             raise RoleError(f"{self}: expected near <= far")
-
-    @property
-    def reads_per_query(self) -> bool:
-        """True: places follow the query frame, and so do the frames of a wave."""
-        return True
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """The role, if no frame that it sees can be older than what sits at position 0.
@@ -70,29 +66,24 @@ class _Clamped(HeadRole):
         """Distance of the oldest frame that keeps its own, from the last query frame of a chunk."""
         return self.recent + chunk - 1
 
-    @property
-    def bounded(self) -> bool:
-        """False: `far` frames and the own chunk go beyond the trained range by as much, see the class."""
-        return False
-
-    def origin(self, query: int) -> int:
-        """The frame that a query frame sees at position 0."""
-        return max(0, query - min(max(query, self.near), self.far))
-
-    def place(
+    def positions_of(
         self,
         frames: Sequence[int | None],
         chunk: int,
         window: int,
         query: int | None = None,
-        digested: int = 0,
+        gap: int = 0,
     ) -> tuple[int, ...]:
         """See the class."""
         known = [frame for frame in frames if frame is not None]
         if query is None or len(known) < len(frames):
             raise RoleError(f"{type(self).__name__} reads per query frame: it needs to know every frame")
-        near, far = known[len(known) - chunk] - self.recent, self.origin(query)
-        return tuple(frame - far if frame >= near else 0 for frame in known)
+        near, origin = known[len(known) - chunk] - self.recent, self._origin(query)
+        return tuple(frame - origin if frame >= near else 0 for frame in known)
+
+    def _origin(self, query: int) -> int:
+        """The frame that a query frame sees at position 0."""
+        return max(0, query - min(max(query, self.near), self.far))
 
     def _ends(self, table: FrameTable) -> tuple[list[int], list[int]]:
         """Rows of the first and of the last frames."""
@@ -118,7 +109,7 @@ class _Cyclic(_Clamped):
         if self.period < 1:
             raise RoleError(f"{self}: expected a period of at least 1")
 
-    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+    def visible(self, table: FrameTable, phase: Phase) -> Sequence[int]:
         """First frames, the middle of this query frame, and the last frames."""
         query = table.start if table.query is None else table.query
         return self._rows(table, [query % self.period])
@@ -217,8 +208,8 @@ class Veil(_Clamped):
         unfinished, middle = self.block - 1, (self.block - 1) // 2
         return max(super()._reach(chunk), self.block * self.blocks + unfinished - middle + chunk - 1)
 
-    def digest(self) -> Digest | None:
+    def compressed(self) -> CompressedHistory | None:
         """See the class."""
         if not self.blocks:
             return None
-        return Blocks(self.blocks, self.block, self.patch, self.recent, self.origin)
+        return Blocks(self.blocks, self.block, self.patch, self.recent, self._origin)

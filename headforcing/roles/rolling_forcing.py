@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
@@ -29,7 +28,7 @@ class Rolling(HeadRole):
     window: int
     sink: int = 3
     positions: PositionScheme = field(default="adjoining", kw_only=True)
-    uses_phase: ClassVar[bool] = True
+    depends_on = ("phase",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +42,7 @@ class Rolling(HeadRole):
     def retain(self, table: FrameTable) -> Sequence[int]:
         return ends(table, self.sink, self.window - self.sink)
 
-    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+    def visible(self, table: FrameTable, phase: Phase) -> Sequence[int]:
         recent = self.window - table.chunk
         if phase == "denoise":
             return ends(table, self.sink, recent - self.sink)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.stores.bank import Bank
 from headforcing.stores.buffers import Size, cut
 from headforcing.stores.scenes import Kept
@@ -36,7 +36,7 @@ class Banked(Storage):
         bank = self._banks[role]
         own, asked = self._inside(role, query)
         table = bank.table(0, own, self.scenes.pin(role))
-        rows = tuple(role.attend(dataclasses.replace(table, query=asked), phase))
+        rows = tuple(visible_rows(role, dataclasses.replace(table, query=asked), phase))
         frames = (*(bank.frames[row] for row in rows), *own)
         positions = self._place(role, frames, len(own), asked)
         if asked is None and len(rows) == len(bank.frames):
@@ -57,10 +57,10 @@ class Banked(Storage):
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, own)
             table, kept = bank.choose(inside, self.scenes.pin(role))
-            self.digests.let_go(role, kept, table, bank.rows, self._grid)
+            self.digests.evicted(role, kept, table, bank.rows, self._grid)
             bank.begin(table, kept, inside, functools.partial(self._place, role))
             digest = self.digests.get(role)
-            if digest is not None and digest.places:
+            if digest is not None and digest.gap:
                 bank.tighten(len(own))
 
     def _stage(self, chunk: Chunk) -> None:

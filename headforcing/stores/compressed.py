@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, StreamError, StreamShapeError
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Chunk, Encode, FrameTable, Grid, Selection
 
 
@@ -25,12 +25,12 @@ class Digests:
     """
 
     def __init__(self, roles: Iterable[HeadRole], layer: int) -> None:
-        self._digests = {role: digest for role in roles if (digest := role.digest()) is not None}
+        self._digests = {role: digest for role in roles if (digest := role.compressed()) is not None}
         self._seen: dict[tuple[HeadRole, int | None], Tokens | None] = {}
         self._layer = layer
         self.notes: MutableMapping[Any, Any] = {}
 
-    def get(self, role: HeadRole) -> Digest | None:
+    def get(self, role: HeadRole) -> CompressedHistory | None:
         """The digest of a role."""
         return self._digests.get(role)
 
@@ -47,7 +47,7 @@ class Digests:
             StreamShapeError: its grid does not go, or it has no queries where a role chooses by them.
         """
         for role, digest in self._digests.items():
-            if chunk.shift and role.scheme == "absolute":
+            if chunk.shift and role.positions == "absolute":
                 raise StreamError(
                     f"layer {self._layer}: the host moves a later shot in time, but {role} keeps parts of "
                     "frames where they were: give it positions='compact', or set the host's offset to 0"
@@ -68,7 +68,7 @@ class Digests:
         k, v = chunk.k[:, done], chunk.v[:, done]
         self._digests[role].add(Past(frames, k, v, chunk.grid, self._layer, self._notes(role), q))
 
-    def let_go(
+    def evicted(
         self,
         role: HeadRole,
         kept: Selection,
@@ -88,7 +88,7 @@ class Digests:
         gone = [row for row in range(len(table)) if row not in {*kept.before, *kept.after}]
         if gone:
             frames = [table.frames[row] for row in gone]
-            self._digests[role].let_go(Past(frames, *fetch(gone), grid, self._layer, self._notes(role)))
+            self._digests[role].evicted(Past(frames, *fetch(gone), grid, self._layer, self._notes(role)))
 
     def see(
         self, role: HeadRole, start: int, query: int | None, encode: Encode, lay: Callable[[Tokens], Tokens]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.stores.scenes import Kept
 from headforcing.stores.store import KVStore
 from headforcing.types import Chunk, Encode, FrameTable, Heads, KVView, Phase, Selection
@@ -44,7 +44,8 @@ class ReferenceStore(KVStore):
         own = self._chunk
         assert own is not None
         inside, asked = self._inside(role, query)
-        rows = list(role.attend(dataclasses.replace(self._table(role, 0, inside), query=asked), phase))
+        table = dataclasses.replace(self._table(role, 0, inside), query=asked)
+        rows = list(visible_rows(role, table, phase))
         frames = (*(self._known[role][row] for row in rows), *inside)
         positions = self._place(role, frames, len(inside), asked)
         heads = self.heads[role]
@@ -69,7 +70,7 @@ class ReferenceStore(KVStore):
             table = self._table(role, self._new, self.scenes.inside(role, own))
             kept = role.retain(table)
             selection = kept if isinstance(kept, Selection) else Selection(tuple(kept))
-            self.digests.let_go(role, selection, table, functools.partial(self._rows, role), self._grid)
+            self.digests.evicted(role, selection, table, functools.partial(self._rows, role), self._grid)
             for index, sample in enumerate(samples):
                 chosen = [] if selection.chosen is None else selection.chosen[index].tolist()
                 rows = [*selection.before, *chosen, *selection.after]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Digest, Tokens
+from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import NOTHING, Bank, Place, gathered, known_moves, slide
 from headforcing.stores.buffers import Size, cut, front
 from headforcing.stores.scenes import Kept
@@ -44,9 +44,9 @@ class RotatedBank(Bank):
         digest: what it keeps beside whole frames.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads, digest: Digest | None = None) -> None:
+    def __init__(self, role: HeadRole, heads: Heads, digest: CompressedHistory | None = None) -> None:
         super().__init__(role, heads)
-        if not role.reads_per_query:
+        if "query" not in role.depends_on:
             self.rooms["rotated"] = NOTHING
         self._digest = digest
         self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
@@ -77,7 +77,7 @@ class RotatedBank(Bank):
 
     def front(self, name: str, tokens: int) -> int:
         """As many as the role may ever see beside whole frames, where they are seen."""
-        return 0 if self._digest is None or name == "raw" else self._digest.most(tokens) or 0
+        return 0 if self._digest is None or name == "raw" else self._digest.max_tokens(tokens) or 0
 
     def lay(self, which: int | None, tokens: Tokens) -> Tokens:
         """Copies what is seen beside whole frames to where it lies in front of them.
@@ -92,13 +92,13 @@ class RotatedBank(Bank):
         if self._digest is None or which not in self._looked_at:
             return tokens
         rooms, count, patches = self._looked_at[which], tokens[0].shape[1], self._v.shape[2]
-        most = self._digest.most(patches)
+        most = self._digest.max_tokens(patches)
         if most is None:
             return tokens
         if count > most:
             raise RoleError(
                 f"{self.role} shows {count} tokens beside frames of {patches}, but said that there would be "
-                f"at most {most}: mend {type(self._digest).__name__}.most"
+                f"at most {most}: mend {type(self._digest).__name__}.max_tokens"
             )
         k, v = (front(room, count).copy_(x) for room, x in zip(rooms, tokens, strict=True))
         return k, v
@@ -177,9 +177,9 @@ class RotatedBank(Bank):
 
     def _next_positions(self, own: range, place: Place) -> Sequence[float | None]:
         """Where the history will sit in the first pass; nowhere, for a role that sees a part of it."""
-        if self.role.reads_per_query:
+        if "query" in self.role.depends_on:
             return [None] * len(self.frames)
-        if len(self.role.attend(self.table(0, own), "denoise")) < len(self.frames):
+        if len(self.role.visible(self.table(0, own), "denoise")) < len(self.frames):
             return [None] * len(self.frames)
         return place((*self.frames, *own), len(own))
 

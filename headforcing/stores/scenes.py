@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from headforcing.errors import OptionError, StreamError
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, first_frames, recalled, tier
 from headforcing.roles.positions import TRUE
 from headforcing.stores.switch import Switch
 from headforcing.types import Pin, Tier
@@ -66,8 +66,8 @@ class Scene:
 
     def tier(self, role: HeadRole, frame: int | None, start: int) -> Tier:
         """Where a role holds a frame, by its own numbers; what outlived a switch is not recent."""
-        tier = role.tier(frame, start)
-        return "episodic" if tier == "recent" and frame is not None and frame < self.since else tier
+        found = tier(role, frame, start)
+        return "episodic" if found == "recent" and frame is not None and frame < self.since else found
 
 
 Held = Callable[[HeadRole], Sequence[int | None]]
@@ -83,7 +83,7 @@ class Scenes:
 
     def __init__(self, roles: Iterable[HeadRole]) -> None:
         self._scenes = dict.fromkeys(roles, Scene())
-        self._follow = {role for role in self._scenes if role.digest() is None}
+        self._follow = {role for role in self._scenes if role.compressed() is None}
         self._marks: dict[str, dict[HeadRole, _Named]] = {}
         self._due: list[str] = []
         self._switch: Switch | None = None
@@ -131,7 +131,7 @@ class Scenes:
         for role in self._scenes:
             frames = self.outside(role, held(role))
             kept = take(role, [row for row, f in enumerate(frames) if f is not None and f < keep])
-            if role.scheme in TRUE:
+            if role.positions in TRUE:
                 put(role, kept)
                 continue
             names = self.outside(role, kept.frames)
@@ -190,7 +190,7 @@ class Scenes:
     def turn(self, start: int, held: Held, take: Take, put: Put) -> Switch | None:
         """Marks and switches what was asked for, because a chunk begins at `start`."""
         for name in self._due:
-            rows = {role: self._rows(role, role.recalls, start, held) for role in self._scenes}
+            rows = {role: self._rows(role, recalled(role), start, held) for role in self._scenes}
             self._marks[name] = {role: self._take(role, rows[role], held, take) for role in self._scenes}
         self._due.clear()
         switch, self._switch = self._switch, None
@@ -222,8 +222,8 @@ class Scenes:
         scene, pin, frames = self._scenes[role], self.pin(role), held(role)
         found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
         if pin is not None and "sink" in tiers:
-            pinned = range(pin.begin, pin.begin + min(pin.frames, role.first_frames))
-            found = [tier or frame in pinned for tier, frame in zip(found, frames, strict=True)]
+            pinned = range(pin.begin, pin.begin + min(pin.frames, first_frames(role)))
+            found = [stays or frame in pinned for stays, frame in zip(found, frames, strict=True)]
         return [row for row, stays in enumerate(found) if stays]
 
     def _survivors(self, switch: Switch, role: HeadRole, start: int, held: Held, take: Take) -> Kept:

@@ -15,6 +15,7 @@ from torch import Tensor
 from headforcing.errors import StreamError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import Tokens, nbytes
+from headforcing.roles.windows import check_pin
 from headforcing.stores.checks import HostFlag, Shape, check_order
 from headforcing.stores.compressed import Digests
 from headforcing.stores.scenes import Scenes
@@ -235,9 +236,9 @@ class KVStore(Storage):
         """Where the frames of a view sit, the `chunk` own ones last, all as the role counts them."""
         more = {} if query is None else {"query": query}
         if (digest := self.digests.get(role)) is not None:
-            more["digested"] = digest.places
-        placed = role.place(frames, chunk, self.window, **more)
-        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.scheme)
+            more["gap"] = digest.gap
+        placed = role.positions_of(frames, chunk, self.window, **more)
+        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.positions)
 
     def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
         """Where what a role, or its query frame `which`, sees beside frames lies; default: where it was."""
@@ -258,7 +259,7 @@ class KVStore(Storage):
         for role in self.heads:
             role.fit(self.window, chunk)
             if pinned and (pin := self.scenes.pin(role)) is not None:
-                role.follow(pin, chunk)
+                check_pin(role, pin, chunk)
 
     def _commit_before(self, start: int) -> None:
         if self._pending is None:

@@ -35,7 +35,6 @@ from headforcing.measure.estimate import (
 from headforcing.measure.footprint import GRIDS, MODELS, ModelSize
 from headforcing.measure.rehearsal import Layer, _cycle, _full, rehearse
 from headforcing.roles import Anchor, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.pyramid_forcing import Veil, Wave
 from tests.hosts.rig import Rig
@@ -193,7 +192,7 @@ def test_two_ways_to_count_agree_at_the_size_of_a_real_model(name):
 
 
 def test_roles_that_ask_for_the_phase_are_told():
-    row = (CommitForcing(SlidingWindow(9), 6),) * 6
+    row = (SlidingWindow(9, clean_window=6),) * 6
     found = rehearse(row, SMALL, GRID)
     assert found.stored == SMALL.ring_bytes(hf.RoleMap((row,)))
 

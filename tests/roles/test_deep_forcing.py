@@ -132,8 +132,8 @@ def test_the_window_fills_and_empties_as_published():
 class Forgetful(Participating):
     """Planted: chooses by the oldest queries it was told, not by the last."""
 
-    def digest(self):
-        made = super().digest()
+    def compressed(self):
+        made = super().compressed()
         first = made.add
         made.add = lambda past: first(past) if made._queries is None else None
         return made

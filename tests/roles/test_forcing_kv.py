@@ -198,7 +198,7 @@ class WithBug(Dynamic):
 
     kind: ClassVar[type[Pieces]] = Pieces
 
-    def digest(self):
+    def compressed(self):
         return self.kind(self)
 
 
@@ -285,7 +285,7 @@ class Old(Pieces):
     """With a bug: takes any choice over, also its own of the last video."""
 
     def _choice(self, past, k):
-        before = past.notes.get("choice")
+        before = past.shared.get("choice")
         return super()._choice(past, k) if before is None else before.pieces
 
 
@@ -412,7 +412,7 @@ def test_dynamic_heads_survive_a_file():
     two = RoleMap.from_json(one.to_json())
     assert two == one
     assert hash(two) == hash(one)
-    assert {role.digest().role for role in two.counts() if isinstance(role, Dynamic)} == {
+    assert {role.compressed().role for role in two.counts() if isinstance(role, Dynamic)} == {
         Dynamic(2, 4, 1, positions="compact"),
         Dynamic(),
     }

@@ -196,31 +196,31 @@ class Swapped(Averages):
 class Generous(Averages):
     """With a bug: nothing is lost at the first overflow."""
 
-    def let_go(self, past):
+    def evicted(self, past):
         if self._both is None:
             self._both = self._averaged(None, past.k), self._averaged(None, past.v)
             self._kinds, self._patches = (past.k.dtype, past.v.dtype), past.k.shape[2]
         else:
-            super().let_go(past)
+            super().evicted(past)
 
 
 class FrameByFrame(Averages):
     """With a bug: frames that leave together are taken in one by one."""
 
-    def let_go(self, past):
+    def evicted(self, past):
         if self._both is None:
-            return super().let_go(past)
+            return super().evicted(past)
         for index in range(past.k.shape[1]):
             one = slice(index, index + 1)
-            super().let_go(type(past)(past.frames[one], past.k[:, one], past.v[:, one], None, 0, {}))
+            super().evicted(type(past)(past.frames[one], past.k[:, one], past.v[:, one], None, 0, {}))
         return None
 
 
 class Mixed(Averages):
     """With a bug: values are averages of keys."""
 
-    def let_go(self, past):
-        super().let_go(type(past)(past.frames, past.k, past.k, None, 0, {}))
+    def evicted(self, past):
+        super().evicted(type(past)(past.frames, past.k, past.k, None, 0, {}))
 
 
 class OneHead(Averages):
@@ -236,7 +236,7 @@ class WithBug(Averaging):
 
     kind: ClassVar[type[Averages]] = Averages
 
-    def digest(self):
+    def compressed(self):
         return self.kind(self)
 
 

@@ -30,7 +30,7 @@ from headforcing.errors import (
     module_names,
 )
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.base import bounded
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.roles.forcing_kv import Dynamic
@@ -64,7 +64,7 @@ class Definition:
     """What a role keeps, written on frame numbers and Python lists only, for one sample."""
 
     def __init__(self, role: HeadRole) -> None:
-        self.role = role.role if isinstance(role, CommitForcing) else role
+        self.role = role
         self.kept, self.episodic = [], []
         self.chunks, self.last, self.cut = 0, None, []
         self.fits, self.averages, self.gone = True, None, []
@@ -322,10 +322,10 @@ class StoreMachine(RuleBasedStateMachine):
                     assert view.positions == (*before, *others)
                 else:
                     clean = [f for f in view.frames if f is not None]
-                if isinstance(role, CommitForcing):
-                    clean = [f for f in clean if f >= now.stop - role.window]
-                if isinstance(inside, Rolling) or isinstance(role, CommitForcing):
-                    assert list(self._same_view(role, "commit", query).frames) == clean
+                if role.clean_window is not None:
+                    clean = [f for f in clean if f >= now.stop - role.clean_window]
+                if isinstance(inside, Rolling) or role.clean_window is not None:
+                    assert list(self._same_view(role, "clean", query).frames) == clean
                 self._check_beside(role, query)
             held = self.noisy.frames(role)
             assert held == self.clean.frames(role)
@@ -364,8 +364,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _check_bounds(self, role: HeadRole, positions: tuple[int, ...]) -> None:
         assert list(positions) == sorted(positions)
-        assert len(set(positions)) == len(positions) or role.reads_per_query
-        if role.bounded:
+        assert len(set(positions)) == len(positions) or "query" in role.depends_on
+        if bounded(role):
             assert positions[0] >= 0
             assert positions[-1] < WINDOW
         capacity = role.capacity(len(self.pending))
@@ -461,7 +461,7 @@ class Frozen(RingStore):
         bank = self._banks[role]
         if query is not None:
             return super().view(role, phase, encode, query)
-        placed = [role.place((*bank.frames, *self._pending), len(self._pending), self.window)]
+        placed = [role.positions_of((*bank.frames, *self._pending), len(self._pending), self.window)]
         held = len(bank.frames) - 1
         bank._placed[:held] = placed[0][:held]
         return super().view(role, phase, encode, query)
@@ -480,7 +480,7 @@ class Withholding(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.let_go = lambda *_: None
+        self.digests.evicted = lambda *_: None
 
 
 class Hasty(RingStore):
@@ -528,7 +528,7 @@ def store(request) -> KVStore:
 class EverySecond(HeadRole):
     """Keeps everything, sees every second frame while denoising: a role that attends to a part."""
 
-    uses_phase: ClassVar[bool] = True
+    depends_on: ClassVar[tuple[str, ...]] = ("phase",)
 
     def capacity(self, chunk: int) -> int | None:
         return WINDOW - chunk
@@ -536,7 +536,7 @@ class EverySecond(HeadRole):
     def retain(self, table: FrameTable) -> Any:
         return range(max(len(table) - (WINDOW - table.chunk), 0), len(table))
 
-    def attend(self, table: FrameTable, phase: Phase) -> Any:
+    def visible(self, table: FrameTable, phase: Phase) -> Any:
         return range(0, len(table), 2) if phase == "denoise" else range(max(len(table) - 2, 0), len(table))
 
 
@@ -550,7 +550,7 @@ def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, pas
             chunk = chunk_of(start, length)
             for store in stores:
                 store.write(Chunk(start, chunk.k + passes - number - 1, chunk.v))
-            for phase in ("denoise", "commit"):
+            for phase in ("denoise", "clean"):
                 one, *others = (store.view(EverySecond(), phase, encode) for store in stores)
                 for two in others:
                     assert one.frames == two.frames

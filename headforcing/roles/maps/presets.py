@@ -7,10 +7,10 @@ not take over from its source, it says.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.maps.preset import ALL, Preset, Roles
@@ -203,8 +203,9 @@ def commit_forcing(roles: RoleMap, window: int) -> RoleMap:
 
     Args:
         roles: what is kept, and what denoising passes see.
-        window: newest frames that the clean pass sees, own chunk included; 3 to 21 in its released runs.
+        window: the `clean_window` of every role; 3 to 21 frames in its released runs.
     """
-    around = {role: CommitForcing(role, window) for role in roles.counts()}
-    layers = tuple(tuple(around[role] for role in layer) for layer in roles.layers)
+    layers = tuple(
+        tuple(dataclasses.replace(role, clean_window=window) for role in layer) for layer in roles.layers
+    )
     return RoleMap(layers, roles.origin, roles.labels)

@@ -163,7 +163,7 @@ def uncached_calls_pass_through(kit: Kit) -> None:
 
 
 def clock_tells_the_clean_pass(kit: Kit) -> None:
-    """`phase` says "commit" of clean passes and "denoise" of noisy ones."""
+    """`phase` says "clean" of clean passes and "denoise" of noisy ones."""
     take = kit.plain()
     clock = kit.adapter.clock(take.model)
     if clock is None:
@@ -178,7 +178,7 @@ def clock_tells_the_clean_pass(kit: Kit) -> None:
     hook = clock.register_forward_pre_hook(hear, with_kwargs=True)
     take.passes(0, (2, 1, 0))
     hook.remove()
-    assert heard == ["denoise", "denoise", "commit"], (
+    assert heard == ["denoise", "denoise", "clean"], (
         f"two noisy passes and a clean one are {heard}: is the clock called once per pass, does phase() "
         "compare with the timestep of the clean pass?"
     )
