@@ -12,8 +12,8 @@ from attention_presets import preset_rows
 from measuring import CHUNK, Case
 
 from headforcing.errors import StreamShapeError
-from headforcing.measure.footprint import ModelSize
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady, stored_bytes
+from headforcing.measure.sizes import ModelSize
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 
@@ -121,9 +121,9 @@ def equal_frames(mix: Mix, case: Case) -> int:
 def equal_bytes(mix: Mix, case: Case, store: str) -> int | None:
     """Frames of StreamingLLM whose bytes in the store are nearest; `None`: more than the window would be."""
     size = size_of(case)
-    wanted = size.stored_bytes(store, RoleMap((tuple(role.fit(case.window, CHUNK) for role in mix.roles),)))
+    wanted = stored_bytes(size, store, RoleMap((tuple(role.fit(case.window, CHUNK) for role in mix.roles),)))
     held = {
-        frames: size.stored_bytes(store, RoleMap((tuple(streaming(frames, case).roles),)))
+        frames: stored_bytes(size, store, RoleMap((tuple(streaming(frames, case).roles),)))
         for frames in range(CHUNK + 1, case.window + 1)
     }
     assert wanted is not None  # no mix grows
@@ -135,7 +135,7 @@ def equal_bytes(mix: Mix, case: Case, store: str) -> int | None:
 def size_of(case: Case) -> ModelSize:
     """One layer of a case."""
     itemsize = case.dtype.itemsize
-    return ModelSize(1, case.heads, case.head_dim, case.window, CHUNK, case.tokens, itemsize)
+    return ModelSize(1, case.heads, case.head_dim, case.window, CHUNK, (case.height, case.width), itemsize)
 
 
 def cannot_run(mix: Mix, case: Case) -> str | None:

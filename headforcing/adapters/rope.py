@@ -5,7 +5,8 @@ height and width. Inside the table we use its rows, so the result is the host's,
 last row the angle is computed, so there is no frame number at which it ends. Other models have tables of
 cosines and sines, and in them only the frames of the call: these are computed at any position.
 
-The device decides how: frame by frame on a CPU, all frames at once elsewhere (`headforcing.adapters.rope_fused`).
+The device decides how: frame by frame on a CPU, all frames at once elsewhere
+(`headforcing.adapters.rope_fused`).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ raises; with `TORCH_COMPILE_DISABLE=1` in the environment it is run as it is.
 One compiled function serves every number of frames, tokens and heads; it is made anew only for another dtype,
 device, head dim or kind of memory layout, of which a video has about six.
 
-On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.adapters.rope` bit for bit,
-in float32 and below; in float64 it was so wherever it was tried, and is within rounding in any case. On an
-accelerator the compiler may multiply and add in one step: not measured, no GPU.
+On a CPU, compiled or not, the result is that of the complex multiplication of `headforcing.adapters.rope` bit
+for bit, in float32 and below; in float64 it was so wherever it was tried, and is within rounding in any case.
+On an accelerator the compiler may multiply and add in one step: not measured, no GPU.
 """
 
 from __future__ import annotations

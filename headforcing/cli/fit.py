@@ -14,7 +14,7 @@ from headforcing.cli.classify import check_files
 from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
 from headforcing.cli.presets import itemsize
 from headforcing.errors import OptionError
-from headforcing.measure.footprint import ITEMSIZES
+from headforcing.measure.sizes import ITEMSIZES
 
 if TYPE_CHECKING:
     from headforcing.measure.budget import Budget

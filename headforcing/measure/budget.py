@@ -29,9 +29,9 @@ from headforcing.measure.classifiers import (
     tried,
     unrestricted,
 )
-from headforcing.measure.footprint import ModelSize, packs
 from headforcing.measure.labels import measured_map
 from headforcing.measure.profile import HeadProfile
+from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.origin import ModelFacts, Scalar
 from headforcing.roles.maps.role_map import RoleMap
@@ -135,7 +135,7 @@ def fit_budget(
     elif tokens_per_frame is not None or held:
         raise OptionError("tokens_per_frame and held go with a budget in bytes: leave them out")
     roles = _roles(profile, by)
-    if held and (packed := [role for role in roles if packs(role)]):
+    if held and (packed := [role for role in roles if _is_copied(role)]):
         raise OptionError(f"held does not count what the ring store packs for {packed[0]}: leave it out")
     if groups is not None:
         settings["groups"] = groups.hash
@@ -239,8 +239,14 @@ def _size(facts: ModelFacts, tokens_per_frame: int | None, itemsize: int) -> Mod
     if tokens_per_frame is None:
         raise OptionError("a budget in bytes needs tokens_per_frame, the patches of one frame")
     return ModelSize(
-        facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, tokens_per_frame, itemsize
+        facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, (1, tokens_per_frame), itemsize
     )
+
+
+def _is_copied(role: HeadRole) -> bool:
+    """Whether the `ring` store copies what the role attends to."""
+    partly = role.clean_window is not None or type(role).visible is not HeadRole.visible
+    return partly or "query" in role.depends_on
 
 
 class Choice(NamedTuple):

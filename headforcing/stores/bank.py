@@ -1,17 +1,26 @@
-"""The slots of one role in one layer: history first, oldest in slot 0, then the pending chunk.
+"""The buffers of one role in one layer: history first, oldest in slot 0, then the pending chunk.
 
-Keys before RoPE and values, in rooms that the store hands out. What is seen of them is rotated in every pass,
-into memory that is free again when nobody looks at it; see `headforcing.stores.rotated` for what remembers it.
+The pending chunk is written right after the history, so a view is one slice: no gather, no `cat` per pass.
+When a chunk begins, the frames that stay slide to the front, as in the base model's rolling KV cache.
+
+A role has a buffer of `capacity + chunk` frames for keys before RoPE and one for values. The buffers of all
+roles of a layer are cut out of one allocation, the longest first; see `headforcing.stores.buffers`. They are
+allocated when the first chunk comes and stay where they are, also for the next video, unless a role without a
+capacity or a longer chunk needs more, or a role needs less from now on because compressed tokens took the
+place of frames: then all of them move, with their contents.
+
+Here the visible keys are rotated in every pass; `headforcing.stores.rotated` keeps them rotated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from headforcing.roles.base import HeadRole
+from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.buffers import Size, cut
 from headforcing.stores.scenes import Kept
 from headforcing.types import Encode, FrameTable, Heads, Pin, Selection, runs
@@ -27,14 +36,15 @@ class Bank:
     Args:
         role: whose slots these are.
         heads: those that have the role.
+        digest: what it keeps beside whole frames.
 
     Attributes:
         frames: of the history, as the role counts them; `None`: chosen by content.
         rooms: `[B, slots, P, Hr, D]`: `raw` keys and values `v`.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads) -> None:
-        self.role, self.heads = role, heads
+    def __init__(self, role: HeadRole, heads: Heads, digest: CompressedHistory | None = None) -> None:
+        self.role, self.heads, self.digest = role, heads, digest
         self.frames: tuple[int | None, ...] = ()
         self.rooms: dict[str, Tensor] = {"raw": NOTHING, "v": NOTHING}
         self._ids = NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
@@ -175,6 +185,14 @@ class Bank:
         held: list[list[int]] = [] if self._ids is NOTHING else self._ids[:, : len(self.frames)].tolist()
         return held
 
+    def lay(self, which: int | None, tokens: Tokens) -> Tokens:
+        """Where what is seen beside whole frames lies, by query frame `which`; here: where it was."""
+        return tokens
+
+    @staticmethod
+    def settle(banks: Iterable[Bank]) -> None:
+        """Puts in order what all banks of a layer hold, once they have begun a chunk."""
+
     def tensors(self) -> list[Tensor]:
         """What it holds."""
         return [*self.rooms.values(), self._ids]
@@ -239,3 +257,25 @@ def _blocks(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
         else:
             blocks.append((slot, row, 1))
     return blocks
+
+
+def make_room(banks: Sequence[Bank], k: Tensor, v: Tensor) -> None:
+    """Gives the banks of a layer rooms for a chunk `[B, F, P, H, D]`, if one of them has none."""
+    wanted = [bank.wanted(k, v) for bank in banks]
+    if wanted == [bank.slots(k, v) for bank in banks]:
+        return
+    if not any(bank.frames for bank in banks):  # nothing to take along: let go before there is more
+        for bank in banks:
+            bank.leave()
+    frame = (k.shape[0], k.shape[2], k.shape[4])
+    rooms: list[dict[str, Tensor]] = [{} for _ in banks]
+    for name in dict.fromkeys(name for bank in banks for name in bank.rooms):
+        some = [index for index, bank in enumerate(banks) if name in bank.rooms]
+        sizes = [
+            Size(wanted[index], len(banks[index].heads), banks[index].front(name, k.shape[2]))
+            for index in some
+        ]
+        for index, room in zip(some, cut(sizes, frame, k if name == "raw" else v), strict=True):
+            rooms[index][name] = room
+    for bank, own in zip(banks, rooms, strict=True):
+        bank.move(own)

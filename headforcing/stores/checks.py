@@ -93,19 +93,20 @@ def check_order(frames: range, pending: range | None, end: int, again: int | Non
         )
 
 
-class HostFlag:
+class FiniteCheck:
     """Per-head sums on their way to the host; a sum that is not finite names a broken head."""
 
     def __init__(self, sums: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
-        self._host = sums if sums.device.type == "cpu" else sums.to("cpu", non_blocking=True)
+        waits = sums.device.type not in ("cpu", "meta")
+        self._host = sums.to("cpu", non_blocking=True) if waits else sums
         self._event: Any = None
-        if sums.device.type != "cpu":
+        if waits:
             self._event = torch.Event(sums.device)
             self._event.record()
         self._heads, self._layer, self._frames = heads, layer, frames
 
     @classmethod
-    def of(cls, staged: Sequence[tuple[Heads, Tensor, Tensor]], layer: int, frames: range) -> HostFlag:
+    def of(cls, staged: Sequence[tuple[Heads, Tensor, Tensor]], layer: int, frames: range) -> FiniteCheck:
         """Sums of the keys and values `[B, F, P, Hr, D]` of frames, one reduction per set of heads."""
         sums = [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for _, k, v in staged for x in (k, v)]  # [Hr]
         heads = [index for own, *_ in staged for index in own.indices * 2]
@@ -124,6 +125,8 @@ class HostFlag:
         """
         if self._event is not None:
             self._event.synchronize()
+        if self._host.is_meta:  # a shape without numbers
+            return
         finite = torch.isfinite(self._host).numpy()
         broken = sorted({head for head, fine in zip(self._heads, finite, strict=True) if not fine})
         if broken:

@@ -1,7 +1,7 @@
 """The fast store: slots made once, kept in time order, moved and rotated at most once per chunk.
 
 Every role has three rooms of `capacity + chunk` frames: keys before RoPE, the same keys rotated to where they
-sit now, and values; see `headforcing.stores.banked` for how they lie. Only frames whose position changed are
+sit now, and values; see `headforcing.stores.bank` for how they lie. Only frames whose position changed are
 rotated again, when a chunk begins.
 
 Roles that read a part of what they keep, or per query frame, have that part copied once per chunk (and
@@ -16,28 +16,14 @@ of the same frames; `nbytes` says so, and the `lean` store does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Tokens
-from headforcing.stores.banked import Banked
-from headforcing.stores.rotated import RotatedBank, side_by_side
+from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.store import KVStore
 from headforcing.types import Heads
 
 
-class RingStore(Banked, KVStore):
-    """Slots for keys before RoPE, rotated keys, and values."""
+class RingStore(KVStore):
+    """Buffers for keys before RoPE, rotated keys, and values."""
 
-    _banks: dict[HeadRole, RotatedBank]
-
-    def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
-        super().__init__(heads, window=window, layer=layer)
-        self._banks = {role: RotatedBank(role, heads[role], self.digests.get(role)) for role in heads}
-
-    def _begin(self, own: range) -> None:
-        super()._begin(own)
-        side_by_side(self._banks.values())
-
-    def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
-        return self._banks[role].lay(which, tokens)
+    def new_bank(self, role: HeadRole, heads: Heads) -> RotatedBank:
+        return RotatedBank(role, heads, self.digests.get(role))

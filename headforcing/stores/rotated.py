@@ -45,10 +45,9 @@ class RotatedBank(Bank):
     """
 
     def __init__(self, role: HeadRole, heads: Heads, digest: CompressedHistory | None = None) -> None:
-        super().__init__(role, heads)
+        super().__init__(role, heads, digest)
         if "query" not in role.depends_on:
             self.rooms["rotated"] = NOTHING
-        self._digest = digest
         self._placed: list[float | None] = []  # where each rotated slot sits; None: not rotated yet
         self._copies: dict[int | None, _Copy] = {}  # by the query frame of the chunk
         self._looked_at: dict[int | None, _Rooms] = {}  # likewise: where keys and values were seen last
@@ -77,7 +76,7 @@ class RotatedBank(Bank):
 
     def front(self, name: str, tokens: int) -> int:
         """As many as the role may ever see beside whole frames, where they are seen."""
-        return 0 if self._digest is None or name == "raw" else self._digest.max_tokens(tokens) or 0
+        return 0 if self.digest is None or name == "raw" else self.digest.max_tokens(tokens) or 0
 
     def lay(self, which: int | None, tokens: Tokens) -> Tokens:
         """Copies what is seen beside whole frames to where it lies in front of them.
@@ -89,16 +88,16 @@ class RotatedBank(Bank):
         Raises:
             RoleError: they are more than the role said there would ever be.
         """
-        if self._digest is None or which not in self._looked_at:
+        if self.digest is None or which not in self._looked_at:
             return tokens
         rooms, count, patches = self._looked_at[which], tokens[0].shape[1], self._v.shape[2]
-        most = self._digest.max_tokens(patches)
+        most = self.digest.max_tokens(patches)
         if most is None:
             return tokens
         if count > most:
             raise RoleError(
                 f"{self.role} shows {count} tokens beside frames of {patches}, but said that there would be "
-                f"at most {most}: mend {type(self._digest).__name__}.max_tokens"
+                f"at most {most}: mend {type(self.digest).__name__}.max_tokens"
             )
         k, v = (front(room, count).copy_(x) for room, x in zip(rooms, tokens, strict=True))
         return k, v
@@ -193,19 +192,19 @@ class RotatedBank(Bank):
         for slot, _ in settled:
             self._placed[slot] = positions[slot]
 
+    @staticmethod
+    def settle(banks: Iterable[Bank]) -> None:
+        """Puts all copies of a layer into one piece of memory for keys, and another, alike, for values.
 
-def side_by_side(banks: Iterable[RotatedBank]) -> None:
-    """Puts all copies of a layer into one piece of memory for keys, and another, alike, for values.
-
-    Behind a chunk that needed larger ones; what lay in them is forgotten.
-    """
-    copies = [found for bank in banks for found in bank.copies()]
-    if len({copy.k.untyped_storage() for copy, _ in copies}) < 2:
-        return
-    batch, _, tokens, _, dim = copies[0][0].k.shape
-    like = copies[0][0].k.new_empty(0)
-    for copy, _ in copies:
-        copy.k = copy.v = NOTHING
-    rooms = [cut([size for _, size in copies], (batch, tokens, dim), like) for _ in "kv"]
-    for (copy, _), k, v in zip(copies, *rooms, strict=True):
-        copy.k, copy.v, copy.plan = k, v, None
+        Behind a chunk that needed larger ones; what lay in them is forgotten.
+        """
+        copies = [found for bank in banks if isinstance(bank, RotatedBank) for found in bank.copies()]
+        if len({copy.k.untyped_storage() for copy, _ in copies}) < 2:
+            return
+        batch, _, tokens, _, dim = copies[0][0].k.shape
+        like = copies[0][0].k.new_empty(0)
+        for copy, _ in copies:
+            copy.k = copy.v = NOTHING
+        rooms = [cut([size for _, size in copies], (batch, tokens, dim), like) for _ in "kv"]
+        for (copy, _), k, v in zip(copies, *rooms, strict=True):
+            copy.k, copy.v, copy.plan = k, v, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -70,19 +71,24 @@ class Scene:
         return "episodic" if found == "recent" and frame is not None and frame < self.since else found
 
 
-Held = Callable[[HeadRole], Sequence[int | None]]
-"""The frames of a role's history, as the role counts them."""
-Take = Callable[[HeadRole, Sequence[int]], Kept]
-"""Copies rows of a role's history."""
-Put = Callable[[HeadRole, Kept], None]
-"""Makes this a role's history."""
+class History(Protocol):
+    """What a role remembers: its frames as the role counts them, rows to copy out and to put back."""
+
+    frames: tuple[int | None, ...]
+
+    def take(self, rows: Sequence[int]) -> Kept:
+        """Copies rows."""
+
+    def put(self, kept: Kept) -> None:
+        """Makes this the history."""
 
 
 class Scenes:
     """What prompt switches did to the roles of one store, and what is asked for next."""
 
-    def __init__(self, roles: Iterable[HeadRole]) -> None:
-        self._scenes = dict.fromkeys(roles, Scene())
+    def __init__(self, histories: Mapping[HeadRole, History]) -> None:
+        self._histories = histories
+        self._scenes = dict.fromkeys(histories, Scene())
         self._follow = {role for role in self._scenes if role.compressed() is None}
         self._marks: dict[str, dict[HeadRole, _Named]] = {}
         self._due: list[str] = []
@@ -122,21 +128,22 @@ class Scenes:
         if self._pin is not None and self._pin.begin == start:
             self._pin = replace(self._pin, begin=start + frames)
 
-    def empty(self, keep: int, start: int, held: Held, take: Take, put: Put) -> None:
+    def empty(self, keep: int, start: int) -> None:
         """Drops all but frames before `keep`, because the host did, and runs frames again from `start` on.
 
         Roles without true positions count anew.
         """
         self._pin = None
         for role in self._scenes:
-            frames = self.outside(role, held(role))
-            kept = take(role, [row for row, f in enumerate(frames) if f is not None and f < keep])
+            history = self._histories[role]
+            frames = self.outside(role, history.frames)
+            kept = history.take([row for row, f in enumerate(frames) if f is not None and f < keep])
             if role.positions in TRUE:
-                put(role, kept)
+                history.put(kept)
                 continue
             names = self.outside(role, kept.frames)
             self._scenes[role] = Scene(names, start, len(names))
-            put(role, kept.restarted())
+            history.put(kept.restarted())
 
     def mark(self, name: str) -> None:
         """Names what the heads hold when the next chunk begins.
@@ -148,7 +155,7 @@ class Scenes:
             raise OptionError(f"a mark is named {name!r}: expected a text")
         self._due.append(name)
 
-    def check(self, switch: Switch, stop: int, held: Held, layer: int) -> None:
+    def check(self, switch: Switch, stop: int, layer: int) -> None:
         """Looks whether a switch is possible behind frame `stop`.
 
         Raises:
@@ -168,7 +175,7 @@ class Scenes:
                     f"layer {layer}: time restarted at frame {scene.begin}, so of {stop} frames only the "
                     f"last {stop - scene.begin} can come again: pass frames={stop - scene.begin} or fewer"
                 )
-            frames, first = held(role), scene.inside(stop - switch.frames)
+            frames, first = self._histories[role].frames, scene.inside(stop - switch.frames)
             unknown = [row for row, frame in enumerate(frames) if frame is None]
             later = [f for f in frames[unknown[-1] :] if f is not None] if unknown else []
             if unknown and (not later or later[0] > first):
@@ -187,17 +194,17 @@ class Scenes:
             return None
         return stop - self._switch.frames
 
-    def turn(self, start: int, held: Held, take: Take, put: Put) -> Switch | None:
+    def turn(self, start: int) -> Switch | None:
         """Marks and switches what was asked for, because a chunk begins at `start`."""
         for name in self._due:
-            rows = {role: self._rows(role, recalled(role), start, held) for role in self._scenes}
-            self._marks[name] = {role: self._take(role, rows[role], held, take) for role in self._scenes}
+            rows = {role: self._rows(role, recalled(role), start) for role in self._scenes}
+            self._marks[name] = {role: self._take(role, rows[role]) for role in self._scenes}
         self._due.clear()
         switch, self._switch = self._switch, None
         if switch is None or switch.mode == "continue":
             return switch
         for role in self._scenes:
-            put(role, self._survivors(switch, role, start, held, take))
+            self._histories[role].put(self._survivors(switch, role, start))
         return switch
 
     def clear(self) -> None:
@@ -213,30 +220,30 @@ class Scenes:
             for kept, _ in mark.values():
                 yield from kept.tensors()
 
-    def _take(self, role: HeadRole, rows: Sequence[int], held: Held, take: Take) -> _Named:
-        frames = [held(role)[row] for row in rows]
-        return take(role, rows), self.outside(role, frames)
+    def _take(self, role: HeadRole, rows: Sequence[int]) -> _Named:
+        frames = [self._histories[role].frames[row] for row in rows]
+        return self._histories[role].take(rows), self.outside(role, frames)
 
-    def _rows(self, role: HeadRole, tiers: Sequence[Tier], start: int, held: Held) -> list[int]:
+    def _rows(self, role: HeadRole, tiers: Sequence[Tier], start: int) -> list[int]:
         """Rows of a role's history that lie in some tiers when a chunk begins at `start`."""
-        scene, pin, frames = self._scenes[role], self.pin(role), held(role)
+        scene, pin, frames = self._scenes[role], self.pin(role), self._histories[role].frames
         found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
         if pin is not None and "sink" in tiers:
             pinned = range(pin.begin, pin.begin + min(pin.frames, first_frames(role)))
             found = [stays or frame in pinned for stays, frame in zip(found, frames, strict=True)]
         return [row for row, stays in enumerate(found) if stays]
 
-    def _survivors(self, switch: Switch, role: HeadRole, start: int, held: Held, take: Take) -> Kept:
+    def _survivors(self, switch: Switch, role: HeadRole, start: int) -> Kept:
         """What a role still holds, counted as it will count."""
         scene = self._scenes[role]
         first = scene.inside(start)
         if switch.mode == "recache":
             self._scenes[role] = replace(scene, since=min(scene.since, first))
-            return take(role, _rows_before(held(role), first))
+            return self._histories[role].take(_rows_before(self._histories[role].frames, first))
         if switch.mark is not None:
             kept, names = self._marks[switch.mark][role]
         else:
-            kept, names = self._take(role, self._rows(role, switch.tiers, start, held), held, take)
+            kept, names = self._take(role, self._rows(role, switch.tiers, start))
         if switch.restarts:
             self._scenes[role] = Scene(names, start, len(names))
             return kept.restarted()

@@ -7,28 +7,30 @@ no trace, and nothing has to be rolled back.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
-from headforcing.stores.checks import HostFlag, Shape, check_order
+from headforcing.stores.bank import Bank, make_room
+from headforcing.stores.checks import FiniteCheck, Shape, check_order
 from headforcing.stores.compressed import Digests
 from headforcing.stores.scenes import Scenes
-from headforcing.stores.storage import Storage
 from headforcing.stores.switch import Shifts, Switch
-from headforcing.types import Chunk, Edit, Encode, Grid, Heads, Pin
+from headforcing.types import Chunk, Edit, Encode, Grid, Heads, KVView, Phase, Pin
 
 
-class KVStore(Storage):
+class KVStore(ABC):
     """The memory of one layer on one stream.
 
     The order of chunks, the shape of what comes and the health of what is committed are checked here,
-    before anything changes. Subclasses only hold tensors.
+    before anything changes. A bank per role holds the tensors; a subclass says which kind.
 
     Args:
         heads: which heads have which role; together every head of the layer, each once.
@@ -44,8 +46,9 @@ class KVStore(Storage):
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         self.heads = dict(heads)
         self.turned = False
-        self.scenes = Scenes(heads)
         self.digests = Digests(heads, layer)
+        self._banks = {role: self.new_bank(role, own) for role, own in heads.items()}
+        self.scenes = Scenes(self._banks)
         self._shifts = Shifts()
         self._grid: Grid | None = None
         self._queries: Tensor | None = None
@@ -56,7 +59,11 @@ class KVStore(Storage):
         self._end = 0
         self._moving = False
         self._checked = False
-        self._finite: HostFlag | None = None
+        self._finite: FiniteCheck | None = None
+
+    @abstractmethod
+    def new_bank(self, role: HeadRole, heads: Heads) -> Bank:
+        """An empty bank for the frames of a role; the one question that a store answers."""
 
     def write(self, chunk: Chunk) -> None:
         """Takes one pass over a chunk.
@@ -128,8 +135,10 @@ class KVStore(Storage):
         late, self._finite = self._finite, None
         if late is not None:
             late.check("were committed before this was known: reset the stream")
-        flag = HostFlag.of(
-            [(self.heads[role], k, v) for role, k, v in self._staged()], self.layer, self._pending
+        flag = FiniteCheck.of(
+            [(bank.heads, *bank.staged(len(self._pending))) for bank in self._banks.values()],
+            self.layer,
+            self._pending,
         )
         if flag.ready:
             flag.check("were not committed: write the chunk again, or reset the stream")
@@ -146,7 +155,8 @@ class KVStore(Storage):
         self.digests.clear()
         self.scenes.clear()
         self._shifts.clear()
-        self._clear()
+        for bank in self._banks.values():
+            bank.clear()
 
     def edit(self, edit: Edit, start: int) -> None:
         """Follows what the host did to its cache before it runs frames from `start` on.
@@ -163,9 +173,9 @@ class KVStore(Storage):
                 f"layer {self.layer}: the host emptied its cache before frame {start}, but {what} run again: "
                 "reset the stream with handle.reset()"
             )
-        pending = self._whole(self._pending.start, self._grid)
+        pending = self._whole(self._pending, self._grid)
         self._moving = True
-        self.scenes.empty(edit.keep, start, self._held, self._take, self._put)
+        self.scenes.empty(edit.keep, start)
         self.digests.clear()
         self._stage(pending)
         self._moving = False
@@ -176,7 +186,7 @@ class KVStore(Storage):
         Raises:
             StreamError: there is no such mark, or frames that come again cannot be told from others.
         """
-        self.scenes.check(switch, self.frames_so_far, self._held, self.layer)
+        self.scenes.check(switch, self.frames_so_far, self.layer)
 
     @property
     def pending(self) -> range | None:
@@ -193,6 +203,31 @@ class KVStore(Storage):
         """Frames of the video so far, the pending chunk included."""
         return self._end if self._pending is None else self._pending.stop
 
+    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
+        """What the heads of `role` see now, own chunk last, keys rotated by `encode`.
+
+        Args:
+            role: whose heads.
+            phase: which pass this is.
+            encode: rotates keys to positions.
+            query: the frame that looks, for a role that reads per query frame.
+        """
+        bank = self._banks[role]
+        own, asked = self._inside(role, query)
+        table = bank.table(0, own, self.scenes.pin(role))
+        rows = tuple(visible_rows(role, dataclasses.replace(table, query=asked), phase))
+        frames = (*(bank.frames[row] for row in rows), *own)
+        positions = self._place(role, frames, len(own), asked)
+        if asked is None and len(rows) == len(bank.frames):
+            k, v = bank.see(positions, encode)
+        else:
+            k, v = bank.see_some(rows, positions, encode, None if asked is None else asked - own.start)
+        return KVView(self.scenes.outside(role, frames), positions, k, v)
+
+    def frames(self, role: HeadRole) -> list[list[int]]:
+        """History held for `role`, per sample, oldest first. Reads the device: for people, not paths."""
+        return self._banks[role].numbers()
+
     def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """What the heads of `role` see beside whole frames: rotated keys, values `[B, m, Hr, D]`.
 
@@ -205,12 +240,15 @@ class KVStore(Storage):
         """
         own, asked = self._inside(role, query)
         which = None if asked is None else asked - own.start
-        return self.digests.see(role, own.start, asked, encode, functools.partial(self._lay, role, which))
+        return self.digests.see(
+            role, own.start, asked, encode, functools.partial(self._banks[role].lay, which)
+        )
 
     def nbytes(self) -> int:
         """Bytes held, counted from the memory behind the tensors; marks included."""
         queries = [] if self._queries is None else [self._queries]
-        return nbytes([*self._tensors(), *self.digests.tensors(), *self.scenes.tensors(), *queries])
+        held = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
+        return nbytes([*held, *self.digests.tensors(), *self.scenes.tensors(), *queries])
 
     def _rolls(self, chunk: Chunk) -> bool:
         """Whether it is the pending chunk with other frames behind its first ones."""
@@ -240,14 +278,10 @@ class KVStore(Storage):
         placed = role.positions_of(frames, chunk, self.window, **more)
         return self._shifts.moved(placed, self.scenes.outside(role, frames), role.positions)
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
-        """Where what a role, or its query frame `which`, sees beside frames lies; default: where it was."""
-        return tokens
-
     def _turn(self, start: int) -> bool:
         """Marks and switches that were asked for, because a chunk begins at `start`; whether frames went."""
         self._moving = True
-        switch = self.scenes.turn(start, self._held, self._take, self._put)
+        switch = self.scenes.turn(start)
         went = switch is not None and switch.mode != "continue"
         if went:
             self.digests.clear()
@@ -270,17 +304,43 @@ class KVStore(Storage):
         self.check()
         done = range(self._pending.start, start)
         self._moving = True
-        for role, k, v in self._staged():
+        for role, bank in self._banks.items():
+            inside = self.scenes.inside(role, done)
             if self.digests.get(role) is not None:
-                q = None if self._queries is None else self.heads[role].take(self._queries)
-                self.digests.add(role, self.scenes.inside(role, done), Chunk(done.start, k, v, self._grid, q))
+                q = None if self._queries is None else bank.heads.take(self._queries)
+                k, v = bank.staged(len(self._pending))
+                self.digests.add(role, inside, Chunk(done.start, k, v, self._grid, q))
+            bank.append(done, inside)
         self.digests.refresh()
-        self._append(done)
         self._end, self._pending = start, None
         self._moving = False
 
     def _make_room(self, own: range) -> None:
         self._moving = True
         self.digests.refresh()
-        self._begin(own)
+        for role, bank in self._banks.items():
+            inside = self.scenes.inside(role, own)
+            table, kept = bank.choose(inside, self.scenes.pin(role))
+            self.digests.evicted(role, kept, table, bank.rows, self._grid)
+            bank.begin(table, kept, inside, functools.partial(self._place, role))
+            digest = self.digests.get(role)
+            if digest is not None and digest.gap:
+                bank.tighten(len(own))
+        bank.settle(self._banks.values())
         self._moving = False
+
+    def _stage(self, chunk: Chunk) -> None:
+        """Overwrites the pending chunk."""
+        make_room([*self._banks.values()], chunk.k, chunk.v)
+        for bank in self._banks.values():
+            bank.stage(chunk.k, chunk.v)
+
+    def _whole(self, pending: range, grid: Grid | None) -> Chunk:
+        """A copy of the pending chunk, all heads together."""
+        parts = [(bank.heads, *bank.staged(len(pending))) for bank in self._banks.values()]
+        count = sum(len(heads) for heads, _, _ in parts)
+        k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
+        for heads, part_k, part_v in parts:
+            heads.put(k, part_k)
+            heads.put(v, part_v)
+        return Chunk(pending.start, k, v, grid)

@@ -1,4 +1,4 @@
-"""What every backend has to do, checked against attention in float64 with an error budget.
+"""The check of a backend: attention in float64, with an error budget.
 
 Example:
     >>> from headforcing.attention.backends.sdpa import attend
@@ -20,18 +20,18 @@ from headforcing.attention.part import Attend, Part, queries
 from headforcing.types import Heads
 
 WORSE = 2
-"""How many times the error of `sdpa` another backend may have, beside the budget of rounding."""
+"""How many times the error of `sdpa` another backend may have, in addition to rounding."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Heads that see the same.
+    """Heads that attend to the same keys.
 
     Attributes:
         heads: which of the layer these are.
-        keys: how many keys they see, `M`.
-        spare: tokens of room behind them that are not seen.
-        alone: whether every frame of queries reads by itself, and sees one key more than the one before it.
+        keys: number of keys they attend to, `M`.
+        spare: unused tokens of the buffer after them.
+        alone: whether every query frame attends separately, to one key more than the one before it.
     """
 
     heads: tuple[int, ...]
@@ -42,16 +42,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Parts as a store might bring them, of random content.
+    """Parts as a store might return them, with random content.
 
     Attributes:
-        groups: together every head once.
+        groups: every head once, in all groups together.
         batch: samples, `B`.
         frames: frames of queries, `F`.
         patches: queries of a frame, `P`.
         dim: channels per head, `D`.
-        shared: whether keys lie in one storage and values in another, each head's tokens one run of rows;
-            else every part has its own, the heads of a token side by side.
+        shared: whether keys lie in one storage and values in another, with each head's tokens in adjacent
+            rows; otherwise every part has its own tensors, with the heads of a token adjacent.
     """
 
     groups: tuple[Group, ...]
@@ -67,7 +67,7 @@ class Arrangement:
         return sum(len(group.heads) for group in self.groups)
 
     def parts(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Part]:
-        """The parts; what is not seen is `NaN`, so that a result which depends on it shows."""
+        """The parts. Tokens that are not attended to are `NaN`, so that a result depending on them shows."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -75,7 +75,7 @@ class Arrangement:
 
         readings = [(group, *reading) for group in self.groups for reading in self._readings(group)]
         sizes = [(self.batch, len(group.heads), keys + group.spare) for group, _, keys in readings]
-        sides = [self._rooms(sizes, draw) for _ in ("k", "v")]
+        sides = [self._sides(sizes, draw) for _ in ("k", "v")]
         parts = []
         for (group, rows, keys), k, v in zip(readings, *sides, strict=True):
             heads = Heads(group.heads, self.num_heads)
@@ -85,14 +85,14 @@ class Arrangement:
         return parts
 
     def _readings(self, group: Group) -> list[tuple[slice, int]]:
-        """Query rows that see the same, and how many keys they see."""
+        """Ranges of query rows that attend to the same keys, with the number of these keys."""
         if not group.alone:
             return [(slice(0, self.frames * self.patches), group.keys)]
         starts = range(0, self.frames * self.patches, self.patches)
         return [(slice(at, at + self.patches), group.keys + number) for number, at in enumerate(starts)]
 
-    def _rooms(self, sizes: Sequence[tuple[int, int, int]], draw: Callable[..., Tensor]) -> list[Tensor]:
-        """Room for keys or values `[B, M, Hr, D]` of `(B, Hr, M)`."""
+    def _sides(self, sizes: Sequence[tuple[int, int, int]], draw: Callable[..., Tensor]) -> list[Tensor]:
+        """Keys or values `[B, M, Hr, D]` for sizes `(B, Hr, M)`."""
         if not self.shared:
             return [draw(batch, tokens, heads, self.dim) for batch, heads, tokens in sizes]
         flat = draw(sum(math.prod(size) for size in sizes), self.dim)
@@ -108,24 +108,24 @@ ARRANGEMENTS = (
     Arrangement((Group((0, 2), 33, spare=4), Group((1,), 3)), batch=2, shared=False),
     Arrangement((Group((1,), 5, alone=True), Group((0, 2), 300)), frames=3, patches=130),
 )
-"""One role; heads of three lengths; memories that are not full; reading per query frame; many storages; more
+"""One role; heads of three lengths; buffers that are not full; separate query frames; many storages; more
 queries than a kernel takes at once."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What attention is, and how far from it a backend may be.
+    """The exact result, and the allowed error of a backend.
 
     Attributes:
         exact: attention in float64, `[B, L, H, D]`.
-        allowed: the greatest error, element by element.
+        allowed: the largest error, per element.
     """
 
     exact: Tensor
     allowed: Tensor
 
     def check(self, out: Tensor, what: str) -> None:
-        """Looks whether an output `[B, L, H, D]` is near enough.
+        """Checks whether an output `[B, L, H, D]` is within the budget.
 
         Raises:
             AssertionError: it is not.
@@ -143,7 +143,7 @@ class Budget:
 
 
 def budget_of(parts: Sequence[Part], num_heads: int) -> Budget:
-    """How far from attention in float64 a backend may be: as `sdpa` is, and as far as rounding explains.
+    """The allowed error relative to attention in float64: that of `sdpa`, plus what rounding explains.
 
     With unit roundoff `u` of the dtype and `w` of float32, in which kernels accumulate at least, scores
     `s = q·k/√D` of `D` products are off by `d <= (D + 4) w Σ|q||k|/√D`, so weights by a factor `exp(2d)`;
@@ -174,17 +174,17 @@ def check_backend(
     dim: int = 16,
     arrangements: Sequence[Arrangement] = ARRANGEMENTS,
 ) -> None:
-    """Checks what every backend has to do: attention within the budget, inputs as they were, twice alike.
+    """Checks a backend: attention within the budget, inputs not modified, repeatable.
 
     Args:
         attend: the backend.
-        device: where to look.
+        device: where to run.
         dtypes: of queries, keys and values.
         dim: channels per head.
         arrangements: parts to try.
 
     Raises:
-        AssertionError: it does something else; the message says where.
+        AssertionError: a check failed; the message says which.
     """
     for parts, num_heads, what in _trials(device, dtypes, dim, arrangements):
         before = [x.clone() for part in parts for x in (part.q, part.k, part.v)]

@@ -50,6 +50,7 @@ from headforcing.stores.switch import Switch
 from headforcing.testing import snapshot
 from headforcing.testing.strategies import frame_tensor, queries
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
 
 WINDOW, CHUNK = 12, 4
@@ -567,13 +568,13 @@ class SwitchMachine(RuleBasedStateMachine):
             assert set(store.scenes.marks) == {*self.marks, *self.due}
 
 
-SETTINGS = settings(stateful_step_count=12, max_examples=settings.default.max_examples)
+SETTINGS = settings(stateful_step_count=12, max_examples=examples(100))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
 def test_no_frame_of_a_flushed_scene_is_ever_seen_again(store: type[KVStore]) -> None:
     machine = type("Machine", (SwitchMachine,), {"store": store})
-    fewer = settings(SETTINGS, max_examples=3 * settings.default.max_examples // 5)
+    fewer = settings(SETTINGS, max_examples=examples(60))
     run_state_machine_as_test(machine, settings=fewer)
 
 
@@ -668,10 +669,10 @@ def chunk_of(start: int, length: int = 3, take: int = 0, heads: int = 1) -> Chun
 
 
 def told(role: HeadRole, store: str = "ring") -> KVStore:
-    return store_class(store)(grouped([role]), window=WINDOW, layer=0)
+    return STORES[store](grouped([role]), window=WINDOW, layer=0)
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store: str) -> None:
     role = Local(6)
     held = told(role, store)
@@ -683,7 +684,7 @@ def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store:
     assert held.frames(role) == [[]]
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
     held = told(Full(), store)
     for start in (0, 3, 6):
@@ -695,7 +696,7 @@ def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
     held.check_switch(Switch("recache", frames=3))
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_a_commit_between_asking_and_running_again_brings_no_frame_back(store: str) -> None:
     role = Memory(0, 4, 1)
     held = told(role, store)

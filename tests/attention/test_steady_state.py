@@ -23,20 +23,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import headforcing as hf
+from benchmarks.meta_layer import returns_views
 from headforcing import stores
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.measure.census import returns_views
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores.checks import HostFlag
+from headforcing.stores.checks import FiniteCheck
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
+from tests.planted import with_banks
 
 WINDOW, CHUNK, TOKENS, DIM = 12, 3, 2, 4
 ROPE_ROWS = 32
@@ -181,7 +183,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """First frames of the chunks checked for NaN; a verdict is the one read that is wanted, a chunk late."""
     checked: list[int] = []
 
-    class Unread(HostFlag):
+    class Unread(FiniteCheck):
         ready = False
 
         def __init__(self, sums: Tensor, heads: Any, layer: int, frames: range) -> None:
@@ -191,7 +193,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             """Would read."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "HostFlag", Unread)
+        patch.setattr(stores, "FiniteCheck", Unread)
         yield checked
 
 
@@ -426,7 +428,7 @@ def test_no_object_stays():
     check_no_object_stays(Layer(passes=2), chunks=100, allowed=SOME_BYTES)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_nothing_stays_of_ten_thousand_chunks():
     names = ("local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
     layer = Layer([ROLES[name] for name in names], passes=2)
@@ -542,47 +544,53 @@ def test_a_read_or_a_transfer_is_found_on_the_meta_device(read, monkeypatch):
         check_data_is_never_read(Layer(**reading(read), device="meta"))
 
 
-class Piling(RingStore):
+class Piling(RotatedBank):
     """Keeps every chunk it was ever given, and looks through all of them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pile: list[Tensor] = []
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
-        self.pile.append(next(self._staged())[1].clone())
+    def append(self, frames: range, inside: range) -> None:
+        self.pile.append(self.staged(len(frames))[0].clone())
+        super().append(frames, inside)
         sum(self.pile)
 
 
-class Moving(RingStore):
+class Moving(RotatedBank):
     """Puts its keys into other buffers for every chunk, two in turn."""
 
-    def _begin(self, chunk: int) -> None:
-        super()._begin(chunk)
-        for bank in self._banks.values():
-            bank.other, bank.rooms["rotated"] = bank.rooms["rotated"], bank.rooms["rotated"].clone()
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.other, self.rooms["rotated"] = self.rooms["rotated"], self.rooms["rotated"].clone()
 
 
-class Knotted(RingStore):
+class Knotted(RotatedBank):
     """Leaves tensors to the garbage collector."""
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
+    def append(self, frames: range, inside: range) -> None:
+        super().append(frames, inside)
         knot: list[Any] = [torch.zeros(1)]
         knot.append(knot)
 
 
-class Noting(RingStore):
+class Noting(RotatedBank):
     """Keeps a diary."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.diary: list[str] = []
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
+    def append(self, frames: range, inside: range) -> None:
+        super().append(frames, inside)
         self.diary.append(f"Dear diary, today I kept {frames}, and nothing else happened" + "." * 400)
+
+
+class Scattered(RotatedBank):
+    """Puts compressed tokens wherever there is room."""
+
+    def lay(self, which: int | None, tokens: Any) -> Any:
+        return tokens
 
 
 class Forgetful(RingStore):
@@ -595,7 +603,7 @@ class Forgetful(RingStore):
 
 
 @pytest.mark.parametrize(
-    "kind", [{"row": [Local(1)], "store": Piling}, {"row": [Full()]}], ids=["piling", "full"]
+    "kind", [{"row": [Local(1)], "store": with_banks(Piling)}, {"row": [Full()]}], ids=["piling", "full"]
 )
 def test_work_that_grows_is_found(kind):
     with pytest.raises(AssertionError):
@@ -605,9 +613,9 @@ def test_work_that_grows_is_found(kind):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ({"row": [Local(1)], "store": Piling}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": Knotted}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": Moving}, "addresses"),
+        ({"row": [Local(1)], "store": with_banks(Piling)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": with_banks(Knotted)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": with_banks(Moving)}, "addresses"),
         ({"row": [Full()]}, "tensors, bytes"),
     ],
     ids=["piling", "knotted", "moving", "full"],
@@ -619,14 +627,7 @@ def test_a_tensor_that_stays_is_found(kind, what):
 
 def test_an_object_that_stays_is_found():
     with pytest.raises(AssertionError, match="Python memory grew"):
-        check_no_object_stays(Layer([Local(1)], store=Noting), chunks=100, allowed=SOME_BYTES)
-
-
-class Scattered(RingStore):
-    """Puts what is kept beside frames wherever there is room."""
-
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        return tokens
+        check_no_object_stays(Layer([Local(1)], store=with_banks(Noting)), chunks=100, allowed=SOME_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +635,7 @@ class Scattered(RingStore):
 )
 def test_tokens_that_are_put_together_in_every_pass_are_found(row):
     with pytest.raises(AssertionError, match="cat"):
-        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=Scattered))
+        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=with_banks(Scattered)))
 
 
 @pytest.mark.parametrize("store", [Forgetful, LeanStore])

@@ -22,7 +22,7 @@ README = runpy.run_path(str(Path(__file__).with_name("test_readme.py")))
 NOTEST, fences = README["NOTEST"], README["fences"]
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "how-to"
 REASON = re.compile(
-    r'notest="needs (a checkout|the weights); tests/test_howto\.py runs it on a (stand-in|tiny model)"'
+    r'notest="needs (a checkout|the weights); tests/docs/test_howto\.py runs it on a (stand-in|tiny model)"'
 )
 CHUNKS = 2
 """Made of a video before the first lines and after each."""

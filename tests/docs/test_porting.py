@@ -82,10 +82,10 @@ def test_what_the_host_would_have_done_otherwise_is_refused() -> None:
         host.call(model, caches, 0, 2, 0)
         host.call(model, caches, 2, 2, 1)
         caches["memories"][0].remember(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16), 2)
-        with pytest.raises(ExternalEditError, match="the memory holds 2 frames that head forcing has not"):
+        with pytest.raises(ExternalEditError, match="the memory holds 2 frames that head forcing did not"):
             host.call(model, caches, 2, 2, 0)
         mixer = model.layers[0].mixer
-        with pytest.raises(StreamError, match="positions are given beside a memory"):
+        with pytest.raises(StreamError, match="positions are given together with a memory"):
             mixer(torch.zeros(1, 1, 32), torch.zeros(1, 3), LayerMemory())
     with pytest.raises(UnsupportedModelError, match="Linear has no chunk_frames: pass chunk="):
         ADAPTER.chunk(torch.nn.Linear(1, 1))
@@ -175,9 +175,13 @@ class KeepsThePrompt(BrookAdapter):
 BUGS = [
     (CutsHeadsLast, "values_are_the_hosts", "does it split heads first, or queries, keys and values?"),
     (SwapsTheNorms, "keys_are_the_hosts", "are q and k or their norms swapped, or is a norm missing?"),
-    (PairsNeighbours, "rotation_is_the_hosts", "turned together where the host pairs halves"),
+    (PairsNeighbours, "rotation_is_the_hosts", "channels paired where the base model pairs halves"),
     (AnchorIsAModule, "anchor_is_the_timeline", "layers or timelines share an anchor"),
-    (KeepsThePrompt, "prompt_switch_is_heard", "forget_prompt() must make cross-attention project it anew"),
+    (
+        KeepsThePrompt,
+        "prompt_switch_takes_effect",
+        "forget_prompt() must make cross-attention project it again",
+    ),
 ]
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from headforcing.errors import module_names
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
@@ -22,12 +21,12 @@ from headforcing.roles.maps.preset import Preset
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores import store_class
+from headforcing.stores import STORES, store_class
 from headforcing.stores.ring import RingStore
 from headforcing.types import Chunk, Heads
 
 WINDOW, CHUNKS = 21, 71
-STORES, LENGTHS = module_names("headforcing.stores"), (3, 1)
+LENGTHS = (3, 1)
 GRID, PATCHES, NOISE = (6, 4), 24, 4
 
 
@@ -359,16 +358,16 @@ class Noisy(RingStore):
         self.first = first if first.start == chunk.start else chunk
         super()._stage(chunk)
 
-    def _append(self, frames: range) -> None:
+    def _commit_before(self, start: int) -> None:
         super()._stage(self.first)
-        super()._append(frames)
+        super()._commit_before(start)
 
 
 class Shifted(RingStore):
     """Moves values by a row whenever it moves keys."""
 
-    def _begin(self, own: range) -> None:
-        super()._begin(own)
+    def _make_room(self, own: range) -> None:
+        super()._make_room(own)
         for bank in self._banks.values():
             if bank.frames:
                 bank._v[:, : len(bank.frames)] = bank._v[:, : len(bank.frames)].roll(1, 1)

@@ -15,13 +15,13 @@ from headforcing.adapters.base import find_adapter
 from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.scene import sample_scene
-from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError, module_names
+from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Local
 from headforcing.roles.maps.presets import pyramid_forcing
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores import store_class
+from headforcing.stores import STORES, store_class
 from headforcing.types import Chunk, Heads
 
 
@@ -69,7 +69,7 @@ roles = st.builds(
 )
 
 
-@given(roles, st.integers(1, 4), st.sampled_from(module_names("headforcing.stores")))
+@given(roles, st.integers(1, 4), st.sampled_from(sorted(STORES)))
 def test_what_is_kept_is_enough_and_no_more_than_said(role, chunk, store):
     found = seen(role, chunk, 12 * chunk, store)
     for start, frames in found.items():
@@ -238,7 +238,7 @@ def block_means(keys, starts, role: Veil) -> torch.Tensor:
     return torch.stack(means, 1)
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_the_golden_blocks_of_a_veil(store):
     role = Veil()
     keys, found = merged(role, 3, 66, store)
@@ -432,10 +432,7 @@ def test_positions_below_zero_are_refused_by_rope():
 
 @pytest.mark.parametrize("role", [Wave(), Strided(), Veil()])
 def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
-    stores = [
-        store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0)
-        for name in module_names("headforcing.stores")
-    ]
+    stores = [store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0) for name in sorted(STORES)]
     for start in range(0, 30, 3):
         x = torch.randn(1, 3, 24, 2, 4, generator=torch.Generator().manual_seed(start))
         for number, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode)):

@@ -232,7 +232,7 @@ class Clinging(ReferenceStore):
     """Says what it uses of its memory."""
 
     def nbytes(self) -> int:
-        return sum(x[..., :1].nbytes for x in self._tensors())
+        return sum(x[..., :1].nbytes for bank in self._banks.values() for x in bank.tensors())
 
 
 class Doubling(LeanStore):

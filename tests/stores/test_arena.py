@@ -213,7 +213,7 @@ def test_memory_that_runs_out_while_rooms_are_made_loses_nothing(monkeypatch: py
         return cut(sizes, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("headforcing.stores.banked.cut", full)
+        patch.setattr("headforcing.stores.bank.cut", full)
         with pytest.raises(torch.OutOfMemoryError):
             write(store, range(CHUNK, 2 * CHUNK))
     assert store._banks[Full()].slots(*[torch.zeros(1, 1, PATCHES, 2, DIM)] * 2) == held

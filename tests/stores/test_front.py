@@ -26,9 +26,11 @@ from headforcing.roles.pyramid_forcing import Veil
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.buffers import joined
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
 from headforcing.testing.strategies import GRID, kinds, queries
 from headforcing.types import Chunk, Encode, FrameTable, Heads, Phase, Truncation
+from tests.planted import with_banks
 
 WINDOW, CHUNK, DIM = 12, 4, 12
 PATCHES = GRID[0] * GRID[1]
@@ -308,11 +310,11 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
 # Planted bugs -------------------------------------------------------------------------------------
 
 
-class Crowded(RingStore):
+class Crowded(RotatedBank):
     """Lays what all query frames see in one place, whatever it is."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        return super()._lay(role, None if which is None else 0, tokens)
+    def lay(self, which: int | None, tokens: Any) -> Any:
+        return super().lay(None if which is None else 0, tokens)
 
 
 class Shy(RingStore):
@@ -323,15 +325,19 @@ class Shy(RingStore):
         self.digests.refresh = lambda: None
 
 
-class Shifted(RingStore):
+class Shifted(RotatedBank):
     """Lays tokens as if there were one more."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        laid = super()._lay(role, which, tokens)
+    def lay(self, which: int | None, tokens: Any) -> Any:
+        laid = super().lay(which, tokens)
         return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in laid)
 
 
-PLANTED = [(Crowded, Curious(said=CHUNK)), (Shy, Averaging(8)), (Shifted, Averaging(8))]
+PLANTED = [
+    (with_banks(Crowded), Curious(said=CHUNK)),
+    (Shy, Averaging(8)),
+    (with_banks(Shifted), Averaging(8)),
+]
 
 
 @pytest.mark.parametrize(("store", "role"), PLANTED)

@@ -40,8 +40,11 @@ from headforcing.roles.rolling_forcing import Rolling
 from headforcing.stores import STORES, KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
+from tests.examples import examples
+from tests.planted import with_banks
 
 WINDOW, CHUNK = 12, 4
 PATCHES = GRID[0] * GRID[1]
@@ -401,7 +404,7 @@ def test_a_role_that_is_not_drawn_is_found():
 
 @pytest.mark.parametrize("kind", kinds(WINDOW, CHUNK), ids=lambda kind: kind.__name__)
 def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
-    @settings(max_examples=30)
+    @settings(max_examples=examples(30))
     @given(kinds(WINDOW, CHUNK)[kind], st.integers(1, CHUNK))
     def check(role: HeadRole, chunk: int) -> None:
         assert type(role) is kind
@@ -410,7 +413,7 @@ def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
     check()
 
 
-SETTINGS = settings(stateful_step_count=20, max_examples=2 * settings.default.max_examples)
+SETTINGS = settings(stateful_step_count=20, max_examples=examples(60, nightly=2000))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
@@ -429,19 +432,19 @@ class Leaky(RingStore):
                 bank.append(self._pending, self._pending)
 
 
-class Sticky(RingStore):
+class Sticky(RotatedBank):
     """Forgets to forget."""
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         pass
 
 
 class Greedy(RingStore):
     """Keeps what the role says to evict, once it has enough."""
 
-    def _begin(self, own: range) -> None:
+    def _make_room(self, own: range) -> None:
         if any(len(bank.frames) < 8 for bank in self._banks.values()):
-            super()._begin(own)
+            super()._make_room(own)
 
 
 class Mixed(RingStore):
@@ -504,7 +507,7 @@ class Hasty(RingStore):
 
 @pytest.mark.parametrize(
     "store",
-    [Leaky, Sticky, Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
+    [Leaky, with_banks(Sticky), Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
     ids=lambda store: store.__name__,
 )
 def test_the_state_machine_catches_a_planted_bug(store):

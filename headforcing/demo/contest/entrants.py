@@ -13,8 +13,8 @@ import torch
 from headforcing.demo.labels import demo_preset
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.errors import OptionError
-from headforcing.measure.footprint import ITEMSIZES, ModelSize
-from headforcing.measure.steady import Steady, steady
+from headforcing.measure.memory import Steady, steady, stored_bytes
+from headforcing.measure.sizes import ITEMSIZES, ModelSize
 from headforcing.roles import SlidingWindow
 from headforcing.roles.base import bounded
 from headforcing.roles.maps.presets import PRESETS
@@ -120,10 +120,10 @@ def controls(contender: Entrant, config: DemoConfig) -> list[Entrant]:
     least, most = config.chunk + 1, config.window
     alike = min(max(round(attended), least), most)
     size = _size(config)
-    bytes_wanted = size.ring_bytes(contender.roles) or 0
+    bytes_wanted = stored_bytes(size, "ring", contender.roles) or 0
 
     def off(frames: int) -> int:
-        return abs((size.ring_bytes(streaming(frames, config)) or 0) - bytes_wanted)
+        return abs((stored_bytes(size, "ring", streaming(frames, config)) or 0) - bytes_wanted)
 
     heavy = min(range(least, most + 1), key=off)
     kinds: dict[Kind, int] = {"as many attended": alike, "as many bytes": heavy}
@@ -159,6 +159,6 @@ def _size(config: DemoConfig) -> ModelSize:
         config.dim // config.heads,
         window=config.window,
         chunk=config.chunk,
-        tokens_per_frame=config.tokens_per_frame,
+        grid=(config.grid, config.grid),
         itemsize=ITEMSIZES["fp32"],
     )

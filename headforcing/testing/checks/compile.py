@@ -1,4 +1,4 @@
-"""The check of what `torch.compile` makes of an applied model."""
+"""The check of `torch.compile` on a model with head forcing applied."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from headforcing.testing.kit import Caught, Kit, Skipped, same
 
 
 def compiled_is_one_operator(kit: Kit) -> None:
-    """Compiled attention is one graph, where the adapter says by `outline` what a graph must know."""
+    """Compiled attention is one graph, for adapters that define `outline`."""
     if type(kit.adapter).outline is Adapter.outline:
-        raise Skipped("attention is served between two graphs (Adapter.outline)")
+        raise Skipped("the graph breaks at attention (Adapter.outline is not defined)")
     take, frames = kit.forced(), 2 * kit.host.chunk
     torch._dynamo.reset()
     try:
@@ -25,10 +25,10 @@ def compiled_is_one_operator(kit: Kit) -> None:
     finally:
         torch._dynamo.reset()
     assert caught.error is None, (
-        f"compiled attention raises {caught.error!r}: outline() may read no tensor, and must name all that "
-        "output() writes"
+        f"compiled attention raises {caught.error!r}: outline() must not read tensors, and must name every "
+        "tensor that output() writes"
     )
-    same(outs, kit.truth(frames), "compiled: answer() must return what output() does")
+    same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
 
 
 CHECKS: Sequence[Any] = (compiled_is_one_operator,)

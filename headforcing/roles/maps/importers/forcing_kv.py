@@ -5,7 +5,7 @@ such an object without a header; and a bare list of records. Every layer must be
 once: the project's own reader drops what it does not understand and makes missing layers all dynamic.
 
 The labels get the roles of its preset (`headforcing.roles.maps.presets`). Labels of layer 0 are taken as they
-stand; the project never uses them, as all its heads are static there; so does
+stand; the project never uses them, all its heads are static there:
 `PRESETS["forcing_kv"].labelled(map.labels)`.
 """
 

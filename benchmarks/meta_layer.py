@@ -1,15 +1,8 @@
-"""Bytes of the tensors that are made while code runs, and how many were alive at once at most.
-
-Only what an operator returns is seen, on any device, also on `meta`, where nothing is computed and no memory
-is taken. Scratch space inside a kernel is not seen, so softmax attention is replaced by its result alone.
-What an operator returns on `meta` is worked out in Python, longer than many a kernel runs, so it can be
-remembered.
-"""
+"""A layer of the real size on the `meta` device, where nothing is computed: for counting operators."""
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,37 +13,61 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from headforcing.apply import apply_head_forcing
+from headforcing.apply.handle import HeadForcing
+from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
+from headforcing.errors import OptionError
+from headforcing.measure.memory import DTYPES
+from headforcing.measure.sizes import ModelSize
+from headforcing.roles import HeadRole
 
-class Census(TorchDispatchMode):
-    """Counts while entered; each storage once, as long as it lives.
 
-    Attributes:
-        live: bytes made since it was entered and still alive.
-        most: the most that were alive at once.
+class Layer(nn.Module):
+    """A host of one layer: its cache, its input, and a clock for roles that ask for the phase.
+
+    Args:
+        size: of the model.
+        videos: of a batch, `B`.
+        device: where its tensors are; not on `meta`, they hold whatever was there.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.most = 0
-        self._known: dict[int, int] = {}
+    def __init__(self, size: ModelSize, videos: int = 1, device: str = "meta") -> None:
+        super().__init__()
+        if size.itemsize not in DTYPES:
+            raise OptionError(f"numbers of {size.itemsize} bytes: expected 2 or 4 to rehearse a layer")
+        dtype, dim, tokens = DTYPES[size.itemsize], size.heads * size.head_dim, size.tokens_per_frame
+        config = DemoConfig(dim=dim, layers=1, heads=size.heads, chunk=size.chunk, window=size.window)
+        with torch.device(device):
+            attention = DemoCausalSelfAttention(config).to(dtype)
+            self.x = torch.empty(videos, size.chunk * tokens, dim, dtype=dtype)
+            shape = (videos, size.window * tokens, size.heads, size.head_dim)
+            self.cache = {name: torch.empty(shape, dtype=dtype) for name in ("k", "v")}
+        attention.max_attention_size = size.window * tokens
+        for name in ("global_end_index", "local_end_index"):  # hosts read them, so they are on the CPU
+            self.cache[name] = torch.zeros(1, dtype=torch.long)
+        self.sizes, self.freqs = torch.tensor([[size.chunk, *size.grid]]), rope_table(config).to(device)
+        self.size, self.step = size, size.chunk * tokens
+        self.time_embedding, self.blocks = nn.Identity(), nn.ModuleList([attention])
+        self.eval().requires_grad_(False)
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Runs an operator and notes the storages that it made."""
-        before = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (key := _key(tensor)) not in before | self._known.keys():
-                storage = tensor.untyped_storage()
-                self._known[key] = storage.nbytes()
-                self.live += storage.nbytes()
-                self.most = max(self.most, self.live)
-                weakref.finalize(storage, self._forget, key)
+    def forward(self, chunk: int, t: Tensor) -> Tensor:
+        """One pass over a chunk, `[B, L, C]`; the clean one at time 0."""
+        lengths = torch.full((len(self.x),), self.step)
+        out: Tensor = self.blocks[0](
+            self.x, lengths, self.sizes, self.freqs, None, self.cache, chunk * self.step
+        )
         return out
 
-    def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key)
+    def force(self, row: Sequence[HeadRole], store: str) -> HeadForcing:
+        """Head forcing on the layer."""
+        return apply_head_forcing(
+            self, [list(row)], window=self.size.window, chunk=self.size.chunk, store=store
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the host's keys and values."""
+        return sum(self.cache[name].nbytes for name in ("k", "v"))
 
 
 class ResultAlone(TorchFunctionMode):
