@@ -61,9 +61,9 @@ class Activity:
     def heard_prompt(self, layer: int) -> bool:
         """Whether the last self-attention of a layer in this thread has a new prompt; told once."""
         store: KVStore | None = getattr(self._pass, "turned", {}).pop(layer, lambda: None)()
-        if store is None or not store.turned:
+        if store is None or not store.prompt_pending:
             return False
-        store.turned = False
+        store.prompt_pending = False
         return True
 
     def note_turn(self, layer: int, store: KVStore) -> None:
@@ -108,7 +108,7 @@ class Activity:
             first: Stream | None = getattr(self._pass, "first", lambda: None)()
             if first is not None:
                 first.behind.add(stream)
-                stream.store.digests.notes = first.store.digests.notes
+                stream.store.compressed.shared = first.store.compressed.shared
                 self._pass.serving = weakref.ref(stream), first.turn
             return
         turn = getattr(self._pass, "turn", None), start

@@ -107,7 +107,7 @@ class HeadForcingMixin(nn.Module):
             k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
             beside = None
             if sees_compressed(role, call.phase):
-                beside = stream.store.view_digest(role, encode, *query)
+                beside = stream.store.view_compressed(role, encode, *query)
             if beside is not None:
                 k, v = (joined(first, rest) for first, rest in zip(beside, (k, v), strict=True))
             rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)

@@ -253,8 +253,8 @@ def _kept(store: KVStore) -> int:
     """Bytes of the frames that roles keep, of the pending chunk, and of compressed tokens."""
     whole = 0
     for bank in store._banks.values():
-        k, v = bank.staged(1)
-        whole += (len(bank.frames) + len(store.pending or ())) * (k.nbytes + v.nbytes)
+        k, v = bank.staged()
+        whole += (len(bank.frames) + k.shape[1]) * (k.nbytes + v.nbytes) // k.shape[1]
     buffers = nbytes([x for bank in store._banks.values() for x in bank.tensors()])
     return whole + store.nbytes() - buffers
 
@@ -265,7 +265,7 @@ def _attended(store: KVStore, role: HeadRole, phase: Phase) -> Fraction:
     tokens = 0
     for query in queries:
         view = store.view(role, phase, _as_it_is, query)
-        compressed = store.view_digest(role, _as_it_is, query)
+        compressed = store.view_compressed(role, _as_it_is, query)
         tokens += view.k.shape[1] * view.k.shape[2] + (0 if compressed is None else compressed[0].shape[1])
     return Fraction(tokens, len(queries))
 

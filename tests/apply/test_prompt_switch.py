@@ -42,7 +42,7 @@ from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores import STORES, KVStore
-from headforcing.stores.compressed import Digests
+from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.scenes import Scenes
@@ -365,7 +365,7 @@ class SwitchMachine(RuleBasedStateMachine):
         for role in self.heads:
             for query in queries(role, store.pending):
                 store.view(role, "denoise", encode, query)
-                store.view_digest(role, encode, query)
+                store.view_compressed(role, encode, query)
 
     # What happens
 
@@ -528,7 +528,7 @@ class SwitchMachine(RuleBasedStateMachine):
                 assert view.positions == (*times, *(past.time(number) for number in self.pending))
 
     def _check_digest(self, role: HeadRole, query: int | None) -> None:
-        tokens, expected = (s.view_digest(role, encode, query) for s in (self.noisy, self.clean))
+        tokens, expected = (s.view_compressed(role, encode, query) for s in (self.noisy, self.clean))
         assert (tokens is None) == (expected is None)
         if tokens is None or expected is None:
             if isinstance(role, Veil):
@@ -608,21 +608,21 @@ def a_switch_takes_effect_at_once(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: KVStore, chunk: Chunk) -> None:
         asked = self.scenes._switch
         if chunk.frames == self._pending and asked is not None and asked.mode in ("smooth", "cut"):
-            self._turn(chunk.start)
+            self._apply_switch(chunk.start)
         right(self, chunk)
 
     patch.setattr(KVStore, "write", wrong)
 
 
-def digests_outlive_a_switch(patch: pytest.MonkeyPatch) -> None:
-    right = KVStore._turn
+def compressed_histories_outlive_a_switch(patch: pytest.MonkeyPatch) -> None:
+    right = KVStore._apply_switch
 
     def wrong(self: KVStore, start: int) -> None:
         with pytest.MonkeyPatch.context() as inside:
-            inside.setattr(Digests, "clear", Digests.refresh)
+            inside.setattr(CompressedHistories, "clear", CompressedHistories.forget_views)
             right(self, start)
 
-    patch.setattr(KVStore, "_turn", wrong)
+    patch.setattr(KVStore, "_apply_switch", wrong)
 
 
 def the_first_switch_asked_for_counts(patch: pytest.MonkeyPatch) -> None:
@@ -643,7 +643,7 @@ PLANTED = [
     a_cut_does_not_restart_time,
     recall_returns_another_mark,
     a_switch_takes_effect_at_once,
-    digests_outlive_a_switch,
+    compressed_histories_outlive_a_switch,
     the_first_switch_asked_for_counts,
     a_mark_forgets_episodic_frames,
     frames_run_again_stay,
@@ -1161,7 +1161,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "recache", "frames": -3}, OptionError, "expected a number of frames"),
     ({"mode": "recache", "frames": 3.0}, OptionError, "expected a number of frames"),
     ({"mode": "recache", "frames": True}, OptionError, "expected a number of frames"),
-    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot come again"),
+    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot be recomputed"),
 ]
 
 

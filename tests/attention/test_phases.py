@@ -21,7 +21,6 @@ from headforcing.demo.model.pipeline import NOISE_LEVELS, DemoPipeline
 from headforcing.demo.world.words import PROMPT_WORDS
 from headforcing.errors import (
     RoleError,
-    RoleMapError,
     StreamError,
     UnsupportedModelError,
     WindowError,
@@ -511,12 +510,12 @@ def test_pieces_of_a_role_and_of_the_same_one_inside_are_chosen_apart() -> None:
     for beside in (Local(clean_window=3), dataclasses.replace(inner, clean_window=3)):
         first = store_class("ring")({inner: Heads([0], 2), beside: Heads([1], 2)}, window=WINDOW, layer=0)
         second = store_class("ring")({inner: Heads([0, 1], 2)}, window=WINDOW, layer=1)
-        second.digests.notes = first.digests.notes
+        second.compressed.shared = first.compressed.shared
         for start in range(0, 12, 3):
             x = frame_tensor(range(start, start + 3), 0, 1, 2, tokens=4)
             for store in (first, second):
                 store.write(Chunk(start, x, x, (2, 2)))
-                tokens = [store.view_digest(role, encode) for role in store.heads]
+                tokens = [store.view_compressed(role, encode) for role in store.heads]
         assert tokens[0] is not None
         seen.append(tokens[0][1])
     assert torch.equal(*seen), "the second layer takes over what the same role chose in the first"

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 import headforcing as hf
 from benchmarks.meta_layer import returns_views
-from headforcing import stores
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.integrations.self_forcing import SelfForcing
@@ -34,7 +33,7 @@ from headforcing.roles.episodic import ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores.checks import FiniteCheck
+from headforcing.stores import KVStore, checks
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
@@ -88,7 +87,7 @@ class Layer:
         row: Sequence[HeadRole] = EVERY_ROLE,
         *,
         adapter: SelfForcing | None = None,
-        store: type[stores.KVStore] = RingStore,
+        store: type[KVStore] = RingStore,
         device: str = "cpu",
         passes: int = 3,
         addresses: bool = True,
@@ -184,7 +183,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """First frames of the chunks checked for NaN; a verdict is the one read that is wanted, a chunk late."""
     checked: list[int] = []
 
-    class Unread(FiniteCheck):
+    class Unread(checks.FiniteCheck):
         ready = False
 
         def __init__(self, sums: Tensor, heads: Any, layer: int, frames: range) -> None:
@@ -194,7 +193,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             """Would read."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "FiniteCheck", Unread)
+        patch.setattr(checks, "FiniteCheck", Unread)
         yield checked
 
 
@@ -413,12 +412,12 @@ def test_no_copy_stays_and_all_of_them_stay_where_they_are(row, chunks):
 
 @at_length
 def test_no_tensor_stays_in_the_lean_store(chunks):
-    """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of rooms do."""
+    """Rotated keys lie wherever there is room, so their addresses tell nothing; those of buffers do."""
     layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
     (stream,) = layer.handle._plans[0].streams.values()
-    rooms = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
+    buffers = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
     check_no_tensor_stays(layer, chunks)
-    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == rooms
+    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == buffers
 
 
 @at_length
@@ -559,7 +558,7 @@ class Piling(RotatedBank):
         self.pile: list[Tensor] = []
 
     def append(self, frames: range, inside: range) -> None:
-        self.pile.append(self.staged(len(frames))[0].clone())
+        self.pile.append(self.staged()[0].clone())
         super().append(frames, inside)
         sum(self.pile)
 
@@ -569,7 +568,7 @@ class Moving(RotatedBank):
 
     def begin(self, *args: Any) -> None:
         super().begin(*args)
-        self.other, self.rooms["rotated"] = self.rooms["rotated"], self.rooms["rotated"].clone()
+        self.other, self.buffers["rotated"] = self.buffers["rotated"], self.buffers["rotated"].clone()
 
 
 class Knotted(RotatedBank):
@@ -594,9 +593,9 @@ class Noting(RotatedBank):
 
 
 class Scattered(RotatedBank):
-    """Puts compressed tokens wherever there is room."""
+    """Leaves compressed tokens wherever there is room."""
 
-    def lay(self, which: int | None, tokens: Any) -> Any:
+    def prepend(self, query: int | None, tokens: Any) -> Any:
         return tokens
 
 
@@ -606,7 +605,7 @@ class Forgetful(RingStore):
     def _stage(self, chunk: Any) -> None:
         super()._stage(chunk)
         for bank in self._banks.values():
-            bank._placed = [None] * len(bank._placed)
+            bank._rotated_to = [None] * len(bank._rotated_to)
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def shown(role: HeadRole, chunk: int, store: Any, chunks: int = CHUNKS) -> Itera
             for query in range(start, start + chunk):
                 asked = query if "query" in role.depends_on else None
                 view = made.view(role, "denoise", as_it_is, asked)
-                beside = made.view_digest(role, as_it_is, asked)
+                beside = made.view_compressed(role, as_it_is, asked)
                 past, held = Past(x, start, chunk), len(view.positions) - chunk
                 if noise == 0.0:
                     assert torch.equal(view.k, view.v), "keys and values are of the same frames"
@@ -366,8 +366,8 @@ class Noisy(RingStore):
 class Shifted(RingStore):
     """Moves values by a row whenever it moves keys."""
 
-    def _make_room(self, own: range) -> None:
-        super()._make_room(own)
+    def _begin(self, own: range) -> None:
+        super()._begin(own)
         for bank in self._banks.values():
             if bank.frames:
                 bank._v[:, : len(bank.frames)] = bank._v[:, : len(bank.frames)].roll(1, 1)

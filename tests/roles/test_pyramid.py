@@ -198,7 +198,7 @@ def blocks_of(store, role, query: int) -> Blocks | None:
         asked.extend(positions)
         return x
 
-    tokens = store.view_digest(role, spy, query)
+    tokens = store.view_compressed(role, spy, query)
     if tokens is None:
         return None
     return Blocks(tuple(asked), *(x.unflatten(1, (len(asked), -1)) for x in tokens))
@@ -298,7 +298,7 @@ def test_a_reset_forgets_blocks_and_bytes_stay_bounded():
     assert len(set(sizes[60:])) <= 4  # with and without a block that is being filled
     assert max(sizes[60:]) == max(sizes[60:120])
     store.write(Chunk(0, x, x, GRID))
-    assert store.view_digest(role, lambda x, positions, patch: x, 0) is None
+    assert store.view_compressed(role, lambda x, positions, patch: x, 0) is None
 
 
 def test_merged_patches_are_rotated_where_the_top_left_one_is():

@@ -183,7 +183,7 @@ class Side:
         for role in self.heads:
             for query in queries(role, store.pending):
                 view = store.view(role, phase, encode, query)
-                tokens = store.view_digest(role, encode, query) if sees_compressed(role, phase) else None
+                tokens = store.view_compressed(role, encode, query) if sees_compressed(role, phase) else None
                 k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
                 if tokens is not None:
                     k, v = joined(tokens[0], k), joined(tokens[1], v)
@@ -302,7 +302,7 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
             side.each(lambda store: store.scenes.ask(Switch("cut")))
         side.write(side.next, 1)
         side.look("denoise")
-        slots.append(side.stores[1]._banks[role].rooms["v"].shape[1])
+        slots.append(side.stores[1]._banks[role].buffers["v"].shape[1])
     before, after = [sorted(set(part)) for part in (slots[:20], slots[20:])]
     assert before == after == [WINDOW - AVERAGES, WINDOW]
 
@@ -311,10 +311,10 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
 
 
 class Crowded(RotatedBank):
-    """Lays what all query frames see in one place, whatever it is."""
+    """Puts the compressed tokens of all query frames in one place."""
 
-    def lay(self, which: int | None, tokens: Any) -> Any:
-        return super().lay(None if which is None else 0, tokens)
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        return super().prepend(None if query is None else 0, tokens)
 
 
 class Shy(RingStore):
@@ -322,15 +322,15 @@ class Shy(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.refresh = lambda: None
+        self.compressed.forget_views = lambda: None
 
 
 class Shifted(RotatedBank):
-    """Lays tokens as if there were one more."""
+    """Puts compressed tokens as if there were one more."""
 
-    def lay(self, which: int | None, tokens: Any) -> Any:
-        laid = super().lay(which, tokens)
-        return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in laid)
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        put = super().prepend(query, tokens)
+        return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in put)
 
 
 PLANTED = [

@@ -281,7 +281,7 @@ def test_a_cache_emptied_before_another_chunk_is_refused(name: str) -> None:
     store = store_of(name, Local())
     store.write(chunk_of(0))
     store.write(chunk_of(3))
-    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not run again"):
+    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not recomputed"):
         store.edit(Truncation(), 6)
 
 
@@ -301,7 +301,7 @@ def test_parts_of_frames_do_not_move() -> None:
     role = Dynamic(pieces=1)
     store = store_of("ring", role)
     store.write(chunk_of(0))
-    with pytest.raises(StreamError, match="positions='compact', or set the host's offset to 0"):
+    with pytest.raises(StreamError, match="positions='compact', or set its offset to 0"):
         store.write(chunk_of(3, shift=8))
     store.write(chunk_of(3))
 
@@ -608,7 +608,7 @@ def test_what_is_kept_beside_frames_sits_right_behind_the_first_ones(role: Any) 
             asked.append(tuple(positions))
             return x
 
-        store.view_digest(role, encode)
+        store.view_compressed(role, encode)
         if start > 30 and asked:
             places.append((max(asked[0]), placed))
     assert places
@@ -662,10 +662,10 @@ def test_a_longer_window_shows_what_became_of_frames_that_made_room(role: Any) -
     store = store_of("ring", role, 12)
     for start in range(0, 12, CHUNK):
         store.write(with_queries(dataclasses.replace(chunk_of(start), rolling=True)))
-        store.view_digest(role, as_it_is)
+        store.view_compressed(role, as_it_is)
     store.write(with_queries(dataclasses.replace(chunk_of(9, 6), rolling=True)))
-    assert store.digests.get(role).gap
-    assert store.view_digest(role, as_it_is) is not None
+    assert store.compressed.get(role).gap
+    assert store.view_compressed(role, as_it_is) is not None
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -686,10 +686,10 @@ def test_what_was_kept_beside_frames_goes_with_an_emptied_cache(name: str) -> No
     store = store_of(name, role)
     for start in range(0, 18, CHUNK):
         store.write(chunk_of(start))
-    assert store.view_digest(role, as_it_is) is not None
+    assert store.view_compressed(role, as_it_is) is not None
     store.edit(Truncation(), 15)
     store.write(chunk_of(15))
-    assert store.view_digest(role, as_it_is) is None
+    assert store.view_compressed(role, as_it_is) is None
     assert seen(store, role)[:2] == ([15, 16, 17], [0, 1, 2])
 
 

@@ -246,7 +246,7 @@ class StoreMachine(RuleBasedStateMachine):
             for role in self.heads:
                 for query in queries(role, window):
                     self.noisy.view(role, "denoise", encode, query)
-                    self.noisy.view_digest(role, encode, query)
+                    self.noisy.view_compressed(role, encode, query)
         if rolling:
             noise = self._tensor(longest, salt=9)
             self.clean.write(Chunk(frames.start, noise, noise, GRID, noise, rolling))
@@ -350,7 +350,7 @@ class StoreMachine(RuleBasedStateMachine):
         return view
 
     def _check_beside(self, role: HeadRole, query: int | None) -> None:
-        expected, seen = (store.view_digest(role, encode, query) for store in (self.clean, self.noisy))
+        expected, seen = (store.view_compressed(role, encode, query) for store in (self.clean, self.noisy))
         assert (expected is None) == (seen is None)
         if seen is not None:
             assert torch.equal(seen[0], expected[0]), role
@@ -442,9 +442,9 @@ class Sticky(RotatedBank):
 class Greedy(RingStore):
     """Keeps what the role says to evict, once it has enough."""
 
-    def _make_room(self, own: range) -> None:
+    def _begin(self, own: range) -> None:
         if any(len(bank.frames) < 8 for bank in self._banks.values()):
-            super()._make_room(own)
+            super()._begin(own)
 
 
 class Mixed(RingStore):
@@ -466,7 +466,7 @@ class Frozen(RingStore):
             return super().view(role, phase, encode, query)
         placed = [role.positions_of((*bank.frames, *self._pending), len(self._pending), self.window)]
         held = len(bank.frames) - 1
-        bank._placed[:held] = placed[0][:held]
+        bank._rotated_to[:held] = placed[0][:held]
         return super().view(role, phase, encode, query)
 
 
@@ -475,7 +475,7 @@ class Lasting(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.refresh = lambda: None
+        self.compressed.forget_views = lambda: None
 
 
 class Withholding(RingStore):
@@ -483,7 +483,7 @@ class Withholding(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.evicted = lambda *_: None
+        self.compressed.evicted = lambda *_: None
 
 
 class Hasty(RingStore):
@@ -495,10 +495,10 @@ class Hasty(RingStore):
         super()._stage(chunk)
 
     def _commit_before(self, start: int) -> None:
-        add = self.digests.add
-        self.digests.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
+        add = self.compressed.add
+        self.compressed.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
         super()._commit_before(start)
-        self.digests.add = add
+        self.compressed.add = add
 
     def _instead(self, role: HeadRole, chunk: Chunk) -> Chunk:
         k, v = self.heads[role].take(self._first.k), self.heads[role].take(self._first.v)
