@@ -1,4 +1,4 @@
-"""Roles, one family per file; a new file here is found by its folder."""
+"""Which frames a head keeps and attends to: one method per file, and a new file is found by its folder."""
 
 from headforcing.roles.base import HeadRole
 from headforcing.roles.deep_forcing import Participating

@@ -1,8 +1,8 @@
-"""Rolling Forcing (arXiv:2509.25161): first frames that always sit right before the recent ones.
+"""Rolling Forcing (arXiv:2509.25161): first frames at the positions right before the recent ones.
 
-Read in its released code. Five chunks are denoised at once, each at its own noise level; noisy passes see the
-first chunk, then the last frames that the window leaves beside all five. The clean pass runs on the first of
-the five alone and sees the last frames of the window, the first ones only while they are among them.
+From its released code. Five chunks are denoised at once, each at its own noise level. Noisy passes attend to
+the first chunk and to the last frames that fit into the window beside all five. The clean pass runs on the
+first of the five alone and attends to the last frames of the window, and to first ones only among these.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from headforcing.types import FrameTable, Phase
 
 @dataclass(frozen=True)
 class Rolling(HeadRole):
-    """The first `sink` and the last frames, `window` in all, own chunk included; first ones not when clean.
+    """The first `sink` and the last frames, `window` in all, current chunk included; see the module.
 
     Attributes:
-        window: frames seen, own chunk included.
+        window: frames attended to, current chunk included.
         sink: first frames of the video.
     """
 
@@ -36,7 +36,7 @@ class Rolling(HeadRole):
             raise RoleError(f"{self}: sink must be smaller than window")
 
     def capacity(self, chunk: int) -> int | None:
-        """The clean pass runs on fewer frames than the noisy ones, and sees more of the past."""
+        """Not less the chunk: the clean pass runs on fewer frames, and attends to more of the past."""
         return self.window
 
     def retain(self, table: FrameTable) -> Sequence[int]:

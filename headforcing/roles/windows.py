@@ -32,7 +32,7 @@ class SlidingWindow(HeadRole):
     `positions="compact"` it is StreamingLLM (arXiv:2309.17453) on frames.
 
     Attributes:
-        window: frames seen, current chunk included.
+        window: frames attended to, current chunk included.
         sink: first frames of the video that are never evicted.
     """
 

@@ -693,7 +693,7 @@ def test_max_min_keeps_every_distinct_scene(shown):
     scenes = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([scenes[scene] for scene in shown])[None]
     assume(len(set(shown)) == 3)
-    kept = MaxMin().choose(keys, stored=0, places=3)[0].tolist()
+    kept = MaxMin().choose(keys, stored=0, capacity=3)[0].tolist()
     assert {shown[row] for row in kept} == {0, 1, 2}
 
 
