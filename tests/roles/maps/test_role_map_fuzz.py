@@ -321,7 +321,19 @@ def bent(document: Any, generator: random.Random) -> Any:
             where[key] = copy.deepcopy(other[place])
         elif action == 3 and isinstance(where, dict):
             name = generator.choice(
-                [*where, key + "s", key[:-1], key.upper(), "type", "hash", "update", "role", "window", "clean_window", "\ud800"]
+                [
+                    *where,
+                    key + "s",
+                    key[:-1],
+                    key.upper(),
+                    "type",
+                    "hash",
+                    "update",
+                    "role",
+                    "window",
+                    "clean_window",
+                    "\ud800",
+                ]
             )
             where[name] = where.pop(key)
         elif action == 4 and type(where[key]) in (int, float):
