@@ -58,7 +58,7 @@ class _Clamped(HeadRole):
         if self._reach(chunk) > self.far:
             raise WindowError(
                 f"{self} attends to frames {self._reach(chunk)} before a query of a chunk of {chunk} at "
-                f"their true distance, but everything older than {self.far} frames has one position: raise far"
+                f"their true distance, but all older than {self.far} frames have one position: raise far"
             )
         return super().fit(window, chunk)
 

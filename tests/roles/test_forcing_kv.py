@@ -388,7 +388,7 @@ def test_frames_that_have_no_equal_bands_are_refused_before_anything_changes(gri
     x = torch.zeros(1, 3, 12, 1, 4)
     store.write(Chunk(0, x, x, GRID))
     before = store.nbytes()
-    with pytest.raises(StreamShapeError, match="cannot cut them to 6 equal pieces"):
+    with pytest.raises(StreamShapeError, match="cannot cut them into 6 equal pieces"):
         store.write(Chunk(3, x, x, grid))
     assert (store.committed, store.nbytes()) == (0, before)
 
@@ -401,7 +401,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
 
 def test_what_was_cut_needs_places_where_positions_are_compact():
     assert Dynamic(positions="compact").fit(8, 3)
-    with pytest.raises(WindowError, match="takes 8 places of 7"):
+    with pytest.raises(WindowError, match="takes 8 positions of 7"):
         Dynamic(positions="compact").fit(7, 3)
     assert Dynamic().fit(5, 3)
 
