@@ -277,7 +277,7 @@ def test_query_frames_that_see_different_tokens_do_not_write_over_each_other(sai
 
 
 def test_more_tokens_than_were_promised_are_refused() -> None:
-    with pytest.raises(RoleError, match=r"shows \d tokens .* at most 1: mend Asking.most"):
+    with pytest.raises(RoleError, match=r"shows \d tokens .* at most 1: mend Asking.max_tokens"):
         run([Curious(said=1)], RingStore)
 
 
