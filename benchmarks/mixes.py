@@ -141,9 +141,9 @@ def size_of(case: Case) -> ModelSize:
 def cannot_run(mix: Mix, case: Case) -> str | None:
     """Why a mix cannot be run on a grid: what it would merge or cut does not divide."""
     for role in dict.fromkeys(mix.roles):
-        if (digest := role.digest()) is not None:
+        if (history := role.compressed()) is not None:
             try:
-                digest.check((case.height, case.width))
+                history.check((case.height, case.width))
             except StreamShapeError as error:
                 return str(error)
     return None

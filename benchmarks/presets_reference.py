@@ -21,6 +21,7 @@ from quality_page import markdown_table
 from typer.testing import CliRunner
 
 from headforcing.cli import app
+from headforcing.roles.base import bounded
 from headforcing.roles.maps.preset import Preset
 from headforcing.roles.maps.presets import PRESETS, commit_forcing
 
@@ -77,7 +78,7 @@ def page() -> str:
 
 
 def _summary(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    star = "" if all(role.bounded for role in _roles(preset, model).values()) else " \\*"
+    star = "" if all(map(bounded, _roles(preset, model).values())) else " \\*"
     share = "grows" if not row["labels"] else "?"
     if row["of_window"] is not None:
         share = f"{row['of_window']:.0%}, {row['ring_bytes'] / model['window_bytes']:.0%}"

@@ -189,7 +189,7 @@ class AnyFlowFAR(Adapter):
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
         """From the cache flag."""
         flag = args[FLAG] if len(args) > FLAG else kwargs.get("kv_cache_flag")
-        return "commit" if flag is not None and flag["is_cache_step"] else "denoise"
+        return "clean" if flag is not None and flag["is_cache_step"] else "denoise"
 
     def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
         """A prompt switch is neither needed nor possible.

@@ -65,7 +65,7 @@ class RollingForcing(CountingWan):
 
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
         """From `updating_cache`, the fifth argument of the model or by name."""
-        return "commit" if kwargs.get("updating_cache", len(args) > 4 and args[4]) else "denoise"
+        return "clean" if kwargs.get("updating_cache", len(args) > 4 and args[4]) else "denoise"
 
     def written(self, module: nn.Module, call: AttentionCall) -> int:
         """The tokens of the first chunk."""

@@ -159,7 +159,7 @@ class SanaWM(Adapter):
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
         """From the mode: only `inject` is noisy."""
         mode = kwargs["kv_cache_mode"] if "kv_cache_mode" in kwargs else args[MODE_ARGUMENT]
-        return "denoise" if mode == "inject" else "commit"
+        return "denoise" if mode == "inject" else "clean"
 
     def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
         """None caches the projected prompt."""

@@ -87,7 +87,7 @@ class BrookAdapter(Adapter):
 
     def phase(self, args, kwargs):
         remember = kwargs["remember"] if "remember" in kwargs else args[REMEMBER:] == (True,)
-        return "commit" if remember else "denoise"
+        return "clean" if remember else "denoise"
 
     def cross_attentions(self, model):
         parents = [model.get_submodule(path.rpartition(".")[0]) for path, _ in self.attentions(model)]

@@ -17,6 +17,7 @@ from headforcing.attention import compile as traced
 from headforcing.attention.activity import Activity
 from headforcing.attention.plan import LayerPlan
 from headforcing.errors import StreamError, UnsupportedModelError
+from headforcing.roles.base import needs_phase
 from headforcing.roles.maps.role_map import RoleMap
 
 
@@ -67,7 +68,7 @@ def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: a role depends on the phase, and nobody knows it.
     """
-    asking = [role for role in roles.counts() if role.uses_phase]
+    asking = [role for role in roles.counts() if needs_phase(role)]
     if asking and adapter.clock(model) is None:
         raise UnsupportedModelError(
             f"{asking[0]} sees other frames in the clean pass, but {adapter.name} cannot tell which pass of "
@@ -78,7 +79,7 @@ def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:
 def hear_phases(model: nn.Module, roles: RoleMap, adapter: Adapter, activity: Activity) -> None:
     """Puts the hook in, where a role depends on the phase."""
     clock = adapter.clock(model)
-    if clock is not None and any(role.uses_phase for role in roles.counts()):
+    if clock is not None and any(map(needs_phase, roles.counts())):
         activity.hears_phases = True
         clock.register_forward_pre_hook(TellPhase(adapter, activity), with_kwargs=True)
 

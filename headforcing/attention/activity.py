@@ -108,7 +108,7 @@ class Activity:
             first: Stream | None = getattr(self._pass, "first", lambda: None)()
             if first is not None:
                 first.behind.add(stream)
-                stream.store.compressed.notes = first.store.compressed.notes
+                stream.store.compressed.shared = first.store.compressed.shared
                 self._pass.serving = weakref.ref(stream), first.turn
             return
         turn = getattr(self._pass, "turn", None), start

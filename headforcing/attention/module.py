@@ -23,6 +23,7 @@ from headforcing.attention.rerun import rerun, seats
 from headforcing.attention.stream import Stream, check_clean
 from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
 from headforcing.roles import HeadRole
+from headforcing.roles.base import sees_compressed
 from headforcing.stores.buffers import joined
 from headforcing.types import AttentionCall, Chunk, Encode, Heads, KVView
 
@@ -99,12 +100,14 @@ class HeadForcingMixin(nn.Module):
         def look(role: HeadRole, heads: Heads, own: slice) -> tuple[Part, KVView]:
             """What the heads of a role attend to, from some frames of the chunk."""
             encode = _encoder(adapter, dataclasses.replace(call, heads=heads))
-            query = (max(call.start + own.start, chunk.start),) if role.reads_per_query else ()
+            query = (max(call.start + own.start, chunk.start),) if "query" in role.depends_on else ()
             view = stream.store.view(role, call.phase, encode, *query)
             seated = seats(view.positions, q.shape[1], len(chunk.frames))[own]
             rotated = encode(heads.take(q[:, own]), seated).to(view.v.dtype)
             k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
-            beside = stream.store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
+            beside = None
+            if sees_compressed(role, call.phase):
+                beside = stream.store.view_compressed(role, encode, *query)
             if beside is not None:
                 k, v = (joined(first, rest) for first, rest in zip(beside, (k, v), strict=True))
             rows = slice(own.start * call.tokens_per_frame, own.stop * call.tokens_per_frame)
@@ -172,7 +175,7 @@ def _encoder(adapter: Adapter, call: AttentionCall) -> Encode:
 def _readings(role: HeadRole, q: Tensor) -> list[slice]:
     """The frames of the chunk `[B, F, P, H, D]` that see the same."""
     frames = q.shape[1]
-    step = 1 if role.reads_per_query else frames
+    step = 1 if "query" in role.depends_on else frames
     return [slice(first, first + step) for first in range(0, frames, step)]
 
 

@@ -174,8 +174,8 @@ def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
     metric, room = by.partition(".")[0], model.window - model.chunk
     profile[by]  # raises with advice if it was not measured
     roles = [role for role in candidates(profile, metric) if frames_kept(role, model.chunk) <= room]
-    if digesting := [role for role in roles if role.digest() is not None]:
-        raise OptionError(f"{digesting[0]} has a compressed history, which is not counted: leave it out")
+    if unfit := [role for role in roles if role.compressed() is not None]:
+        raise OptionError(f"{unfit[0]} has a compressed history, which is not counted: leave it out")
     if metric == "ablation" and (rest := unrestricted(model)) not in roles:
         roles.append(rest)
     if not roles:
@@ -246,7 +246,8 @@ def _size(facts: ModelFacts, tokens_per_frame: int | None, itemsize: int) -> Mod
 
 def _is_copied(role: HeadRole) -> bool:
     """Whether the `ring` store copies what the role attends to."""
-    return role.reads_per_query or type(role).attend is not HeadRole.attend
+    partly = role.clean_window is not None or type(role).visible is not HeadRole.visible
+    return partly or "query" in role.depends_on
 
 
 class Choice(NamedTuple):

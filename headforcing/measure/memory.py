@@ -20,6 +20,7 @@ from torch import Tensor
 from headforcing.errors import OptionError, RoleMapMismatchError, StreamShapeError
 from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole, SlidingWindow
+from headforcing.roles.base import needs_phase
 from headforcing.roles.compressed import nbytes
 from headforcing.roles.maps.preset import Preset
 from headforcing.roles.maps.role_map import RoleMap
@@ -224,15 +225,15 @@ def simulate(counts: tuple[tuple[HeadRole, int], ...], size: ModelSize, store: s
         kept = _kept(held)
         attended = tuple(_attended(held, role, "denoise") for role, _ in counts)
         for role, _ in counts:
-            if role.uses_phase:
-                _attended(held, role, "commit")  # a store may hold what the last pass attended to
+            if needs_phase(role):
+                _attended(held, role, "clean")  # a store may hold what the last pass attended to
         found.append(Moment(held.nbytes(), min(kept, _kept(held)), attended))
     return found[chunks // 2 :]
 
 
 def _check_grid(role: HeadRole, grid: Grid) -> None:
     """Raises an OptionError where a role cannot compress frames of this grid."""
-    if (compressed := role.digest()) is None:
+    if (compressed := role.compressed()) is None:
         return
     try:
         compressed.check(grid)
@@ -260,11 +261,11 @@ def _kept(store: KVStore) -> int:
 
 def _attended(store: KVStore, role: HeadRole, phase: Phase) -> Fraction:
     """Tokens that a query attends to, compressed ones included, a mean over the queries of a chunk."""
-    queries = list(store.pending or ()) if role.reads_per_query else [None]
+    queries = list(store.pending or ()) if "query" in role.depends_on else [None]
     tokens = 0
     for query in queries:
         view = store.view(role, phase, _as_it_is, query)
-        compressed = store.view_digest(role, _as_it_is, query)
+        compressed = store.view_compressed(role, _as_it_is, query)
         tokens += view.k.shape[1] * view.k.shape[2] + (0 if compressed is None else compressed[0].shape[1])
     return Fraction(tokens, len(queries))
 

@@ -155,7 +155,7 @@ class Meter:
             self._prompt,
             start,
             before.step + 1 if before is not None and again else 0,
-            seen.call.phase == "commit",
+            seen.call.phase == "clean",
             self._rows(seen),
         )
 

@@ -109,7 +109,7 @@ def profile_heads(
     adapter = find_adapter(model) if adapter is None else adapter
     window, chunk = sizes(model, adapter, protocol)
     history = protocol.history or SlidingWindow(window, sink=1, positions="compact")
-    if history.reads_per_query or history.digest() is not None:
+    if "query" in history.depends_on or history.compressed() is not None:
         raise OptionError(
             f"history is {history}: expected a role of whole frames, the same for all query frames"
         )

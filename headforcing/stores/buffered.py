@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Digest
+from headforcing.roles.compressed import CompressedHistory
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffers import Size, cut, gathered, picked, slide
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
@@ -39,7 +39,7 @@ class BufferedBank(Bank):
         buffers: `[B, slots, P, Hr, D]`: keys before RoPE, `raw`, and values, `v`.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads, compressed: Digest | None = None) -> None:
+    def __init__(self, role: HeadRole, heads: Heads, compressed: CompressedHistory | None = None) -> None:
         super().__init__(role, heads)
         self.compressed = compressed
         self.buffers: dict[str, Tensor] = {"raw": NOTHING, "v": NOTHING}
@@ -59,7 +59,7 @@ class BufferedBank(Bank):
         super().begin(table, kept, chunk, positions)
         for buffer in (self._raw, self._v, self._ids):
             _select(buffer, kept)
-        if self.compressed is not None and self.compressed.places:
+        if self.compressed is not None and self.compressed.gap:
             self._shrink_buffers(len(chunk))
 
     def _shrink_buffers(self, chunk: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, StreamError, StreamShapeError
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Chunk, Encode, FrameTable, Grid, Selection
 
 
@@ -21,16 +21,16 @@ class CompressedHistories:
         layer: number of the layer.
 
     Attributes:
-        notes: what the compressed histories of all layers of one timeline share; set from outside.
+        shared: what the compressed histories of all layers of one timeline share; set from outside.
     """
 
     def __init__(self, roles: Iterable[HeadRole], layer: int) -> None:
-        self._histories = {role: history for role in roles if (history := role.digest()) is not None}
+        self._histories = {role: history for role in roles if (history := role.compressed()) is not None}
         self._views: dict[tuple[HeadRole, int | None], Tokens | None] = {}
         self._layer = layer
-        self.notes: MutableMapping[Any, Any] = {}
+        self.shared: MutableMapping[Any, Any] = {}
 
-    def get(self, role: HeadRole) -> Digest | None:
+    def get(self, role: HeadRole) -> CompressedHistory | None:
         """The compressed history of a role."""
         return self._histories.get(role)
 
@@ -47,7 +47,7 @@ class CompressedHistories:
             StreamShapeError: its grid does not fit, or it has no queries where a role selects by them.
         """
         for role, history in self._histories.items():
-            if chunk.shift and role.scheme == "absolute":
+            if chunk.shift and role.positions == "absolute":
                 raise StreamError(
                     f"layer {self._layer}: the base model moves a later shot in time, but {role} keeps parts "
                     "of frames where they were: give it positions='compact', or set its offset to 0"
@@ -66,7 +66,7 @@ class CompressedHistories:
         done = slice(len(frames))
         q = None if chunk.q is None else chunk.q[:, done]
         k, v = chunk.k[:, done], chunk.v[:, done]
-        self._histories[role].add(Past(frames, k, v, chunk.grid, self._layer, self._notes(role), q))
+        self._histories[role].add(Past(frames, k, v, chunk.grid, self._layer, self._shared(role), q))
 
     def evicted(
         self,
@@ -88,7 +88,7 @@ class CompressedHistories:
         gone = [row for row in range(len(table)) if row not in {*kept.before, *kept.after}]
         if gone:
             frames = [table.frames[row] for row in gone]
-            self._histories[role].let_go(Past(frames, *fetch(gone), grid, self._layer, self._notes(role)))
+            self._histories[role].evicted(Past(frames, *fetch(gone), grid, self._layer, self._shared(role)))
 
     def view(
         self, role: HeadRole, start: int, query: int | None, encode: Encode, put: Callable[[Tokens], Tokens]
@@ -101,9 +101,9 @@ class CompressedHistories:
             self._views[role, query] = None if tokens is None else put(tokens)
         return self._views[role, query]
 
-    def _notes(self, role: HeadRole) -> MutableMapping[str, Any]:
-        notes: MutableMapping[str, Any] = self.notes.setdefault(role, {})
-        return notes
+    def _shared(self, role: HeadRole) -> MutableMapping[str, Any]:
+        shared: MutableMapping[str, Any] = self.shared.setdefault(role, {})
+        return shared
 
     def forget_views(self) -> None:
         """Forgets rotated tokens, because frames come or go."""

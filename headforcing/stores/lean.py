@@ -27,7 +27,7 @@ class LeanStore(KVStore):
     def new_bank(self, role: HeadRole, heads: Heads) -> BufferedBank:
         return BufferedBank(role, heads, self.compressed.get(role))
 
-    def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
-        tokens = super().view_digest(role, encode, query)
+    def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
+        tokens = super().view_compressed(role, encode, query)
         self.compressed.forget_views()
         return tokens

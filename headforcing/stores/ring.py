@@ -7,7 +7,7 @@ rotated again, when a chunk begins.
 For roles that attend to a part of their history, or read per query frame, that part is copied once per chunk
 (and query frame); those that read per query frame have no buffer for rotated keys. Compressed tokens are
 rotated once per chunk, too, and copied right in front of the frames, so that a pass reads both as one: `view`
-says where frames are read, `view_digest` then puts the tokens in front of them, until the next chunk.
+says where frames are read, `view_compressed` then puts the tokens in front of them, until the next chunk.
 
 The order of keys does not matter to softmax, but it does to its last bits: time order makes the result
 equal to upstream's, bit for bit. Storing keys twice costs 1.5 times the bytes of a plain KV cache of the

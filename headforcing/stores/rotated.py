@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Digest, Tokens
+from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffered import NOTHING, BufferedBank, known_moves
 from headforcing.stores.buffers import Size, cut, front, gathered, slide
@@ -37,9 +37,9 @@ class RotatedBank(BufferedBank):
     Compressed tokens are copied right in front of the frames that are read with them.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads, compressed: Digest | None = None) -> None:
+    def __init__(self, role: HeadRole, heads: Heads, compressed: CompressedHistory | None = None) -> None:
         super().__init__(role, heads, compressed)
-        if not role.reads_per_query:
+        if "query" not in role.depends_on:
             self.buffers["rotated"] = NOTHING
         self._rotated_to: list[float | None] = []  # position of each rotated slot; None: not rotated yet
         self._copies: dict[int | None, _Copy] = {}  # by the number of the query frame in the chunk
@@ -68,7 +68,7 @@ class RotatedBank(BufferedBank):
 
     def front(self, name: str, tokens: int) -> int:
         """The most compressed tokens the role will ever have, for the buffers that are read with them."""
-        return 0 if self.compressed is None or name == "raw" else self.compressed.most(tokens) or 0
+        return 0 if self.compressed is None or name == "raw" else self.compressed.max_tokens(tokens) or 0
 
     def prepend(self, query: int | None, tokens: Tokens) -> Tokens:
         """Copies compressed tokens right in front of the frames; they stay if the role names no maximum.
@@ -79,13 +79,13 @@ class RotatedBank(BufferedBank):
         if self.compressed is None or query not in self._last_view:
             return tokens
         buffers, count, patches = self._last_view[query], tokens[0].shape[1], self._v.shape[2]
-        most = self.compressed.most(patches)
+        most = self.compressed.max_tokens(patches)
         if most is None:
             return tokens
         if count > most:
             raise RoleError(
                 f"{self.role} shows {count} tokens compressed from frames of {patches}, but said that there "
-                f"would be at most {most}: mend {type(self.compressed).__name__}.most"
+                f"would be at most {most}: mend {type(self.compressed).__name__}.max_tokens"
             )
         k, v = (front(buffer, count).copy_(x) for buffer, x in zip(buffers, tokens, strict=True))
         return k, v
@@ -167,9 +167,9 @@ class RotatedBank(BufferedBank):
 
     def _next_positions(self, chunk: range, positions: PositionsOf) -> Sequence[float | None]:
         """Positions of the history in the first pass; `None` for a role that sees a part of it."""
-        if self.role.reads_per_query:
+        if "query" in self.role.depends_on:
             return [None] * len(self.frames)
-        if len(self.role.attend(self.table(chunk), "denoise")) < len(self.frames):
+        if len(self.role.visible(self.table(chunk), "denoise")) < len(self.frames):
             return [None] * len(self.frames)
         return positions((*self.frames, *chunk), len(chunk))
 

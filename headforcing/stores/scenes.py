@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from headforcing.errors import OptionError, StreamError
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, first_frames, recalled, tier
 from headforcing.roles.positions import TRUE
 from headforcing.stores.bank import Bank, Kept
 from headforcing.stores.compressed import CompressedHistories
@@ -43,8 +43,8 @@ class Scene:
 
     def tier(self, role: HeadRole, frame: int | None, start: int) -> Tier:
         """The tier of a frame, by the role's numbers; a frame from before the last switch is not recent."""
-        tier = role.tier(frame, start)
-        return "episodic" if tier == "recent" and frame is not None and frame < self.since else tier
+        found = tier(role, frame, start)
+        return "episodic" if found == "recent" and frame is not None and frame < self.since else found
 
 
 class Scenes:
@@ -105,7 +105,7 @@ class Scenes:
         for role, bank in self._banks.items():
             frames = self.outside(role, bank.frames)
             kept = bank.take([row for row, f in enumerate(frames) if f is not None and f < keep])
-            if role.scheme in TRUE:
+            if role.positions in TRUE:
                 bank.put(kept)
                 continue
             names = self.outside(role, kept.frames)
@@ -164,7 +164,7 @@ class Scenes:
     def apply_switch(self, start: int) -> Switch | None:
         """Makes the marks and the switch that were requested, because a chunk begins at `start`."""
         for name in self._due:
-            rows = {role: self._rows(role, role.recalls, start) for role in self._scenes}
+            rows = {role: self._rows(role, recalled(role), start) for role in self._scenes}
             self._marks[name] = {role: self._take(role, rows[role]) for role in self._scenes}
         self._due.clear()
         switch, self._switch = self._switch, None
@@ -196,8 +196,8 @@ class Scenes:
         scene, pin, frames = self._scenes[role], self.pin(role), self._banks[role].frames
         found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
         if pin is not None and "sink" in tiers:
-            pinned = range(pin.begin, pin.begin + min(pin.frames, role.first_frames))
-            found = [tier or frame in pinned for tier, frame in zip(found, frames, strict=True)]
+            pinned = range(pin.begin, pin.begin + min(pin.frames, first_frames(role)))
+            found = [stays or frame in pinned for stays, frame in zip(found, frames, strict=True)]
         return [row for row, stays in enumerate(found) if stays]
 
     def _survivors(self, switch: Switch, role: HeadRole, start: int) -> Kept:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.roles.compressed import Tokens, nbytes
+from headforcing.roles.windows import check_pin
 from headforcing.stores.bank import Bank
 from headforcing.stores.buffered import allocate
 from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_finite, check_order, rolls
@@ -206,13 +207,13 @@ class KVStore(ABC):
         """
         bank, pin = self._banks[role], self.scenes.pin(role)
         own, query = self._inside(role, query)
-        rows = tuple(role.attend(bank.table(own, pin, query), phase))
+        rows = tuple(visible_rows(role, bank.table(own, pin, query), phase))
         frames = (*(bank.frames[row] for row in rows), *own)
         positions = self._positions(role, frames, len(own), query)
         k, v = bank.view(rows, positions, encode, None if query is None else query - own.start)
         return KVView(self.scenes.outside(role, frames), positions, k, v)
 
-    def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
+    def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """Compressed tokens that the heads of `role` attend to: rotated keys, values `[B, m, Hr, D]`.
 
         Called after `view`; the next chunk may overwrite the memory.
@@ -249,15 +250,15 @@ class KVStore(ABC):
         """RoPE positions of the frames of a view, as the role counts them; the last `chunk` are its own."""
         more = {} if query is None else {"query": query}
         if (compressed := self.compressed.get(role)) is not None:
-            more["digested"] = compressed.places
-        placed = role.place(frames, chunk, self.window, **more)
-        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.scheme)
+            more["gap"] = compressed.gap
+        placed = role.positions_of(frames, chunk, self.window, **more)
+        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.positions)
 
     def _check_roles(self, chunk: int, pinned: bool = True) -> None:
         for role in self.heads:
             role.fit(self.window, chunk)
             if pinned and (pin := self.scenes.pin(role)) is not None:
-                role.follow(pin, chunk)
+                check_pin(role, pin, chunk)
 
     def _commit_before(self, start: int) -> None:
         """Turns the pending frames before `start` into history, unselected."""

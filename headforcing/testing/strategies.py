@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from headforcing.errors import WindowError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
@@ -30,7 +31,7 @@ def roles(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
 
 
 def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[HeadRole]]:
-    """A strategy for every class of built-in roles; those wrapped in another are drawn of all the others."""
+    """A strategy for every class of built-in roles, with and without a clean window."""
     room = st.integers(0, window - chunk)
     pair = room.flatmap(lambda total: st.integers(0, total).map(lambda first: (first, total - first)))
     ends = st.sampled_from(SCHEMES)
@@ -60,11 +61,15 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
             lambda size, sink: Rolling(size, min(sink, size - 1)), st.integers(1, window), st.integers(0, 4)
         ),
     }
-    fitting = {
-        kind: strategy.filter(lambda role: _fits(role, window, chunk)) for kind, strategy in plain.items()
+    newest = st.none() | st.integers(max(chunk, 1), window)
+    return {
+        kind: st.builds(_with_clean_window, strategy.filter(lambda role: _fits(role, window, chunk)), newest)
+        for kind, strategy in plain.items()
     }
-    wrapped = st.builds(CommitForcing, st.one_of(*fitting.values()), st.integers(max(chunk, 1), window))
-    return {**fitting, CommitForcing: wrapped}
+
+
+def _with_clean_window(role: HeadRole, newest: int | None) -> HeadRole:
+    return dataclasses.replace(role, clean_window=newest)
 
 
 def _fits(role: HeadRole, window: int, chunk: int) -> bool:
@@ -117,7 +122,7 @@ def _participating(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
 
 def queries(role: HeadRole, chunk: range) -> list[int | None]:
     """The query frames of a chunk that attend separately; `None` stands for all together."""
-    return list(chunk) if role.reads_per_query else [None]
+    return list(chunk) if "query" in role.depends_on else [None]
 
 
 def memories(window: int, chunk: int) -> st.SearchStrategy[Memory]:

@@ -35,6 +35,7 @@ from headforcing.errors import (
     WindowError,
 )
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.base import bounded
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import MaxMin, ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
@@ -364,7 +365,7 @@ class SwitchMachine(RuleBasedStateMachine):
         for role in self.heads:
             for query in queries(role, store.pending):
                 store.view(role, "denoise", encode, query)
-                store.view_digest(role, encode, query)
+                store.view_compressed(role, encode, query)
 
     # What happens
 
@@ -521,13 +522,13 @@ class SwitchMachine(RuleBasedStateMachine):
             names = [None if frame.unknown else frame.number for frame in seen]
             assert view.frames == (*names, *self.pending)
             assert view.positions[0] >= 0
-            assert not role.bounded or view.positions[-1] < WINDOW
+            assert not bounded(role) or view.positions[-1] < WINDOW
             if role.positions == "absolute":
                 times = [f.time for f in seen]
                 assert view.positions == (*times, *(past.time(number) for number in self.pending))
 
     def _check_digest(self, role: HeadRole, query: int | None) -> None:
-        tokens, expected = (s.view_digest(role, encode, query) for s in (self.noisy, self.clean))
+        tokens, expected = (s.view_compressed(role, encode, query) for s in (self.noisy, self.clean))
         assert (tokens is None) == (expected is None)
         if tokens is None or expected is None:
             if isinstance(role, Veil):

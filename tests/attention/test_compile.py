@@ -23,7 +23,7 @@ from headforcing.adapters.base import Memo, find_adapter
 from headforcing.attention import compile as traced
 from headforcing.errors import StreamError, StreamShapeError
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.roles import Anchor, CommitForcing, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.types import AttentionCall, Outline
 from tests.hosts import find_host
 from tests.hosts.rig import Rig
@@ -31,7 +31,7 @@ from tests.hosts.rig import Rig
 MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, positions="absolute"))
 ONE_GRAPH = ("self_forcing", "causvid", "longlive", "longlive2", "infinity_rope", "fastvideo")
 """Hosts whose calls can be taken apart; the one of Rolling Forcing has no room for these roles."""
-PHASED = CommitForcing(Memory(), 6)
+PHASED = Memory(clean_window=6)
 WARM, CHUNKS = 2, 100
 
 

@@ -96,10 +96,10 @@ def test_what_does_not_settle_is_refused(monkeypatch):
 class TwoFaced(SlidingWindow):
     """Sees less of its past in a noisy pass than in the clean one."""
 
-    uses_phase: ClassVar[bool] = True
+    depends_on: ClassVar[tuple[str, ...]] = ("phase",)
 
-    def attend(self, table, phase):
-        return range(2 if phase == "commit" else 1) if len(table) > 2 else range(len(table))
+    def visible(self, table, phase):
+        return range(2 if phase == "clean" else 1) if len(table) > 2 else range(len(table))
 
 
 ROWS = {

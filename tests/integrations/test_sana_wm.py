@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib
@@ -24,7 +25,7 @@ from headforcing.errors import (
 )
 from headforcing.integrations import sana_wm
 from headforcing.integrations.sana_wm import SanaWM
-from headforcing.roles import CommitForcing, Full, HeadRole, Local, SlidingWindow
+from headforcing.roles import Full, HeadRole, Local, SlidingWindow
 from headforcing.stores import STORES
 from headforcing.testing import check_adapter, check_names, snapshot
 from tests.hosts.sana_wm import DIFFUSERS, FPS, GRID, TOKENS, SanaWMHost
@@ -231,7 +232,7 @@ def test_a_long_run_stays_bounded(model: Any) -> None:
 
 
 def test_roles_that_see_less_in_the_clean_pass(model: Any) -> None:
-    forced(model, CommitForcing(WINDOW, 6))
+    forced(model, dataclasses.replace(WINDOW, clean_window=6))
     out = refined(model)
     assert bool(out.isfinite().all())
     assert torch.equal(out[:, :, :7], plain()[:, :, :7])  # two blocks, before which the clean pass saw all

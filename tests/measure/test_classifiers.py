@@ -201,6 +201,22 @@ def test_head_forcing_on_a_small_example():
     assert head_forcing.classify(SMALL, local=1 / 6).labels[1][0] == "memory"  # the tie is cut
 
 
+@pytest.mark.parametrize(
+    ("anchor", "local", "counts", "margins"),
+    [
+        (0.0, 0.0, (0, 0, 8), [1.0] * 8),  # whatever the scores are, nobody is picked
+        (1.0, 0.5, (8, 0, 0), [1.0] * 8),
+        (1 / 8, 0.0, (1, 0, 7), [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1.0, 1.0, 1.0]),
+        (0.0, 1 / 8, (0, 1, 7), [1 / 6, 1.0, 0.0, 5 / 6, 0.0, 5 / 6, 4 / 6, 3 / 6]),
+        (0.0, 1.0, (0, 8, 0), [1.0] * 8),
+    ],
+)
+def test_margins_where_no_head_one_head_or_every_head_is_picked(anchor, local, counts, margins):
+    found = head_forcing.classify(SMALL, anchor=anchor, local=local)
+    assert tuple(flat(found).count(name) for name in ("anchor", "local", "memory")) == counts
+    assert found.margin.flatten().tolist() == pytest.approx(margins, abs=1e-6)
+
+
 def test_head_forcing_by_absolute_mass():
     found = head_forcing.classify(SMALL, rule="absolute", anchor=0.85, local=0.55)
     assert found.labels == (("memory", "anchor", "local", "memory"), ("local", "memory", "memory", "memory"))

@@ -45,11 +45,11 @@ def run(role: Participating, chunk: int, until: int, store: str = "ring", batch:
         noise = frames_of(9, start, chunk, batch)
         made.write(Chunk(start, noise[1], noise[2], None, noise[0]))
         made.view(role, "denoise", encode)
-        made.view_digest(role, encode)
+        made.view_compressed(role, encode)
         q, k, v = frames_of(1, start, chunk, batch)
         made.write(Chunk(start, k, v, None, q))
         if look is not None:
-            look(start, made.view(role, "denoise", encode), made.view_digest(role, encode))
+            look(start, made.view(role, "denoise", encode), made.view_compressed(role, encode))
     return made
 
 
@@ -133,8 +133,8 @@ def test_the_window_fills_and_empties_as_published():
 class Forgetful(Participating):
     """Planted: chooses by the oldest queries it was told, not by the last."""
 
-    def digest(self):
-        made = super().digest()
+    def compressed(self):
+        made = super().compressed()
         first = made.add
         made.add = lambda past: first(past) if made._queries is None else None
         return made
@@ -169,7 +169,7 @@ def test_both_stores_are_equal_bit_for_bit_and_memory_is_bounded():
     for start in range(90, 3000, 3):
         q, k, v = frames_of(1, start % 60, 3)
         made.write(Chunk(start, k, v, None, q))
-        made.view_digest(Participating(), encode)
+        made.view_compressed(Participating(), encode)
         sizes.append(made.nbytes())
     assert len(set(sizes)) == 1
 

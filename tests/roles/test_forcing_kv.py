@@ -99,7 +99,7 @@ def check_pieces(role: Dynamic, lengths: list[tuple[int, int]], batch: int, head
         )
         for noise in (3.0, 0.0):
             made.write(Chunk(start, k + noise, v - noise, GRID))
-            view, tokens = made.view(role, "denoise", turn), made.view_digest(role, turn)
+            view, tokens = made.view(role, "denoise", turn), made.view_compressed(role, turn)
             cuts = candidates(starts, role)
             frames, places, where = expected_places(role, start, length, len(cuts))
             assert list(view.frames) == frames
@@ -197,7 +197,7 @@ class WithBug(Dynamic):
 
     kind: ClassVar[type[Pieces]] = Pieces
 
-    def digest(self):
+    def compressed(self):
         return self.kind(self)
 
 
@@ -219,7 +219,7 @@ def test_videos_of_a_batch_choose_for_themselves(store):
         for start in range(0, 12, 3):
             x = torch.cat([frame_tensor(range(start, start + 3), 9 + s, 1, 2, PATCHES, DIM) for s in samples])
             made.write(Chunk(start, x, -x, GRID))
-        found.append(made.view_digest(role, turn))
+        found.append(made.view_compressed(role, turn))
     for side in (0, 1):
         assert torch.equal(torch.cat([found[0][side], found[1][side]]), found[2][side])
     assert not torch.equal(found[0][1].abs().argsort(1), found[1][1].abs().argsort(1))
@@ -235,7 +235,7 @@ def layers_of(row: list[Dynamic], shared: bool, store: str = "ring") -> list[Any
     ]
     if shared:
         for each in made[1:]:
-            each.compressed.notes = made[0].compressed.notes
+            each.compressed.shared = made[0].compressed.shared
     return made
 
 
@@ -249,7 +249,7 @@ def run_layers(made: list[Any], row: list[Dynamic], video: int, chunks: int = 6)
                 x = frame_tensor(range(start, start + 3), 100 * video + layer, 1, 2, PATCHES, DIM)
                 store.write(Chunk(start, x + noise, x - noise, GRID))
                 store.view(role, "denoise", turn)
-                tokens = store.view_digest(role, turn)
+                tokens = store.view_compressed(role, turn)
                 seen.append(None if tokens is None else tokens[1].clone())
         found.append(seen)
     return found
@@ -284,7 +284,7 @@ class Old(Pieces):
     """With a bug: takes any choice over, also its own of the last video."""
 
     def _choice(self, past, k):
-        before = past.notes.get("choice")
+        before = past.shared.get("choice")
         return super()._choice(past, k) if before is None else before.pieces
 
 
@@ -368,18 +368,18 @@ def test_bytes_stay_bounded_over_thousands_of_chunks_and_a_reset_forgets(store):
     for start in range(0, 6000, 3):
         made.write(Chunk(start, x, x, GRID))
         made.view(role, "denoise", turn)
-        made.view_digest(role, turn)
+        made.view_compressed(role, turn)
         if start >= 9:
             sizes.add(made.nbytes())
     frame = 2 * x[:, :1].nbytes
     more = {"reference": 0, "lean": 5 * 8, "ring": (5 * frame) // 2 + frame + 5 * 8}  # numbers last
     assert sizes == {7 * frame + more[store]}
     made.write(Chunk(0, x, x, GRID))
-    assert made.view_digest(role, turn) is None
+    assert made.view_compressed(role, turn) is None
     made.reset()
     for start in (0, 3, 6):
         made.write(Chunk(start, x, x, GRID))
-        assert made.view_digest(role, turn) is None
+        assert made.view_compressed(role, turn) is None
 
 
 @pytest.mark.parametrize("grid", [None, (5, 1), (1, 7)])
@@ -388,7 +388,7 @@ def test_frames_that_have_no_equal_bands_are_refused_before_anything_changes(gri
     x = torch.zeros(1, 3, 12, 1, 4)
     store.write(Chunk(0, x, x, GRID))
     before = store.nbytes()
-    with pytest.raises(StreamShapeError, match="cannot cut them to 6 equal pieces"):
+    with pytest.raises(StreamShapeError, match="cannot cut them into 6 equal pieces"):
         store.write(Chunk(3, x, x, grid))
     assert (store.committed, store.nbytes()) == (0, before)
 
@@ -401,7 +401,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
 
 def test_what_was_cut_needs_places_where_positions_are_compact():
     assert Dynamic(positions="compact").fit(8, 3)
-    with pytest.raises(WindowError, match="takes 8 places of 7"):
+    with pytest.raises(WindowError, match="takes 8 positions of 7"):
         Dynamic(positions="compact").fit(7, 3)
     assert Dynamic().fit(5, 3)
 
@@ -411,7 +411,7 @@ def test_dynamic_heads_survive_a_file():
     two = RoleMap.from_json(one.to_json())
     assert two == one
     assert hash(two) == hash(one)
-    assert {role.digest().role for role in two.counts() if isinstance(role, Dynamic)} == {
+    assert {role.compressed().role for role in two.counts() if isinstance(role, Dynamic)} == {
         Dynamic(2, 4, 1, positions="compact"),
         Dynamic(),
     }

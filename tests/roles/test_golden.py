@@ -267,9 +267,9 @@ def shown(role: HeadRole, chunk: int, store: Any, chunks: int = CHUNKS) -> Itera
             k, v = own + noise, own + noise**2
             made.write(Chunk(start, k, v, GRID, k))
             for query in range(start, start + chunk):
-                asked = query if role.reads_per_query else None
+                asked = query if "query" in role.depends_on else None
                 view = made.view(role, "denoise", as_it_is, asked)
-                beside = made.view_digest(role, as_it_is, asked)
+                beside = made.view_compressed(role, as_it_is, asked)
                 past, held = Past(x, start, chunk), len(view.positions) - chunk
                 if noise == 0.0:
                     assert torch.equal(view.k, view.v), "keys and values are of the same frames"
@@ -324,7 +324,7 @@ def check_complete(presets: Mapping[str, Preset]) -> None:
 def test_every_head_of_every_preset_sees_what_its_rule_says(name, label, chunk, store):
     role = PRESETS[name].roles(WINDOW, chunk)[label]
     tokens = check_role(role, RULES[name, label](chunk), chunk, store_class(store))
-    assert bool(tokens) == (role.digest() is not None)
+    assert bool(tokens) == (role.compressed() is not None)
 
 
 def test_no_preset_is_without_a_rule():

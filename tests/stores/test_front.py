@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from headforcing.adapters.rope import rotate
 from headforcing.errors import HeadForcingError, RoleError
 from headforcing.roles import HeadRole, Local, Memory
-from headforcing.roles.commit_forcing import CommitForcing
-from headforcing.roles.compressed import Digest, Past
+from headforcing.roles.base import sees_compressed
+from headforcing.roles.compressed import CompressedHistory, Past
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
@@ -49,12 +49,15 @@ class Blinking(HeadRole):
     """Another role that sees less in some passes, and in all of them what is kept beside whole frames."""
 
     role: HeadRole = Local(1)  # noqa: RUF009 - frozen
-    blind: Phase = "commit"
+    blind: Phase = "clean"
     step: int = 2
-    uses_phase: ClassVar[bool] = True
 
-    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
-        rows = self.role.attend(table, phase)
+    @property
+    def depends_on(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("phase", *self.role.depends_on)
+
+    def visible(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+        rows = self.role.visible(table, phase)
         return rows[:: self.step] if phase == self.blind else rows
 
     def capacity(self, chunk: int) -> int | None:
@@ -63,27 +66,23 @@ class Blinking(HeadRole):
     def retain(self, table: FrameTable) -> Any:
         return self.role.retain(table)
 
-    def place(self, frames: Any, chunk: int, window: int, query: Any = None, digested: int = 0) -> Any:
+    def positions_of(self, frames: Any, chunk: int, window: int, query: Any = None, gap: int = 0) -> Any:
         if query is not None:
-            return self.role.place(frames, chunk, window, query=query)
-        return tuple(range(digested, digested + len(frames)))
+            return self.role.positions_of(frames, chunk, window, query=query)
+        return tuple(range(gap, gap + len(frames)))
 
-    @property
-    def reads_per_query(self) -> bool:
-        return self.role.reads_per_query
-
-    def digest(self) -> Digest | None:
-        return self.role.digest()
+    def compressed(self) -> CompressedHistory | None:
+        return self.role.compressed()
 
 
-class Asking(Digest):
+class Asking(CompressedHistory):
     """Single tokens of the last chunk: which, and how many, differs by query frame."""
 
     def __init__(self, said: int | None) -> None:
         self.said = said
         self.held: tuple[Tensor, Tensor] | None = None
 
-    def most(self, patches: int) -> int | None:
+    def max_tokens(self, patches: int) -> int | None:
         return self.said
 
     def add(self, past: Past) -> None:
@@ -109,19 +108,21 @@ class Curious(Veil):
 
     said: int | None = None
 
-    def digest(self) -> Digest:
+    def compressed(self) -> CompressedHistory:
         return Asking(self.said)
 
 
 def beside() -> st.SearchStrategy[HeadRole]:
     """Roles that keep something beside whole frames, alone or in another one."""
     plain = st.one_of(*BESIDE, st.builds(Curious, st.integers(0, 2), said=st.sampled_from([None, CHUNK, 9])))
-    wrapped = st.builds(CommitForcing, plain, st.integers(CHUNK, WINDOW))
+    cut = st.builds(
+        lambda role, newest: replace(role, clean_window=newest), plain, st.integers(CHUNK, WINDOW)
+    )
     blinking = st.builds(
         lambda role, blind, step: Blinking(role=role, blind=blind, step=step),
-        *(plain, st.sampled_from(["denoise", "commit"]), st.integers(2, 4)),
+        *(plain, st.sampled_from(["denoise", "clean"]), st.integers(2, 4)),
     )
-    return st.one_of(plain, wrapped, blinking, st.sampled_from([Local(2), Memory(1, 3, 2)]))
+    return st.one_of(plain, cut, blinking, st.sampled_from([Local(2), Memory(1, 3, 2)]))
 
 
 class Side:
@@ -166,7 +167,7 @@ class Side:
             if not self.each(functools.partial(KVStore.write, chunk=chunk)):
                 return
             for phase in self.dice.choice(["", "d", "c", "dc", "cd", "dcd"]):
-                self.look("denoise" if phase == "d" else "commit")
+                self.look("denoise" if phase == "d" else "clean")
 
     def look(self, phase: Phase) -> None:
         expected, *seen = ([*self.parts(store, phase)] for store in self.stores)
@@ -182,7 +183,7 @@ class Side:
         for role in self.heads:
             for query in queries(role, store.pending):
                 view = store.view(role, phase, encode, query)
-                tokens = store.view_digest(role, encode, query) if role.sees_digest(phase) else None
+                tokens = store.view_compressed(role, encode, query) if sees_compressed(role, phase) else None
                 k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
                 if tokens is not None:
                     k, v = joined(tokens[0], k), joined(tokens[1], v)
@@ -276,7 +277,7 @@ def test_query_frames_that_see_different_tokens_do_not_write_over_each_other(sai
 
 
 def test_more_tokens_than_were_promised_are_refused() -> None:
-    with pytest.raises(RoleError, match=r"shows \d tokens .* at most 1: mend Asking.most"):
+    with pytest.raises(RoleError, match=r"shows \d tokens .* at most 1: mend Asking.max_tokens"):
         run([Curious(said=1)], RingStore)
 
 

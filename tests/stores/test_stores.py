@@ -30,7 +30,7 @@ from headforcing.errors import (
     module_names,
 )
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.base import bounded
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.roles.forcing_kv import Dynamic
@@ -67,7 +67,7 @@ class Definition:
     """What a role keeps, written on frame numbers and Python lists only, for one sample."""
 
     def __init__(self, role: HeadRole) -> None:
-        self.role = role.role if isinstance(role, CommitForcing) else role
+        self.role = role
         self.kept, self.episodic = [], []
         self.chunks, self.last, self.cut = 0, None, []
         self.fits, self.averages, self.gone = True, None, []
@@ -246,7 +246,7 @@ class StoreMachine(RuleBasedStateMachine):
             for role in self.heads:
                 for query in queries(role, window):
                     self.noisy.view(role, "denoise", encode, query)
-                    self.noisy.view_digest(role, encode, query)
+                    self.noisy.view_compressed(role, encode, query)
         if rolling:
             noise = self._tensor(longest, salt=9)
             self.clean.write(Chunk(frames.start, noise, noise, GRID, noise, rolling))
@@ -325,10 +325,10 @@ class StoreMachine(RuleBasedStateMachine):
                     assert view.positions == (*before, *others)
                 else:
                     clean = [f for f in view.frames if f is not None]
-                if isinstance(role, CommitForcing):
-                    clean = [f for f in clean if f >= now.stop - role.window]
-                if isinstance(inside, Rolling) or isinstance(role, CommitForcing):
-                    assert list(self._same_view(role, "commit", query).frames) == clean
+                if role.clean_window is not None:
+                    clean = [f for f in clean if f >= now.stop - role.clean_window]
+                if isinstance(inside, Rolling) or role.clean_window is not None:
+                    assert list(self._same_view(role, "clean", query).frames) == clean
                 self._check_beside(role, query)
             held = self.noisy.frames(role)
             assert held == self.clean.frames(role)
@@ -350,7 +350,7 @@ class StoreMachine(RuleBasedStateMachine):
         return view
 
     def _check_beside(self, role: HeadRole, query: int | None) -> None:
-        expected, seen = (store.view_digest(role, encode, query) for store in (self.clean, self.noisy))
+        expected, seen = (store.view_compressed(role, encode, query) for store in (self.clean, self.noisy))
         assert (expected is None) == (seen is None)
         if seen is not None:
             assert torch.equal(seen[0], expected[0]), role
@@ -367,8 +367,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _check_bounds(self, role: HeadRole, positions: tuple[int, ...]) -> None:
         assert list(positions) == sorted(positions)
-        assert len(set(positions)) == len(positions) or role.reads_per_query
-        if role.bounded:
+        assert len(set(positions)) == len(positions) or "query" in role.depends_on
+        if bounded(role):
             assert positions[0] >= 0
             assert positions[-1] < WINDOW
         capacity = role.capacity(len(self.pending))
@@ -464,7 +464,7 @@ class Frozen(RingStore):
         bank = self._banks[role]
         if query is not None:
             return super().view(role, phase, encode, query)
-        placed = [role.place((*bank.frames, *self._pending), len(self._pending), self.window)]
+        placed = [role.positions_of((*bank.frames, *self._pending), len(self._pending), self.window)]
         held = len(bank.frames) - 1
         bank._rotated_to[:held] = placed[0][:held]
         return super().view(role, phase, encode, query)
@@ -531,7 +531,7 @@ def store(request) -> KVStore:
 class EverySecond(HeadRole):
     """Keeps everything, sees every second frame while denoising: a role that attends to a part."""
 
-    uses_phase: ClassVar[bool] = True
+    depends_on: ClassVar[tuple[str, ...]] = ("phase",)
 
     def capacity(self, chunk: int) -> int | None:
         return WINDOW - chunk
@@ -539,7 +539,7 @@ class EverySecond(HeadRole):
     def retain(self, table: FrameTable) -> Any:
         return range(max(len(table) - (WINDOW - table.chunk), 0), len(table))
 
-    def attend(self, table: FrameTable, phase: Phase) -> Any:
+    def visible(self, table: FrameTable, phase: Phase) -> Any:
         return range(0, len(table), 2) if phase == "denoise" else range(max(len(table) - 2, 0), len(table))
 
 
@@ -553,7 +553,7 @@ def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, pas
             chunk = chunk_of(start, length)
             for store in stores:
                 store.write(Chunk(start, chunk.k + passes - number - 1, chunk.v))
-            for phase in ("denoise", "commit"):
+            for phase in ("denoise", "clean"):
                 one, *others = (store.view(EverySecond(), phase, encode) for store in stores)
                 for two in others:
                     assert one.frames == two.frames
@@ -693,7 +693,7 @@ def test_max_min_keeps_every_distinct_scene(shown):
     scenes = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([scenes[scene] for scene in shown])[None]
     assume(len(set(shown)) == 3)
-    kept = MaxMin().choose(keys, stored=0, places=3)[0].tolist()
+    kept = MaxMin().choose(keys, stored=0, capacity=3)[0].tolist()
     assert {shown[row] for row in kept} == {0, 1, 2}
 
 

@@ -217,7 +217,7 @@ class ClockOfABlock(SelfForcing):
         return model.blocks[0].cross_attn  # type: ignore[union-attr, index, return-value]
 
     def phase(self, args: Any, kwargs: Any) -> Any:
-        return "commit"
+        return "clean"
 
 
 class CountsNothing(SelfForcing):

@@ -16,6 +16,7 @@ from headforcing.errors import OptionError
 from headforcing.measure.memory import Steady, steady, stored_bytes
 from headforcing.measure.sizes import ITEMSIZES, ModelSize
 from headforcing.roles import SlidingWindow
+from headforcing.roles.base import bounded
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 
@@ -46,7 +47,7 @@ class Entrant:
     @property
     def bounded(self) -> bool:
         """Whether positions stay in the range the model was trained on, however long the video."""
-        return all(role.bounded for role in self.roles.counts())
+        return all(map(bounded, self.roles.counts()))
 
 
 def entrant(name: str, config: DemoConfig) -> Entrant:

@@ -60,7 +60,7 @@ class OutputRegret(Metric):
     def begin(self, window: int, chunk: int) -> None:
         """See `Metric.begin`."""
         self.roles = tuple(role.fit(window, chunk) for role in self.roles or candidates(window, chunk))
-        if any(role.reads_per_query for role in self.roles):
+        if any("query" in role.depends_on for role in self.roles):
             raise OptionError(
                 "output_regret does not support roles that differ per query frame: leave them out"
             )

@@ -106,8 +106,8 @@ def simulate(role: HeadRole, window: int, chunk: int, chunks: int) -> Iterator[K
         chosen = kept if isinstance(kept, Selection) else Selection(tuple(kept))
         frames = chosen.frames(table)
         own = tuple(range(start, start + chunk))
-        together = not role.reads_per_query  # otherwise positions differ per query frame
-        positions = role.place((*frames, *own), chunk, window) if together else ()
+        together = "query" not in role.depends_on  # otherwise positions differ per query frame
+        positions = role.positions_of((*frames, *own), chunk, window) if together else ()
         yield Kept(start, frames, _between(frames, start), positions)
         known = (*frames, *own)
 

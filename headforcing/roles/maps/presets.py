@@ -7,10 +7,10 @@ says what was left out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.maps.preset import ALL, Preset, Roles
@@ -206,6 +206,7 @@ def commit_forcing(roles: RoleMap, window: int) -> RoleMap:
         roles: the role map to change.
         window: newest frames in the clean pass, current chunk included; 3 to 21 in its released runs.
     """
-    around = {role: CommitForcing(role, window) for role in roles.counts()}
-    layers = tuple(tuple(around[role] for role in layer) for layer in roles.layers)
+    layers = tuple(
+        tuple(dataclasses.replace(role, clean_window=window) for role in layer) for layer in roles.layers
+    )
     return RoleMap(layers, roles.origin, roles.labels)

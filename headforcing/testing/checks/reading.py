@@ -178,7 +178,7 @@ def clock_tells_the_clean_pass(kit: Kit) -> None:
     hook = clock.register_forward_pre_hook(record, with_kwargs=True)
     take.passes(0, (2, 1, 0))
     hook.remove()
-    assert phases == ["denoise", "denoise", "commit"], (
+    assert phases == ["denoise", "denoise", "clean"], (
         f"two noisy passes and a clean one are {phases}: is the clock called once per pass? does phase() "
         "compare with the timestep of the clean pass?"
     )
