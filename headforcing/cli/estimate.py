@@ -50,9 +50,9 @@ class Options:
 def estimate(options: Options) -> None:
     """Show what one choice of memories takes, beside the dense window and StreamingLLM, without a model.
 
-    Stored is what the store holds once a video is long, kept is what of it the roles keep as keys and values,
-    attended is what a query attends to in a noisy pass, current chunk included, mean over heads. Not in it:
-    weights, activations, the rest of the model. StreamingLLM attends to as many frames, to the nearest.
+    Stored is what the store holds once a video is long, attended the frames that a query attends to in a
+    noisy pass, current chunk included, mean over heads. Not in it: weights, activations, the rest of the
+    model. StreamingLLM attends to as many frames, to the nearest.
 
     The cost of attention follows the frames that are attended; what does not shrink with them, such as RoPE
     of the current chunk and the rest of the model, is not in the ratio. It is no measurement.
@@ -125,7 +125,6 @@ def _facts(rows: list[MemoryEstimate], size: ModelSize, options: Options) -> dic
 def _numbers(row: MemoryEstimate) -> dict[str, int | float | None]:
     return {
         "stored": row.stored,
-        "kept": row.kept,
         "attended": None if row.attended is None else float(row.attended),
     }
 

@@ -56,8 +56,9 @@ def presets(options: Options) -> None:
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
-        sums = {"frame_bytes": size.frame_bytes, "window_bytes": size.window_bytes}
-        print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
+        names = ("tokens_per_frame", "frame_bytes", "window_bytes")
+        counted = {name: getattr(size, name) for name in names}
+        print_json({"model": {**dataclasses.asdict(size), **counted}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))
 
@@ -164,11 +165,11 @@ BYTES = ("bytes", "ring_bytes", "of_window")
 
 def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
     """Bytes for all heads of the model, in the published proportions."""
-    from headforcing.measure.memory import kept_bytes, published_map, stored_bytes
+    from headforcing.measure.memory import kv_bytes, published_map, stored_bytes
 
     found = published_map(preset, roles, size)
     share = Fraction(size.count, sum(found.counts().values()))
-    totals = kept_bytes(size, found), stored_bytes(size, "ring", found)
+    totals = kv_bytes(size, found), stored_bytes(size, "ring", found)
     plain, ring = (None if total is None else math.ceil(total * share) for total in totals)
     return {"bytes": plain, "ring_bytes": ring, "of_window": plain and plain / size.window_bytes}
 
