@@ -38,7 +38,7 @@ class Options:
     grid: Annotated[
         str | None, typer.Option(help="Patches of a frame, HEIGHTxWIDTH: 30x52 is 480p, 45x80 is 720p.")
     ] = None
-    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     as_json: AsJson = False
 
 
@@ -46,9 +46,9 @@ def presets(options: Options) -> None:
     """Show the frames that every preset stores and attends to, and their bytes, without a model.
 
     Frames are per head, current chunk included, once a video is long; counted on a real store with tensors
-    that hold no numbers. Where heads differ, means and bytes are for the published numbers of heads; your
-    model's own are those of its map. For one stream of one video: multiply by videos, CFG branches and
-    experts. The ring store holds more than keys and values, because it keeps rotated keys, too.
+    without data. If heads differ, means and bytes are for the published numbers of heads; a role map of your
+    model may differ. All numbers are for one stream of one video: multiply by videos, CFG branches and
+    experts. The ring store also contains rotated keys.
     """
     with clean_errors():
         from headforcing.roles.maps.presets import PRESETS
@@ -56,9 +56,8 @@ def presets(options: Options) -> None:
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
-        names = ("tokens_per_frame", "frame_bytes", "window_bytes")
-        counted = {name: getattr(size, name) for name in names}
-        print_json({"model": {**dataclasses.asdict(size), **counted}, "presets": rows})
+        sums = {name: getattr(size, name) for name in ("tokens_per_frame", "frame_bytes", "window_bytes")}
+        print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))
 
@@ -139,7 +138,7 @@ def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
 
 
 def _role(label: str, role: HeadRole, preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """What one head of a role holds and sees, in frames."""
+    """Stored and attended frames of one head of a role."""
     from headforcing.measure.memory import steady
 
     found = steady(role, size.window, size.chunk)
@@ -165,11 +164,11 @@ BYTES = ("bytes", "ring_bytes", "of_window")
 
 def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
     """Bytes for all heads of the model, in the published proportions."""
-    from headforcing.measure.memory import kv_bytes, published_map, stored_bytes
+    from headforcing.measure.memory import kept_bytes, published_map, stored_bytes
 
     found = published_map(preset, roles, size)
     share = Fraction(size.count, sum(found.counts().values()))
-    totals = kv_bytes(size, found), stored_bytes(size, "ring", found)
+    totals = kept_bytes(size, found), stored_bytes(size, "ring", found)
     plain, ring = (None if total is None else math.ceil(total * share) for total in totals)
     return {"bytes": plain, "ring_bytes": ring, "of_window": plain and plain / size.window_bytes}
 

@@ -33,8 +33,6 @@ CHUNKS = 40
 """Chunks of a simulated video, at least; the second half is counted."""
 GRID = (12, 12)
 """Patches where only frames are counted: squares of 2, 3, 4 and 6 divide it, and sixths of a frame."""
-
-
 Counts = tuple[tuple[HeadRole, int], ...]
 """Heads per role in one layer."""
 
@@ -44,14 +42,14 @@ class Moment(NamedTuple):
 
     Attributes:
         stored: bytes of the store.
-        kv: bytes of the keys and values among them: frames, compressed tokens and the current chunk; without
-            rotated keys, spare room in buffers, copies for a view, and what waits to be compressed.
+        kept: bytes of the frames and compressed tokens that roles keep, and of the current chunk; no spare
+            room in buffers, no copies for a view, nothing that waits to be compressed.
         attended: tokens that one query of a head of each role attends to in a noisy pass, a mean over
             queries.
     """
 
     stored: int
-    kv: int
+    kept: int
     attended: tuple[Fraction, ...]
 
 
@@ -60,7 +58,7 @@ class Steady:
     """One head of a role once a video is long, current chunk included; means over whole cycles.
 
     Attributes:
-        stored: frames of keys and values, a part of a frame as such; see `Moment.kv`.
+        stored: frames stored, a part of a frame as such; see `Moment.kept`.
         attended: frames that a query attends to in a noisy pass: tokens over tokens per frame.
         most: the same in the chunk that attends to most.
         cycle: chunks after which it repeats.
@@ -79,11 +77,13 @@ class MemoryEstimate:
     Attributes:
         name: of the choice.
         stored: bytes of the store once it is full.
+        kept: bytes of keys and values that the roles keep, current chunk included.
         attended: frames that a query attends to in a noisy pass, current chunk included, mean over heads.
     """
 
     name: str
     stored: int | None
+    kept: int | None
     attended: Fraction | None
 
 
@@ -106,21 +106,21 @@ def steady(role: HeadRole, window: int, chunk: int, grid: Grid = GRID) -> Steady
     size = ModelSize(1, 1, 1, window, chunk, grid if compresses else GRID, itemsize=4)
     last = _one_cycle(role, size)
     attended = [moment.attended[0] / size.tokens_per_frame for moment in last]
-    kv = [moment.kv for moment in last]
-    if compresses:  # an average is no part of a frame, so count what as many patches again add
+    kept = [moment.kept for moment in last]
+    if compresses:  # averages are no part of a frame: count what as many patches again add
         twice = _one_cycle(role, dataclasses.replace(size, grid=(grid[0], 2 * grid[1])))
-        kv = [more.kv - moment.kv for moment, more in zip(last, twice, strict=True)]
-    return Steady(_mean(kv) / size.head_bytes, _mean(attended), max(attended), len(last))
+        kept = [more.kept - moment.kept for moment, more in zip(last, twice, strict=True)]
+    return Steady(_mean(kept) / size.head_bytes, _mean(attended), max(attended), len(last))
 
 
-def kv_bytes(size: ModelSize, roles: RoleMap) -> int | None:
-    """Most bytes of keys and values, those of the current chunk included; `None` is without bound.
+def kept_bytes(size: ModelSize, roles: RoleMap) -> int | None:
+    """Most bytes that roles keep, with the current chunk; `None` is without bound.
 
     Raises:
         OptionError: a role cannot compress frames of this grid, or there is no type of so many bytes.
         WindowError: a role does not fit the window.
     """
-    return _most(size, "ring", roles, "kv")
+    return _most(size, "ring", roles, "kept")
 
 
 def stored_bytes(size: ModelSize, store: str, roles: RoleMap) -> int | None:
@@ -193,19 +193,22 @@ def estimate(name: str, roles: RoleMap, size: ModelSize, *, store: str, streams:
     Raises:
         OptionError: there is no such store, or a role cannot compress frames of this grid.
     """
-    stored, counts, attended = stored_bytes(size, store, roles), roles.counts(), Fraction()
-    if stored is None:
-        return MemoryEstimate(name, None, None)
-    for role, heads in counts.items():
+    stored, kept = stored_bytes(size, store, roles), kept_bytes(size, roles)
+    if stored is None or kept is None:
+        return MemoryEstimate(name, None, None, None)
+    counts, attended = roles.counts(), Fraction()
+    for role, count in counts.items():
         found = steady(role, size.window, size.chunk, size.grid)
-        attended += heads * found.attended if found else 0
-    of = sum(counts.values())
-    return MemoryEstimate(name, math.ceil(stored * Fraction(size.count, of) * streams), attended / of)
+        attended += count * found.attended if found else 0
+    heads = sum(counts.values())
+    share = Fraction(size.count, heads) * streams
+    return MemoryEstimate(name, math.ceil(stored * share), math.ceil(kept * share), attended / heads)
 
 
 def dense(size: ModelSize, streams: int = 1) -> MemoryEstimate:
     """What the base model's own rolling KV cache takes, a window long."""
-    return MemoryEstimate(f"dense, {size.window} frames", size.window_bytes * streams, Fraction(size.window))
+    held = size.window_bytes * streams
+    return MemoryEstimate(f"dense, {size.window} frames", held, held, Fraction(size.window))
 
 
 @functools.lru_cache(maxsize=256)
@@ -232,12 +235,12 @@ def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) 
     for start in range(0, chunks * size.chunk, size.chunk):
         q, k, v = torch.empty(3, *shape, dtype=DTYPES[size.itemsize], device="meta")
         held.write(Chunk(start, k.clone(), v.clone(), size.grid, q.clone()))
-        kv = _kv(held)
+        kept = _kept(held)
         attended = tuple(_attended(held, role, "denoise") for role, _ in counts)
         for role, _ in counts:
             if role.uses_phase:
                 _attended(held, role, "commit")  # a store may hold what the last pass attended to
-        found.append(Moment(held.nbytes(), min(kv, _kv(held)), attended))
+        found.append(Moment(held.nbytes(), min(kept, _kept(held)), attended))
     return found[chunks // 2 :]
 
 
@@ -259,8 +262,8 @@ def _empty(counts: Counts, size: ModelSize, store: str) -> KVStore:
     return store_class(store)(heads, window=size.window, layer=0)
 
 
-def _kv(store: KVStore) -> int:
-    """Bytes of the keys and values of stored frames, of the pending chunk, and of compressed tokens."""
+def _kept(store: KVStore) -> int:
+    """Bytes of the frames that roles keep, of the pending chunk, and of compressed tokens."""
     whole = 0
     for bank in store._banks.values():
         k, v = bank.staged(1)

@@ -116,14 +116,14 @@ def test_a_real_model_of_several_layers_stores_and_releases_what_was_said():
 def test_timelines_multiply_what_is_stored():
     roles = of_preset(PRESETS["streaming_llm"], SMALL)
     one, many = (estimate("s", roles, SMALL, store="ring", streams=streams) for streams in (1, 6))
-    assert many.stored == 6 * one.stored
+    assert (many.stored, many.kept) == (6 * one.stored, 6 * one.kept)
     assert many.attended == one.attended
     assert dense(SMALL, 6).stored == 6 * SMALL.window_bytes
 
 
 def test_what_keeps_everything_grows():
     found = estimate("full", of_preset(PRESETS["full"], SMALL), SMALL, store="ring")
-    assert (found.stored, found.attended) == (None, None)
+    assert (found.stored, found.kept, found.attended) == (None,) * 3
 
 
 def test_streaming_llm_attends_to_as_many_frames_to_the_nearest():
@@ -151,7 +151,7 @@ def test_a_preset_on_a_model_beside_dense_and_streaming_llm():
     assert [row["name"] for row in rows] == ["dense, 21 frames", "head_forcing", "streaming_llm, 14 frames"]
     assert answer["released_bytes"] == rows[0]["stored"] == MODELS["wan-1.3b"].window_bytes
     assert [round(row["attended"], 2) for row in rows] == [21, 14.2, 14]
-    assert rows[1]["of_dense"]["stored"] == rows[1]["stored"] / rows[0]["stored"]
+    assert rows[1]["of_dense"]["kept"] == rows[1]["kept"] / rows[0]["kept"]
     assert answer["attention_cost_of_dense"] == pytest.approx(14.2 / 21)
 
 
@@ -161,7 +161,7 @@ def test_the_bytes_are_those_of_headforcing_presets():
     by_presets = json.loads(RUN.invoke(app, ["presets", "--model", "wan-14b", "--json"]).stdout)["presets"]
     (other,) = [row for row in by_presets if row["name"] == "forcing_kv"]
     row = answer["rows"][1]
-    assert row["stored"] == other["ring_bytes"]
+    assert (row["kept"], row["stored"]) == (other["bytes"], other["ring_bytes"])
     assert row["attended"] == pytest.approx(other["attended"])
 
 
@@ -171,8 +171,7 @@ def test_a_role_map_file_with_sizes_one_by_one(tmp_path):
     sizes = ["--layers", 2, "--heads", 2, "--head-dim", 16, "--grid", "4x5", "--dtype", "fp32"]
     answer = told("--roles", file, *sizes, "--videos", 2, "--branches", 2)
     assert answer["model"]["tokens_per_frame"] == 20
-    frames = 4 * 4 * 4 * 3 * 20 * 16 * 4  # timelines, frames, heads, k twice and v
-    assert answer["rows"][1]["stored"] == frames + 4 * 3 * 4 * 8  # frame numbers, per role and layer
+    assert answer["rows"][1]["kept"] == 4 * 4 * 4 * 2 * 20 * 16 * 4  # timelines, frames, heads, k and v
     assert answer["rows"][1]["attended"] == 4
     assert answer["rows"][2]["name"] == "streaming_llm, 4 frames"
 

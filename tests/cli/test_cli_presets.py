@@ -16,7 +16,7 @@ from headforcing.cli import app
 from headforcing.cli.presets import in_units
 from headforcing.errors import OptionError
 from headforcing.measure import memory
-from headforcing.measure.memory import Moment, kv_bytes, simulate, steady, stored_bytes
+from headforcing.measure.memory import Moment, kept_bytes, simulate, steady, stored_bytes
 from headforcing.measure.sizes import FRAME_ID, MODELS, ModelSize
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
@@ -83,7 +83,7 @@ def test_what_cannot_be_counted_is_refused():
         simulate(((Veil(), 1),), ModelSize(1, 1, 1, 21, 3, (4, 4), itemsize=8), "ring")
     odd = ModelSize(1, 1, 1, window=21, chunk=3, grid=(2, 5))
     with pytest.raises(OptionError, match=r"\(2, 5\) patches"):
-        kv_bytes(odd, hf.RoleMap.uniform(Veil(patch=3), 1, 1))
+        kept_bytes(odd, hf.RoleMap.uniform(Veil(patch=3), 1, 1))
 
 
 def test_what_does_not_settle_is_refused(monkeypatch):
@@ -141,16 +141,16 @@ def test_what_merged_blocks_take_by_hand():
     """Seven frames, four blocks of a quarter, and a sum of a quarter in float32, keys and values."""
     size = ModelSize(1, 1, 8, window=21, chunk=3, grid=(4, 4))
     numbers = 2 * 16 * 8
-    assert kv_bytes(size, hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 2 + 4 // 4)
+    assert kept_bytes(size, hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 2 + 4 // 4)
     again = dataclasses.replace(size, itemsize=4)
-    assert kv_bytes(again, hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 4 + 4 // 4)
+    assert kept_bytes(again, hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 4 + 4 // 4)
 
 
 def test_what_averages_take_by_hand():
     """Ten frames, and two averages in float32, keys and values, however many tokens a frame has."""
     for tokens in (1, 16, 1560):
         size = ModelSize(2, 3, 8, window=21, chunk=3, grid=(1, tokens))
-        said = kv_bytes(size, hf.RoleMap.uniform(Averaging(), 2, 3))
+        said = kept_bytes(size, hf.RoleMap.uniform(Averaging(), 2, 3))
         assert said == 2 * 3 * 2 * 8 * (10 * tokens * 2 + 2 * 4)
 
 
@@ -159,14 +159,14 @@ def test_what_averages_take_by_hand():
 def test_roles_that_keep_whole_frames_take_their_capacity(role, store, buffers):
     size, one = MODELS["wan-1.3b"], hf.RoleMap.uniform(role, 30, 12)
     slots = role.fit(21, 3).capacity(3) + 3
-    assert kv_bytes(size, one) == slots * size.frame_bytes
+    assert kept_bytes(size, one) == slots * size.frame_bytes
     assert stored_bytes(size, store, one) == slots * (buffers * size.frame_bytes // 2 + 30 * FRAME_ID)
 
 
 def test_a_store_with_slots_twice_takes_a_third_less():
     size, roles = MODELS["wan-1.3b"], hf.RoleMap((PLAIN * 3,) * 30)
     lean, ring = (stored_bytes(size, store, roles) for store in ("lean", "ring"))
-    assert kv_bytes(size, roles) < lean < 1.001 * kv_bytes(size, roles)
+    assert kept_bytes(size, roles) < lean < 1.001 * kept_bytes(size, roles)
     assert 1.499 < ring / lean < 1.5
 
 
