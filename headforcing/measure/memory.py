@@ -1,7 +1,8 @@
 """How many bytes the keys and values of a model take, and how many frames are attended, before it is loaded.
 
-There is one way to count: the real store runs through a long video of chunks of the real size that lie on the
-`meta` device, where tensors have a shape and no numbers. Nothing is known here of any role.
+There is one way to count: the real store runs through a long video, bytes with chunks of the real size on the
+`meta` device, where tensors have a shape and no numbers, frames with one head of one channel. Nothing is known
+here of any role.
 """
 
 from __future__ import annotations
@@ -212,7 +213,9 @@ def dense(size: ModelSize, streams: int = 1) -> MemoryEstimate:
 
 
 @functools.lru_cache(maxsize=256)
-def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) -> list[Moment]:
+def simulate(
+    counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS, device: str = "meta"
+) -> list[Moment]:
     """One layer of so many heads per role, chunk by chunk through the second half of a long video.
 
     Args:
@@ -220,6 +223,7 @@ def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) 
         size: of the model.
         store: name of the store.
         chunks: of the video; more where the window asks for more.
+        device: of the tensors; small ones are faster on the CPU than on `meta`.
 
     Raises:
         OptionError: there is no such store, a role cannot compress frames of this grid, or there is no type
@@ -233,8 +237,8 @@ def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) 
     shape = (1, size.chunk, size.tokens_per_frame, sum(count for _, count in counts), size.head_dim)
     found = []
     for start in range(0, chunks * size.chunk, size.chunk):
-        q, k, v = torch.empty(3, *shape, dtype=DTYPES[size.itemsize], device="meta")
-        held.write(Chunk(start, k.clone(), v.clone(), size.grid, q.clone()))
+        q, k, v = (torch.zeros(shape, dtype=DTYPES[size.itemsize], device=device) for _ in "qkv")
+        held.write(Chunk(start, k, v, size.grid, q))
         kept = _kept(held)
         attended = tuple(_attended(held, role, "denoise") for role, _ in counts)
         for role, _ in counts:
@@ -318,7 +322,7 @@ def _one_cycle(role: HeadRole, size: ModelSize) -> list[Moment]:
         OptionError: it does not, within a third of what was counted.
     """
     for chunks in (CHUNKS, 4 * CHUNKS):
-        found = simulate(((role, 1),), size, "ring", chunks)
+        found = simulate(((role, 1),), size, "ring", chunks, "cpu")
         for cycle in range(1, len(found) // 3 + 1):
             if found[cycle:] == found[:-cycle]:
                 return found[-cycle:]
