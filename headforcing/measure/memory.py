@@ -1,8 +1,8 @@
 """How many bytes the keys and values of a model take, and how many frames are attended, before it is loaded.
 
-There is one way to count: the real store runs through a long video, bytes with chunks of the real size on the
-`meta` device, where tensors have a shape and no numbers, frames with one head of one channel. Nothing is known
-here of any role.
+There is one way to count: the real store runs through a long video. For bytes its chunks have the real size, on
+the `meta` device, where tensors have a shape and no numbers; for frames they have one head of one channel.
+Nothing is known here of any role.
 """
 
 from __future__ import annotations

@@ -328,7 +328,7 @@ def test_ages_that_nobody_saw_are_no_part_of_the_axis():
         warnings.simplefilter("error")
         padded, plain = (plots.mass_by_age(p, LABELS) for p in (profile(by_age=by_age), profile()))
         assert pixels(padded.figure) == pixels(plain.figure)
-    assert padded.get_xlim() == (-2, 8)  # own chunk, five ages, frame 0
+    assert padded.get_xlim() == (-2, 8)  # current chunk, five ages, frame 0
 
 
 def test_ages_without_a_number_are_gaps():
@@ -337,7 +337,7 @@ def test_ages_without_a_number_are_gaps():
     assert all(math.isnan(value) for values in lines(ax).values() for value in values)
     pixels(ax.figure)
     empty = {name: torch.full((8, 3, 4), math.nan) for name in ("own", "first", "middle")}
-    with pytest.raises(ProfileError, match="no number"):
+    with pytest.raises(ProfileError, match="only NaN"):
         plots.mass_by_age(profile(by_age=nothing, **empty), LABELS)
 
 
@@ -380,11 +380,11 @@ def test_panels_show_frames_own_chunks_and_what_content_decides():
     panels = plots.frames_kept(ROLES, WINDOW, CHUNK, 6)
     assert [ax.get_title(loc="left") for ax in panels] == ["local", "anchor", "memory", "full"]
     local, anchor, memory, full = panels
-    assert drawn_frames(local, "kept") == [(3.0 * t, 3.0 * t - 1, 3.0 * t) for t in range(1, 6)]
-    assert drawn_frames(anchor, "kept") == [(3.0 * t, 0.0, 1.0) for t in range(1, 6)]
-    assert len(drawn_frames(full, "kept")) == 3 * (1 + 2 + 3 + 4 + 5)
+    assert drawn_frames(local, "stored") == [(3.0 * t, 3.0 * t - 1, 3.0 * t) for t in range(1, 6)]
+    assert drawn_frames(anchor, "stored") == [(3.0 * t, 0.0, 1.0) for t in range(1, 6)]
+    assert len(drawn_frames(full, "stored")) == 3 * (1 + 2 + 3 + 4 + 5)
     for ax in panels:
-        assert drawn_frames(ax, "own chunk") == [(3.0 * t, 3.0 * t, 3.0 * t + 3) for t in range(6)]
+        assert drawn_frames(ax, "current chunk") == [(3.0 * t, 3.0 * t, 3.0 * t + 3) for t in range(6)]
     assert all(not drawn_frames(ax, frames.CHOSEN) for ax in (local, anchor, full))
     assert drawn_frames(memory, frames.CHOSEN) == [(9.0, 1.0, 6.0), (12.0, 1.0, 9.0), (15.0, 1.0, 12.0)]
     assert any("2 of these" in text.get_text() for text in memory.texts)
