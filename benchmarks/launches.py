@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from attention_presets import preset_rows
 from measuring import CHUNK, FILL, WINDOW, write
-from meta_layer import Layer, Remembering, ResultAlone, returns_views
+from meta_layer import Layer, ResultAlone, returns_views
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -71,7 +71,7 @@ def counted(row: Sequence[HeadRole], grid: tuple[int, int], store: str) -> dict[
     handle = layer.force(row, store) if row else None
     counters = [x for name, x in layer.cache.items() if name.endswith("index")]
     most = {"first": (0, 0), "later": (0, 0)}
-    with torch.no_grad(), ResultAlone(), Remembering({}):
+    with torch.no_grad(), ResultAlone():
         for chunk in range(2 * FILL):
             layer(chunk, torch.tensor([1.0]))
         for chunk in range(2 * FILL, 2 * FILL + 8):

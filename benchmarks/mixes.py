@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -120,16 +121,13 @@ def equal_frames(mix: Mix, case: Case) -> int:
 
 def equal_bytes(mix: Mix, case: Case, store: str) -> int | None:
     """Frames of StreamingLLM whose bytes in the store are nearest; `None`: more than the window would be."""
-    size = size_of(case)
-    wanted = stored_bytes(size, store, RoleMap((tuple(role.fit(case.window, CHUNK) for role in mix.roles),)))
-    held = {
-        frames: stored_bytes(size, store, RoleMap((tuple(streaming(frames, case).roles),)))
-        for frames in range(CHUNK + 1, case.window + 1)
-    }
+    size, roles = size_of(case), tuple(role.fit(case.window, CHUNK) for role in mix.roles)
+    wanted = stored_bytes(size, store, RoleMap((roles,)))
+    whole = stored_bytes(size, store, RoleMap((tuple(streaming(case.window, case).roles),)))
     assert wanted is not None  # no mix grows
-    if wanted > held[case.window] * (1 + 0.5 / case.window):
-        return None
-    return min(held, key=lambda frames: abs(held[frames] - wanted))
+    assert whole is not None
+    half, frames = Fraction(1, 2), Fraction(wanted * case.window, whole)  # every frame takes as much
+    return None if frames > case.window + half else max(math.ceil(frames - half), CHUNK + 1)
 
 
 def size_of(case: Case) -> ModelSize:

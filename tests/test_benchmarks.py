@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headforcing.measure.memory import steady
+from headforcing.measure.memory import steady, stored_bytes
 from headforcing.roles import SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 from tests.examples import examples
@@ -190,8 +190,8 @@ def test_what_takes_more_than_the_window_has_no_equal(bench):
     case = measuring.Case(4, 6, torch.bfloat16, "cpu")
     (pyramid,) = [mix for mix in mixes.preset_mixes(case, False) if mix.name.startswith("pyramid")]
     size = mixes.size_of(case)
-    held = size.stored_bytes("ring", RoleMap((tuple(pyramid.roles),)))
-    assert held > size.stored_bytes("ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
+    held = stored_bytes(size, "ring", RoleMap((tuple(pyramid.roles),)))
+    assert held > stored_bytes(size, "ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
     assert mixes.equal_bytes(pyramid, case, "ring") is None
     assert mixes.equal_frames(pyramid, case) == 10
     assert all(steady(role, 21, 3) is not None for role in pyramid.roles)

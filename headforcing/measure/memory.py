@@ -1,7 +1,8 @@
 """How many bytes the keys and values of a model take, and how many frames are attended, before it is loaded.
 
-There is one way to count: the real store runs through a long video of chunks of the real size that lie on the
-`meta` device, where tensors have a shape and no numbers. Nothing is known here of any role.
+There is one way to count: the real store runs through a long video. For bytes its chunks have the real size, on
+the `meta` device, where tensors have a shape and no numbers; for frames they have one head of one channel.
+Nothing is known here of any role.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -32,8 +33,10 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 """Types by the bytes of a number."""
 CHUNKS = 40
 """Chunks of a simulated video, at least; the second half is counted."""
-GRID = (48, 48)
+GRID = (12, 12)
 """Patches where only frames are counted: squares of 2, 3, 4 and 6 divide it, and sixths of a frame."""
+Counts = tuple[tuple[HeadRole, int], ...]
+"""Heads per role in one layer."""
 
 
 class Moment(NamedTuple):
@@ -87,25 +90,29 @@ class MemoryEstimate:
 
 
 @functools.lru_cache(maxsize=256)
-def steady(role: HeadRole, window: int, chunk: int) -> Steady | None:
+def steady(role: HeadRole, window: int, chunk: int, grid: Grid = GRID) -> Steady | None:
     """What a head of a role stores and attends to; `None` is without bound.
 
     Args:
         role: fitted to the window.
         window: frames the model was trained on.
         chunk: frames of a chunk.
+        grid: height and width of a frame in patches.
 
     Raises:
-        OptionError: it does not repeat, or cannot be simulated.
+        OptionError: it does not repeat, or cannot compress frames of this grid.
     """
     if role.capacity(chunk) is None:
         return None
-    size = ModelSize(1, 1, 1, window, chunk, GRID, itemsize=4)
-    found = simulate(((role, 1),), size, "ring")
-    last = found[-_cycle(found, role) :]
+    compresses = role.digest() is not None
+    size = ModelSize(1, 1, 1, window, chunk, grid if compresses else GRID, itemsize=4)
+    last = _one_cycle(role, size)
     attended = [moment.attended[0] / size.tokens_per_frame for moment in last]
-    stored = [Fraction(moment.kept, size.head_bytes) for moment in last]
-    return Steady(_mean(stored), _mean(attended), max(attended), len(last))
+    kept = [moment.kept for moment in last]
+    if compresses:  # averages are no part of a frame: count what as many patches again add
+        twice = _one_cycle(role, dataclasses.replace(size, grid=(grid[0], 2 * grid[1])))
+        kept = [more.kept - moment.kept for moment, more in zip(last, twice, strict=True)]
+    return Steady(_mean(kept) / size.head_bytes, _mean(attended), max(attended), len(last))
 
 
 def kept_bytes(size: ModelSize, roles: RoleMap) -> int | None:
@@ -189,13 +196,14 @@ def estimate(name: str, roles: RoleMap, size: ModelSize, *, store: str, streams:
         OptionError: there is no such store, or a role cannot compress frames of this grid.
     """
     stored, kept = stored_bytes(size, store, roles), kept_bytes(size, roles)
-    counts = roles.counts()
-    seen = {role: steady(role, size.window, size.chunk) for role in counts}
     if stored is None or kept is None:
         return MemoryEstimate(name, None, None, None)
+    counts, attended = roles.counts(), Fraction()
+    for role, count in counts.items():
+        found = steady(role, size.window, size.chunk, size.grid)
+        attended += count * found.attended if found else 0
     heads = sum(counts.values())
     share = Fraction(size.count, heads) * streams
-    attended = sum((found.attended * counts[role] for role, found in seen.items() if found), Fraction())
     return MemoryEstimate(name, math.ceil(stored * share), math.ceil(kept * share), attended / heads)
 
 
@@ -205,8 +213,18 @@ def dense(size: ModelSize, streams: int = 1) -> MemoryEstimate:
     return MemoryEstimate(f"dense, {size.window} frames", held, held, Fraction(size.window))
 
 
-def simulate(counts: tuple[tuple[HeadRole, int], ...], size: ModelSize, store: str) -> list[Moment]:
+@functools.lru_cache(maxsize=256)
+def simulate(
+    counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS, device: str = "meta"
+) -> list[Moment]:
     """One layer of so many heads per role, chunk by chunk through the second half of a long video.
+
+    Args:
+        counts: heads per role.
+        size: of the model.
+        store: name of the store.
+        chunks: of the video; more where the window asks for more.
+        device: of the tensors; small ones are faster on the CPU than on `meta`.
 
     Raises:
         OptionError: there is no such store, a role cannot compress frames of this grid, or there is no type
@@ -216,12 +234,12 @@ def simulate(counts: tuple[tuple[HeadRole, int], ...], size: ModelSize, store: s
         raise OptionError(f"numbers of {size.itemsize} bytes: expected 2 or 4")
     for role, _ in counts:
         _check_grid(role, size.grid)
-    held, chunks = _empty(counts, size, store), max(CHUNKS, -(-4 * size.window // size.chunk))
+    held, chunks = _empty(counts, size, store), max(chunks, -(-4 * size.window // size.chunk))
     shape = (1, size.chunk, size.tokens_per_frame, sum(count for _, count in counts), size.head_dim)
     found = []
     for start in range(0, chunks * size.chunk, size.chunk):
-        q, k, v = torch.empty(3, *shape, dtype=DTYPES[size.itemsize], device="meta")
-        held.write(Chunk(start, k.clone(), v.clone(), size.grid, q.clone()))
+        q, k, v = (torch.zeros(shape, dtype=DTYPES[size.itemsize], device=device) for _ in "qkv")
+        held.write(Chunk(start, k, v, size.grid, q))
         kept = _kept(held)
         attended = tuple(_attended(held, role, "denoise") for role, _ in counts)
         for role, _ in counts:
@@ -241,7 +259,7 @@ def _check_grid(role: HeadRole, grid: Grid) -> None:
         raise OptionError(f"{role}: {error}: give a --grid of other sides, or other roles") from error
 
 
-def _empty(counts: Sequence[tuple[HeadRole, int]], size: ModelSize, store: str) -> KVStore:
+def _empty(counts: Counts, size: ModelSize, store: str) -> KVStore:
     """An empty store for so many heads per role."""
     heads, first, of = {}, 0, sum(count for _, count in counts)
     for role, count in counts:
@@ -275,37 +293,38 @@ def _as_it_is(x: Tensor, *_: object) -> Tensor:
 
 
 def _most(size: ModelSize, store: str, roles: RoleMap, what: str) -> int | None:
-    """Most bytes of all layers at the end of one chunk; equal layers are simulated once."""
+    """Most bytes of all layers at the end of one chunk, of as many as it takes for all of them to repeat."""
     if store_class(store) is ReferenceStore:
         raise OptionError("the reference store keeps lists for tests: estimate another, such as lean or ring")
-    if any(role.capacity(size.chunk) is None for role in roles.counts()):
+    found = [steady(role, size.window, size.chunk, size.grid) for role in roles.counts()]
+    bounded = [one.cycle for one in found if one is not None]
+    if len(bounded) < len(found):
         return None
-    layers: dict[tuple[tuple[HeadRole, int], ...], int] = {}
+    layers: dict[Counts, int] = {}
     for layer in roles.layers:
         counts = {role: layer.count(role) for role in sorted(set(layer), key=repr)}
         layers[tuple(counts.items())] = layers.get(tuple(counts.items()), 0) + 1
-    series = [[getattr(m, what) * times for m in _cached(c, size, store)] for c, times in layers.items()]
+    one, chunks = dataclasses.replace(size, layers=1), max(CHUNKS, 2 * math.lcm(*bounded))
+    series = [
+        [getattr(moment, what) * times for moment in simulate(counts, one, store, chunks)]
+        for counts, times in layers.items()
+    ]
     return max(map(sum, zip(*series, strict=True)))
 
 
-@functools.lru_cache(maxsize=64)
-def _cached(counts: tuple[tuple[HeadRole, int], ...], size: ModelSize, store: str) -> list[Moment]:
-    """`simulate`, of one layer."""
-    return simulate(counts, dataclasses.replace(size, layers=1), store)
+def _mean(values: Sequence[Fraction | int]) -> Fraction:
+    return sum(values, Fraction()) / len(values)
 
 
-def _mean(values: Iterable[Fraction]) -> Fraction:
-    found = list(values)
-    return sum(found, Fraction()) / len(found)
-
-
-def _cycle(found: Sequence[Moment], role: HeadRole) -> int:
-    """Chunks after which what was counted repeats.
+def _one_cycle(role: HeadRole, size: ModelSize) -> list[Moment]:
+    """A layer of one role at the end of a long video, for as many chunks as it takes to repeat.
 
     Raises:
         OptionError: it does not, within a third of what was counted.
     """
-    for cycle in range(1, len(found) // 3 + 1):
-        if all(found[i] == found[i - cycle] for i in range(cycle, len(found))):
-            return cycle
-    raise OptionError(f"{role} does not settle: what is stored after {len(found)} chunks still changes")
+    for chunks in (CHUNKS, 4 * CHUNKS):
+        found = simulate(((role, 1),), size, "ring", chunks, "cpu")
+        for cycle in range(1, len(found) // 3 + 1):
+            if found[cycle:] == found[:-cycle]:
+                return found[-cycle:]
+    raise OptionError(f"{role} does not settle: what is stored after {4 * CHUNKS} chunks still changes")

@@ -45,7 +45,7 @@ class ModelSize:
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self) if field.name != "grid"]
-        given = {**{name: getattr(self, name) for name in names}, "grid": math.prod(self.grid)}
+        given = {name: getattr(self, name) for name in (*names, "tokens_per_frame")}
         for name, value in given.items():
             if type(value) is not int or value < 1:
                 raise OptionError(f"{name} is {value!r}: expected a whole number, at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -120,12 +121,11 @@ def controls(contender: Entrant, config: DemoConfig) -> list[Entrant]:
     least, most = config.chunk + 1, config.window
     alike = min(max(round(attended), least), most)
     size = _size(config)
-    bytes_wanted = stored_bytes(size, "ring", contender.roles) or 0
-
-    def off(frames: int) -> int:
-        return abs((stored_bytes(size, "ring", streaming(frames, config)) or 0) - bytes_wanted)
-
-    heavy = min(range(least, most + 1), key=off)
+    wanted, whole = (
+        stored_bytes(size, "ring", roles) for roles in (contender.roles, streaming(most, config))
+    )
+    nearest = math.ceil(Fraction((wanted or 0) * most, whole or 1) - Fraction(1, 2))  # frames take the same
+    heavy = min(max(nearest, least), most)
     kinds: dict[Kind, int] = {"as many attended": alike, "as many bytes": heavy}
     if alike == heavy:
         kinds = {"as many attended and bytes": alike}
