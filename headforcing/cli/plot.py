@@ -37,7 +37,6 @@ def plot(
     profile: Annotated[
         Path | None, typer.Option(help="A profile: draw what the heads of every role look at.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="A stability report, to be drawn as well.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw role maps: the heads, the layers, and which frames are kept.
@@ -56,8 +55,6 @@ def plot(
         pictures = {
             f"{file.stem}-{name}": picture for file in files for name, picture in _pictures(file, measured)
         }
-        if report is not None:
-            pictures |= {f"{report.stem}-{name}": picture for name, picture in _of_report(report)}
         out.mkdir(parents=True, exist_ok=True)
         written = [_save(picture, out / f"{name}.{kind.value}") for name, picture in pictures.items()]
     if as_json:
@@ -99,13 +96,6 @@ def _of_profile(profile: HeadProfile, roles: Any) -> Iterator[tuple[str, Any]]:
 
     yield "mass-by-age", plots.mass_by_age(profile, roles)
     yield "mass-scatter", plots.mass_scatter(profile, roles)
-
-
-def _of_report(path: Path) -> Iterator[tuple[str, Any]]:
-    from headforcing.measure import plots
-    from headforcing.measure.stability_report import StabilityReport
-
-    yield "panels", plots.stability_panels(StabilityReport.load(path))[0]
 
 
 def _save(picture: Any, path: Path) -> str:

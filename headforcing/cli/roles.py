@@ -141,7 +141,7 @@ app.command(
     "plot",
     epilog=examples(
         "roles plot roles.json --out plots",
-        "roles plot roles.json --profile profile.safetensors --report stability.json --format png",
+        "roles plot roles.json --profile profile.safetensors --format png",
     ),
 )(plot.plot)
 app.command(

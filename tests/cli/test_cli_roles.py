@@ -385,11 +385,11 @@ def test_pictures_of_a_map_and_its_profile(folder, tmp_path, kind):
     told = parsed(
         run(
             *("plot", folder / "roles.json", "--profile", folder / "profile.safetensors"),
-            *("--report", folder / "stability.json", "--out", out, "--format", kind, "--json"),
+            *("--out", out, "--format", kind, "--json"),
         )
     )
     names = ["head-map", "roles-per-layer", "frames-kept", "mass-by-age", "mass-scatter"]
-    expected = [f"roles-{name}" for name in names] + ["stability-panels"]
+    expected = [f"roles-{name}" for name in names]
     assert told["files"] == [str(out / f"{name}.{kind}") for name in expected]
     for name in expected:
         content = (out / f"{name}.{kind}").read_bytes()
