@@ -79,10 +79,6 @@ class ForeignRolesWarning(UserWarning):
     """A role map was measured on other weights than those it is applied to."""
 
 
-class WeightsChangedWarning(UserWarning):
-    """Weights of attention changed in the middle of a video, whose past was made by those before."""
-
-
 class InactiveLayerWarning(UserWarning):
     """A layer that has roles was never called, though others were."""
 

@@ -66,7 +66,7 @@ def apply_head_forcing(
         window: frames the model was trained on; default: what the model says.
         chunk: frames of the longest chunk; default: what the model says.
         store: where keys and values live, by name or class.
-        backend: how attention is computed, by name (`sdpa`, `varlen`, `flash`, `flex`, or `auto`, which
+        backend: how attention is computed, by name (`sdpa`, `varlen`, `flash`, or `auto`, which
             chooses by device, dtype and head dim) or function. One that cannot attend raises; none is
             taken instead.
         replace: swap the roles of a model that is applied already, dropping what it remembers.

@@ -16,7 +16,6 @@ from headforcing.attention.compile import counter
 from headforcing.attention.guards import check_complete, check_runs, warn_of_idle
 from headforcing.attention.observation import Observer
 from headforcing.attention.stream import Stream
-from headforcing.attention.weights import Watch
 from headforcing.stores import KVStore
 from headforcing.types import Phase
 
@@ -46,7 +45,6 @@ class Activity:
         self.hears_phases = self.hears_prompts = False
         self.way: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
         self._sought_idle = False
-        self._weights = Watch()
         self._turns = itertools.count()
         self._lock = threading.Lock()
         self._pass = threading.local()
@@ -112,8 +110,6 @@ class Activity:
                 first.behind.add(stream)
                 stream.store.digests.notes = first.store.digests.notes
                 self._pass.serving = weakref.ref(stream), first.turn
-            if stream.marks is None:
-                stream.mark()
             return
         turn = getattr(self._pass, "turn", None), start
         met = [stream, *sorted(stream.behind, key=lambda later: later.store.layer)]
@@ -126,19 +122,10 @@ class Activity:
             for one in met:
                 one.store.check()
         if pending is None or start != pending.start or not start:
-            self._look_around(met, start)
+            held = self.way or [(f"layer {one.store.layer}", one.module) for one in met if one.module]
+            check_runs((path, module) for path, ref in held if (module := ref()) is not None)
         self._pass.first = weakref.ref(stream)
         self._pass.serving = self._pass.first, turn
-
-    def _look_around(self, met: Sequence[Stream], start: int) -> None:
-        """A chunk begins: whether all attention will run, and with the weights that made the past."""
-        held = self.way or [(f"layer {one.store.layer}", one.module) for one in met if one.module]
-        check_runs((path, module) for path, ref in held if (module := ref()) is not None)
-        marks = [(one.store.layer, one.mark(), one.marks) for one in met]
-        if start:
-            self._weights.look(start, marks)
-        else:
-            self._weights.begin()
 
     def bypass(self) -> None:
         """Counts a call that went to the original forward although it had a cache; warns once."""

@@ -1,4 +1,4 @@
-"""What a backend cannot do without, as a table: looked at before a kernel runs, never by trying one."""
+"""Requirements of a backend (device, dtype, head dim, compute capability), checked before the kernel runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import functools
 import importlib
 import inspect
 import operator
-import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +58,6 @@ class Needs:
         head_dims: channels per head; `None`: any number.
         capability: least CUDA compute capability, asked for on `cuda` alone.
         flash_built: whether PyTorch has to be built with FlashAttention, asked for on `cuda` alone.
-        compiler: whether it is compiled, which on a CPU needs a C++ compiler.
         function: `module:name` of what it calls; imported when the backend is chosen, not before.
         argument: a parameter that the function must have; older releases lack it.
         remedy: what brings the function.
@@ -72,7 +68,6 @@ class Needs:
     head_dims: range | None = None
     capability: tuple[int, int] | None = None
     flash_built: bool = False
-    compiler: bool = False
     function: str | None = None
     argument: str | None = None
     remedy: str = ""
@@ -107,8 +102,6 @@ class Needs:
             return f"it needs an NVIDIA GPU of compute capability {_dotted(least)} or higher"
         if self.flash_built and case.device == "cuda" and not case.flash_built:
             return "it needs FlashAttention, and this PyTorch was built without it: install one that has it"
-        if self.compiler and case.device == "cpu" and not _is_there(name := _compiler()):
-            return f"it is compiled, and there is no C++ compiler {name!r}: install one, or name one in CXX"
         return self.missing()
 
     def check(self, name: str, parts: Sequence[Part]) -> None:
@@ -155,16 +148,6 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def _flash_built() -> bool:
     """Whether this PyTorch brings FlashAttention; a build without it says so only when called."""
     return bool(torch.backends.cuda.is_flash_attention_available())
-
-
-def _compiler() -> str:
-    """The C++ compiler that PyTorch would call."""
-    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-
-
-@functools.lru_cache(maxsize=8)
-def _is_there(command: str) -> bool:
-    return shutil.which(command) is not None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -125,22 +125,21 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=KEPT)
-def plan_of(layout: Layout, step: int = 1, gaps: bool = True) -> Plan:
+def plan_of(layout: Layout, gaps: bool = True) -> Plan:
     """The plan of a layout: in place where that is possible.
 
     Args:
         layout: where parts lie.
-        step: query rows of every segment are filled up to a multiple of this.
         gaps: whether rows between segments are left alone by the kernel; where not, parts that have such
             rows between them are packed.
     """
     keys = _in_place([(place, place.k) for place in layout.places], layout.dim)
     values = _in_place([(place, place.v) for place in layout.places], layout.dim)
     if keys is not None and values is not None and keys[0] == values[0]:
-        plan = _plan(layout, keys[0], (keys[1], values[1]), step)
+        plan = _plan(layout, keys[0], (keys[1], values[1]))
         if plan is not None and (gaps or plan.ends == plan.begins[1:]):
             return plan
-    packed = _plan(layout, _packed(layout), None, step)
+    packed = _plan(layout, _packed(layout), None)
     assert packed is not None
     return packed
 
@@ -170,7 +169,7 @@ def _packed(layout: Layout) -> tuple[Run, ...]:
     return tuple(runs[part] for part in range(len(runs)))
 
 
-def _plan(layout: Layout, runs: tuple[Run, ...], bases: tuple[int, int] | None, step: int) -> Plan | None:
+def _plan(layout: Layout, runs: tuple[Run, ...], bases: tuple[int, int] | None) -> Plan | None:
     """The plan of key rows; `None`: segments share rows, or queries would lie in an order no view has."""
     segments = sorted(
         (run.at(member), part, member)
@@ -182,8 +181,7 @@ def _plan(layout: Layout, runs: tuple[Run, ...], bases: tuple[int, int] | None, 
     ends = [begin + place.keys for begin, place in zip(begins, places, strict=True)]
     if any(end > after for end, after in zip(ends, begins[1:], strict=False)):
         return None
-    lengths = [-(-place.queries // step) * step for place in places]
-    asked = list(itertools.accumulate(lengths, initial=0))
+    asked = list(itertools.accumulate((place.queries for place in places), initial=0))
     rows = {(part, member): row for (_, part, member), row in zip(segments, asked, strict=False)}
     q_runs = []
     for part, place in enumerate(layout.places):
@@ -207,19 +205,16 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
 """Attention of query rows `[Tq, 1, D]` with keys and values `[Tk, 1, D]` by segment: `[Tq, 1, D]`, dense."""
 
 
-def attend_by(
-    kernel: Kernel, parts: Sequence[Part], num_heads: int, *, step: int = 1, gaps: bool = True
-) -> Tensor:
+def attend_by(kernel: Kernel, parts: Sequence[Part], num_heads: int, *, gaps: bool = True) -> Tensor:
     """Attends with one call of a kernel; see `headforcing.attention.backends.Attend`.
 
     Args:
         kernel: attends by segment.
         parts: heads and what they see.
         num_heads: heads of the layer, `H`.
-        step: query rows of every segment are filled up to a multiple of this, with anything.
         gaps: whether the kernel leaves rows between segments alone, which may hold anything.
     """
-    q, plan = parts[0].q, plan_of(Layout.of(parts), step, gaps)
+    q, plan = parts[0].q, plan_of(Layout.of(parts), gaps)
     rows = q.new_empty(plan.asked[-1], 1, q.shape[-1])
     for part, run in zip(parts, plan.q_runs, strict=True):
         run.view(rows, part.q).copy_(part.q)
@@ -234,16 +229,16 @@ def key_rows(parts: Sequence[Part], plan: Plan) -> tuple[Tensor, Tensor]:
     """Keys and values of all parts as rows, `[Tk, 1, D]` each: in place, or packed."""
     k, v = [part.k for part in parts], [part.v for part in parts]
     if plan.bases is None:
-        return _packed(k, plan), _packed(v, plan)
-    return _in_place(k[0], plan, plan.bases[0]), _in_place(v[0], plan, plan.bases[1])
+        return _rows_packed(k, plan), _rows_packed(v, plan)
+    return _rows_in_place(k[0], plan, plan.bases[0]), _rows_in_place(v[0], plan, plan.bases[1])
 
 
-def _in_place(x: Tensor, plan: Plan, base: int) -> Tensor:
+def _rows_in_place(x: Tensor, plan: Plan, base: int) -> Tensor:
     dim = x.shape[-1]
     return x.as_strided((plan.begins[-1], 1, dim), (dim, dim, 1), base)
 
 
-def _packed(sides: Sequence[Tensor], plan: Plan) -> Tensor:
+def _rows_packed(sides: Sequence[Tensor], plan: Plan) -> Tensor:
     rows = sides[0].new_empty(plan.begins[-1], 1, sides[0].shape[-1])
     for x, run in zip(sides, plan.k_runs, strict=True):
         run.view(rows, x).copy_(x)

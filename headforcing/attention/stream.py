@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.attention.weights import Marks
 from headforcing.errors import StreamError
 from headforcing.stores import KVStore
 from headforcing.types import Chunk, Phase
@@ -39,7 +38,6 @@ class Stream:
         unfinished: whether the last pass was the first one over a window of several chunks, of which the host
             runs the first one again, clean.
         module: the attention, while it is there.
-        marks: of its weights when the last chunk began.
         turn: number and first frame of the last pass that wrote.
     """
 
@@ -50,7 +48,6 @@ class Stream:
     phase: Phase | None = None
     unfinished: bool = False
     module: weakref.ref[nn.Module] | None = None
-    marks: Marks | None = None
     turn: tuple[int | None, int] | None = None
 
     def write(self, chunk: Chunk, phase: Phase) -> None:
@@ -59,12 +56,6 @@ class Stream:
         self.store.write(chunk)
         self.phase = phase
         self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
-
-    def mark(self) -> Marks | None:
-        """Notes down the weights of the attention; returns what was noted before."""
-        module = None if self.module is None else self.module()
-        before, self.marks = self.marks, None if module is None else Marks.of(module)
-        return before
 
 
 def check_finished(stream: Stream, layer: int) -> None:

@@ -1,4 +1,4 @@
-"""`headforcing presets`: what every preset keeps and sees, and how many bytes that takes."""
+"""`headforcing presets`: how much every preset stores and attends to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLES = examples(
 
 @dataclass(frozen=True)
 class Options:
-    """Of which size the model is."""
+    """The options of the command: the size of the model."""
 
     model: Annotated[str, typer.Option(help=f"Sizes to begin with: one of {', '.join(MODELS)}.")] = "wan-1.3b"
     layers: Annotated[int | None, typer.Option(help="Attention layers. [default: of the model]")] = None
@@ -63,10 +63,10 @@ def presets(options: Options) -> None:
 
 
 def model_size(options: Any) -> ModelSize:
-    """The sizes of a known model, with those that are given in place of its own.
+    """The sizes of a known model, with given ones replacing its own.
 
     Raises:
-        OptionError: there is no such model or type, or a number is less than 1.
+        OptionError: there is no such model or dtype, or a number is less than 1.
     """
     if options.model not in MODELS:
         raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
@@ -95,7 +95,7 @@ def itemsize(dtype: str) -> int:
     """Bytes of one number.
 
     Raises:
-        OptionError: there is no such type.
+        OptionError: there is no such dtype.
     """
     if dtype not in ITEMSIZES:
         raise OptionError(f"unknown dtype {dtype!r}: expected one of {', '.join(ITEMSIZES)}")
@@ -103,7 +103,7 @@ def itemsize(dtype: str) -> int:
 
 
 def in_units(count: float) -> str:
-    """Bytes as people read them, in powers of 1024."""
+    """Bytes in readable units, in powers of 1024."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and len(units) > 1:
         count, units = count / 1024, units[1:]
@@ -112,7 +112,7 @@ def in_units(count: float) -> str:
 
 
 def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """Frames per head, and bytes; `None` is without bound, or not known, as `counted` says."""
+    """Frames per head, and bytes; `None` means unbounded, or unknown, as `counted` says."""
     row: dict[str, Any] = {
         "name": preset.name,
         "source": preset.source,
@@ -205,12 +205,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _frames(count: float | None) -> str:
-    """A number of frames, with digits only where there are any."""
+    """A number of frames, without trailing zeros."""
     return "all" if count is None else f"{count:.2f}".removesuffix(".00")
 
 
 def _notes(rows: list[dict[str, Any]]) -> str:
-    """Where numbers of heads are from."""
+    """The sources of the numbers of heads."""
     notes = [f"{row['name']} ({row['source']}): {row['counted']}." for row in rows if row["labels"]]
     notes += [f"{row['name']}: {row['not_counted']}." for row in rows if "not_counted" in row]
     return "\n".join(["Heads are those of Wan2.1 1.3B as published, 360 in all.", *notes])
@@ -220,7 +220,7 @@ def _facts(size: ModelSize) -> str:
     return (
         f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {size.tokens_per_frame} "
         f"tokens per frame, {size.itemsize} bytes each: {in_units(size.frame_bytes)} per frame, "
-        f"{in_units(size.head_bytes)} of it per head.\n"
+        f"{in_units(size.head_bytes)} per head.\n"
         f"The dense window of {size.window} frames takes {in_units(size.window_bytes)}. Frames are per head, "
         f"the current chunk of {size.chunk} included."
     )

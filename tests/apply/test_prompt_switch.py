@@ -49,6 +49,7 @@ from headforcing.stores.switch import Switch
 from headforcing.testing import snapshot
 from headforcing.testing.strategies import frame_tensor, queries
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
 
 WINDOW, CHUNK = 12, 4
@@ -566,13 +567,13 @@ class SwitchMachine(RuleBasedStateMachine):
             assert set(store.scenes.marks) == {*self.marks, *self.due}
 
 
-SETTINGS = settings(stateful_step_count=12, max_examples=settings.default.max_examples)
+SETTINGS = settings(stateful_step_count=12, max_examples=examples(100))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
 def test_no_frame_of_a_flushed_scene_is_ever_seen_again(store: type[KVStore]) -> None:
     machine = type("Machine", (SwitchMachine,), {"store": store})
-    fewer = settings(SETTINGS, max_examples=3 * settings.default.max_examples // 5)
+    fewer = settings(SETTINGS, max_examples=examples(60))
     run_state_machine_as_test(machine, settings=fewer)
 
 

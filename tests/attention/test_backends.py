@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import headforcing as hf
 from headforcing.attention import backends
-from headforcing.attention.backends import Part, auto, find_backend, flash, flex, needs_of, varlen
+from headforcing.attention.backends import Part, auto, find_backend, flash, needs_of, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.attention.needs import Case, Needs
 from headforcing.attention.ragged import Layout, plan_of
@@ -24,10 +22,8 @@ from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.testing import check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
-from headforcing.testing.strategies import arrangements
 from tests.hosts.rig import Rig
 
-pytestmark = pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
 NAMES = module_names(backends.__name__)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROOT = Path(__file__).parents[2]
@@ -36,9 +32,6 @@ ROOT = Path(__file__).parents[2]
 def case(device: str, dtype: torch.dtype, dim: int = 16) -> Case:
     return Case.of(torch.empty(1, 1, 1, dim, dtype=dtype, device=device))
 
-
-NO_FLEX = needs_of("flex").why_not(case("cpu", torch.float32))
-COMPILES = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex: {NO_FLEX}")
 
 # Every backend in the folder: it attends as the budget allows, or says why it does not.
 
@@ -49,8 +42,6 @@ COMPILES = pytest.mark.skipif(NO_FLEX is not None, reason=f"flex: {NO_FLEX}")
 def test_a_backend_attends_or_says_why_not(name, dtype, device, request):
     reason = needs_of(name).why_not(case(device, dtype))
     if reason is None:
-        if (name, device) == ("flex", "cpu") and dtype != torch.float32:
-            pytest.skip("compiled once per dtype: test_flex_in_half_precision")
         check_backend(find_backend(name), device=device, dtypes=[dtype])
         return
     parts = ARRANGEMENTS[0].parts(device, dtype)
@@ -61,30 +52,13 @@ def test_a_backend_attends_or_says_why_not(name, dtype, device, request):
         assert piece in str(error.value)
 
 
-@COMPILES
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flex_in_half_precision(dtype):
-    check_backend(flex.attend, dtypes=[dtype])
-    check_backend(flex.attend, dtypes=[dtype], dim=128)
-
-
-@COMPILES
-@pytest.mark.slow
-@given(arrangements(), st.integers(0, 99))
-def test_flex_compiles_once_for_all_lengths(arrangement, seed):
-    """Beside sizes of one, which PyTorch compiles apart; many more kernels than that it refuses."""
-    parts = arrangement.parts(seed=seed)
-    budget_of(parts, arrangement.num_heads).check(flex.attend(parts, arrangement.num_heads), "flex")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_backend_is_documented_and_has_its_table(name):
     assert f"`{name}`" in (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
     assert isinstance(needs_of(name), Needs)
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash", "flex"])
+@pytest.mark.parametrize("name", ["varlen", "flash"])
 def test_a_kernel_without_gradients_refuses_to_drop_them(name, monkeypatch):
     parts = ARRANGEMENTS[0].parts()
     parts[0].v.requires_grad_()
@@ -232,13 +206,6 @@ def test_an_older_function_is_told_from_the_one_that_is_needed():
     assert "nowhere" in str(Needs(function="headforcing.attention.backends.sdpa:nowhere").missing())
 
 
-def test_flex_says_that_it_needs_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    reason = needs_of("flex").why_not(case("cpu", torch.float32))
-    assert "no C++ compiler 'no-such-compiler'" in str(reason)
-    assert needs_of("flex").why_not(Case("cuda", torch.bfloat16, 128, (9, 0))) is None
-
-
 def test_what_cannot_run_here_says_so_at_the_first_call():
     rig = Rig()
     if not HERE:
@@ -284,8 +251,8 @@ def exact():
 @pytest.mark.parametrize("store", ["ring", "reference"])
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param("flex", marks=COMPILES), "auto", functools.partial(varlen.attend_with, follows)],
-    ids=["flex", "auto", "varlen without its kernel"],
+    ["auto", functools.partial(varlen.attend_with, follows)],
+    ids=["auto", "varlen without its kernel"],
 )
 def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     """Errors grow through layers and chunks as they do for `sdpa`, whose own error is the measure."""
@@ -295,11 +262,10 @@ def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     assert status.backend == (backend if isinstance(backend, str) else "partial")
 
 
-@COMPILES
 def test_a_video_in_inference_mode():
     rig = Rig(window=9)
-    plain, _ = film("flex")
-    with hf.apply_head_forcing(rig.model, ROLES, window=9, backend="flex"), torch.inference_mode():
+    plain, _ = film("auto")
+    with hf.apply_head_forcing(rig.model, ROLES, window=9, backend="auto"), torch.inference_mode():
         again = torch.stack(rig.video(rig.caches(), 5)).double()
     assert torch.equal(plain, again)
 
@@ -344,8 +310,8 @@ def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):
 
 def test_the_same_backend_by_name_and_function_is_one_application():
     rig = Rig()
-    handle = hf.apply_head_forcing(rig.model, Local(1), backend="flex")
-    assert hf.apply_head_forcing(rig.model, Local(1), backend=flex.attend) is handle
+    handle = hf.apply_head_forcing(rig.model, Local(1), backend="auto")
+    assert hf.apply_head_forcing(rig.model, Local(1), backend=auto.attend) is handle
     with pytest.raises(hf.errors.AlreadyAppliedError):
-        hf.apply_head_forcing(rig.model, Local(1), backend="auto")
+        hf.apply_head_forcing(rig.model, Local(1), backend="sdpa")
     assert flash.attend is not varlen.attend

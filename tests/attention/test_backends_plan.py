@@ -11,10 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headforcing.attention.backends import Part, flash, flex, varlen
+from headforcing.attention.backends import Part, flash, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
-from headforcing.attention.part import queries
-from headforcing.attention.ragged import Layout, attend_by, key_rows, plan_of
+from headforcing.attention.ragged import Layout, key_rows, plan_of
 from headforcing.testing.backends import ARRANGEMENTS, Arrangement, Group, budget_of
 from headforcing.testing.strategies import arrangements
 from headforcing.types import Heads, runs
@@ -65,49 +64,11 @@ def flash_attn_varlen_func(q, k, v, asked, begins, longest_q, longest_k):
     return by_segment(q, k, v, asked.tolist(), begins.tolist(), begins.diff().tolist())
 
 
-def block_attention(q, k, v, block_mask):
-    """`flex_attention`, which reads blocks whole: unread rows inside one count as zero times themselves."""
-    assert q.shape[:2] == k.shape[:2] == v.shape[:2] == (1, 1)
-    assert block_mask.seq_lengths == (q.shape[2], k.shape[2])
-    seen, read = dense(block_mask)
-    scores = (q[0, 0] @ k[0, 0].T * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
-    weights = scores.softmax(-1)
-    out = torch.stack([w[r] @ v[0, 0][r] for w, r in zip(weights, read, strict=True)])
-    return out[None, None]
-
-
-def dense(mask):
-    """Which rows see which keys `[Tq, Tk]` by a block mask, and which keys are read for them."""
-    (rows, columns), (high, wide) = mask.seq_lengths, mask.BLOCK_SIZE
-    seen, read = torch.zeros(2, rows, columns, dtype=torch.bool)
-    row, column = torch.arange(rows)[:, None], torch.arange(columns)
-    masked = mask.mask_mod(torch.tensor(0), torch.tensor(0), row, column)
-    for block in range(rows // high):
-        across = slice(block * high, (block + 1) * high)
-        listed = []
-        for count, index, whole in (
-            (mask.kv_num_blocks, mask.kv_indices, False),
-            (mask.full_kv_num_blocks, mask.full_kv_indices, True),
-        ):
-            for number in index[0, 0, block, : int(count[0, 0, block])].tolist():
-                down = slice(number * wide, (number + 1) * wide)
-                inside = masked[across, down]
-                assert inside.all() if whole else inside.any()
-                assert whole == (bool(inside.all()) and down.stop <= columns)
-                seen[across, down] = inside
-                read[across, down] = True
-                listed.append(number)
-        assert len(set(listed)) == len(listed)
-    return seen, read
-
-
 FOLDED = {
     "varlen": functools.partial(varlen.attend_with, varlen_attn),
     "flash": functools.partial(flash.attend_with, flash_attn_varlen_func),
-    "flex": functools.partial(flex.attend_with, block_attention),
 }
-NO_MASK = pytest.mark.skipif(flex.NEEDS.missing() is not None, reason=f"flex: {flex.NEEDS.missing()}")
-EACH = ["varlen", "flash", pytest.param("flex", marks=NO_MASK)]
+EACH = ["varlen", "flash"]
 SPARE = Arrangement((Group((0, 2), 130, spare=2), Group((1,), 5, spare=1)), batch=2)
 
 
@@ -141,11 +102,11 @@ def test_keys_in_one_storage_are_read_in_place(arrangement):
     assert without.ends == without.begins[1:]
 
 
-@given(arrangements(), st.sampled_from([1, 8, 128]))
-def test_a_plan_says_where_every_token_is(arrangement, step):
+@given(arrangements())
+def test_a_plan_says_where_every_token_is(arrangement):
     """The specification: row by row, through the plan, what the parts hold."""
     parts = arrangement.parts()
-    plan = plan_of(Layout.of(parts), step)
+    plan = plan_of(Layout.of(parts))
     k, v = key_rows(parts, plan)
     for part, q_run, k_run in zip(parts, plan.q_runs, plan.k_runs, strict=True):
         for sample in range(part.q.shape[0]):
@@ -154,7 +115,7 @@ def test_a_plan_says_where_every_token_is(arrangement, step):
                 number = plan.begins.index(begin)
                 assert plan.asked[number] == asked
                 assert plan.queries[number] == part.q.shape[1]
-                assert plan.asked[number + 1] - asked == math.ceil(part.q.shape[1] / step) * step
+                assert plan.asked[number + 1] - asked == part.q.shape[1]
                 assert plan.used[number] == part.k.shape[1]
                 span = slice(begin, begin + plan.used[number])
                 assert torch.equal(k[span, 0], part.k[sample, :, head])
@@ -243,12 +204,12 @@ def idle(q, *rest, **more):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS, ids=range(len(ARRANGEMENTS)))
-@pytest.mark.parametrize("module", [varlen, flash, pytest.param(flex, marks=NO_MASK)], ids=list(FOLDED))
+@pytest.mark.parametrize("module", [varlen, flash], ids=list(FOLDED))
 def test_a_pass_copies_queries_and_results_once_and_nothing_else(module, arrangement, device):
     """No `cat`, no gather, no index made, nothing read from the device or sent to it."""
     parts = arrangement.parts(device)
     layout = Layout.of(parts)
-    packed = plan_of(layout, 128, False).packed if module is flex else plan_of(layout).packed
+    packed = plan_of(layout).packed
     module.attend_with(idle, parts, arrangement.num_heads)
     with Listing() as listing:
         module.attend_with(idle, parts, arrangement.num_heads)
@@ -261,7 +222,7 @@ def test_a_pass_copies_queries_and_results_once_and_nothing_else(module, arrange
 def test_a_plan_is_made_once_and_not_kept_for_ever():
     first, second = (ARRANGEMENTS[1].parts(seed=seed) for seed in (1, 2))
     assert plan_of(Layout.of(first)) is plan_of(Layout.of(second))
-    caches = (plan_of, varlen._starts, flash._starts, flex._mask)
+    caches = (plan_of, varlen._starts, flash._starts)
     assert all(cache.cache_parameters()["maxsize"] for cache in caches)
 
 
@@ -271,24 +232,6 @@ def test_storages_are_told_apart_by_their_memory_and_not_remembered():
         parts = Arrangement((Group((0,), 3), Group((1,), 4)), shared=False).parts()
         layouts.append(Layout.of(parts))
     assert layouts[0] == layouts[1] == layouts[2]
-
-
-def test_rows_of_queries_that_nobody_asked_for_are_left_out():
-    """Queries are filled up to whole blocks with anything, also with NaN."""
-
-    def kernel(q, k, v, plan):
-        assert len(q) == plan.asked[-1]
-        assert all(row % 16 == 0 for row in plan.asked)
-        answers = torch.full_like(q, torch.nan)
-        for first, count in zip(plan.asked, plan.queries, strict=False):
-            answers[first : first + count] = q[first : first + count]
-        return answers
-
-    parts = ARRANGEMENTS[1].parts()
-    out = attend_by(kernel, parts, 5, step=16)
-    assert out.shape[1] == queries(parts)
-    for part in parts:
-        assert torch.equal(part.heads.take(out[:, part.rows]), part.q)
 
 
 # Planted bugs: kernels that misread what they are told are found out.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,7 +40,6 @@ from headforcing.types import Chunk, Heads, KVView
 from tests.hosts.rig import Caches, Rig
 
 WINDOW, CHUNK = 12, 4
-EXAMPLES = settings.default.max_examples  # of the profile in force
 
 
 def encode(x: Tensor, positions: Any, patch: int = 1) -> Tensor:
@@ -93,7 +92,6 @@ ROLES: list[HeadRole] = [
 ]
 
 
-@settings(max_examples=EXAMPLES)
 @given(
     role=st.sampled_from(ROLES),
     window=st.integers(CHUNK, 16),

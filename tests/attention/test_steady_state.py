@@ -67,6 +67,7 @@ ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "e
 FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "participating", "every role")]
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
+at_length = pytest.mark.parametrize("chunks", [30, pytest.param(1000, marks=pytest.mark.slow)])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
 
@@ -264,7 +265,7 @@ def check_no_object_stays(layer: Layer, chunks: int, allowed: int) -> None:
     """Python's own memory; collecting empties the interpreter's free lists."""
     tracemalloc.start()
     try:
-        layer.run(100)  # what was made before tracing began is replaced once
+        layer.run(chunks)  # what was made before tracing began is replaced once
         grown = [allowed + 1]
         while grown[-1] > allowed and len(grown) <= 3:  # what stays grows again, what others do does not
             gc.collect()
@@ -354,11 +355,12 @@ def test_every_chunk_is_the_same_work(row, store):
     check_work_is_constant(Layer(row, store=store))
 
 
+@at_length
 @pytest.mark.parametrize("row", [ROWS["memory, uniform"], EVERY_ROLE], ids=["uniform", "every role"])
-def test_a_memory_spread_over_time_moves_other_rows_each_chunk_but_never_more_than_it_holds(row):
+def test_a_memory_spread_over_time_moves_other_rows_each_chunk_but_never_more_than_it_holds(row, chunks):
     layer = Layer(row).run(WARM_UP)
     firsts, rewrites = [], []
-    for _ in range(40):
+    for _ in range(chunks // 2):
         first, *others = work(layer)
         firsts.append(len(first))
         rewrites += others
@@ -398,37 +400,42 @@ def test_the_lean_store_rotates_all_it_shows_in_every_pass(name):
     assert turned(layer, turns) == [WINDOW - CHUNK] * 3
 
 
-def test_no_tensor_stays():
-    check_no_tensor_stays(Layer(), chunks=100)
+@at_length
+def test_no_tensor_stays(chunks):
+    check_no_tensor_stays(Layer(), chunks)
 
 
+@at_length
 @pytest.mark.parametrize("row", [PYRAMID["wave"], PYRAMID["strided"]], ids=["wave", "strided"])
-def test_no_copy_stays_and_all_of_them_stay_where_they_are(row):
-    check_no_tensor_stays(Layer(row), chunks=100)
+def test_no_copy_stays_and_all_of_them_stay_where_they_are(row, chunks):
+    check_no_tensor_stays(Layer(row), chunks)
 
 
-def test_no_tensor_stays_in_the_lean_store():
+@at_length
+def test_no_tensor_stays_in_the_lean_store(chunks):
     """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of rooms do."""
     layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
     (stream,) = layer.handle._plans[0].streams.values()
     rooms = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
-    check_no_tensor_stays(layer, chunks=100)
+    check_no_tensor_stays(layer, chunks)
     assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == rooms
 
 
+@at_length
 @both_stores
 @pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
-def test_nothing_stays_of_what_is_kept_beside_frames(role, store):
+def test_nothing_stays_of_what_is_kept_beside_frames(role, store, chunks):
     layer = Layer([role, role], passes=2, addresses=store is RingStore, store=store)
-    check_no_tensor_stays(layer, chunks=60)
-    check_no_object_stays(layer, chunks=100, allowed=SOME_BYTES)
+    check_no_tensor_stays(layer, chunks)
+    check_no_object_stays(layer, 2 * chunks, allowed=SOME_BYTES)
 
 
-def test_no_object_stays():
-    check_no_object_stays(Layer(passes=2), chunks=100, allowed=SOME_BYTES)
+@at_length
+def test_no_object_stays(chunks):
+    check_no_object_stays(Layer(passes=2), 2 * chunks, allowed=SOME_BYTES)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_nothing_stays_of_ten_thousand_chunks():
     names = ("local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
     layer = Layer([ROLES[name] for name in names], passes=2)
@@ -622,12 +629,12 @@ def test_work_that_grows_is_found(kind):
 )
 def test_a_tensor_that_stays_is_found(kind, what):
     with pytest.raises(AssertionError, match=what):
-        check_no_tensor_stays(Layer(**kind), chunks=60)
+        check_no_tensor_stays(Layer(**kind), chunks=30)
 
 
 def test_an_object_that_stays_is_found():
     with pytest.raises(AssertionError, match="Python memory grew"):
-        check_no_object_stays(Layer([Local(1)], store=with_banks(Noting)), chunks=100, allowed=SOME_BYTES)
+        check_no_object_stays(Layer([Local(1)], store=with_banks(Noting)), chunks=60, allowed=SOME_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_two_maps_are_compared(tmp_path):
 def test_maps_without_a_label_in_common(tmp_path):
     a = hand_made(tmp_path, "a.json", [[Local(), Local(), Anchor()]])
     b = hand_made(tmp_path, "b.json", [[Local(2), Local(2), Anchor(3)]])
-    assert "no label in common" in run("compare", a, b).stdout
+    assert "no common label" in run("compare", a, b).stdout
     assert parsed(run("compare", a, b, "--json"))["kappa"] is None
 
 
@@ -411,7 +411,7 @@ def test_pictures_of_several_files(folder, tmp_path):
         "other-head-map.svg",
         "other-roles-per-layer.svg",
     }
-    assert "frames kept: not drawn" in answer.stderr
+    assert "stored frames: not plotted" in answer.stderr
     assert re.findall(r"other-\S+\.svg", answer.stdout)
 
 

@@ -27,6 +27,7 @@ from headforcing.roles.maps.file import encode_role
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.pyramid_forcing import Strided, Veil
 from headforcing.testing.profiles import permuted, profile_of, random_profile
+from tests.examples import examples
 
 ROLES = (Local(1), Local(3), Anchor(3, 3), Memory(3, 3, 3), Memory(3, 12, 3))
 KEPT = (1, 3, 6, 9, 18)
@@ -110,13 +111,13 @@ def test_more_budget_is_never_worse(errors, budgets):
     check_monotone(fit_budget, profile_with(errors), sorted(budgets))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(errors=small)
 def test_points_of_the_curve_are_the_best_of_all_combinations(errors):
     check_best(fit_budget, errors)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(errors=real)
 def test_so_are_those_of_rough_numbers(errors):
     check_best(fit_budget, errors=profile_with(errors).values["output_regret.p95"][0, 0].double().tolist())

@@ -30,6 +30,7 @@ from headforcing.roles.maps.file import encode_role
 from headforcing.roles.pyramid_forcing import Wave
 from headforcing.testing.profiles import CANDIDATES, permuted, profile_of, random_profile
 from headforcing.testing.strategies import roles
+from tests.examples import examples
 
 NAMES = ("dummy_forcing", "head_forcing", "mass_ratio", "output_regret", "pyramid_forcing")
 
@@ -86,7 +87,7 @@ def test_the_list_is_the_folder():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_heads_does_not_decide(name, seed):
     profile = random_profile(seed)
@@ -466,7 +467,7 @@ def test_pyramid_forcing_on_planted_heads():
 
 
 @given(st.integers(0, 1000), st.floats(0.5, 1), st.floats(0.5, 1), st.floats(2, 7), st.floats(2, 7))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_pyramid_thresholds_are_monotone(seed, a, b, short, long):
     profile = random_profile(seed)
     strict, lax = (flat(pyramid_forcing.classify(profile, polarity=x)) for x in (max(a, b), min(a, b)))

@@ -179,7 +179,7 @@ def test_only_verified_videos_are_kept(done, jobs):
     (done / ".part-abc" / "video.mp4").write_bytes(b"half")
     assert ef.prepare(done, jobs, RUN, resume=True) == [1, 3, 4]
     assert not (done / ".part-abc").exists()
-    with pytest.raises(OptionError, match="3 of 6 videos are missing, number 1 first"):
+    with pytest.raises(OptionError, match="3 of 6 videos are missing, the first is number 1"):
         ef.merge(done, jobs, RUN)
 
 

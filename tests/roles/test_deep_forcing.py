@@ -16,6 +16,7 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import STORES, store_class
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 
 HEADS, TOKENS, DIM = 2, 3, 4
 
@@ -109,7 +110,7 @@ def test_tokens_are_those_that_recent_queries_ask_for(store, chunk):
     assert check(Participating(), chunk, 72, store) > 40 / chunk
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(0, 4), st.integers(1, 5), st.integers(1, 2), st.integers(1, 3), st.integers(0, 5))
 def test_any_numbers(sink, recent, chosen, chunk, more):
     role = Participating(sink + chosen + max(recent, chunk) + more, sink, recent, chosen)

@@ -43,6 +43,7 @@ from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
 from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
+from tests.examples import examples
 from tests.planted import with_banks
 
 WINDOW, CHUNK = 12, 4
@@ -403,7 +404,7 @@ def test_a_role_that_is_not_drawn_is_found():
 
 @pytest.mark.parametrize("kind", kinds(WINDOW, CHUNK), ids=lambda kind: kind.__name__)
 def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
-    @settings(max_examples=30)
+    @settings(max_examples=examples(30))
     @given(kinds(WINDOW, CHUNK)[kind], st.integers(1, CHUNK))
     def check(role: HeadRole, chunk: int) -> None:
         assert type(role) is kind
@@ -412,7 +413,7 @@ def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
     check()
 
 
-SETTINGS = settings(stateful_step_count=20, max_examples=2 * settings.default.max_examples)
+SETTINGS = settings(stateful_step_count=20, max_examples=examples(60, nightly=2000))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)

@@ -14,6 +14,7 @@ from headforcing.roles.episodic import ThresholdFifo
 from headforcing.roles.maps.file import MAX_BYTES
 from headforcing.roles.maps.origin import Measurement, ModelFacts, Origin
 from headforcing.testing.strategies import roles
+from tests.examples import examples
 
 GOOD = RoleMap(
     ((Local(), Anchor(), Memory(1, 8, 9)), (Memory(), Full(), Local(0))),
@@ -136,7 +137,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(["format", "version", "roles", "layers", "notes", "stability", "other"]), JSON)
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 def test_a_document_with_one_entry_replaced_is_accepted_only_when_it_is_right(entry, value):
     document = json.loads(GOOD.to_json())
     document[entry] = value
