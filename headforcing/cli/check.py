@@ -32,13 +32,13 @@ def check(
         typer.Argument(
             metavar="MODULE:ADAPTER|MODULE:HOST",
             show_default=False,
-            help="An adapter, whose host is --host, or else the only one that its module defines. Or a "
-            "subclass of headforcing.testing.Host, whose adapter is --adapter, or else its attribute "
-            "adapter, or else the one that fits. Classes, instances, or functions that return one.",
+            help="An adapter; its host is --host, or else the only host in its module. Or a subclass of "
+            "headforcing.testing.Host; its adapter is --adapter, or else its attribute adapter, or else the "
+            "one that fits. Classes, instances, or functions that return one.",
         ),
     ],
     host: Annotated[
-        str | None, typer.Option(metavar="MODULE:HOST", help="The host that drives the adapter.")
+        str | None, typer.Option(metavar="MODULE:HOST", help="The host to run the adapter with.")
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(metavar="MODULE:ADAPTER", help="The adapter to check with a host.")
@@ -74,10 +74,10 @@ def check(
 
 
 def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter | None, Host]:
-    """What a target stands for, adapter or host, with the other one.
+    """The adapter and the host: one is the target, the other is given or found.
 
     Raises:
-        OptionError: a name stands for something else, nobody says which host, or the host cannot run here.
+        OptionError: a name is neither, there is no host, or the host cannot run here.
     """
     from headforcing.adapters.base import Adapter
     from headforcing.testing.host import Host

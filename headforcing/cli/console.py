@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import json
 import pkgutil
@@ -29,9 +29,10 @@ QUIET_SECONDS = 5.0
 
 
 def choices(package: str) -> str:
-    """Names of the modules in a package of ours, for help texts, without importing any."""
-    folder = Path(__file__).parents[1].joinpath(*package.split(".")[1:])
-    return ", ".join(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
+    """Names of the modules in a package, for help texts, without importing them."""
+    top, *folders = package.split(".")  # to find a package below would import those above it
+    paths = [str(Path(place, *folders)) for place in importlib.import_module(top).__path__]
+    return ", ".join(sorted(module.name for module in pkgutil.iter_modules(paths)))
 
 
 def examples(*lines: str) -> str:

@@ -131,10 +131,10 @@ def _controls(found: Contest) -> Any:
     """Every entrant with its controls below it."""
     table = _table("controls", "same", "MB", "late", "preset minus control")
     for result in found.entrants:
-        if not found.beside(result):
+        if not found.controls_of(result):
             continue
         table.add_row(result.entrant.name, "", _megabytes(result), _late(found, result), "", style="bold")
-        for control in found.beside(result):
+        for control in found.controls_of(result):
             name = "  " + control.entrant.name.removeprefix(f"{result.entrant.name}, ")
             paired = _difference(found.ahead(result, control))
             table.add_row(

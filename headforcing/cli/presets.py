@@ -38,7 +38,7 @@ class Options:
     grid: Annotated[
         str | None, typer.Option(help="Patches of a frame, HEIGHTxWIDTH: 30x52 is 480p, 45x80 is 720p.")
     ] = None
-    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     as_json: AsJson = False
 
 
@@ -46,9 +46,9 @@ def presets(options: Options) -> None:
     """Show the frames that every preset stores and attends to, and their bytes, without a model.
 
     Frames are per head, current chunk included, once a video is long; counted on a real store with tensors
-    that hold no numbers. Where heads differ, means and bytes are for the published numbers of heads; your
-    model's own are those of its map. For one stream of one video: multiply by videos, CFG branches and
-    experts. The ring store holds more than keys and values, because it keeps rotated keys, too.
+    without data. If heads differ, means and bytes are for the published numbers of heads; a role map of your
+    model may differ. All numbers are for one stream of one video: multiply by videos, CFG branches and
+    experts. The ring store also contains rotated keys.
     """
     with clean_errors():
         from headforcing.roles.maps.presets import PRESETS
@@ -56,7 +56,7 @@ def presets(options: Options) -> None:
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
-        sums = {"frame_bytes": size.frame_bytes, "window_bytes": size.window_bytes}
+        sums = {name: getattr(size, name) for name in ("tokens_per_frame", "frame_bytes", "window_bytes")}
         print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))
@@ -138,7 +138,7 @@ def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
 
 
 def _role(label: str, role: HeadRole, preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """What one head of a role holds and sees, in frames."""
+    """Stored and attended frames of one head of a role."""
     from headforcing.measure.memory import steady
 
     found = steady(role, size.window, size.chunk)
