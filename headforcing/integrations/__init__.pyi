@@ -1,4 +1,4 @@
-"""For type checkers in a clone, where the adapters lie in the top-level folder `integrations/`; not installed."""
+"""For type checkers in a clone, whose adapters are in the top-level folder `integrations/`; not installed."""
 
 from typing import Any
 

@@ -71,9 +71,7 @@ def imports(text: str) -> list[tuple[int, str]]:
     for fence in fences(text, "python"):
         for node in ast.walk(ast.parse(textwrap.dedent(fence.body))):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                root = (node.names[0].name if isinstance(node, ast.Import) else node.module or "").split(".")[
-                    0
-                ]
-                if root == "headforcing" or not fence.spared:
+                first = node.names[0].name if isinstance(node, ast.Import) else node.module or ""
+                if first.split(".")[0] == "headforcing" or not fence.spared:
                     found.append((fence.line + node.lineno - 1, ast.unparse(node)))
     return sorted(found)

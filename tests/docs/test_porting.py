@@ -25,9 +25,9 @@ from tests.docs.pages import ROOT, fences
 
 sys.path.append(str(ROOT / "examples"))
 
-from porting.adapter import ADAPTER, BrookAdapter  # noqa: E402
-from porting.host import FRAME, BrookHost, random  # noqa: E402
-from porting.model import Brook, LayerMemory, generate  # noqa: E402
+from porting.adapter import ADAPTER, BrookAdapter
+from porting.host import FRAME, BrookHost, random
+from porting.model import Brook, LayerMemory, generate
 
 PAGE = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
 SHOWN = re.compile(r'notest="lines of (examples/porting/\w+\.py)"')
