@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 # editable installation does without the mapping, which needs an import hook that no type checker follows:
 # it adds this folder to the path, and headforcing/__init__.py finds the adapters.
 MAPPED = {} if "editable_wheel" in sys.argv else {"headforcing.integrations": "integrations"}
-PACKAGES = [*find_packages(include=["headforcing", "headforcing.*"]), *MAPPED]
+PACKAGES = [*find_packages(str(Path(__file__).parent), include=["headforcing", "headforcing.*"]), *MAPPED]
 
 
 def description(readme: str) -> str:

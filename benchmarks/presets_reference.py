@@ -39,7 +39,7 @@ of the size of Wan2.1 1.3B: a window of {window} latent frames, chunks of {chunk
 per frame. For your sizes:
 
 ```bash
-headforcing presets --window 12 --tokens-per-frame 880
+headforcing presets --window 12 --grid 22x40
 ```
 
 A preset that treats all heads alike goes by name, `apply_head_forcing(model, "memrope")`. The others need a
