@@ -1,6 +1,6 @@
 """Quality over a long video: curves of a metric by frame, with bootstrap bands.
 
-Not `scipy.stats.bootstrap`: every frame is to use the same draws of videos, also if some of its values are NaN.
+Not `scipy.stats.bootstrap`: every frame uses the same draws of videos, even if some of its values are NaN.
 """
 
 from __future__ import annotations
