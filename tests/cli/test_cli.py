@@ -242,7 +242,7 @@ def test_the_table_holds_the_numbers(demo, report):
     [
         (["--prompt", "sea clear fast disc purple"], "red, green, blue, yellow, magenta, cyan"),
         (["--prompt", "sea clear fast disc red at0 right"], "camera"),
-        (["--seconds", "0.1", "--camera", "pan"], "ask for 1.4 or more"),
+        (["--seconds", "0.1", "--camera", "pan"], "use 1.4 seconds or more"),
         (["--weights", "pyproject.toml"], "not weights of the demo model"),
         (["--roles", "absent.json"], "absent.json"),
     ],
