@@ -5,7 +5,7 @@
     torch.Size([10])
 
 The tools for comparing policies are in `headforcing.demo.contest.compare`, training in
-`demo_training.train`; neither is imported here.
+`benchmarks/demo_training`; neither is imported here.
 """
 
 from importlib import resources

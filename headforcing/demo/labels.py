@@ -85,7 +85,7 @@ def labels(preset: str) -> Labels:
     if preset not in known:
         raise OptionError(
             f"the demo model has no labels for {preset!r}: expected one of {', '.join(known)}; other presets "
-            "treat all heads alike, or add it to demo_training.labelled and measure again"
+            "treat all heads alike, or add it to benchmarks/demo_training/labelled.py and measure again"
         )
     return tuple(tuple(row) for row in known[preset].labels)
 

@@ -4,6 +4,7 @@ Ours. Every head has a trade-off between stored frames and measured error, over 
 profile. Only its lower convex envelope counts, and steps along the envelopes are taken in the order of the
 error they save per frame. After each step the total error is the smallest possible for that number of frames.
 Errors of single heads are added up, which is our choice: interactions of heads are not measured.
+Not `scipy.spatial.ConvexHull`: it rounds, and ties of exact fractions decide which head gets a frame.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -111,6 +112,20 @@ def test_validate_imports_no_more_than_it_needs(tmp_path):
     code += "'headforcing.demo']\n"
     code += "print([name for name in unwanted if name in sys.modules])"
     assert fresh(code).endswith("0\n[]\n")
+
+
+def test_pull_imports_all_of_the_hub_that_it_uses(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    pull = ["roles", "pull", "org/name", "--revision", "0" * 40, "--out", str(tmp_path / "roles.json")]
+    answer = subprocess.run(
+        [sys.executable, "-m", "headforcing", *pull],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: org/name: roles.json at ")
+    assert "it is not in the cache" in answer.stderr
 
 
 def test_the_module_runs_as_well(tmp_path):
@@ -227,7 +242,7 @@ def test_the_table_holds_the_numbers(demo, report):
     [
         (["--prompt", "sea clear fast disc purple"], "red, green, blue, yellow, magenta, cyan"),
         (["--prompt", "sea clear fast disc red at0 right"], "camera"),
-        (["--seconds", "0.1", "--camera", "pan"], "ask for 1.4 or more"),
+        (["--seconds", "0.1", "--camera", "pan"], "use 1.4 seconds or more"),
         (["--weights", "pyproject.toml"], "not weights of the demo model"),
         (["--roles", "absent.json"], "absent.json"),
     ],

@@ -1,4 +1,7 @@
-"""Means over frames and videos, with paired bootstrap intervals."""
+"""Means over frames and videos, with paired bootstrap intervals.
+
+Not `scipy.stats.bootstrap`: for the same seed it draws other resamples, so published intervals would change.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ first frame, and returns one value per video and frame, `[B, T]`, so that polici
 video. NaN means that there is nothing to measure in this frame; average with `nanmean`.
 
 There is no PSNR of whole frames: the phase of a sprite's path drifts within some twenty frames, and a sprite
-at another place is not an error.
+at another place is not an error. PSNR is not a library's because it is that of masked pixels.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ than the published ones.
 
 Our choices: weights 1/h of harmonics h = 1..3 (the paper's are unpublished); `<=` at 6.4 frames; powers
 are averaged over passes, while the paper votes over prompts; which passes count (see `classify`).
+Not `scipy.signal.periodogram`: here, series of different lengths share one spectrum, each with its window.
 
 The labels get the roles of its released configuration (`headforcing.roles.pyramid_forcing`).
 """

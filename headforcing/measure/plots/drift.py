@@ -1,4 +1,7 @@
-"""Quality over a long video: curves of a metric by frame, with bootstrap bands."""
+"""Quality over a long video: curves of a metric by frame, with bootstrap bands.
+
+Not `scipy.stats.bootstrap`: every frame uses the same draws of videos, even if some of its values are NaN.
+"""
 
 from __future__ import annotations
 
