@@ -32,7 +32,7 @@ from headforcing.stores.switch import Switch
 from headforcing.types import Chunk
 
 STORES = sorted(STORES)
-GRID, WINDOW, CHUNK, HEADS, DIM, LAYERS = (6, 8), 21, 3, 6, 16, 2
+GRID, WINDOW, CHUNK, HEADS, DIM, LAYERS = (4, 6), 21, 3, 4, 8, 2
 TOKENS = GRID[0] * GRID[1]
 FRAME = 2 * TOKENS * DIM * 4  # keys and values of one frame in one head, float32
 FULL_AFTER = 8  # chunks
