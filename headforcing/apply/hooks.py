@@ -28,18 +28,16 @@ class TellPhase:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the phase of the pass that begins."""
-        if torch.compiler.is_compiling() and traced.POSSIBLE and traced.fits([args, kwargs]):
+        if not torch.compiler.is_compiling():
+            self.serve(args, kwargs)
+        elif traced.POSSIBLE and traced.fits([args, kwargs]):
             traced.hear(self.key, self.activity.order, args, kwargs)
         else:
-            self._between_graphs(args, kwargs)
+            traced.between_graphs(self.serve, args, kwargs)
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the phase of a call; see `headforcing.attention.compile`."""
         self.activity.phase = self.adapter.phase(args, kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _between_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.serve(args, kwargs)
 
     def __reduce__(self) -> Any:
         return TellPhase, (self.adapter, self.activity)
@@ -51,9 +49,14 @@ class NewPrompt:
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forgets the old prompt."""
+        if torch.compiler.is_compiling():
+            traced.between_graphs(self._forget, module, args, kwargs)
+        else:
+            self._forget(module, args, kwargs)
+
+    def _forget(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.plan.activity.heard_prompt(self.plan.layer):
             self.plan.options.adapter.forget_prompt(module, args, kwargs)
 

@@ -53,7 +53,7 @@ class HeadForcingMixin(nn.Module):
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call as one operator of a graph, or served between two graphs."""
         if not traced.POSSIBLE:
-            return _between_graphs(self, args, kwargs)
+            return traced.between_graphs(self.served, *args, **kwargs)
         plan, adapter = self._headforcing, self._headforcing.options.adapter
         if torch.compiler.is_exporting():
             raise PatchedModuleError(
@@ -64,7 +64,7 @@ class HeadForcingMixin(nn.Module):
             pass  # asked so that graphs made before its hooks were put in are made anew
         outline = adapter.outline(self, args, kwargs)
         if outline is None or needs_grad(self, outline.like) or not traced.fits(outline.call):
-            return _between_graphs(self, args, kwargs)
+            return traced.between_graphs(self.served, *args, **kwargs)
         return adapter.answer(*traced.attend(plan.key, plan.activity.order, outline))
 
     def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,11 +181,6 @@ def needs_grad(module: nn.Module, x: Tensor) -> bool:
     if module.training:
         return True
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def _between_graphs(module: HeadForcingMixin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module.served(*args, **kwargs)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`headforcing check`: does an adapter keep what it promises?"""
+"""`headforcing check`: run the conformance kit on an adapter."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def check(
         typer.Argument(
             metavar="MODULE:ADAPTER|MODULE:HOST",
             show_default=False,
-            help="An adapter, whose host is --host, or else the only one that its module defines. Or a "
-            "subclass of headforcing.testing.Host, whose adapter is --adapter, or else its attribute "
-            "adapter, or else the one that fits. Classes, instances, or functions that return one.",
+            help="An adapter; its host is --host, or else the only host in its module. Or a subclass of "
+            "headforcing.testing.Host; its adapter is --adapter, or else its attribute adapter, or else the "
+            "one that fits. Classes, instances, or functions that return one.",
         ),
     ],
     host: Annotated[
-        str | None, typer.Option(metavar="MODULE:HOST", help="The host that drives the adapter.")
+        str | None, typer.Option(metavar="MODULE:HOST", help="The host to run the adapter with.")
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(metavar="MODULE:ADAPTER", help="The adapter to check with a host.")
@@ -50,9 +50,9 @@ def check(
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Run the conformance kit: what an adapter gets wrong, and what to look at.
+    """Run the conformance kit on an adapter: what is wrong, and what to check.
 
-    Exit code 1 where a check fails. Begin with the first that does: the others may be its consequences.
+    Exit code 1 if a check fails. Fix the first failure first: later ones may be consequences of it.
     """
     from headforcing.testing.conformance import check_adapter
 
@@ -74,10 +74,10 @@ def check(
 
 
 def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter | None, Host]:
-    """What a target stands for, adapter or host, with the other one.
+    """The adapter and the host: one is the target, the other is given or found.
 
     Raises:
-        OptionError: a name stands for something else, nobody says which host, or the host cannot run here.
+        OptionError: a name is neither, there is no host, or the host cannot run here.
     """
     from headforcing.adapters.base import Adapter
     from headforcing.testing.host import Host
@@ -86,9 +86,9 @@ def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter |
     what = found if isinstance(found, Adapter) else None if adapter is None else _made(adapter)
     driver = found if isinstance(found, Host) else None if host is None else _made(host)
     if isinstance(found, Host) and host is not None:
-        raise OptionError(f"{target} is a host itself: leave out --host, or name an adapter in its place")
+        raise OptionError(f"{target} is a host itself: leave out --host, or name an adapter instead")
     if isinstance(found, Adapter) and adapter is not None:
-        raise OptionError(f"{target} is an adapter itself: leave out --adapter, or name a host in its place")
+        raise OptionError(f"{target} is an adapter itself: leave out --adapter, or name a host instead")
     if not isinstance(found, Adapter | Host):
         wanted = "headforcing.Adapter or headforcing.testing.Host"
         raise OptionError(f"{target} is {kind(found)}: expected a subclass of {wanted}")
@@ -103,7 +103,7 @@ def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter |
 
 
 def _made(target: str) -> Any:
-    """What `MODULE:NAME` stands for; a class or a function is called."""
+    """The object that `MODULE:NAME` names; a class or a function is called."""
     found = named(target, "my_adapter:MyAdapter")
     return found() if callable(found) else found
 
@@ -127,7 +127,7 @@ def _only_host(target: str) -> Host:
         names = f" ({', '.join(one.__name__ for one in own)})" if own else ""
         raise OptionError(
             f"{where} defines {len(own) or 'no'} subclass{'es' * (len(own) > 1)} of headforcing.testing.Host"
-            f"{names}: say which host drives the adapter, as in check {target} --host my_host:MyHost"
+            f"{names}: say which host to use, as in check {target} --host my_host:MyHost"
         )
     return own[0]()
 
@@ -139,7 +139,7 @@ def _table(report: Report) -> Any:
     table = Table(title=f"{report.adapter} with {report.host}", title_justify="left")
     table.add_column("check", no_wrap=True)
     table.add_column("outcome")
-    table.add_column("what it proves, or why not")
+    table.add_column("what it proves, or the reason")
     for result in report.results:
         outcome = Text(result.outcome, style=COLOURS[result.outcome])
         table.add_row(result.name, outcome, Text(result.reason or result.proves))

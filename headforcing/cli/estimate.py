@@ -40,22 +40,23 @@ class Options:
     head_dim: Annotated[int | None, typer.Option(help="Channels per head.")] = None
     window: Annotated[int | None, typer.Option(help="Frames the model was trained on.")] = None
     chunk: Annotated[int | None, typer.Option(help="Frames of a chunk.")] = None
-    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     store: Annotated[str, typer.Option(help="One of lean, ring.")] = "ring"
-    videos: Annotated[int, typer.Option(help="Videos of a batch.")] = 1
+    videos: Annotated[int, typer.Option(help="Videos in a batch.")] = 1
     branches: Annotated[int, typer.Option(help="Timelines per video, 2 with CFG.")] = 1
     as_json: AsJson = False
 
 
 def estimate(options: Options) -> None:
-    """Show what one choice of memories takes, beside the dense window and StreamingLLM, without a model.
+    """Show the memory of a preset or role map, next to the dense window and StreamingLLM, without a model.
 
-    Stored is what the store holds once a video is long, kept is what of it the roles keep as keys and values,
-    attended is what a query attends to in a noisy pass, current chunk included, mean over heads. Not in it:
-    weights, activations, the rest of the model. StreamingLLM attends to as many frames, to the nearest.
+    Stored is the size of the store once a video is long; kept is the part of it with the keys and values that
+    roles keep; attended are the frames that a query attends to in a noisy pass, current chunk included, mean
+    over heads. Weights, activations and the rest of the model are not included. StreamingLLM has the same
+    number of attended frames, rounded.
 
-    The cost of attention follows the frames that are attended; what does not shrink with them, such as RoPE
-    of the current chunk and the rest of the model, is not in the ratio. It is no measurement.
+    The cost of attention is estimated from the number of attended frames. Costs that do not depend on it,
+    such as RoPE of the current chunk and the rest of the model, are not included. It is not a measurement.
     """
     with clean_errors():
         from headforcing.measure.memory import dense, streaming_at
@@ -65,8 +66,8 @@ def estimate(options: Options) -> None:
         rows, choice = [dense(size, streams)], _choice(options, size)
         rows.append(estimated(*choice, size, store=options.store, streams=streams))
         if rows[1].attended is not None:
-            likewise = streaming_at(rows[1].attended, size)
-            rows.append(estimated(*likewise, size, store=options.store, streams=streams))
+            streaming = streaming_at(rows[1].attended, size)
+            rows.append(estimated(*streaming, size, store=options.store, streams=streams))
     if options.as_json:
         print_json(_facts(rows, size, options))
     else:
@@ -166,12 +167,12 @@ def _notes(rows: list[MemoryEstimate], size: ModelSize, options: Options) -> str
         f"store {options.store}.",
     ]
     if ours.attended is None:
-        lines.append(f"{ours.name} keeps every frame: what it takes grows with the video.")
+        lines.append(f"{ours.name} stores every frame: its memory grows with the video.")
     else:
         lines.append(
             f"The base model's KV cache of {in_units(first.stored or 0)} is released. Attention is expected "
             f"to cost {float(ours.attended) / size.window:.0%} of dense: attended over {size.window} frames, "
-            "not measured; what does not shrink with memory is not in it."
+            "not measured, without constant costs."
         )
-    lines.append("Weights, activations and the rest of the model come on top.")
+    lines.append("Weights, activations and the rest of the model are not included.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`headforcing presets`: what every preset keeps and sees, and how many bytes that takes."""
+"""`headforcing presets`: how much every preset stores and attends to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLES = examples(
 
 @dataclass(frozen=True)
 class Options:
-    """Of which size the model is."""
+    """The options of the command: the size of the model."""
 
     model: Annotated[str, typer.Option(help=f"Sizes to begin with: one of {', '.join(MODELS)}.")] = "wan-1.3b"
     layers: Annotated[int | None, typer.Option(help="Attention layers. [default: of the model]")] = None
@@ -38,7 +38,7 @@ class Options:
     grid: Annotated[
         str | None, typer.Option(help="Patches of a frame, HEIGHTxWIDTH: 30x52 is 480p, 45x80 is 720p.")
     ] = None
-    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     as_json: AsJson = False
 
 
@@ -46,9 +46,9 @@ def presets(options: Options) -> None:
     """Show the frames that every preset stores and attends to, and their bytes, without a model.
 
     Frames are per head, current chunk included, once a video is long; counted on a real store with tensors
-    that hold no numbers. Where heads differ, means and bytes are for the published numbers of heads; your
-    model's own are those of its map. For one stream of one video: multiply by videos, CFG branches and
-    experts. The ring store holds more than keys and values, because it keeps rotated keys, too.
+    without data. If heads differ, means and bytes are for the published numbers of heads; a role map of your
+    model may differ. All numbers are for one stream of one video: multiply by videos, CFG branches and
+    experts. The ring store also contains rotated keys.
     """
     with clean_errors():
         from headforcing.roles.maps.presets import PRESETS
@@ -56,17 +56,17 @@ def presets(options: Options) -> None:
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
-        sums = {"frame_bytes": size.frame_bytes, "window_bytes": size.window_bytes}
+        sums = {name: getattr(size, name) for name in ("tokens_per_frame", "frame_bytes", "window_bytes")}
         print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))
 
 
 def model_size(options: Any) -> ModelSize:
-    """The sizes of a known model, with those that are given in place of its own.
+    """The sizes of a known model, with given ones replacing its own.
 
     Raises:
-        OptionError: there is no such model or type, or a number is less than 1.
+        OptionError: there is no such model or dtype, or a number is less than 1.
     """
     if options.model not in MODELS:
         raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
@@ -95,7 +95,7 @@ def itemsize(dtype: str) -> int:
     """Bytes of one number.
 
     Raises:
-        OptionError: there is no such type.
+        OptionError: there is no such dtype.
     """
     if dtype not in ITEMSIZES:
         raise OptionError(f"unknown dtype {dtype!r}: expected one of {', '.join(ITEMSIZES)}")
@@ -103,7 +103,7 @@ def itemsize(dtype: str) -> int:
 
 
 def in_units(count: float) -> str:
-    """Bytes as people read them, in powers of 1024."""
+    """Bytes in readable units, in powers of 1024."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and len(units) > 1:
         count, units = count / 1024, units[1:]
@@ -112,7 +112,7 @@ def in_units(count: float) -> str:
 
 
 def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """Frames per head, and bytes; `None` is without bound, or not known, as `counted` says."""
+    """Frames per head, and bytes; `None` means unbounded, or unknown, as `counted` says."""
     row: dict[str, Any] = {
         "name": preset.name,
         "source": preset.source,
@@ -138,7 +138,7 @@ def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
 
 
 def _role(label: str, role: HeadRole, preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """What one head of a role holds and sees, in frames."""
+    """Stored and attended frames of one head of a role."""
     from headforcing.measure.memory import steady
 
     found = steady(role, size.window, size.chunk)
@@ -205,12 +205,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _frames(count: float | None) -> str:
-    """A number of frames, with digits only where there are any."""
+    """A number of frames, without trailing zeros."""
     return "all" if count is None else f"{count:.2f}".removesuffix(".00")
 
 
 def _notes(rows: list[dict[str, Any]]) -> str:
-    """Where numbers of heads are from."""
+    """The sources of the numbers of heads."""
     notes = [f"{row['name']} ({row['source']}): {row['counted']}." for row in rows if row["labels"]]
     notes += [f"{row['name']}: {row['not_counted']}." for row in rows if "not_counted" in row]
     return "\n".join(["Heads are those of Wan2.1 1.3B as published, 360 in all.", *notes])
@@ -220,7 +220,7 @@ def _facts(size: ModelSize) -> str:
     return (
         f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {size.tokens_per_frame} "
         f"tokens per frame, {size.itemsize} bytes each: {in_units(size.frame_bytes)} per frame, "
-        f"{in_units(size.head_bytes)} of it per head.\n"
+        f"{in_units(size.head_bytes)} per head.\n"
         f"The dense window of {size.window} frames takes {in_units(size.window_bytes)}. Frames are per head, "
         f"the current chunk of {size.chunk} included."
     )

@@ -72,7 +72,7 @@ class Take:
         draws = (draw + 2, draw + 1, draw)
         return [out for start in range(first, frames, step) for out in self.passes(start, draws)]
 
-    def beside(self, name: str, batch: int = 1) -> Take:
+    def other(self, name: str, batch: int = 1) -> Take:
         """Another timeline on the same model."""
         return Take(self.kit, self.model, self.handle, self.kit.host.caches(self.model, batch), name)
 

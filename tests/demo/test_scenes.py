@@ -201,7 +201,7 @@ def test_a_mark_of_the_timeline_has_the_colour_of_its_scene():
     script = Script((A, B, A), 2)
     held = Held("memory", ((), (0,), (), (6, 7), (0, 1), (1, 12)))
     figure = draw_timeline(script, [held], "title", "note", True)
-    (marks,) = [each for axes in figure.axes for each in axes.collections if each.get_gid() == "remembered"]
+    (marks,) = [each for axes in figure.axes for each in axes.collections if each.get_gid() == "stored"]
     corners = [path.get_extents().bounds for path in marks.get_paths()]
     assert corners == [
         (3, 0, 3, 1),

@@ -164,15 +164,15 @@ def test_the_checks_find_planted_bugs(monkeypatch):
         return found
 
     def no_hull(profile, *, frames):
-        monkeypatch.setattr(module, "lower_hull", sorted)
+        monkeypatch.setattr(module, "lower_envelope", sorted)
         found = fit_budget(profile, frames=frames)
-        monkeypatch.setattr(module, "lower_hull", hull)
+        monkeypatch.setattr(module, "lower_envelope", hull)
         return found
 
     def upside_down(profile, *, frames):
         return fit_budget(profile, frames=max(3, 54 - frames))
 
-    steps, hull = maths._steps, module.lower_hull
+    steps, hull = maths._steps, module.lower_envelope
     profile = profile_with(ERRORS)
     for check, planted, given_ in (
         (check_within, spends_one_more, (profile, 4)),

@@ -150,7 +150,7 @@ def test_the_checks_find_planted_bugs():
 @pytest.mark.parametrize(
     ("name", "column", "what_to_do"),
     [
-        ("head_forcing", "attention_mass.first", "history holds the first frame"),
+        ("head_forcing", "attention_mass.first", "history contains the first frame"),
         ("mass_ratio", "mass_ratio.ratio", "between the sink and the recent ones"),
         ("output_regret", "output_regret.p95", "measure it again, for every head"),
     ],

@@ -320,7 +320,7 @@ def test_the_reason_why_nothing_was_measured_is_told(model):
 
     with pytest.raises(ProfileError, match="does it generate with this model"):
         profile_heads(model, lambda: None)
-    with pytest.raises(ProfileError, match="keeps a frame"):
+    with pytest.raises(ProfileError, match="stores a frame"):
         profile_heads(model, lambda: make(model), ["mass_ratio"], protocol=Protocol(history=Local(0)))
     with pytest.warns(UserWarning, match="inactive"), pytest.raises(ProfileError, match="no_grad"):
         profile_heads(model, with_gradients)

@@ -563,7 +563,7 @@ def prompts_of(model: Any) -> Callable[[], None]:
 )
 def test_regret_is_not_measured_where_the_host_edits_its_cache(model: Any, drive: Any) -> None:
     role = SlidingWindow(9, 3, positions="absolute")
-    with pytest.raises(ProfileError, match="measure on videos of one prompt"):
+    with pytest.raises(ProfileError, match="measure videos with one prompt"):
         profile_heads(model, drive(model), [OutputRegret([role])], protocol=Protocol(history=role))
 
 

@@ -1,4 +1,4 @@
-"""What competes on the demo model: presets, role-map files, and the controls that each has to beat."""
+"""Entrants of a comparison on the demo model: presets, role-map files, and the controls of each."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from headforcing.roles.maps.role_map import RoleMap
 
 Kind = Literal["entrant", "as many attended", "as many bytes", "as many attended and bytes", "shuffled"]
 SHUFFLES = 2
-"""Draws of a shuffle; a video counts with its mean over them."""
+"""Draws of a shuffle; each video is averaged over them."""
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """What the heads of the demo model remember.
+    """A policy for the heads of the demo model.
 
     Attributes:
         name: for tables and pictures.
-        draws: the map; of a control that is drawn, several.
+        draws: the map; several for a random control.
         kind: whether it is a control, and which.
     """
 
@@ -40,7 +40,7 @@ class Entrant:
 
     @property
     def roles(self) -> RoleMap:
-        """The map, or the first that was drawn."""
+        """The map, or the first draw."""
         return self.draws[0]
 
     @property
@@ -50,11 +50,11 @@ class Entrant:
 
 
 def entrant(name: str, config: DemoConfig) -> Entrant:
-    """A preset by name, or the role map of a file under the file's name without its ending.
+    """A preset by name, or a role-map file, named after the file without its suffix.
 
     Raises:
         OptionError: it is neither.
-        RoleMapError: the file is no role map.
+        RoleMapError: the file is not a role map.
         RoleMapMismatchError: the map is for another model.
         WindowError: a role needs more frames than the demo was trained on.
     """
@@ -70,26 +70,26 @@ def entrant(name: str, config: DemoConfig) -> Entrant:
 
 
 def stored_frames(roles: RoleMap, config: DemoConfig) -> float | None:
-    """Frames held by a head in a long video, own chunk included, mean over the heads; `None` is all."""
+    """Stored frames in a long video, current chunk included, mean over the heads; `None` is all."""
     return _mean(roles, config, lambda found: found.stored)
 
 
 def attended_frames(roles: RoleMap, config: DemoConfig) -> float | None:
-    """Frames that a query sees in a noisy pass, likewise."""
+    """Attended frames in a noisy pass, as for `stored_frames`."""
     return _mean(roles, config, lambda found: found.attended)
 
 
 def streaming(frames: int, config: DemoConfig) -> RoleMap:
     """StreamingLLM on frames: the first ones and the last ones, for all heads.
 
-    Of the frames beside the own chunk, the sink has a chunk, or all but one where that are fewer.
+    The sink has as many frames as a chunk, or all but one of the stored frames if these are fewer.
     """
     sink = min(config.chunk, max(1, frames - config.chunk - 1))
     return RoleMap.uniform(SlidingWindow(frames, sink=sink), config.layers, config.heads)
 
 
 def shuffled(roles: RoleMap, seed: int) -> RoleMap:
-    """The same roles in every layer, on any heads of that layer; a head can draw its own again."""
+    """The same roles in every layer, on random heads of that layer; a head may get its own role again."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(row), generator=generator).tolist() for row in roles.layers]
     rows = zip(roles.layers, orders, strict=True)
@@ -97,7 +97,7 @@ def shuffled(roles: RoleMap, seed: int) -> RoleMap:
 
 
 def scattered(roles: RoleMap, seed: int) -> RoleMap:
-    """The same roles on any heads of the model: random labels, as many of each."""
+    """The same roles on random heads of the model."""
     flat = [role for row in roles.layers for role in row]
     order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
     layers, heads = roles.shape
@@ -107,11 +107,11 @@ def scattered(roles: RoleMap, seed: int) -> RoleMap:
 
 
 def controls(contender: Entrant, config: DemoConfig) -> list[Entrant]:
-    """What an entrant has to beat: StreamingLLM at its frames and bytes, and its own roles shuffled.
+    """The controls of an entrant: StreamingLLM with its frames or bytes, and its own roles shuffled.
 
-    Frames are those attended in a noisy pass, rounded; bytes those of the `ring` store, as close as whole
-    frames come. Neither goes beyond the window: an entrant that holds more has a control with less. One that
-    keeps every frame has none. Roles are shuffled within each layer, where heads differ.
+    Frames are those attended to in a noisy pass, rounded; bytes are those of the `ring` store, as close as
+    whole frames allow. Neither exceeds the window: an entrant that stores more has a smaller control. An
+    entrant that stores every frame has none. Roles are shuffled within each layer, if heads differ.
     """
     attended = attended_frames(contender.roles, config)
     if attended is None:
@@ -151,7 +151,7 @@ def _mean(roles: RoleMap, config: DemoConfig, pick: Callable[[Steady], Fraction]
 
 
 def _size(config: DemoConfig) -> ModelSize:
-    """Of the demo model, whose numbers are float32."""
+    """The size of the demo model, in float32."""
     return ModelSize(
         config.layers,
         config.heads,

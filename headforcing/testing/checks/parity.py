@@ -121,7 +121,7 @@ def two_caches_in_turn(kit: Kit) -> None:
     """Two timelines in alternation, as with classifier-free guidance, give the same videos as alone."""
     frames, chunk = kit.host.dense, kit.host.chunk
     first = kit.forced()
-    second = first.beside("second")
+    second = first.other("second")
     found: tuple[list[Any], list[Any]] = ([], [])
     for start in range(0, frames, chunk):
         if kit.anchored:

@@ -138,8 +138,8 @@ def anchor_is_the_timeline(kit: Kit) -> None:
     assert all(a is b for a, b in zip(first, later, strict=True)), (
         "the anchor is another object in the next chunk: take one that lives as long as the video, not a view"
     )
-    beside = [call.anchor for _, _, call in kit.calls(take.beside("other"), 0)]
-    distinct = len({id(anchor) for anchor in (*first, *beside)})
+    others = [call.anchor for _, _, call in kit.calls(take.other("other"), 0)]
+    distinct = len({id(anchor) for anchor in (*first, *others)})
     assert distinct == 2 * len(first), (
         "layers or timelines share an anchor, so their KV caches would mix: take an object of the layer's "
         "cache"
