@@ -25,6 +25,7 @@ from headforcing.errors import StreamError, StreamShapeError
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.types import AttentionCall, Outline
+from tests.examples import examples
 from tests.hosts import find_host
 from tests.hosts.rig import Rig
 
@@ -178,7 +179,7 @@ def test_new_video_guidance_and_passes_without_the_compiler() -> None:
 ACTIONS = ("again", "again", "next", "next", "other cache", "new video", "reset", "commit")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=4, max_size=16))
 def test_any_course_of_videos_is_the_one_without_a_compiler(actions: list[str]) -> None:
     made = [course(rig, handle, actions) for rig, handle in both_rigs()]

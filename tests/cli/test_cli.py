@@ -18,6 +18,7 @@ from headforcing.cli import app
 from headforcing.cli.console import progress
 from headforcing.roles.maps.origin import Origin
 
+pytestmark = pytest.mark.xdist_group("headforcing")  # makes its videos once
 RUN = CliRunner()
 HELP = "import sys; sys.argv = ['headforcing', '--help']; from headforcing.cli import app\n"
 SLOW_IMPORTS = {"torch", "numpy", "matplotlib", "rich"}

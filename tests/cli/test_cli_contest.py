@@ -12,6 +12,7 @@ from headforcing.demo import demo_roles
 
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.xdist_group("headforcing compare")  # makes its videos once
 RUN = CliRunner()
 SHORT = ["--seeds", "2", "--seconds", "1.3", "--camera", "still"]
 

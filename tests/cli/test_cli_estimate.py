@@ -23,6 +23,7 @@ from headforcing.measure.sizes import MODELS, ModelSize
 from headforcing.roles import Anchor, Local, Memory, SlidingWindow
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.pyramid_forcing import Veil, Wave
+from tests.examples import examples
 from tests.hosts.rig import Rig
 
 RUN = CliRunner()
@@ -87,7 +88,7 @@ def cases(draw):
     return name, size, draw(st.sampled_from(["ring", "lean"])), draw(st.integers(1, 2))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(cases())
 @example(("pyramid_forcing", dataclasses.replace(SMALL, heads=3, head_dim=8), "ring", 1))
 def test_a_real_layer_stores_and_attends_to_what_was_said(case):

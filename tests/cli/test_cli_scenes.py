@@ -12,6 +12,7 @@ from headforcing.cli import app
 
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
 
+pytestmark = pytest.mark.xdist_group("headforcing scenes")  # makes its videos once
 RUN = CliRunner()
 PROMPTS = ("sea clear slow disc red", "dusk clear slow cross yellow", "sea clear slow disc red")
 FILES = ["modes.png", "scenes.json", "scenes.mp4", "scenes_sheet.png", "timeline.png"]

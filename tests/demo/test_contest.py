@@ -16,6 +16,7 @@ from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.world.camera import CHUNK
 from headforcing.errors import OptionError
 
+pytestmark = pytest.mark.xdist_group("contest")  # makes its videos once
 CONFIG = DemoConfig(dim=64, layers=2)
 SETTING = Setting((3, 4), seconds=9 * CHUNK / 16, camera="still")
 SHAPE = CONFIG.layers, CONFIG.heads

@@ -16,6 +16,7 @@ from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.scenes.run import MODES, PROMPTS, WRONG, Script, alike, background, measure, play
 from headforcing.demo.show.story import Held
 
+pytestmark = pytest.mark.xdist_group("scenes")  # makes its videos once
 A, B, C = PROMPTS[:3]
 
 

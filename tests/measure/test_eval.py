@@ -23,6 +23,7 @@ from headforcing.roles import Local
 pytest.importorskip("accelerate", reason="the example needs accelerate")
 pytest.importorskip("imageio_ffmpeg", reason="the example writes mp4, which needs the extra demo")
 
+pytestmark = pytest.mark.xdist_group("eval")  # makes its videos once
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "eval_lora.py"
 PROMPTS = ["", "\u05e9\u05dc\u05d5\u05dd \U0001f600\n../../etc/passwd", "." * 300, "twice", "twice"]
 TARGET = """
