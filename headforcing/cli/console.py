@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import json
 import pkgutil
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -29,9 +30,9 @@ QUIET_SECONDS = 5.0
 
 def choices(package: str) -> str:
     """Names of the modules in a package, for help texts, without importing them."""
-    spec = importlib.util.find_spec(package)
-    places = [] if spec is None else spec.submodule_search_locations
-    return ", ".join(sorted(module.name for module in pkgutil.iter_modules(places)))
+    top, *folders = package.split(".")  # to find a package below would import those above it
+    paths = [str(Path(place, *folders)) for place in importlib.import_module(top).__path__]
+    return ", ".join(sorted(module.name for module in pkgutil.iter_modules(paths)))
 
 
 def examples(*lines: str) -> str:

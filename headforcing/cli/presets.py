@@ -56,7 +56,7 @@ def presets(options: Options) -> None:
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
-        sums = {"frame_bytes": size.frame_bytes, "window_bytes": size.window_bytes}
+        sums = {name: getattr(size, name) for name in ("tokens_per_frame", "frame_bytes", "window_bytes")}
         print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))

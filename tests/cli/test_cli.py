@@ -115,7 +115,7 @@ def test_validate_imports_no_more_than_it_needs(tmp_path):
 
 def test_the_module_runs_as_well(tmp_path):
     answer = subprocess.run(
-        [sys.executable, "-m", "headforcing.cli", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "headforcing", "--version"], capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == headforcing.__version__
 
