@@ -202,7 +202,7 @@ def test_another_evaluation_is_not_continued(done, jobs):
         ef.prepare(done, jobs, {"more": 1}, resume=True)
     with pytest.raises(OptionError, match="does not belong to these prompts"):
         ef.prepare(done, ef.make_jobs(["one", "two", "two"], 2, first_seed=1), RUN, resume=True)
-    with pytest.raises(OptionError, match="do not make"):
+    with pytest.raises(OptionError, match="do not belong"):
         ef.prepare(done, ef.make_jobs(["one", "three"], 2), RUN, force=True)
     more = ef.make_jobs(["one", "two", "two", "three"], 2)
     assert ef.prepare(done, more, RUN, resume=True) == [6, 7]

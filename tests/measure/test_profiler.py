@@ -290,7 +290,7 @@ def test_what_cannot_be_measured_is_refused(model):
     for metrics, told in (
         (["masses"], "unknown metric"),
         ("mass_ratio", "expected a list"),
-        ([3], "no metric"),
+        ([3], "not a metric"),
     ):
         with pytest.raises(OptionError, match=told):
             profile_heads(model, lambda: make(model), metrics)
@@ -416,7 +416,7 @@ def test_a_profile_survives_its_files(model, tmp_path):
     assert again.hash == profile.hash
     assert again.facts == profile.facts
     assert again.facts.model.base_model == "none"
-    with pytest.raises(ProfileError, match=r"has no output_regret\.best: it holds .*profile again"):
+    with pytest.raises(ProfileError, match=r"has no output_regret\.best: it has .*profile again"):
         again["output_regret.best"]
     with pytest.raises(ProfileError, match="ablate_heads"):
         again["ablation.increase"]

@@ -166,7 +166,7 @@ def test_too_few_prompts_for_a_point_of_the_curve_speak_against_nothing():
     report = stability(one_chunk.where(one_chunk.step == 0), classify, draws=8)
     assert report.stable
     assert report.curve[0].prompts == 2
-    assert any(line.startswith("1 prompts: not judged") for line in report.unjudged)
+    assert any(line.startswith("1 prompts: not tested") for line in report.unjudged)
 
 
 def test_a_resample_that_cannot_be_classified_is_a_reason():
@@ -267,7 +267,7 @@ def test_a_part_that_cannot_be_classified_is_said():
     assert report.chunks is None
     assert not report.stable
     assert [
-        line for line in report.reasons if line.startswith("chunks: a part cannot be classified: no pass")
+        line for line in report.reasons if line.startswith("chunks: a part cannot be classified: in no pass")
     ]
     assert report.summary()["stable"] is False
     with pytest.raises(ProfileError):
