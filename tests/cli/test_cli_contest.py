@@ -56,7 +56,7 @@ def test_the_table_has_the_controls(folder):
     assert answer.exit_code == 0, answer.output
     words = (
         "stored, attended", "minus streaming_llm", "forcing_kv *", "positions leave the range",
-        "controls", "attended, bytes", "shuffled in each", "2 videos are too few",
+        "controls", "attended, bytes", "shuffled", "2 videos are too few",
     )  # fmt: skip
     assert [word for word in words if word not in answer.stdout] == []
     assert answer.stdout.splitlines()[-1].endswith("compare-sheet.png")
@@ -79,7 +79,7 @@ def test_five_videos_are_judged(folder):
     [
         (["dense"], "neither a preset nor a role-map file"),
         (["full", "full"], "each once"),
-        (["full", "--seconds", "0.1"], "ask for"),
+        (["full", "--seconds", "0.1"], "use 1.4 seconds or more"),
         (["pyproject.toml"], "pyproject.toml"),
     ],
 )

@@ -113,7 +113,7 @@ def test_mistakes_are_named(model):
         compete(model, [], SETTING)
     with pytest.raises(OptionError, match="each once"):
         Setting((1, 1))
-    with pytest.raises(OptionError, match=r"ask for 1\.4 or more"):
+    with pytest.raises(OptionError, match=r"use 1\.4 seconds or more"):
         Setting((1,), seconds=1.0, camera="pan")
 
 
