@@ -950,7 +950,7 @@ def test_frames_chosen_by_content_that_cannot_be_told_apart_are_refused_before_a
         caches, before = rig.caches(), snapshot(rig.model)
         tell(rig, caches, range(0, 18, 3))
         if asks:
-            with pytest.raises(StreamError, match=r"layer 1: Memory.*among the last 6: run fewer"):
+            with pytest.raises(StreamError, match=r"layer 1: Memory.*among the last 6: recompute fewer"):
                 handle.switch_prompt("recache", frames=6)
             assert before.diff(snapshot(rig.model)) == []
         found.append(tell(rig, caches, range(18, 24, 3)))
