@@ -104,7 +104,7 @@ def steady(role: HeadRole, window: int, chunk: int, grid: Grid = GRID) -> Steady
     """
     if role.capacity(chunk) is None:
         return None
-    compresses = role.digest() is not None
+    compresses = role.compressed() is not None
     size = ModelSize(1, 1, 1, window, chunk, grid if compresses else GRID, itemsize=4)
     last = _one_cycle(role, size)
     attended = [moment.attended[0] / size.tokens_per_frame for moment in last]

@@ -562,7 +562,7 @@ def test_the_published_means_of_forcing_kv():
 )
 def test_the_table_of_frames_stored_and_seen(name, label, stored, attended):
     """Stored without the own chunk of three, seen with it; 29 and 11 frames are published with it."""
-    assert means(name, "stored", {label: 1}) == stored + 3
+    assert means(name, "stored", {label: 1}) == pytest.approx(stored + 3, abs=0.001)  # averages: 2 tokens
     assert means(name, "attended", {label: 1}) == attended
 
 
