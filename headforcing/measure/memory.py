@@ -1,7 +1,7 @@
 """How many bytes the keys and values of a model take, and how many frames are attended, before it is loaded.
 
-There is one way to count: the real store runs through a long video. For bytes its chunks have the real size, on
-the `meta` device, where tensors have a shape and no numbers; for frames they have one head of one channel.
+There is one way to count: the real store runs through a long video. For bytes its chunks have the real size,
+on the `meta` device, where tensors have a shape and no numbers; for frames they have one head of one channel.
 Nothing is known here of any role.
 """
 
@@ -313,7 +313,7 @@ def _most(size: ModelSize, store: str, roles: RoleMap, what: str) -> int | None:
 
 
 def _mean(values: Sequence[Fraction | int]) -> Fraction:
-    return sum(values, Fraction()) / len(values)
+    return Fraction(sum(values)) / len(values)
 
 
 def _one_cycle(role: HeadRole, size: ModelSize) -> list[Moment]:
