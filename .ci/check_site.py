@@ -1,6 +1,6 @@
 """Whether a built site is whole: pages, API, links, and nothing fetched from elsewhere.
 
-    python .ci/check_site.py docs site build/site-zensical
+    python .ci/check_site.py docs site [more sites]
 
 Zensical passes over what it does not know, as plug-ins and missing pages: what was built is read.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.presets import PRESETS, Preset
 

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from attention_presets import preset_rows
 from measuring import CHUNK, FILL, WINDOW, write
+from meta_layer import Layer, ResultAlone, returns_views
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headforcing.cli.estimate import parse_grid
-from headforcing.measure.census import Remembering, ResultAlone, returns_views
-from headforcing.measure.footprint import ModelSize
-from headforcing.measure.rehearsal import Layer, unchecked
+from headforcing.cli.presets import parse_grid
+from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole
 
 IDLE = {"empty", "new_empty", "empty_strided", "_unsafe_view"}
@@ -68,12 +67,11 @@ def rows() -> dict[str, list[HeadRole]]:
 
 def counted(row: Sequence[HeadRole], grid: tuple[int, int], store: str) -> dict[str, Any]:
     """The first pass over a chunk, and a later one, once a video is long; of several chunks the most."""
-    size = ModelSize(1, HEADS, 128, WINDOW, CHUNK, grid[0] * grid[1])
-    layer = Layer(size, grid)
-    handle = layer.force(row, unchecked(store)) if row else None
+    layer = Layer(ModelSize(1, HEADS, 128, WINDOW, CHUNK, grid))
+    handle = layer.force(row, store) if row else None
     counters = [x for name, x in layer.cache.items() if name.endswith("index")]
     most = {"first": (0, 0), "later": (0, 0)}
-    with torch.no_grad(), ResultAlone(), Remembering({}):
+    with torch.no_grad(), ResultAlone():
         for chunk in range(2 * FILL):
             layer(chunk, torch.tensor([1.0]))
         for chunk in range(2 * FILL, 2 * FILL + 8):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from attention_presets import preset_rows
 from measuring import CHUNK, Case
 
 from headforcing.errors import StreamShapeError
-from headforcing.measure.footprint import ModelSize
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady, stored_bytes
+from headforcing.measure.sizes import ModelSize
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 
@@ -120,30 +121,27 @@ def equal_frames(mix: Mix, case: Case) -> int:
 
 def equal_bytes(mix: Mix, case: Case, store: str) -> int | None:
     """Frames of StreamingLLM whose bytes in the store are nearest; `None`: more than the window would be."""
-    size = size_of(case)
-    wanted = size.stored_bytes(store, RoleMap((tuple(role.fit(case.window, CHUNK) for role in mix.roles),)))
-    held = {
-        frames: size.stored_bytes(store, RoleMap((tuple(streaming(frames, case).roles),)))
-        for frames in range(CHUNK + 1, case.window + 1)
-    }
+    size, roles = size_of(case), tuple(role.fit(case.window, CHUNK) for role in mix.roles)
+    wanted = stored_bytes(size, store, RoleMap((roles,)))
+    whole = stored_bytes(size, store, RoleMap((tuple(streaming(case.window, case).roles),)))
     assert wanted is not None  # no mix grows
-    if wanted > held[case.window] * (1 + 0.5 / case.window):
-        return None
-    return min(held, key=lambda frames: abs(held[frames] - wanted))
+    assert whole is not None
+    half, frames = Fraction(1, 2), Fraction(wanted * case.window, whole)  # every frame takes as much
+    return None if frames > case.window + half else max(math.ceil(frames - half), CHUNK + 1)
 
 
 def size_of(case: Case) -> ModelSize:
     """One layer of a case."""
     itemsize = case.dtype.itemsize
-    return ModelSize(1, case.heads, case.head_dim, case.window, CHUNK, case.tokens, itemsize)
+    return ModelSize(1, case.heads, case.head_dim, case.window, CHUNK, (case.height, case.width), itemsize)
 
 
 def cannot_run(mix: Mix, case: Case) -> str | None:
     """Why a mix cannot be run on a grid: what it would merge or cut does not divide."""
     for role in dict.fromkeys(mix.roles):
-        if (digest := role.digest()) is not None:
+        if (history := role.compressed()) is not None:
             try:
-                digest.check((case.height, case.width))
+                history.check((case.height, case.width))
             except StreamShapeError as error:
                 return str(error)
     return None

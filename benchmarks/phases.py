@@ -58,7 +58,7 @@ class Clock:
 
 
 PHASES = {
-    "_append": "move history",
+    "_commit_before": "move history",
     "_begin": "move history",
     "check": "check for NaN",
     "_stage": "write chunk",

@@ -1,4 +1,4 @@
-"""Turns the numbers of `presets.py` into a page and a picture; every judgement is decided by an interval."""
+"""Turns the numbers of `presets.py` into a page and a picture; every verdict follows from an interval."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from headforcing.roles.maps.presets import PRESETS
 
 OWN = "demo map"
 KEY_HEAD = 5, 0
-"""Layer and head that decides most on this model, see docs/role-maps.md."""
+"""Layer and head with the largest effect on this model, see docs/role-maps.md."""
 BASE = "sliding_window"
 AGAINST = {
-    "streaming": "StreamingLLM at as many frames",
+    "streaming": "StreamingLLM with as many frames",
     "sink": "its sink and the last frames, a window in all",
     "shuffled": "its roles shuffled in each layer",
     "random": "its roles on random heads",
@@ -38,42 +38,42 @@ INTRO = """# Presets on the demo model
 
 <!-- Written by benchmarks/presets.py; do not edit. -->
 
-Every preset on the demo model, which is trained on {trained} frames and makes {frames} here, {times:.1f}
-times as many, from the same scenes and the same noise: seeds {first} to {last}, those of
-[What the demo model shows](demo-results.md), which also says what is measured. Labels of presets whose
-heads differ were measured on seeds {labels[0]} to {labels[1]} with the classifiers that the presets name,
-with their defaults; nothing was chosen on the videos of this page. Numbers behind it:
-[{data}](data/{data}). `python benchmarks/presets.py` makes both again.
+Every preset on the demo model, which is trained on {trained} frames and generates {frames} here, {times:.1f}
+times as many. Scenes and noise are the same for all: seeds {first} to {last}, those of
+[What the demo model shows](demo-results.md), where the metrics are explained. The labels of presets with
+several roles were measured on seeds {labels[0]} to {labels[1]} with the classifiers that the presets name
+and their default thresholds; nothing was chosen on the videos of this page. Data of this page:
+[{data}](data/{data}). `python benchmarks/presets.py` reproduces both.
 
-* **Kept** and **seen**: frames that a head stores, and that a query sees in a noisy pass, mean over the
-  heads, own chunk included, once a video is long. **MB** of one video, counted from the tensors; our store
-  holds keys twice, and what some roles pack for looking.
-* **Late** and **early**: background PSNR in dB, as there; 95 % bootstrap interval over videos.
-* **Return**: background that comes back after it was out of sight for longer than a window. **Sprites** and
-  **motion**: as there, late; 1 is right.
-* **Controls**: *StreamingLLM at as many frames*: for all heads the first and the last frames, as many as the
-  preset sees, rounded. *Sink*: where a preset has more first frames than a chunk, those and the last frames,
-  {trained} in all, and nothing that is chosen; added when deep_forcing's numbers were seen.
-  *Shuffled*: its roles on other heads of their layer;
-  *random*: on any heads. {draws} draws each, and every draw makes its share of the videos, so that intervals
-  know of both.
+* **Stored** and **attended**: frames that a head stores, and frames that a query attends to in a noisy pass,
+  current chunk included, mean over the heads, once a video is long. **MB** of one video, counted from the
+  tensors; our store holds keys twice, and for some roles copies of what each query frame attends to.
+* **Late** and **early**: background PSNR in dB; 95 % bootstrap interval over videos.
+* **Return**: background that comes back after it was out of view for longer than a window. **Sprites** and
+  **motion**: late; 1 is right.
+* **Controls**: *StreamingLLM with as many frames*: the first and the last frames for all heads, as many as
+  the preset attends to, rounded. *Sink*: if a preset has more first frames than a chunk, these and the last
+  frames, {trained} in all, and no selected tokens; this control was added after seeing deep_forcing's
+  results. *Shuffled*: its roles on other heads of the same layer; *random*: on any heads. There are {draws}
+  draws each, and every draw makes its share of the videos, so that intervals include both sources of
+  variation.
 * A difference is the preset minus its control, paired by video; bold: its interval excludes 0. Intervals are
   not corrected for the number of comparisons.
-* **\\***: its positions leave the range that the model was trained on, as they do at the source.
+* **\\***: its positions leave the range that the model was trained on, as in the source.
 """
 
 LIMITS = """## What this does not show
 
-* The presets are methods for models of 1.3 B parameters and more, with numbers chosen there. Here they run on
-  1.5 M parameters, 24 heads and a synthetic world of 24×24 pixels. A preset that does badly here may do well
-  there, and the other way round: this page tests our implementation and its controls, not the papers.
-* What is not taken over from a source is said in `headforcing.roles.maps.presets`. One number had to change: Forcing-KV
-  cuts frames into 6 pieces, which do not divide 16 patches; here 4, one per row of patches.
-* Labels are measured by our reading of each rule; some sources label heads anew in every video.
-* Background PSNR rewards who remembers the start. It does not judge what people judge in a video, and a still
-  background is as good as a live one: see sprites and motion.
-* One model, one training run. A shuffle inside a layer of four heads leaves some heads their own label.
-* At 16 tokens per frame, nothing here is about speed: [Speed](performance.md).
+* The presets were designed for models of 1.3 B parameters and more, and their numbers were chosen there. Here
+  they run on 1.5 M parameters, 24 heads and a synthetic world of 24×24 pixels. A preset that does badly here
+  may do well there, and the reverse: this page tests our implementation and its controls, not the papers.
+* [Presets](presets.md) says what was left out of each source. One number had to change: Forcing-KV cuts
+  frames into 6 pieces, which do not divide 16 patches; here it is 4, one per row of patches.
+* Labels follow our reading of each rule; some sources label heads again in every video.
+* Background PSNR rewards methods that store the start of a video. It does not measure what people see, and a
+  frozen background scores as well as a live one: see sprites and motion.
+* One model, one training run. Shuffling a layer of four heads leaves some heads with their own label.
+* With 16 tokens per frame, nothing here is about speed: see [Speed](performance.md).
 """
 
 
@@ -101,7 +101,7 @@ def page(results: Mapping[str, Any], data: str, picture: str) -> str:
     parts.append(_key_head(results))
     if missing := _missing(results):
         parts.append(missing)
-    parts += ["## What the intervals say", _verdicts(results), "## What the roles were", _roles(results)]
+    parts += ["## What the intervals show", _verdicts(results), "## The roles", _roles(results)]
     return "\n\n".join(part.strip() for part in [*parts, LIMITS]) + "\n"
 
 
@@ -150,7 +150,7 @@ def _name(results: Mapping[str, Any], name: str) -> str:
 
 
 def _paired(records: Mapping[str, Any], name: str, key: str | None, measure: str = "psnr_late") -> Interval:
-    """An entrant minus somebody else; without videos where one of them was not run."""
+    """An entrant minus another one; an empty interval if one of them was not run."""
     if key is None or not {name, key} <= records.keys():
         return Interval(torch.nan, torch.nan, torch.nan, 0)
     return paired_difference(values_of(records[name], measure), values_of(records[key], measure))
@@ -162,10 +162,10 @@ def _late(record: Mapping[str, Any]) -> str:
 
 
 def _table(results: Mapping[str, Any], camera: str) -> str:
-    """Every preset, and StreamingLLM at as many frames."""
+    """Every preset, and StreamingLLM with as many frames."""
     records, frames = results["scenarios"][camera], results["settings"]["frames"]
     pan = ["return"] * (camera == "pan")
-    head = ["preset", "kept", "seen", "MB", "early", "late", "minus StreamingLLM"]
+    head = ["preset", "stored", "attended", "MB", "early", "late", "minus StreamingLLM"]
     rows = [[*head, *pan, "sprites", "motion"]]
     for name in [*results["entrants"], OWN]:
         if name not in records:
@@ -178,12 +178,12 @@ def _table(results: Mapping[str, Any], camera: str) -> str:
         key = _controls(results, name).get("streaming")
         row += [difference(_paired(records, name, key)), *[mean_of(record, "psnr_return") for _ in pan]]
         rows.append([*row, mean_of(record, "identity_late", 2), mean_of(record, "motion_late", 2)])
-    note = f"`{OWN}` is the role map of the package, by ablation; its videos are those of [Demo results]"
+    note = f"`{OWN}` is the role map of the package, by ablation, with the videos of [Demo results]"
     return f"{markdown_table(rows, right=True)}\n\n" + (f"{note}(demo-results.md)." if OWN in records else "")
 
 
 def _labelled(results: Mapping[str, Any], camera: str) -> str:
-    """Presets whose heads differ, against the same roles on other heads."""
+    """Presets with several roles, against the same roles on other heads."""
     records = results["scenarios"][camera]
     rows = [["preset", "late", "minus shuffled", "each draw", "minus random", "each draw"]]
     for name in results["entrants"]:
@@ -197,12 +197,12 @@ def _labelled(results: Mapping[str, Any], camera: str) -> str:
         rows.append(row)
     if len(rows) == 1:
         return ""
-    head = "Labels against the same roles on other heads; a draw is the mean over its own videos:"
+    head = "Labels against the same roles on other heads; the number of a draw is the mean over its videos:"
     return f"{head}\n\n{markdown_table(rows, right=True)}"
 
 
 def _key_head(results: Mapping[str, Any]) -> str:
-    """What the head that decides most got in every draw: few draws hang on it."""
+    """The role in every draw of the head with the largest effect."""
     rows = [["preset", "its labels", "shuffled", "random"]]
     for name, facts in results["entrants"].items():
         if found := facts.get("key_head"):
@@ -210,10 +210,10 @@ def _key_head(results: Mapping[str, Any]) -> str:
             rows.append([name, own, ", ".join(found["shuffled"][1:]), ", ".join(found["random"][1:])])
     layer, head = KEY_HEAD
     return (
-        "## How much hangs on one head\n\n"
-        f"Head {head} of layer {layer} decides most here ([Role maps](role-maps.md)), and the draws are few "
-        "and the same orders of heads for every preset. Its role in each draw; a difference to shuffled or "
-        f"random roles says little more than what it got:\n\n{markdown_table(rows)}"
+        "## How much depends on one head\n\n"
+        f"Head {head} of layer {layer} has the largest effect here ([Role maps](role-maps.md)), and there "
+        "are few draws, with the same permutations of heads for every preset. So a difference to shuffled or "
+        f"random roles mostly shows which role it got. Its role in each draw:\n\n{markdown_table(rows)}"
     )
 
 
@@ -228,32 +228,32 @@ def _missing(results: Mapping[str, Any]) -> str:
 
 
 def _verdicts(results: Mapping[str, Any]) -> str:
-    """Which presets are ahead of their controls, behind, or cannot be told apart."""
+    """Which presets are better or worse than their controls, or not significantly different."""
     lines = []
-    for kind, told in {**AGAINST, BASE: f"`{BASE}`, what the model does by itself"}.items():
+    for kind, told in {**AGAINST, BASE: f"`{BASE}`, what the unmodified model does"}.items():
         start = len(lines)
         for camera, records in results["scenarios"].items():
             for measure, unit in MEASURES.items():
-                groups: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": []}
+                groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
                 for name in results["entrants"]:
                     key = kind if kind == BASE else _controls(results, name).get(kind)
                     found = _paired(records, name, key, measure)
                     if name == key or not found.count:
                         continue
-                    word = "ahead" if found.mean > 0 else "behind"
+                    word = "better" if found.mean > 0 else "worse"
                     digits = 1 if "psnr" in measure else 2
                     said = f"{name} ({found.mean:+.{digits}f})"
-                    groups[word if decided(found) else "not told apart"].append(said)
+                    groups[word if decided(found) else "no significant difference"].append(said)
                 said = "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
                 lines += [f"* *{camera}, {unit}*: {said}."] if said else []
         if len(lines) > start:
-            lines.insert(start, f"Against {told}:\n")
+            lines.insert(start, f"Compared with {told}:\n")
             lines.append("")
     return "\n".join(lines)
 
 
 def _short(results: Mapping[str, Any]) -> str:
-    """Who is ahead of a control on late PSNR, and who behind, by camera; from the intervals alone."""
+    """Which presets are better or worse than a control in late PSNR, by camera; from the intervals alone."""
     lines = []
     for kind, told in AGAINST.items():
         for camera, records in results["scenarios"].items():
@@ -270,9 +270,9 @@ def _short(results: Mapping[str, Any]) -> str:
                 )
                 for side in (lambda one: one.mean > 0, lambda one: one.mean < 0)
             ]
-            said = f"ahead {sides[0] or 'none'}; behind {sides[1] or 'none'}; of {len(found)}"
-            lines.append(f"* Against {told}, camera {camera}: {said}.")
-    lines.append("\nDifferences to shuffled and random roles hang on one head, see below.")
+            said = f"better: {sides[0] or 'none'}; worse: {sides[1] or 'none'}; of {len(found)}"
+            lines.append(f"* Compared with {told}, camera {camera}: {said}.")
+    lines.append("\nDifferences to shuffled and random roles depend on one head, see below.")
     return "\n".join(lines)
 
 

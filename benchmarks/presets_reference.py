@@ -1,4 +1,4 @@
-"""Writes docs/presets.md from the presets themselves, or says where the two differ.
+"""Writes docs/presets.md from the presets themselves, or prints where the two differ.
 
 python benchmarks/presets_reference.py
 python benchmarks/presets_reference.py --check
@@ -21,12 +21,13 @@ from quality_page import markdown_table
 from typer.testing import CliRunner
 
 from headforcing.cli import app
+from headforcing.roles.base import bounded
 from headforcing.roles.maps.preset import Preset
 from headforcing.roles.maps.presets import PRESETS, commit_forcing
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "presets.md"
 LEFT_OUT = "Not taken over: "
-PHASES = "[Phases](concepts.md#phases-less-in-the-clean-pass)"
+PHASES = "[A smaller window in the clean pass](concepts.md#a-smaller-window-in-the-clean-pass)"
 WIDTH = 110
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
@@ -34,28 +35,29 @@ INTRO = """# Presets
 
 <!-- Written by benchmarks/presets_reference.py; do not edit. -->
 
-Memories of the field by name. What each keeps and sees is counted on a real store, here for a model of the
-size of Wan2.1 1.3B: a window of {window} latent frames, chunks of {chunk}, {tokens_per_frame} tokens per
-frame. For your sizes:
+Published methods by name. How much each stores and attends to is counted on a real store, here for a model
+of the size of Wan2.1 1.3B: a window of {window} latent frames, chunks of {chunk}, {tokens_per_frame} tokens
+per frame. For your sizes:
 
 ```bash
-headforcing presets --window 12 --tokens-per-frame 880
+headforcing presets --window 12 --grid 22x40
 ```
 
-A preset whose heads are all alike goes by name, `apply_head_forcing(model, "memrope")`. The others need a
-label for every head, which belongs to a checkpoint: [import or measure it](measuring.md), then
-`headforcing.roles.maps.presets.PRESETS["forcing_kv"].labelled(labels)`. How they do on the demo model:
+A preset that treats all heads alike goes by name, `apply_head_forcing(model, "memrope")`. The others need a
+label for every head. Labels belong to a checkpoint: [import or measure them](measuring.md), then call
+`headforcing.roles.maps.presets.PRESETS["forcing_kv"].labelled(labels)`. Results on the demo model:
 [Presets on the demo](preset-results.md).
 
-* **Kept**, **seen**: frames that a head stores, and that a query sees in a noisy pass, own chunk included,
-  once a video is long; where labels differ, the mean over the published numbers of heads.
-* **Of window**: keys and values, as a share of the dense window of {window} frames. The `ring` store holds
+* **Stored**, **attended**: frames that a head stores, and frames that a query attends to in a noisy pass,
+  both including the current chunk, once a video is long. If heads differ, it is the mean over the published
+  numbers of heads.
+* **Of window**: keys and values, as a share of the dense window of {window} frames. The `ring` store contains
   rotated keys as well: its share is the second number.
-* **\\***: positions leave the range the model was trained on, as they do at the source.
+* **\\***: positions leave the range the model was trained on, as in the source.
 """
 
-HEAD = ("preset", "source", "labels", "kept", "seen", "of window, in `ring`")
-ROLE_HEAD = ("label", "heads", "role", "kept", "seen")
+HEAD = ("preset", "source", "labels", "stored", "attended", "of window, in `ring`")
+ROLE_HEAD = ("label", "heads", "role", "stored", "attended")
 
 
 def page() -> str:
@@ -68,14 +70,15 @@ def page() -> str:
     parts += [_section(PRESETS[name], row, model) for name, row in rows.items()]
     said, *_ = (inspect.getdoc(commit_forcing) or "").splitlines()
     wrapper = (
-        f"{said} `headforcing.roles.maps.presets.commit_forcing(role_map, window)` wraps a map: {PHASES}."
+        f"{said} `headforcing.roles.maps.presets.commit_forcing(role_map, window)` applies it to a map: "
+        f"{PHASES}."
     )
     parts += ["## commit_forcing", _wrapped(wrapper)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _summary(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    star = "" if all(role.bounded for role in _roles(preset, model).values()) else " \\*"
+    star = "" if all(map(bounded, _roles(preset, model).values())) else " \\*"
     share = "grows" if not row["labels"] else "?"
     if row["of_window"] is not None:
         share = f"{row['of_window']:.0%}, {row['ring_bytes'] / model['window_bytes']:.0%}"
@@ -86,7 +89,7 @@ def _summary(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -
 
 
 def _section(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    """What a preset gives to which heads, and what it leaves out."""
+    """The roles of a preset, which heads have them, and what is left out."""
     about, _, missing = _flat(inspect.getdoc(preset.roles)).partition(LEFT_OUT)
     roles = [
         [
@@ -100,7 +103,7 @@ def _section(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -
     ]
     facts = [f"* Source: {_linked(preset.source)}."]
     if preset.counted:
-        facts.append(f"* Heads of Wan2.1 1.3B, {sum(preset.published.values())} known: {preset.counted}.")
+        facts.append(f"* Heads of Wan2.1 1.3B ({sum(preset.published.values())} known): {preset.counted}.")
     if preset.first_layer is not None:
         facts.append(f"* All heads of layer 0 are {preset.first_layer}, whatever their labels.")
     if preset.classifier is not None:
@@ -108,7 +111,7 @@ def _section(preset: Preset, row: Mapping[str, Any], model: Mapping[str, Any]) -
     if preset.importer is not None:
         facts.append(f"* Labels, published: `headforcing roles import FILE --format {preset.importer}`.")
     if missing:
-        facts.append(f"* {LEFT_OUT}{missing}")
+        facts.append(f"* Left out: {missing}")
     listed = "\n".join(_wrapped(fact, "  ") for fact in facts)
     return "\n\n".join([f"## {preset.name}", _wrapped(about), markdown_table([ROLE_HEAD, *roles]), listed])
 
@@ -136,14 +139,14 @@ def _linked(source: str) -> str:
 
 
 def differences(said: str, page: str) -> list[str]:
-    """Lines of a text that are not those of the page (-), and of the page that it lacks (+), numbered."""
+    """Numbered lines that only the text has (-), and that only the page has (+)."""
     old, new, found = said.splitlines(), page.splitlines(), []
     for kind, first, last, start, stop in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
         if kind != "equal":
             found += [f"-{number + 1}: {old[number]}" for number in range(first, last)]
             found += [f"+{number + 1}: {new[number]}" for number in range(start, stop)]
     if not found and said != page:
-        found.append(f"-{len(old)}: lines end otherwise: expected one newline each, also behind the last")
+        found.append(f"-{len(old)}: other line endings: expected one newline after each line, also the last")
     return found
 
 
@@ -159,12 +162,12 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         said = args.out.read_bytes().decode()
     except FileNotFoundError:
-        parser.error(f"{args.out} is not there: write it first, without --check")
+        parser.error(f"{args.out} does not exist: write it first, without --check")
     found = differences(said, page())
     if not found:
         return 0
     script = "python benchmarks/presets_reference.py"
-    wrong = f"{args.out} is not what the presets say; run: {script} --out {args.out}"
+    wrong = f"{args.out} differs from the presets; run: {script} --out {args.out}"
     sys.stdout.write("\n".join([wrong, *found, ""]))
     return 1
 

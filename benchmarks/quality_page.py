@@ -1,4 +1,4 @@
-"""Turns the numbers of `quality.py` into a page; every judgement on it is decided by an interval."""
+"""Turns the numbers of `quality.py` into a page; every verdict on it follows from an interval."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from headforcing.demo.contest.intervals import Interval, bootstrap_interval, pai
 from headforcing.demo.world.camera import CHUNK
 
 SCENARIOS = {
-    "still": "The camera stands still; the first chunk (3 frames) is real.",
+    "still": "The camera stands still; the first chunk (3 frames) is given from the ground truth.",
     "pan": (
         "The camera pans over a strip twice as wide as the view, stays at its end for 42 frames, returns, "
-        "and so on. The first 6 chunks (18 frames) are real; what they do not show is not judged."
+        "and so on. The first 6 chunks (18 frames) are given from the ground truth; what they do not show is "
+        "not evaluated."
     ),
 }
 ORDER = (
     *("window", "sink", "sink_small", "dense", "hf", "hf_default"),
     *("no_episodic", "memory_all", "local_all", "shuffled"),
 )
+NO_DIFFERENCE = "no significant difference from"
 MEASURES = {
     "psnr_late": "background, dB",
     "psnr_return": "returning background, dB",
@@ -31,33 +33,34 @@ INTRO = """# What the demo model shows
 
 <!-- Written by benchmarks/quality.py; do not edit. -->
 
-The demo model is trained on {trained} frames of a synthetic world. Here it makes {frames}, from the same
-scenes and the same noise under every policy: seeds {first} to {last}, used neither to measure roles nor to
-choose their numbers. Numbers behind this page: [{data}](data/{data}). `python benchmarks/quality.py` makes
-both again.
+The demo model is trained on {trained} frames of a synthetic world. Here it generates {frames} frames, from
+the same scenes and the same noise with every method: seeds {first} to {last}, which were used neither to
+measure roles nor to choose their numbers. Data of this page: [{data}](data/{data}).
+`python benchmarks/quality.py` reproduces both.
 
-* **PSNR** of the background to the truth, in dB, on the part of the strip that the given frames showed, over
-  the best 80 % of the pixels (sprites cover some). *Early*: 18 frames after the given ones; *late*: the last
-  {late}. *Return*: only columns that come back after more than {away} frames out of sight.
-* **Sprites**: share with the right colour and about the right size, late. **Motion**: their speed over the
-  true one, late; 1 is right, far above 1 is noise.
-* **Frames**: mean over the heads, own chunk included. **MB** per video, counted from the tensors. Our store
-  holds keys twice (as they are, and rotated), so the same frames cost 1.5 times the model's own cache.
-* **Difference**: Head Forcing minus the policy, late PSNR, mean over videos with the 95 % bootstrap interval
-  of the paired difference. Bold: the interval excludes 0. Intervals are not corrected for the number of
-  comparisons.
+* **PSNR**: background against the ground truth, in dB, on the part of the strip that the given frames showed,
+  over the best 80 % of the pixels (sprites cover some). *Early*: the 18 frames after the given ones; *late*:
+  the last {late}. *Return*: only columns that come back after more than {away} frames out of view.
+* **Sprites**: share of late frames whose sprite has the right colour and about the right size. **Motion**:
+  late speed of the sprites over the true speed; 1 is right, far above 1 is noise.
+* **Frames**: attended frames, current chunk included, mean over the heads. **MB** per video, counted from the
+  tensors. Our store holds keys twice (before and after RoPE), so the same frames take 1.5 times the model's
+  own cache.
+* **Difference**: late PSNR of Head Forcing minus that of the row, mean over videos with the 95 % bootstrap
+  interval of the paired difference. Bold: the interval excludes 0. Intervals are not corrected for the number
+  of comparisons.
 """
 
 LIMITS = """## What this does not show
 
 * One model of 1.5 M parameters, one training run, a synthetic world of 24×24 pixels. Intervals cover videos,
   not training runs, and say nothing about large models.
-* The prompt tells the model where the camera looks. Real models are not told.
-* Background PSNR needs a truth that exists only here. It does not judge what people judge in a video.
-* At 16 tokens per frame the length of the cache hardly changes the speed, so no speed is reported here.
+* The prompt contains the camera position. Real models do not get it.
+* Background PSNR needs a ground truth, which exists only here. It does not measure what people see.
+* With 16 tokens per frame the length of the cache hardly changes the speed, so no speed is reported here.
 * The numbers of the roles were chosen on other seeds of the same two scenarios.
-* The labels are ours, by ablation, and so are the numbers of the roles: this is not a test of the paper's own
-  configuration. How other ways to label the heads do is on [Role maps](role-maps.md).
+* The labels (by ablation) and the numbers of the roles are ours: this is not a test of the paper's own
+  configuration. Results of other labelling methods: [Role maps](role-maps.md).
 """
 
 
@@ -77,8 +80,8 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [intro, "## Head Forcing here", _roles(results)]
     for camera, text in SCENARIOS.items():
         parts += [f"## Camera: {camera}", text, _table(results["scenarios"][camera], camera)]
-    parts += ["## What the intervals say", _verdicts(results["scenarios"])]
-    parts += ["## Which heads need their past", _pruning(results["pruning"]), LIMITS]
+    parts += ["## What the intervals show", _verdicts(results["scenarios"])]
+    parts += ["## Which heads depend on their past", _pruning(results["pruning"]), LIMITS]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -100,12 +103,12 @@ def mean_of(record: Mapping[str, Any], measure: str, digits: int = 1) -> str:
 
 
 def decided(found: Interval) -> bool:
-    """Whether a difference is one; a bootstrap of a few videos decides nothing."""
+    """Whether a difference is significant; a bootstrap of a few videos never is."""
     return found.excludes_zero and found.count >= 5
 
 
 def difference(found: Interval, digits: int = 1) -> str:
-    """A difference with its interval, bold where it is one."""
+    """A difference with its interval, bold if it is significant."""
     if not found.count:
         return "–"
     text = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
@@ -113,7 +116,7 @@ def difference(found: Interval, digits: int = 1) -> str:
 
 
 def _table(records: Mapping[str, Any], camera: str) -> str:
-    head = ["policy", "frames", "MB", "early", "late", "difference"]
+    head = ["method", "frames", "MB", "early", "late", "difference"]
     head += ["return"] * (camera == "pan") + ["sprites", "motion"]
     rows = [head]
     for key in ORDER:
@@ -126,23 +129,23 @@ def _table(records: Mapping[str, Any], camera: str) -> str:
         row += [mean_of(record, "psnr_return")] * (camera == "pan")
         rows.append([*row, mean_of(record, "identity_late", 2), mean_of(record, "motion_late", 2)])
     draws = ", ".join(f"{value:.1f}" for value in records["shuffled"]["psnr_late_of_draws"])
-    told = f"The shuffled labels are the mean of several draws; late PSNR of each: {draws} dB."
-    return f"{markdown_table(rows, right=True)}\n\n{told}"
+    note = f"The row with shuffled labels is the mean of several draws; late PSNR of each: {draws} dB."
+    return f"{markdown_table(rows, right=True)}\n\n{note}"
 
 
 def _verdicts(scenarios: Mapping[str, Any]) -> str:
-    """Where Head Forcing is ahead, behind, or cannot be told apart."""
+    """Which methods Head Forcing is better than, worse than, or not significantly different from."""
     lines = []
     for measure, unit in MEASURES.items():
         for camera, records in scenarios.items():
-            groups: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+            groups: dict[str, list[str]] = {"better than": [], "worse than": [], NO_DIFFERENCE: []}
             for key in ORDER:
                 found = paired_difference(values_of(records["hf"], measure), values_of(records[key], measure))
                 if key == "hf" or not found.count:
                     continue
-                word = "not told apart from"
+                word = NO_DIFFERENCE
                 if decided(found):
-                    word = "ahead of" if found.mean > 0 else "behind"
+                    word = "better than" if found.mean > 0 else "worse than"
                 groups[word].append(
                     f"{records[key]['name']} ({found.mean:+.{1 if 'psnr' in measure else 2}f})"
                 )
@@ -152,18 +155,18 @@ def _verdicts(scenarios: Mapping[str, Any]) -> str:
 
 
 def _roles(results: Mapping[str, Any]) -> str:
-    """What is applied."""
+    """The roles that are applied."""
     settings = results["settings"]
     roles = "\n".join(f"* {count} heads `{role}`" for role, count in settings["roles"].items())
     return (
-        f"The role map that comes with the package, found by {settings['method']} (see [Role maps]"
+        f"The role map of the package, measured by {settings['method']} (see [Role maps]"
         f"(role-maps.md)), content hash `{settings['map'][:19]}…`:\n\n{roles}\n\n"
         "The numbers were chosen on seeds 5000 to 5007, for the best late PSNR over both cameras."
     )
 
 
 def _pruning(pruning: Mapping[str, Any]) -> str:
-    """The pruning table and what decides the gate."""
+    """The pruning table and its verdict."""
     labels = list(next(iter(pruning.values())))
     rows = [["all heads of this role lose", *labels]]
     for cut, found in pruning.items():
@@ -172,10 +175,10 @@ def _pruning(pruning: Mapping[str, Any]) -> str:
     middle = pruning["all but the first and the last chunk"]["memory"]
     word = "count" if middle[1] > 10 else "do not count"
     return (
-        "Inside the trained range, on drifted context as in training: increase of the squared error on "
-        "columns that were seen before / on those of them that the last chunk did not show. "
-        "The videos are others than those that decided the labels.\n\n"
-        f"{table}\n\nWithout the frames between the first and the last chunk, the error of all memory heads "
-        f"together grows by {middle[1]:.0f} % on returning columns ({middle[0]:.0f} % on all seen ones): "
-        f"they {word} as memory by the measure of 10 % that was set beforehand."
+        "Inside the trained range, with drifted context as in training: increase of the squared error on "
+        "columns that were visible before / on those among them that the last chunk did not show. "
+        "These are other videos than those that decided the labels.\n\n"
+        f"{table}\n\nIf all memory heads lose the frames between the first and the last chunk, the error "
+        f"grows by {middle[1]:.0f} % on returning columns ({middle[0]:.0f} % on all columns visible before): "
+        f"they {word} as memory heads by the criterion of 10 % that was set beforehand."
     )

@@ -268,7 +268,7 @@ def main() -> None:
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     names = {key: way.name for key, way in WAYS.items()}
-    pictures = draw_pictures(given.out.parent / "assets", found, profiles, judged, names)
+    pictures = draw_pictures(given.out.parent / "assets", found, profiles, names)
     given.out.write_text(page(json.loads(data.read_text("utf-8")), data.name, pictures), encoding="utf-8")
     console.print(f"wrote {given.out} and {data}")
 

@@ -1,4 +1,4 @@
-"""Turns what `role_maps.py` found into a page and its pictures; intervals decide every judgement."""
+"""Turns the results of `role_maps.py` into a page and pictures; every verdict follows from an interval."""
 
 from __future__ import annotations
 
@@ -13,40 +13,39 @@ from headforcing.demo.contest.intervals import bootstrap_interval, paired_differ
 from headforcing.measure import plots
 from headforcing.measure.classifiers import Classification
 from headforcing.measure.profile import HeadProfile
-from headforcing.measure.stability_report import StabilityReport
 
 INTRO = """# Role maps of the demo model
 
 <!-- Written by benchmarks/role_maps.py; do not edit. -->
 
-Which heads need which memory can be measured in many ways. Here every way that the library knows labels
-the 24 heads of the demo model; every map says how stable it is; and every map, and its controls, continue
-the same scenes from the same noise **with the same number of frames in all**, so that only *where* memory
-goes differs. `python benchmarks/role_maps.py` makes this page again; numbers behind it:
-[{data}](data/{data}).
+There are many ways to measure which head should get which role. Here every method in the library labels the
+24 heads of the demo model. For every map, the page shows how stable it is, and compares videos made with it
+and with its controls, from the same scenes and the same noise and **with the same number of frames in all**,
+so that only the *distribution* of frames over the heads differs. `python benchmarks/role_maps.py` reproduces
+this page; its data: [{data}](data/{data}).
 
-* **ablation** (ours): one head at a time keeps only the last chunk, or the first and the last; the error of
-  the *model* decides. {ablation} videos of {trained_frames} frames.
-* **head_forcing** ([arXiv:2605.14487](https://arxiv.org/abs/2605.14487); rule known third-hand): ranks heads
-  by attention mass on the first frame, then on the own chunk. Measured on {trained} videos inside the trained
-  range; *long videos*: on {long} videos of {long_frames} frames.
-* **pyramid_forcing** ([2605.13111](https://arxiv.org/abs/2605.13111)): sign and period of the logits. Here
-  only its labels: its own roles come in one size, so its anchors and waves get memories spread evenly over
-  the past, its veils the first and last frames.
+* **ablation** (ours): one head at a time is restricted to the last chunk, or to the first and the last; the
+  error of the *model* decides. {ablation} videos of {trained_frames} frames.
+* **head_forcing** ([arXiv:2605.14487](https://arxiv.org/abs/2605.14487); the rule is known from a third
+  party): ranks heads by attention mass on the first frame, then on the current chunk. Measured on {trained}
+  videos inside the trained range; *long videos*: on {long} videos of {long_frames} frames.
+* **pyramid_forcing** ([2605.13111](https://arxiv.org/abs/2605.13111)): sign and period of the logits. Only
+  its labels are used here, because its own roles have one fixed size: its anchors and waves get memory roles
+  with frames spread evenly over the past, its veils the first and last frames.
 * **mass_ratio** ([2605.09681](https://arxiv.org/abs/2605.09681), Forcing-KV's statistic, labels only).
 * **output_regret** (ours): the cheapest role that changes the output *of the head* little.
 
-Controls have as many heads of every role: **random** anywhere, **shuffled** inside every layer, **inverted**:
-the least memory for those that need the most; **all one**: the same for every head.
+Controls have the same number of heads of every role: **random**: any heads; **shuffled**: within every layer;
+**inverted**: the fewest frames for the heads that need the most; **all one**: the same role for every head.
 """
 
 LIMITS = """## What this does not show
 
-* One small model, one training run, a synthetic world: [What the demo model shows](demo-results.md) has the
-  limits, and what the numbers mean.
-* Equal bytes decide who is compared with whom: rules that label many heads memory have little for each.
-* Labels are compared with our roles in the numbers of this page, not with the published configurations.
-* A shuffle inside a layer of four heads leaves a single label in place one time in four; draws are listed.
+* One small model, one training run, a synthetic world: [What the demo model shows](demo-results.md) explains
+  the limits and the numbers.
+* All maps have equal bytes, so rules that label many heads as memory have few frames for each of them.
+* Labels are compared using our roles with the numbers of this page, not the published configurations.
+* Shuffling a layer of four heads leaves a single label in place one time in four; all draws are listed.
 * Intervals are over videos, not corrected for the number of comparisons; random controls are means over
   {draws} draws.
 """
@@ -65,16 +64,15 @@ def page(results: Mapping[str, Any], data: str, pictures: Mapping[str, str]) -> 
             long_frames=results["long_frames"],
         ),
         "## The maps",
-        f"![Head maps by way of measuring]({pictures['maps']})",
+        f"![Head maps by method]({pictures['maps']})",
         _counts(results),
         _memories(results),
         "Normalised mutual information between the maps (1: the same, 0: unrelated):",
         _nmi(results),
         "## How stable they are",
         _stability(results),
-        f"![Stability of the map by ablation]({pictures['stability']})",
         _thresholds(results),
-        "## Where the heads look",
+        "## Where the heads attend",
         f"![Attention mass by role]({pictures['mass']})",
     ]
     equal = {kept: cameras for kept, cameras in results["scenarios"].items() if kept != "published"}
@@ -86,7 +84,7 @@ def page(results: Mapping[str, Any], data: str, pictures: Mapping[str, str]) -> 
 
 
 def _counts(results: Mapping[str, Any]) -> str:
-    rows = [["way", "heads per role"]]
+    rows = [["method", "heads per role"]]
     for key, counts in results["counts"].items():
         told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         rows.append([results["ways"][key]["name"], told])
@@ -94,20 +92,21 @@ def _counts(results: Mapping[str, Any]) -> str:
 
 
 def _thresholds(results: Mapping[str, Any]) -> str:
-    """The choice that was made for ablation, and what the others would have been."""
-    rows = [["error allowed", "heads per role", "halves of the prompts", "verdict"]]
+    """The threshold chosen for ablation, and the alternatives."""
+    rows = [["allowed error", "heads per role", "halves of the prompts", "verdict"]]
     for error, found in results["thresholds"].items():
         told = ", ".join(f"{count} {name}" for name, count in found["counts"].items())
         kappa = "–" if found["kappa"] is None else f"{found['kappa']:.2f}"
         rows.append([f"{float(error):.0%}", told, kappa, "stable" if found["stable"] else "no stable map"])
     return (
-        "The error that ablation allows was chosen on these profiles, after looking: 5 % is where the map "
-        "is stable. With less, single heads come and go with the videos.\n\n" + markdown_table(rows)
+        "The error that ablation allows was chosen on these profiles, after seeing these results: at 5 % the "
+        "map is stable. With less, the labels of single heads depend on the videos.\n\n"
+        + markdown_table(rows)
     )
 
 
 def _memories(results: Mapping[str, Any]) -> str:
-    """What the other ways call the heads that ablation makes memories."""
+    """The labels that other methods give to the memory heads of ablation."""
     labels, ways = results["labels"], results["ways"]
     told = []
     for layer, row in enumerate(labels["ablation"]):
@@ -117,7 +116,7 @@ def _memories(results: Mapping[str, Any]) -> str:
                     f"{labels[key][layer][head]} ({ways[key]['name']})" for key in ways if key != "ablation"
                 ]
                 told.append(
-                    f"Layer {layer}, head {head} is a memory by ablation; elsewhere: {', '.join(others)}."
+                    f"Layer {layer}, head {head} is a memory head by ablation. Others: {', '.join(others)}."
                 )
     return " ".join(told)
 
@@ -132,12 +131,12 @@ def _nmi(results: Mapping[str, Any]) -> str:
 
 def _stability(results: Mapping[str, Any]) -> str:
     head = [
-        "way",
+        "method",
         "halves of the prompts",
         "chunks",
         "denoise steps",
         "prompts needed",
-        "by depth",
+        "explained by depth",
         "verdict",
     ]
     rows = [head]
@@ -153,19 +152,19 @@ def _stability(results: Mapping[str, Any]) -> str:
         rows.append([name, *told, "not reached" if needed is None else str(needed), depth, verdict])
     chance = next(iter(results["stability"].values()))["depth_by_chance"]
     return (
-        "Cohen's kappa between maps from other halves of the prompts, other chunks, other denoise steps; the "
-        "smallest number of prompts from which disjoint sets agree with a kappa of 0.8; and the share of "
-        f"each role that the layer alone explains (eta squared; chance is {chance:.2f}).\n\n"
-        f"{markdown_table(rows)}"
+        "Cohen's kappa between maps from different halves of the prompts, different chunks, different "
+        "denoising steps; the smallest number of prompts for which disjoint sets agree with a kappa of 0.8; "
+        f"and the share of each role that is explained by the layer alone (eta squared; chance is "
+        f"{chance:.2f}).\n\n{markdown_table(rows)}"
     )
 
 
 def _quality(results: Mapping[str, Any], kept: str, cameras: Mapping[str, Any]) -> str:
     ways = results["ways"]
     parts = [
-        f"{kept} frames beside the own chunk, mean over the heads; {results['frames']} frames, seeds "
+        f"{kept} stored frames per head (current chunk excluded, mean); {results['frames']} frames, seeds "
         f"{results['seeds'][0]} to {results['seeds'][1]}. Late PSNR of the background in dB; the difference "
-        "is ablation minus the row, paired by video, with its 95 % bootstrap interval; bold: excludes 0."
+        "is ablation minus the row, paired by video, with its 95 % bootstrap interval; bold: it excludes 0."
     ]
     head = ["map", "MB"]
     for camera in cameras:
@@ -188,11 +187,11 @@ def _quality(results: Mapping[str, Any], kept: str, cameras: Mapping[str, Any]) 
 
 
 def _published(scenarios: Mapping[str, Any]) -> str:
-    """The published roles on the labels of this model, not at equal bytes."""
+    """The published roles with the labels of this model, not at equal bytes."""
     text = (
         "Its labels by our classifier, with the roles of its released configuration "
-        "(`headforcing.roles.pyramid_forcing`), which keep more than they read: not at equal bytes. "
-        "Frames: attended, own chunk included. The difference is ablation at 4 frames minus the row."
+        "(`headforcing.roles.pyramid_forcing`), which store more than they attend to: not at equal bytes. "
+        "Frames: attended, current chunk included. The difference is ablation at 4 frames minus the row."
     )
     rows = [["map", "frames", "MB", "still: late", "still: difference", "pan: late", "pan: difference"]]
     for key in scenarios["published"]["still"]:
@@ -210,7 +209,7 @@ def _published(scenarios: Mapping[str, Any]) -> str:
 
 
 def _controls(records: Mapping[str, Any], ways: Mapping[str, Any], camera: str) -> str:
-    """Whether the labels of a way are worth more than where its controls put them."""
+    """Whether the labels of a method are better than its controls."""
     told = []
     for key in ways:
         said = []
@@ -221,11 +220,11 @@ def _controls(records: Mapping[str, Any], ways: Mapping[str, Any], camera: str) 
                     values_of(records[key], "psnr_late"), values_of(control, "psnr_late")
                 )
                 word = (
-                    "not told apart from"
+                    "no significant difference from"
                     if not decided(found)
-                    else "ahead of"
+                    else "better than"
                     if found.mean > 0
-                    else "behind"
+                    else "worse than"
                 )
                 name = kind.replace("_", " ")
                 draws = control.get("psnr_late_of_draws")
@@ -241,10 +240,9 @@ def draw_pictures(
     folder: Path,
     found: Mapping[str, Classification],
     profiles: Mapping[str, HeadProfile],
-    judged: Mapping[str, StabilityReport],
     names: Mapping[str, str],
 ) -> dict[str, str]:
-    """Writes the pictures; returns their places as the page links them."""
+    """Writes the pictures; returns their paths relative to the page."""
     folder.mkdir(parents=True, exist_ok=True)
     maps = Figure(figsize=(11, 5.2), dpi=110, layout="constrained")
     axes = maps.subplots(2, 4).flatten()
@@ -257,10 +255,9 @@ def draw_pictures(
     left, right = mass.subplots(1, 2, width_ratios=(1.5, 1))
     plots.mass_by_age(profiles["trained"], found["head_forcing"], ax=left)
     plots.mass_scatter(profiles["trained"], found["head_forcing"], ax=right)
-    stability = plots.stability_panels(judged["ablation"]).flat[0].figure
-    places = {}
-    for name, figure in {"maps": maps, "mass": mass, "stability": stability}.items():
+    paths = {}
+    for name, figure in {"maps": maps, "mass": mass}.items():
         path = folder / f"role-maps-{name}.png"
         figure.savefig(path, bbox_inches="tight", facecolor="white")
-        places[name] = f"{folder.name}/{path.name}"
-    return places
+        paths[name] = f"{folder.name}/{path.name}"
+    return paths

@@ -1,4 +1,4 @@
-"""Turns the numbers of `scenes.py` into a page; every judgement on it is decided by an interval."""
+"""Turns the numbers of `scenes.py` into a page; every verdict on it follows from an interval."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ INTRO = """# Scenes that return
 <!-- Written by benchmarks/scenes.py; do not edit. -->
 
 One video of {scenes} prompts on the demo model, **{names}**, {chunks} chunks each, {frames} frames in all:
-two scenes return. A prompt names a palette and a sprite; the texture behind the sprite is invented by the
-model, anew in every scene. So a returning scene can only look as it did if some head still holds its
-frames. What the modes do is on [Prompt switching](prompt-switching.md). Every mode and map plays the same
-noise, seeds {first} to {last}, one video each; the numbers of the roles were chosen on other scenarios.
-Numbers behind this page: [{data}](data/{data}). `python benchmarks/scenes.py` makes both again;
-`headforcing scenes` makes one such video.
+two scenes return. A prompt names a palette and a sprite; the model invents the background texture, a new one
+in every scene. So a returning scene can only look as before if some head still stores its frames. The modes
+are explained in [Prompt switching](prompt-switching.md). Every mode and role map gets the same noise, seeds
+{first} to {last}, one video each; the numbers of the roles were chosen on other scenarios. Data of this page:
+[{data}](data/{data}). `python benchmarks/scenes.py` reproduces both; `headforcing scenes` makes one such
+video.
 
 * **Return**: correlation of the background of a returning scene with its first appearance. **Leak**: the
   same for scenes of different prompts, mean over all pairs: they should have nothing in common.
-  **Distance**: return minus leak. Mean colours are taken out; the background is the median over time of
-  what is not as saturated as a sprite; the first two chunks of a scene are not judged.
-* **Within**: the same of the two halves of one scene, which never left.
-* **Sprites**: share of the judged frames whose sprite has the colour and about the size asked for; *at once*:
-  in the first chunk of every scene but the first.
+  **Distance**: return minus leak. Mean colours are subtracted; the background is the median over time of the
+  pixels that are less saturated than a sprite; the first two chunks of a scene are not evaluated.
+* **Within**: the same correlation between the two halves of one scene.
+* **Sprites**: share of the evaluated frames whose sprite has the right colour and about the right size; *at
+  once*: in the first chunk of every scene except the first.
 * **MB** per video at the end, marks included, counted from the tensors.
-* In brackets 95 % bootstrap intervals over the videos. *Difference*: distance of mode recall under the same
-  map minus this one, paired by video, bold where the interval excludes 0. Not corrected for the number of
-  comparisons.
+* In brackets: 95 % bootstrap intervals over the videos. *Difference*: distance of mode recall with the same
+  map minus that of the row, paired by video, bold if the interval excludes 0. Not corrected for the number
+  of comparisons.
 """
 
-PICTURES = """![What the heads remember in mode recall](assets/scenes-timeline.png)
+PICTURES = """![What the heads store in mode recall](assets/scenes-timeline.png)
 
-*Mode recall, the first seed: after a cut no head holds a frame of before; behind a recall the memory head
-holds those of the mark and gives up some to new ones. Local heads recall nothing.*
+*Mode recall, the first seed: after a cut no head stores an earlier frame; after a recall the memory head
+stores the frames of the mark, and new frames replace some of them. Local heads recall nothing.*
 
-![What the memory head remembers in every mode](assets/scenes-modes.png)"""
+![What the memory head stores in every mode](assets/scenes-modes.png)"""
 
 CONTROLS = (
-    "The same script with one role for all heads. What comes back at a recall is up to the role: all of a "
-    "memory head's frames, the first frames of a window with a sink, nothing of a local head. Seven frames "
-    "on every head are as many as Head Forcing has on average, own chunk included."
+    "The same script with one role for all heads. What comes back at a recall depends on the role: all "
+    "frames of a memory head, the first frames of a window with a sink, nothing of a local head. Seven "
+    "frames per head are as many as Head Forcing has on average, current chunk included."
 )
 
 LIMITS = """## What this does not show
 
-* One small model, one training run, a synthetic world, one script. The model was trained on videos of one
-  texture each; how a real model takes a cut, a smooth switch or a recall is not known from this.
-* Here the prompt decides colour and sprite so strongly that they follow it in every mode. On real models,
-  what is left of the old prompt in the cache is the very problem that LongLive's recache is made for; this
-  page says nothing about it, nor about `recache`, which needs a host that runs frames again.
-* How smooth a transition looks is not measured, but for the sprites at once: where no head holds the last
-  frames, a chunk begins from noise alone, as a video does. That the setting stays the same is what one may
-  want of smooth and continue: their leak is a fault only where the prompt asks for another place.
-* A return is easy here: the camera stands still, and one scene fits the memory of one head.
+* One small model, one training run, a synthetic world, one script. The model was trained on videos with one
+  texture each; how a real model reacts to a cut, a smooth switch or a recall cannot be concluded from this.
+* The prompt determines colour and sprite so strongly here that they follow it in every mode. In real models,
+  traces of the old prompt in the KV cache are the problem that LongLive's KV recache solves; this page says
+  nothing about it, nor about `recache`, which requires a base model that recomputes frames.
+* How smooth a transition looks is not measured, except by the sprites at once: if no head stores the last
+  frames, a chunk starts from noise alone, as at the beginning of a video. With smooth and continue one may
+  want the setting to stay: their leak is a fault only if the prompt asks for another place.
+* A return is easy here: the camera stands still, and one scene fits into the memory of one head.
 """
 
 
@@ -88,7 +88,7 @@ def page(results: Mapping[str, Any]) -> str:
         _table(records, HERE),
         _verdict(records),
         PICTURES,
-        "## Other memories",
+        "## Other methods",
         CONTROLS,
     ]
     for name in dict.fromkeys(record["map"] for record in results["records"]):
@@ -126,7 +126,7 @@ def _between(record: Mapping[str, Any], measure: str) -> str:
 
 
 def _verdict(records: Mapping[tuple[str, str], Any]) -> str:
-    """What the intervals say of Head Forcing's modes."""
+    """What the intervals show about Head Forcing's modes."""
     ours = records[HERE, "recall"]
     lines = []
     for name, measure in (("return", "returned"), ("leak", "leaked"), ("sprites at once", "at_once")):

@@ -11,6 +11,7 @@ used, so that `headforcing --help` does not wait for torch.
 
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headforcing.errors import HeadForcingError
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from headforcing.stores import KVStore
 
 __version__ = version("headforcing")
+
+if not Path(__file__).with_name("integrations").joinpath("__init__.py").exists():
+    __path__.append(str(Path(__file__).parents[1]))  # a clone: the adapters are in its folder integrations/
 
 __all__ = [
     "Adapter",
@@ -60,6 +64,10 @@ _HOME = {
     "profile_heads": "measure.profiler",
     "remove_head_forcing": "apply",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> object:

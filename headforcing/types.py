@@ -1,4 +1,4 @@
-"""The data that flows through one attention call, and the alphabet of its shapes.
+"""The data of one attention call, and the letters of its shapes.
 
 Shapes, everywhere: `B` batch, `F` frames of the chunk, `P` tokens per frame, `L = F*P`, `H` heads,
 `Hr` heads of one role, `n` frames in a view, `D` head dim, `C` model dim. Frame numbers are absolute
@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Phase = Literal["denoise", "commit"]
-"""`"denoise"`: a noisy pass. `"commit"`: the clean pass that writes the cache."""
+Phase = Literal["denoise", "clean"]
+"""`"denoise"`: a noisy pass. `"clean"`: the clean pass that writes the cache."""
 
 Tier = Literal["sink", "episodic", "recent"]
-"""Where a role holds a frame: among the first, the chosen, or the last."""
+"""What a stored frame is to a role: one of the first, the chosen, or the last."""
 
 Encode = Callable[..., Tensor]
-"""Rotates keys or queries `[B, n, P, Hr, D]` to `n` temporal positions (RoPE, chosen by the adapter).
+"""Rotates keys or queries `[B, n, P, Hr, D]` to `n` temporal positions with the RoPE of the base model.
 
 Called with both; with a third, `patch`, only where squares of patches were merged into one."""
 
@@ -39,11 +39,11 @@ class Chunk:
         k: keys after normalisation and before RoPE, `[B, F, P, H, D]`.
         v: values, `[B, F, P, H, D]`.
         grid: height and width of a frame in patches, for roles that merge patches.
-        q: queries before RoPE, likewise, for roles that choose by what is asked for.
-        rolling: whether it may come again with more or fewer frames behind its first ones, as where several
-            chunks are denoised at once; those before the next chunk are remembered.
-        shift: how far the host moves its frames on the temporal axis, in frames.
-        alone: whether its frames run again with nothing of the past beside them.
+        q: queries before RoPE, likewise, for roles that select tokens by them.
+        rolling: whether it may come again with more or fewer frames after its first ones, as where several
+            chunks are denoised at once; those before the next chunk are committed.
+        shift: how far the base model moves its frames on the temporal axis, in frames.
+        alone: whether its frames are recomputed without any history.
     """
 
     start: int
@@ -63,12 +63,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Pin:
-    """First frames of a later shot, which the host holds in place of its sink.
+    """First frames of a later shot, which the base model keeps in place of its sink.
 
     Attributes:
         begin: the first of them.
-        frames: how many the host holds.
-        always: first frames of the video that it holds as well.
+        frames: how many the base model keeps.
+        always: first frames of the video that it keeps as well.
     """
 
     begin: int
@@ -78,22 +78,22 @@ class Pin:
 
 @dataclass(frozen=True)
 class Truncation:
-    """The host emptied its cache before it runs the pending chunk again.
+    """The base model emptied its cache before it recomputes the pending chunk.
 
     Attributes:
-        keep: first frames of the video that it left.
+        keep: first frames of the video that it kept.
     """
 
     keep: int = 0
 
 
 Edit = Pin | Truncation
-"""What a host did to its cache between two calls, in our words."""
+"""What the base model did to its cache between two calls."""
 
 
 @dataclass(frozen=True)
 class FrameTable:
-    """The history one role may choose from: what is still there, oldest first.
+    """The stored frames one role may choose from, oldest first.
 
     A role answers with rows of this table, so it cannot ask for a frame that was evicted.
 
@@ -104,8 +104,8 @@ class FrameTable:
         chunk: frames in the chunk that begins.
         keys: fetches keys before RoPE of the given rows, `[B, rows, P, Hr, D]`. Only content-based
             roles call it.
-        start: first frame of the chunk that begins, or that looks back.
-        query: the frame that looks back, for roles that read per query frame.
+        start: first frame of the chunk that begins, or that attends.
+        query: the frame of the query, for roles that depend on it.
         pin: first frames of a later shot, where they are the sink.
     """
 
@@ -121,12 +121,12 @@ class FrameTable:
         return len(self.frames)
 
     def always(self, count: int) -> tuple[int, ...]:
-        """Rows of first frames of the video, `count` at most, that the host holds beside those of a shot."""
+        """Rows of first frames of the video, `count` at most, that a pin keeps beside those of its shot."""
         held = range(0 if self.pin is None else min(count, self.pin.always))
         return tuple(row for row, frame in enumerate(self.frames) if frame in held)
 
     def first(self, count: int) -> tuple[int, ...]:
-        """Rows of the `count` frames that a video, or its present shot, begins with."""
+        """Rows of the `count` frames that the video, or its pinned shot, begins with."""
         if self.pin is None:
             return tuple(range(min(count, len(self))))
         pinned = range(self.pin.begin, self.pin.begin + min(count, self.pin.frames))
@@ -156,11 +156,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class KVView:
-    """What one role sees in one call, own chunk last.
+    """The whole frames that one role attends to in one call, current chunk last.
 
     Attributes:
         frames: absolute frame indices (`None`: chosen by content).
-        positions: the temporal RoPE position of each frame; whole numbers but for what the host shifts.
+        positions: the temporal RoPE position of each frame; whole numbers unless the base model shifts them.
         k: rotated keys, `[B, n, P, Hr, D]`.
         v: values, `[B, n, P, Hr, D]`.
     """
@@ -173,16 +173,16 @@ class KVView:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of a self-attention module, in our words.
+    """One call of a self-attention module.
 
     Attributes:
         x: hidden states, `[B, L, C]`.
         start: absolute index of the chunk's first frame.
         grid: frames, height and width of the chunk in patches, `(F, h, w)`.
         anchor: the object whose life is the life of the timeline (for Self Forcing the key tensor
-            of the cache); `None` where the host has no cache object.
+            of the cache); `None` where the base model has no cache object.
         arguments: the original call by parameter name, for the adapter.
-        phase: which pass this is, where the host makes it known.
+        phase: which pass this is, where some role needs it.
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the host runs these frames again, as behind a new prompt.
         emptied: whether nothing of the past is beside the frames that run again.

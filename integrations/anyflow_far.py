@@ -1,13 +1,13 @@
-"""AnyFlow FAR (arXiv:2605.13724, arXiv:2503.19325) as diffusers has it.
+"""AnyFlow FAR (arXiv:2605.13724, arXiv:2503.19325) as in diffusers.
 
-Its facts: a noisy pass brings one chunk, and the cache before it holds the last chunks in full and older ones
-at coarser patches. The clean pass brings the whole video so far once more and fills the cache anew, because
-one more chunk became coarse and what came behind it looks at other keys now; a chunk sees itself and those
-before it. So our roles choose among the frames as the host has them at the time, chunk by chunk. Keys are
-cached before RoPE; calls tell nothing of frames, but bring a row of RoPE per token.
+Facts: a noisy pass has one chunk; the cache holds the last chunks in full and older ones at coarser patches.
+The clean pass recomputes the whole video so far and fills the cache again, because one more chunk became
+coarse, which changes the keys that later chunks attend to; a chunk attends to itself and those before it. So
+our roles select among the frames as the model has them at that time, chunk by chunk. Keys are cached before
+RoPE; calls have no frame numbers, but one row of RoPE per token.
 
-Its attention module does nothing but call its `processor` with what it is called with, so a mixin in front of
-the module's class stands where another processor would, and the model's own stays in place unused.
+Its attention module only passes its arguments to its `processor`. Our mixin replaces the module's forward,
+and the model's processor stays in place unused.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from headforcing.types import AttentionCall, Grid, Phase
 CALL = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb", "kv_cache", "kv_cache_flag")
 SUBMODULES = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
 BUFFERS = ("full_cache", "compressed_cache")
-FLAG = 9  # the place of kv_cache_flag among the arguments of the model's forward
+FLAG = 9  # index of kv_cache_flag among the arguments of the model's forward
 
 
 class AnyFlowFAR(Adapter):
-    """Attention whose processor is given a cache of full and of coarse frames.
+    """Attention whose processor receives a cache of full and coarse frames.
 
     Args:
-        padding: in noisy passes the host attends to as many keys of zeros as make the queries a multiple of
-            this, and so do we: `Full()` is what the host does. 1: to none.
+        padding: in noisy passes the base model attends to additional zero keys that fill the number of
+            queries up to a multiple of this, and so do we, so that `Full()` reproduces it. 1: no padding.
     """
 
     name = "anyflow_far"
@@ -68,32 +68,30 @@ class AnyFlowFAR(Adapter):
         return int(module.heads), int(module.inner_dim) // int(module.heads)  # type: ignore[arg-type]
 
     def window(self, model: nn.Module) -> int:
-        """Frames of the video that the configuration cuts into chunks."""
+        """Frames of the video in the configuration, the sum over its chunks."""
         return sum(_partition(model))
 
     def chunk(self, model: nn.Module) -> int:
-        """Frames of the longest of these chunks."""
+        """Frames of the longest chunk in the configuration."""
         return max(_partition(model))
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """The call; a clean pass as one from frame 0 on.
+        """See `Adapter.read`; a clean pass is one call from frame 0 on.
 
         Raises:
-            PatchedModuleError: the module's processor was exchanged for another kind, or works in parallel.
-            StreamShapeError: the tokens are not those of whole frames.
+            PatchedModuleError: the module's processor was replaced by another kind, or works in parallel.
+            StreamShapeError: the tokens are not whole frames.
         """
         processor = module.processor
         if not _is_known(processor):
             raise PatchedModuleError(
                 f"the processor is a {type(processor).__name__} now, which head forcing does not call: "
-                "remove head forcing to use it, or set_processor() what was there before"
+                "remove head forcing to use it, or restore the former one with set_processor()"
             )
         if getattr(processor, "_parallel_config", None) is not None:
-            raise PatchedModuleError(
-                "head forcing needs all tokens of a call: take enable_parallelism() back"
-            )
+            raise PatchedModuleError("head forcing needs all tokens of a call: undo enable_parallelism()")
         arguments = {**dict.fromkeys(CALL), **dict(zip(CALL, args)), **kwargs}  # noqa: B905
         cache, flag, x = (arguments[name] for name in ("kv_cache", "kv_cache_flag", "hidden_states"))
         if cache is None:
@@ -105,14 +103,14 @@ class AnyFlowFAR(Adapter):
         if before not in layout.starts[:-1] or before + x.shape[1] != layout.starts[-1]:
             raise StreamShapeError(
                 f"{before} cached tokens and {x.shape[1]} of the call, but frames begin at {layout.starts}: "
-                "expected whole frames; clean_hidden_states together with a cache are not served"
+                "expected whole frames; clean_hidden_states together with a cache is not supported"
             )
         start = layout.starts.index(before)
         frames = len(layout.starts) - 1 - start
         return AttentionCall(x, start, (frames, *layout.grid), cache[BUFFERS[0]], arguments)
 
     def split(self, module: nn.Module, call: AttentionCall) -> Sequence[AttentionCall]:
-        """The chunks of a clean pass, as its mask tells them."""
+        """See `Adapter.split`; the chunks of a clean pass, read from its mask."""
         layout, mask = call.arguments["layout"], call.arguments["attention_mask"]
         chunks = _chunks_of(layout, mask) if call.arguments["kv_cache_flag"]["is_cache_step"] else ()
         if len(chunks) < 2:
@@ -131,10 +129,10 @@ class AnyFlowFAR(Adapter):
         return dropout(linear(torch.cat(list(outs), dim=1)))
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """False: a chunk at frame 0 begins a video, also where a clean pass runs all chunks again.
+        """False: a chunk at frame 0 begins a video, also when a clean pass recomputes all chunks.
 
         Raises:
-            ChunkOrderError: it ends neither where the video does, nor a chunk later.
+            ChunkOrderError: a clean pass ends neither at the end of the video nor one chunk later.
         """
         last = call.arguments.get("last", range(call.start, call.start + call.grid[0]))
         if call.start == 0 and memo.get("end", last.stop) not in (last.start, last.stop) and last.start:
@@ -146,32 +144,32 @@ class AnyFlowFAR(Adapter):
         return False
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Adapter.project`; rotated in space already, coarse frames filled up by their own keys."""
+        """See `Adapter.project`; already rotated in space, coarse frames padded with their own keys."""
         own = call.arguments.get("projected") or _projected(module, call)
         q, k, v = (x.unflatten(1, (call.grid[0], -1)) for x in own)
         rows = torch.arange(math.prod(call.arguments["layout"].grid), device=q.device) % q.shape[2]
         return (q, k, v) if len(rows) == q.shape[2] else (q, k[:, :, rows], v[:, :, rows])
 
-    def rotate(  # type: ignore[override] # merged patches are not served
+    def rotate(  # type: ignore[override] # merged patches are not supported
         self, x: Tensor, call: AttentionCall, positions: Sequence[float]
     ) -> Tensor:
-        """See `Adapter.rotate`; in time only, because `project` did it in space."""
+        """See `Adapter.rotate`; in time only, because `project` rotates in space."""
         turns = rope.temporal_rows(call.arguments["layout"].times, positions)[:, None, None]
         return _turned(x, turns, slice(0, turns.shape[-1]))
 
     def tokens(self, x: Tensor, frames: Sequence[int | None], call: AttentionCall) -> Tensor:
-        """Coarse frames without what fills them up; see `padding`.
+        """Removes the padding of coarse frames, and adds that of `padding`.
 
         Raises:
-            StreamShapeError: nobody knows which frames are coarse, because a role chose them by content.
+            StreamShapeError: a role chose frames by content, so it is unknown which of them are coarse.
         """
         layout = call.arguments["layout"]
         known = [frame for frame in frames if frame is not None]
         if layout.far and len(known) < len(frames):
             raise StreamShapeError(
-                f"a role chose frames by content, where the first {layout.far} frames are coarse and nobody "
-                "knows which it chose: use roles that count frames, or keep all frames full with a "
-                "full_chunk_limit of as many as there are chunks, in the model's configuration"
+                f"a role chose frames by content, but the first {layout.far} frames are coarse, and which "
+                "ones it chose is unknown: use roles that select by frame number, or keep all frames full by "
+                "setting full_chunk_limit to the number of chunks in the model's configuration"
             )
         coarse = sum(frame < layout.far for frame in known)
         few = x[:, :coarse, : math.prod(layout.coarse)].flatten(1, 2)
@@ -180,32 +178,36 @@ class AnyFlowFAR(Adapter):
         return torch.cat([few, x[:, coarse:].flatten(1, 2), zeros], dim=1)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
-        """Projects, unless `join` does."""
+        """Applies the output projection, unless `join` does."""
         return out.flatten(2) if "projected" in call.arguments else self.join(module, [out.flatten(2)], call)
 
     def clock(self, model: nn.Module) -> nn.Module | None:
-        """The transformer: it embeds coarse frames."""
+        """The transformer, recognised by its embedding of coarse frames."""
         found = [module for module in model.modules() if "far_patch_embedding" in module._modules]
         return found[0] if len(found) == 1 else None
 
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
-        """The flag of the cache says it."""
+        """From the cache flag."""
         flag = args[FLAG] if len(args) > FLAG else kwargs.get("kv_cache_flag")
-        return "commit" if flag is not None and flag["is_cache_step"] else "denoise"
+        return "clean" if flag is not None and flag["is_cache_step"] else "denoise"
 
     def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
-        """None keeps the prompt, but neither is a scene kept: raises `UnsupportedModelError`."""
+        """A prompt switch is neither needed nor possible.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
         raise UnsupportedModelError(
-            "AnyFlow FAR encodes its whole past anew for every chunk, with the prompt of that pass, so there "
-            "is no scene to keep or drop: give the pipeline the new prompt, no switch_prompt is needed"
+            "AnyFlow FAR recomputes its whole past for every chunk, with the prompt of that pass, so there "
+            "is nothing to keep or drop: pass the new prompt to the pipeline, no switch_prompt is needed"
         )
 
     def release(self, call: AttentionCall, memo: Memo) -> int:
-        """Leaves both buffers their shape but no memory."""
+        """Frees the memory of both buffers and keeps their shapes."""
         return free([call.arguments["kv_cache"][name] for name in BUFFERS], memo)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
-        """Zeros: a cache nothing was written to."""
+        """Allocates the buffers again, with zeros."""
         allocate_again(memo)
 
     def forget(self, memo: Memo) -> None:
@@ -215,17 +217,17 @@ class AnyFlowFAR(Adapter):
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the rows of RoPE tell of the frames of a call, those in the cache included."""
+    """The frames of a call and of the cache before it, read from the rows of RoPE."""
 
     starts: tuple[int, ...]  # first token of every frame, and the end
-    far: int  # so many of the first frames are coarse
+    far: int  # number of coarse frames at the start
     grid: Grid  # of a full frame
     coarse: Grid  # of a coarse frame
     times: Tensor  # multipliers of the temporal position of every frame, [frames, columns]
 
 
 _LAYOUTS: MutableMapping[Tensor, _Layout] = WeakIdKeyDictionary()
-"""One per pass: all layers are given the same tensor, and reading it waits for the device."""
+"""One per pass: all layers receive the same tensor, and reading it waits for the device."""
 
 
 def _layout_of(freqs: Tensor) -> _Layout:
@@ -245,7 +247,7 @@ def _layout_of(freqs: Tensor) -> _Layout:
 
 
 def _chunks_of(layout: _Layout, mask: Any) -> list[range]:
-    """Neighbouring frames that see each other under a mask."""
+    """Chunks: neighbouring frames that attend to each other under a mask."""
     if not hasattr(mask, "mask_mod"):
         raise StreamShapeError(f"the clean pass has the mask {mask!r:.60}: expected a BlockMask")
     first = torch.tensor(layout.starts[:-1], device=layout.times.device)
@@ -271,7 +273,7 @@ def _turned(x: Tensor, turns: Tensor, columns: slice) -> Tensor:
 
 
 def _partition(model: nn.Module) -> Sequence[int]:
-    """Frames of the chunks, as the configuration says."""
+    """Frames of the chunks in the configuration."""
     for module in model.modules():
         if (partition := getattr(getattr(module, "config", None), "chunk_partition", None)) is not None:
             return tuple(int(frames) for frames in partition)

@@ -1,8 +1,8 @@
-"""CausVid (arXiv:2412.07772): the attention skeleton of Wan with a cache that nobody counts.
+"""CausVid (arXiv:2412.07772): the attention interface of Wan, with a cache without counters.
 
-Its facts: cache dicts hold `k` and `v` for 21 frames and no indices; calls say where they write, from
+Facts: cache dicts have `k` and `v` for 21 frames and no indices; calls say where they write, from
 `current_start` to `current_end` in tokens; every chunk attends from frame 0 on, and frame 21 does not fit;
-another rollout begins at frame 0 on the same dicts, which nothing resets.
+another rollout begins at frame 0 on the same dicts without resetting them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from headforcing.types import AttentionCall
 
 
 class CausVid(WanAdapter):
-    """The `CausalWanSelfAttention` skeleton that is told where its tokens end."""
+    """`CausalWanSelfAttention` with an argument for the end of its tokens."""
 
     name = "causvid"
     forward = (*CALL, "current_end")
@@ -30,14 +30,15 @@ class CausVid(WanAdapter):
         """See `Adapter.read`.
 
         Raises:
-            StreamShapeError: the call does not end where its tokens do.
+            StreamShapeError: the end of the call does not match its tokens.
         """
         call = super().read(module, args, kwargs)
         if call is not None:
             start, end = (int(call.arguments[name]) for name in ("current_start", "current_end"))
             if end - start != call.x.shape[1]:
                 raise StreamShapeError(
-                    f"the call writes tokens {start} to {end}, but brings {call.x.shape[1]}: expected as many"
+                    f"the call writes tokens {start} to {end}, but has {call.x.shape[1]} tokens: expected "
+                    f"{end - start}"
                 )
         return call
 

@@ -1,9 +1,9 @@
-"""FastVideo's causal Wan: attention that is given queries, keys and values, and rotates by real tables.
+"""FastVideo's causal Wan: attention that receives queries, keys and values, and rotates with real tables.
 
-Its facts: the block projects and normalises, and projects what attention returns; cosines and sines cover the
-frames of the call, or, where the cache keeps keys before RoPE, the places in it from 0 on; attention may put
-other tensors for `k` and `v` into the cache dict in every call, but counts in the same two, so the first of
-these stands for the timeline; a video begins with new dicts, or with zeros in these two.
+Facts: the block projects and normalises, and applies the output projection. Cosines and sines cover the
+frames of the call, or, if the cache holds keys before RoPE, the slots of the cache from 0 on. Attention may
+put other tensors for `k` and `v` into the cache dict in every call, but keeps the two counter tensors, so the
+first of these is the anchor of the timeline. A video begins with new dicts, or with zeros in the counters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from headforcing.types import AttentionCall, Grid, TracedCall
 
 GIVEN = ("q", "k", "v")
 _grids: MutableMapping[Tensor, tuple[int, int, Grid]] = WeakIdKeyDictionary()
-"""Tokens per frame, first frame and grid of the tables met, so that the device is read once for each."""
+"""Tokens per frame, first frame and grid of each RoPE table, so that the device is read once per table."""
 
 
 class FastVideo(CountingWan):
-    """The `CausalWanSelfAttention` that is given what its block projected."""
+    """`CausalWanSelfAttention` that receives projected queries, keys and values."""
 
     name = "fastvideo"
     forward = (*GIVEN, "freqs_cis", "block_mask", "kv_cache", "current_start", "cache_start", "frame_seqlen")
@@ -39,7 +39,7 @@ class FastVideo(CountingWan):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """See `Adapter.read`; `x` are the queries, or what needs gradients where these do not."""
+        """See `Adapter.read`; `x` are the queries, or keys or values if only these need gradients."""
         arguments = bind(module, args, kwargs)
         cache, tokens = arguments["kv_cache"], int(arguments["frame_seqlen"])
         if cache is None:
@@ -51,13 +51,13 @@ class FastVideo(CountingWan):
         if rest or more:
             raise StreamShapeError(
                 f"current_start {arguments['current_start']} and the {given[0].shape[1]} tokens of the call "
-                f"are no multiples of frame_seqlen {tokens}: expected whole frames, counted in tokens"
+                f"are not multiples of frame_seqlen {tokens}: expected whole frames, counted in tokens"
             )
         anchor = cache[INDICES[0]]
         if not isinstance(anchor, Tensor):
             raise StreamShapeError(
                 f"{INDICES[0]} of the cache is {anchor!r}: expected a tensor of one element, as the "
-                "pipelines make it, because a video lasts as long as this tensor"
+                "pipelines make it, because our KV cache lives as long as this tensor"
             )
         first = 0 if _keeps_raw(module) else start
         x = next((part for part in given if part.requires_grad), given[0])
@@ -75,13 +75,13 @@ class FastVideo(CountingWan):
         return dataclasses.replace(traced, like=learnt[0]) if learnt else traced
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """What the block projected; a cache of keys before RoPE keeps them in its own precision."""
+        """The given tensors; if the cache holds keys before RoPE, keys get its dtype."""
         shape = (call.grid[0], call.tokens_per_frame)
         q, k, v = (call.arguments[name].unflatten(1, shape) for name in GIVEN)
         return q, (k.to(call.arguments["kv_cache"]["k"].dtype) if _keeps_raw(module) else k), v
 
     def project_out(self, module: nn.Module, out: Tensor) -> Tensor:
-        """Nothing: the block does."""
+        """Returns `out`: the block projects."""
         return out
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
@@ -91,33 +91,35 @@ class FastVideo(CountingWan):
 
 
 def _keeps_raw(module: nn.Module) -> bool:
-    """Whether the cache keeps keys before RoPE."""
+    """Whether the cache holds keys before RoPE."""
     return module.rope_cache_policy == "relativistic"
 
 
 def _tables(arguments: Mapping[str, Any]) -> rope.Tables:
-    """One column per pair of channels, where the host has one or two."""
+    """Tables with one column per pair of channels; the model's have one or two."""
     pairs = arguments["q"].shape[-1] // 2
     cos, sin = (table[:, :: table.shape[1] // pairs] for table in arguments["freqs_cis"])
     return cos, sin
 
 
 def _grid(arguments: Mapping[str, Any], tokens: int, first: int) -> Grid:
-    """Height and width of a frame, where the tables begin at frame `first`; nothing else tells them."""
+    """Height and width of a frame, read from the tables that begin at frame `first`."""
     table = arguments["freqs_cis"][0]
     known = _grids.get(table)
     if known is not None and known[:2] == (tokens, first):
         return known[2]
     tables = _tables(arguments)
     time, places = rope.temporal_columns(tables[0]), tuple(range(first, first + len(table) // tokens))
-    width = int((tables[1][:tokens, time] == 0).sum())  # height turns by one per row in its first column
+    width = int(
+        (tables[1][:tokens, time] == 0).sum()
+    )  # in the first row of patches the angle for height is 0
     times = rope.temporal_tables(places, time, table.dtype, table.device)
     pairs = [(found[::tokens, :time], own) for found, own in zip(tables, times, strict=True)]
     alike = all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in pairs)
     if not width or tokens % width or not alike:
         raise StreamShapeError(
-            f"freqs_cis {tuple(table.shape)} are not what frames from {first} on, of {tokens} tokens each, "
-            f"turn by with theta {rope.THETA}: pass start_frame=current_start // {tokens} to the transformer"
+            f"freqs_cis {tuple(table.shape)} are not the RoPE of frames from {first} on, of {tokens} tokens "
+            f"each, with theta {rope.THETA}: pass start_frame=current_start // {tokens} to the transformer"
         )
     _grids[table] = (tokens, first, (tokens // width, width))
     return _grids[table][2]

@@ -1,7 +1,7 @@
-"""Helios: autoregressive over latents, with no KV cache to give heads a share of.
+"""Helios: autoregressive over latents, without a KV cache.
 
-Its facts: every step takes the last frames as latents at three scales, embeds them again and puts them
-before the chunk, so keys and values of the past are those of this step and nothing is carried over.
+Facts: every step takes the last frames as latents at three scales, embeds them again and puts them before the
+chunk, so keys and values of past frames are recomputed in every step.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from headforcing.adapters.base import parameter_names
 
 PARTS = {"patch_embedding", "rope", "blocks"}
 HISTORY = {"latents_history_short", "latents_history_mid", "latents_history_long"}
-_HANDED = ", ".join(sorted(HISTORY))
+_GIVEN = ", ".join(sorted(HISTORY))
 
 
 def refuse(model: nn.Module) -> str | None:
-    """Why a transformer that is handed its past as latents cannot be served."""
+    """Why a transformer that receives its past as latents is not supported."""
     for module in model.modules():
         if module._modules.keys() >= PARTS and {*parameter_names(module)} >= HISTORY:
             return (
-                f"it keeps no keys and values: each step is handed the past as latents ({_HANDED}) and "
-                "computes it anew, so there is no memory that heads could have a part of. What it remembers "
-                "is history_sizes of its pipeline, for all heads alike; what single heads look at can be "
-                "masked by an attention processor"
+                f"it has no KV cache: each step receives the past as latents ({_GIVEN}) and recomputes its "
+                "keys and values. Set how much past all heads get with history_sizes of its pipeline; mask "
+                "single heads with an attention processor"
             )
     return None

@@ -1,11 +1,11 @@
-"""Infinity-RoPE (arXiv:2511.20649): the attention skeleton of Self Forcing that keeps keys before RoPE.
+"""Infinity-RoPE (arXiv:2511.20649): the attention interface of Self Forcing, with keys cached before RoPE.
 
-Its facts: frames sit at their place in the cache, the first at 0; where the prompt changes, the pipeline
-moves the first frame and the last two together in its own buffers, and shortens `local_end_index` alone; at
-a hard cut, `scene_cut` in the cache dicts makes one chunk sit at 45 and after.
+Facts: positions are the slots of the cache, the first is 0. Where the prompt changes, the pipeline moves the
+first frame and the last two together in its buffers (KV flush), and reduces `local_end_index` alone. At a
+hard cut, `scene_cut` in the cache dicts puts one chunk at position 45 and after.
 
-What a head remembers is up to its role here, so the flush itself changes nothing: `handle.switch_prompt` says
-what a new prompt means. A hard cut is refused, because its jump of positions is not taken over.
+With head forcing, roles decide what is stored, so the flush itself changes nothing; `handle.switch_prompt`
+decides what happens at a new prompt. A hard cut is refused, because its jump of positions is not implemented.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from headforcing.types import AttentionCall
 
 
 class InfinityRope(CountingWan):
-    """The `CausalWanSelfAttention` skeleton that may be told the timestep."""
+    """`CausalWanSelfAttention` with an optional timestep."""
 
     name = "infinity_rope"
     forward = (*CALL, "cache_start", "timestep")
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """See `Adapter.begins_video`; a flush shortens the local index and begins no video.
+        """See `Adapter.begins_video`; a flush reduces the local index and begins no video.
 
         Raises:
-            ExternalEditError: the host asks for a hard cut, or edits its cache in another way.
+            ExternalEditError: a hard cut is requested, or the cache was edited in another way.
         """
         cache = call.arguments["kv_cache"]
         if cache.get("scene_cut"):
@@ -41,7 +41,7 @@ class InfinityRope(CountingWan):
         return super().begins_video(call, memo)
 
     def release(self, call: AttentionCall, memo: Memo) -> int:
-        """Frees nothing: the flush writes into the host's buffers."""
+        """Frees nothing: the flush writes into the base model's buffers."""
         return 0
 
 

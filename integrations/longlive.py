@@ -1,9 +1,9 @@
-"""LongLive 1 (arXiv:2509.22622): the attention skeleton of Self Forcing with writes after the last layer.
+"""LongLive 1 (arXiv:2509.22622): as Self Forcing, but the cache is written after the last layer.
 
-Its facts: attention returns its output with the end indices and what is to be written, and the model counts
-and writes once all layers ran; a video begins with new cache dicts; a new prompt runs the last frames again
-in one call. Both of its models have this interface, the one that keeps keys after RoPE and the one that keeps
-them before: our roles say where frames sit. MemRoPE has it, too.
+Facts: attention returns its output, the end indices, and the keys and values to write; the model updates
+counters and cache after all layers ran. A video begins with new cache dicts. At a new prompt the last frames
+are recomputed in one call (KV recache). Both of its models have this interface, the one that caches keys
+after RoPE and the one that caches them before; our roles decide positions. MemRoPE has it too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from headforcing.types import AttentionCall, Edit, Pin, Truncation
 
 
 class LongLive(DeferringWan):
-    """The `CausalWanSelfAttention` skeleton that is told whether the sink runs again."""
+    """`CausalWanSelfAttention` with an argument that says whether the sink is recomputed."""
 
     name = "longlive"
     forward = (*CALL, "cache_start", "sink_recache_after_switch")
@@ -30,7 +30,7 @@ class LongLive(DeferringWan):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """The call, which may bring frames of the past again."""
+        """See `Adapter.read`; the call may recompute past frames."""
         call = super().read(module, args, kwargs)
         if call is None:
             return None
@@ -42,7 +42,7 @@ class LongLive(DeferringWan):
         """See `Adapter.begins_video`.
 
         Raises:
-            ExternalEditError: the cache was emptied in the middle of a video, and the host does not say so.
+            ExternalEditError: the cache was emptied in the middle of a video without this argument.
         """
         if super().begins_video(call, memo):
             return True
@@ -55,7 +55,7 @@ class LongLive(DeferringWan):
         return False
 
     def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
-        """Where first frames run again as well: the cache was emptied, its sink is the first of them."""
+        """If the sink is recomputed: the cache was emptied, and the first recomputed frames are the sink."""
         if not call.emptied:
             return ()
         return Truncation(), Pin(call.start, int(module.sink_size))  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""LongLive 2 (NVlabs): the attention skeleton of Wan 2.2 5B, for videos of several shots.
+"""LongLive 2 (NVlabs): the attention interface of Wan 2.2 5B, for videos of several shots.
 
-Its facts: attention returns where the cache ends, and the model writes once all layers ran; a shot may be
-moved in time by `temporal_offset`; behind the first chunk of a shot the pipeline pins it, so that its first
-frames stay beside those of the video, and before the clean pass of that chunk it may empty the cache. With
-`use_relative_rope`, frames sit at their place in the cache. The prompt is projected anew in every pass.
+Facts: attention returns the end indices, and the model writes the cache after all layers ran. A shot may be
+shifted in time by `temporal_offset`. After the first chunk of a shot the pipeline pins it, so that its first
+frames stay in addition to those of the video; before the clean pass of that chunk it may empty the cache.
+With `use_relative_rope`, positions are the slots of the cache. The prompt is projected in every pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PINS, NO_PIN = ("pinned_start", "pinned_len"), (-1, 0)
 
 
 class LongLive2(DeferringWan):
-    """The `CausalWanSelfAttention` skeleton that is told of shots."""
+    """`CausalWanSelfAttention` with arguments for shots."""
 
     name = "longlive2"
     forward = (*CALL, "cache_start", *SHOTS)
@@ -37,7 +37,7 @@ class LongLive2(DeferringWan):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """The call, with how far its frames are moved.
+        """See `Adapter.read`; with the shift of its frames in time.
 
         Raises:
             UnsupportedModelError: the cache is quantised, or positions are computed in another way.
@@ -45,18 +45,18 @@ class LongLive2(DeferringWan):
         call = super().read(module, args, kwargs)
         if call is None:
             return None
-        told = call.arguments
-        offset = told["temporal_offset"]
-        if not isinstance(told["kv_cache"]["k"], Tensor):
+        given = call.arguments
+        offset = given["temporal_offset"]
+        if not isinstance(given["kv_cache"]["k"], Tensor):
             raise UnsupportedModelError(
-                "the host's cache is quantised, our memory is not: switch quantisation of its KV cache off"
+                "the model's KV cache is quantised, ours is not: switch quantisation of its KV cache off"
             )
-        if not isinstance(offset, int | float) or told["method"] != "linear":
+        if not isinstance(offset, int | float) or given["method"] != "linear":
             raise UnsupportedModelError(
-                f"temporal_offset is a {type(offset).__name__} and method {told['method']!r}: expected one "
+                f"temporal_offset is a {type(offset).__name__} and method {given['method']!r}: expected one "
                 "number for all samples, and 'linear'"
             )
-        return dataclasses.replace(call, shift=0.0 if told["use_relative_rope"] else float(offset))
+        return dataclasses.replace(call, shift=0.0 if given["use_relative_rope"] else float(offset))
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
@@ -65,7 +65,7 @@ class LongLive2(DeferringWan):
         return super().rotate(x, call, scaled, patch)
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """See `Adapter.begins_video`; a cache that was emptied behind the sink begins no video.
+        """See `Adapter.begins_video`; emptying the cache except for the sink begins no video.
 
         Raises:
             ExternalEditError: the cache was edited in another way.
@@ -78,13 +78,13 @@ class LongLive2(DeferringWan):
             return True
         if self.wrote(call, memo):
             raise ExternalEditError(
-                "the keys in the cache were written to between two calls: expected the pipeline to move its "
-                "indices and pins only"
+                "the keys in the cache were written to between two calls: expected the pipeline to change "
+                "its indices and pins only"
             )
         return False
 
     def edits(self, module: nn.Module, call: AttentionCall, memo: Memo) -> Sequence[Edit]:
-        """Where the cache was emptied, and where a shot was pinned.
+        """An emptied cache, or a pinned shot.
 
         Raises:
             ExternalEditError: a shot is not pinned any more.
@@ -110,10 +110,10 @@ class LongLive2(DeferringWan):
         return found
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
-        """Projects, and moves a pin as the host would where it rolls its cache."""
+        """Projects, and moves a pin as the base model does when it rolls its cache."""
         cache, (_, before) = call.arguments["kv_cache"], memo.get("pins", ((), NO_PIN))
         start, length = memo.pop("now", before)
-        memo.pop("left", None)  # until here the store may have refused, and the call comes again
+        memo.pop("left", None)  # kept until here, because the store may refuse and the call be repeated
         evicted, sink = self.counted(module, call, memo)[2], int(module.global_sink_size)  # type: ignore[arg-type]
         if evicted and length and start > sink * call.tokens_per_frame:
             cache[PINS[0]].sub_(evicted)
@@ -122,17 +122,17 @@ class LongLive2(DeferringWan):
         return super().output(module, out, call, memo)
 
     def cross_attentions(self, model: nn.Module) -> list[nn.Module]:
-        """None keeps the projected prompt."""
+        """None caches the projected prompt."""
         return []
 
     def forget(self, memo: Memo) -> None:
-        """Drops what was noted about indices, keys and pins."""
+        """Clears what the memo says about indices, keys and pins."""
         super().forget(memo)
         for name in ("pins", "now", "left"):
             memo.pop(name, None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
-        """No shot is pinned in a cache that nothing was written to."""
+        """Resets the pins as well: no shot is pinned in an empty cache."""
         super().give_back(anchor, memo)
         for (known, _), nothing in zip(memo.get("pins", ((), NO_PIN))[0], NO_PIN, strict=False):
             for pin in alive([known]):

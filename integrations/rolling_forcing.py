@@ -1,8 +1,8 @@
-"""Rolling Forcing (arXiv:2509.25161): the attention skeleton of Wan, called on several chunks at once.
+"""Rolling Forcing (arXiv:2509.25161): the attention interface of Wan, called with several chunks at once.
 
-Its facts: a call brings up to five chunks, each at its own noise level, and the next one begins a chunk
-later; the first of them runs once more alone, clean, with `updating_cache`; only that one is written to the
-cache, and a full cache is rolled behind its first chunk. Sizes in tokens are attributes of the attention.
+Facts: a call has up to five chunks, each at its own noise level, and the next call begins one chunk later.
+The first chunk gets a clean pass of its own, with `updating_cache`; only this pass writes the cache, and a
+full cache is rolled, keeping its first chunk. Sizes in tokens are attributes of the attention.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from headforcing.types import AttentionCall, Phase
 
 
 class RollingForcing(CountingWan):
-    """The `CausalWanSelfAttention` skeleton that is told when it writes its cache.
+    """`CausalWanSelfAttention` with an argument that says when to write the cache.
 
     Args:
-        chunks: how many are denoised at once, as many as the host has denoising steps.
+        chunks: number of chunks denoised at once, which equals the number of denoising steps.
     """
 
     name = "rolling_forcing"
@@ -35,7 +35,7 @@ class RollingForcing(CountingWan):
         self.chunks = chunks
 
     def window(self, model: nn.Module) -> int:
-        """Frames that the attention sees at most."""
+        """The largest number of frames that the attention attends to."""
         _, module = next(self.attentions(model))
         return int(module.max_attention_size) // int(module.frame_length)  # type: ignore[arg-type]
 
@@ -44,10 +44,10 @@ class RollingForcing(CountingWan):
         return self.chunks * super().chunk(model)
 
     def step(self, chunk: int) -> int:
-        """Those of one chunk.
+        """Frames of one chunk.
 
         Raises:
-            OptionError: they are not so many chunks.
+            OptionError: `chunk` is not a multiple of the number of chunks.
         """
         if chunk % self.chunks:
             raise OptionError(
@@ -59,21 +59,21 @@ class RollingForcing(CountingWan):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """The call, whose later chunks come again."""
+        """See `Adapter.read`; later chunks of the call come again."""
         call = super().read(module, args, kwargs)
         return None if call is None else dataclasses.replace(call, rolling=True)
 
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
-        """The model is told when it writes its cache, as its fifth argument or by name."""
-        return "commit" if kwargs.get("updating_cache", len(args) > 4 and args[4]) else "denoise"
+        """From `updating_cache`, the fifth argument of the model or by name."""
+        return "clean" if kwargs.get("updating_cache", len(args) > 4 and args[4]) else "denoise"
 
     def written(self, module: nn.Module, call: AttentionCall) -> int:
-        """Of the first chunk."""
+        """The tokens of the first chunk."""
         frames = int(module.block_length) // int(module.frame_length)  # type: ignore[arg-type]
         return frames * call.tokens_per_frame
 
     def evicts(self, module: nn.Module) -> bool:
-        """Always."""
+        """See `CountingWan.evicts`: always."""
         return True
 
 

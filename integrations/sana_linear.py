@@ -1,7 +1,7 @@
 """SANA-Video, and stage 1 of SANA-WM: linear attention over the whole video at once.
 
-Their facts: attention sums what all frames bring into one state per head (in SANA-WM by a gated recurrence
-in both directions, with a softmax layer now and then); a call brings all frames and is told of no cache.
+Facts: attention sums all frames into one state per head (in SANA-WM by a gated recurrence in both directions,
+with some softmax layers in between); a call has all frames and no cache.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ WORLD = {"chunk_plucker", "cam_pos_embeds", "raymats", "frame_valid_mask"}
 
 
 def refuse(model: nn.Module) -> str | None:
-    """Why a transformer that sums all frames up cannot be served."""
+    """Why a transformer with linear attention is not supported."""
     for module in model.modules():
         if _is_video(module) or _is_world(module):
             return (
-                "its attention is linear: all frames are summed up into one state per head, so there are no "
-                "keys and values of single frames that a head could keep or drop, and all frames are in "
-                "every call. Of SANA-WM, stage 2 keeps a KV cache: apply to the refiner's transformer"
+                "its attention is linear: all frames are summed into one state per head, so there are no "
+                "keys and values of single frames that a head could store or evict, and all frames are in "
+                "every call. Stage 2 of SANA-WM has a KV cache: apply to the refiner's transformer"
             )
     return None
 

@@ -1,17 +1,17 @@
-"""Stage 2 of SANA-WM as diffusers has it: a refiner on LTX-2, whose pipeline owns the cache and the RoPE.
+"""Stage 2 of SANA-WM as in diffusers: a refiner on LTX-2, whose pipeline owns the cache and the RoPE.
 
-Its facts, call by call: the first frames, one as a rule, run alone and clean (`capture_pre_rope`); their keys
-before RoPE are the sink, and they are not refined. Then blocks of three frames: noisy passes that see sink,
-history and themselves (`inject`), and a clean one that sees the same and leaves its keys after RoPE
-(`inject_and_capture_post_rope`), which the pipeline puts behind the history and cuts to the last ten frames.
-Blocks and history sit at their true frames; the sink at 0, and once the history is full right before it:
-`Local(10, 1, positions="adjoining")` is the same memory.
+Facts, call by call: the first frames, usually one, run alone and clean (`capture_pre_rope`); their keys
+before RoPE are the sink, and they are not refined. Then blocks of three frames follow: noisy passes that
+attend to sink, history and the block (`inject`), and a clean pass that attends to the same and returns its
+keys after RoPE (`inject_and_capture_post_rope`), which the pipeline appends to the history and cuts to the
+last ten frames. Blocks and history are at their true positions; the sink is at 0, and once the history is
+full, right before it: `Local(10, 1, positions="adjoining")` reproduces this.
 
-No argument tells a frame number or the grid, but every call brings a row of RoPE per token. So we number the
-frames by their rows as they come, per layer of the cache, which is the anchor; a role that wants another
-position gets the row that came for it, bit for bit the host's, whatever the frame rate is. RoPE turns every
-head otherwise. What the pipeline collects has no tokens, so its own history costs nothing meanwhile. How
-attention is computed is said by `backend` where roles are applied, not by `set_attention_backend()`.
+No argument has a frame number or the grid, but every call has one row of RoPE per token. So we number the
+frames by their rows in order of arrival, per layer of the cache, which is the anchor. A role that uses
+another position gets the row that came with that frame, bit for bit the model's, whatever the frame rate.
+RoPE differs from head to head. We return keys without tokens, so the pipeline's history takes no memory. The
+attention backend is chosen with `backend` when roles are applied, not with `set_attention_backend()`.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from headforcing.types import AttentionCall, Grid, Heads, Phase
 FORWARD = ("hidden_states", "encoder_hidden_states", "attention_mask", "query_rotary_emb", "key_rotary_emb")
 CACHE = ("sink_rotary_emb", "kv_cache", "kv_cache_mode")
 SUBMODULES = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")
-MODE_ARGUMENT = 6  # place of `kv_cache_mode` among the arguments of the model's forward
+MODE_ARGUMENT = 6  # index of `kv_cache_mode` among the arguments of the model's forward
 AXES = 3
 EVEN, NEARER = 3, 0.25
-"""The first frame is shorter than others: three tell the step, and frame 1 is half a step or more behind."""
+"""The first frame is shorter than others: three give the step; frame 1 is at least half a step later."""
 
 
 class SanaWM(Adapter):
-    """Attention whose processor is told a mode of the cache.
+    """Attention whose processor receives a cache mode.
 
     Args:
-        block_size: frames that are refined together, as the pipeline is told.
-        kv_max_frames: frames of sink and history, likewise.
+        block_size: frames that are refined together, as passed to the pipeline.
+        kv_max_frames: frames of sink and history, as passed to the pipeline.
     """
 
     name = "sana_wm"
@@ -72,7 +72,7 @@ class SanaWM(Adapter):
         return int(module.heads), int(module.head_dim)  # type: ignore[arg-type]
 
     def window(self, model: nn.Module) -> int:
-        """Sink, history and block: the pipeline is told, the model does not know."""
+        """Frames of sink, history and block; these are settings of the pipeline, not of the model."""
         return self.kv_max_frames + self.block_size
 
     def chunk(self, model: nn.Module) -> int:
@@ -85,9 +85,9 @@ class SanaWM(Adapter):
         """See `Adapter.read`; reads the device once per pass, for the rows of RoPE.
 
         Raises:
-            PatchedModuleError: the module's processor was exchanged for another kind, or works in parallel.
-            StreamShapeError: there are not as many rows as tokens.
-            StreamError: somebody else filled the cache.
+            PatchedModuleError: the module's processor was replaced by another kind, or works in parallel.
+            StreamShapeError: the number of RoPE rows differs from the number of tokens.
+            StreamError: something else filled the cache.
         """
         if reason := _unknown("this attention", module):
             raise PatchedModuleError(reason)
@@ -99,17 +99,17 @@ class SanaWM(Adapter):
         patches, keys, rows = _frames_of(*arguments["query_rotary_emb"])
         grid = (len(keys), *patches)
         if math.prod(grid) != x.shape[1]:
-            raise StreamShapeError(f"{x.shape[1]} tokens with rows of RoPE for {grid}: expected as many")
+            raise StreamShapeError(f"{x.shape[1]} tokens, but RoPE rows for {grid}: expected equal numbers")
         fresh = cache.sink_k_pre is None and cache.history_k is None
         if mode == "capture_pre_rope" or (fresh and cache not in _VIDEOS):
             _VIDEOS[cache] = _Video()
         if cache not in _VIDEOS:
-            raise StreamError("the cache was filled before apply, or is a copy: begin the video anew")
+            raise StreamError("the cache was filled before apply, or is a copy: start the video again")
         seen = {**arguments, "video": _VIDEOS[cache]}
         return AttentionCall(x, _VIDEOS[cache].place(keys, rows), grid, cache, seen)
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
-        """False: a chunk at frame 0 begins one."""
+        """False: a chunk at frame 0 begins a video."""
         return False
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +137,7 @@ class SanaWM(Adapter):
         return out
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
-        """Gates and projects; what is captured has no tokens."""
+        """Gates and projects; captured keys and values have no tokens."""
         mode, cache = (call.arguments[name] for name in ("kv_cache_mode", "kv_cache"))
         nothing = out.new_empty(len(out), 0, out.shape[2] * out.shape[3])
         if mode == "capture_pre_rope":
@@ -152,24 +152,24 @@ class SanaWM(Adapter):
         return y
 
     def clock(self, model: nn.Module) -> nn.Module | None:
-        """The transformer: it embeds the timestep and is told the mode."""
+        """The transformer, recognised by its timestep and mode arguments."""
         found = [m for m in model.modules() if {*parameter_names(m)} >= {"timestep", "kv_cache_mode"}]
         return found[0] if len(found) == 1 else None
 
     def phase(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Phase:
-        """All modes but one capture."""
+        """From the mode: only `inject` is noisy."""
         mode = kwargs["kv_cache_mode"] if "kv_cache_mode" in kwargs else args[MODE_ARGUMENT]
-        return "denoise" if mode == "inject" else "commit"
+        return "denoise" if mode == "inject" else "clean"
 
     def cross_attentions(self, model: nn.Module) -> Sequence[nn.Module]:
-        """None keeps the projected prompt."""
+        """None caches the projected prompt."""
         return ()
 
 
 Key = tuple[complex, ...]
-"""Multipliers of the two slowest temporal columns: two frames that are alike in both are one."""
+"""Multipliers of the two slowest temporal columns, which identify a frame."""
 _Frames = tuple[Grid, list[Key], Tensor]
-"""Height and width of a frame in patches; of every frame its key, and multipliers of its first token."""
+"""Height and width of a frame in patches; the key of every frame; multipliers of its first token."""
 
 
 @dataclass
@@ -180,10 +180,10 @@ class _Video:
     turns: list[Tensor] = field(default_factory=list)
 
     def place(self, keys: Sequence[Key], rows: Tensor) -> int:
-        """The first frame of a call; takes in those that come next.
+        """The first frame of a call; records frames that are new.
 
         Raises:
-            StreamShapeError: its frames do not follow each other.
+            StreamShapeError: its frames are not consecutive.
         """
         start = self._start(keys)
         for number, (key, turns) in enumerate(zip(keys, rows, strict=True), start):
@@ -191,14 +191,14 @@ class _Video:
                 self.turns.append(turns)
                 self.numbers[key] = number
             if number < len(self.turns) and self.numbers.get(key) != number:
-                raise StreamShapeError(f"frame {number} is not at the position of RoPE that it was at before")
+                raise StreamShapeError(f"frame {number} has another RoPE position than before")
         return start
 
     def turns_at(self, position: float) -> Tensor:
-        """Multipliers at a temporal position; the angle is computed where no frame came so far.
+        """Multipliers at a temporal position; computed if there was no frame at this position yet.
 
         Raises:
-            RoleError: it is below 0, or too few frames came to go on from them.
+            RoleError: it is below 0, or there are too few frames to extrapolate from.
         """
         count = len(self.turns)
         if position in range(count):
@@ -213,13 +213,13 @@ class _Video:
         if not known or keys[0] in self.numbers:
             return self.numbers.get(keys[0], 0)
         steps = [*_gaps(known[1:]), *_gaps(keys)]
-        (behind,) = _gaps([known[-1], keys[0]])
-        return len(known) - 1 + (math.ceil(behind / steps[-1] - NEARER) if steps else 1)
+        (gap,) = _gaps([known[-1], keys[0]])
+        return len(known) - 1 + (math.ceil(gap / steps[-1] - NEARER) if steps else 1)
 
 
 _VIDEOS: MutableMapping[object, _Video] = WeakIdKeyDictionary()
 _PASSES: MutableMapping[Tensor, _Frames] = WeakIdKeyDictionary()
-"""One per pass: all layers are given the same tensor, and reading it waits for the device."""
+"""One per pass: all layers receive the same tensor, and reading it waits for the device."""
 
 
 def _frames_of(cos: Tensor, sin: Tensor) -> _Frames:
@@ -246,9 +246,9 @@ def _turns(cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
 
 
 def _gaps(keys: Sequence[Key]) -> list[float]:
-    """Angles between neighbouring frames in the slowest column."""
+    """Angles between adjacent frames in the slowest column."""
     angles = [cmath.phase(key[0]) for key in keys]
-    return [(behind - before) % math.tau for before, behind in itertools.pairwise(angles)]
+    return [(after - before) % math.tau for before, after in itertools.pairwise(angles)]
 
 
 def _turned_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -273,13 +273,13 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unknown(path: str, attention: Any) -> str | None:
-    """Why the processor of an attention cannot be stood in for."""
+    """Why the processor of an attention cannot be replaced."""
     kind: Any = type(getattr(attention, "processor", None))
     if _called_with(kind) != ("attn", *FORWARD, *CACHE):
-        hint = "set_processor() the one that the model was made with, or do without head forcing"
-        return f"{path} has a {kind.__name__} for a processor, which head forcing would not call: {hint}"
+        hint = "restore the original with set_processor(), or do not use head forcing"
+        return f"{path} has the processor {kind.__name__}, which head forcing would not call: {hint}"
     if getattr(attention.processor, "_parallel_config", None) is not None:
-        return f"{path} works in parallel, but head forcing needs all tokens: take enable_parallelism() back"
+        return f"{path} works in parallel, but head forcing needs all tokens: undo enable_parallelism()"
     return None
 
 
@@ -292,5 +292,5 @@ ADAPTER = SanaWM()
 
 
 def refuse(model: nn.Module) -> str | None:
-    """Why a refiner is not served as it is."""
+    """Why a refiner is not supported in its present configuration."""
     return ADAPTER.why_not(model) if any(True for _ in _layers(model)) else None

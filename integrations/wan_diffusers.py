@@ -1,7 +1,7 @@
-"""Wan of diffusers, the bidirectional one that AR models are distilled from: it has no past.
+"""Bidirectional Wan of diffusers, from which AR models are distilled: it has no KV cache.
 
-Its facts: all frames of the video are in every call and attend to each other; neither the transformer nor
-the processors of its attention are told of a cache, nor at which frame a call begins.
+Facts: all frames of the video are in every call and attend to each other; neither the transformer nor its
+attention processors get a cache or the first frame of a call.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ PROCESSOR = ("attn", "hidden_states", "encoder_hidden_states", "attention_mask",
 
 
 def refuse(model: nn.Module) -> str | None:
-    """Why a transformer that is given the whole video cannot be served."""
+    """Why a transformer that receives the whole video is not supported."""
     for module in model.modules():
         if module._modules.keys() >= PARTS and parameter_names(module) == (*FORWARD, *OPTIONS):
             blocks = module.get_submodule("blocks").children()
             attentions = [getattr(block, "attn1", None) for block in blocks]
             if attentions and all(_takes(attention) == PROCESSOR for attention in attentions):
                 return (
-                    "it is bidirectional: all frames are in every call and attend to each other, so no frame "
-                    "is in the past and none is remembered. Load a model that was distilled from it to be "
-                    "autoregressive (Self Forcing, LongLive, CausVid, ...), in the class of its repository"
+                    "it is bidirectional: all frames are in every call and attend to each other, so there is "
+                    "no KV cache of past frames. Load an autoregressive model distilled from it (Self "
+                    "Forcing, LongLive, CausVid, ...), in the class of its repository"
                 )
     return None
 
 
 def _takes(attention: Any) -> tuple[str, ...]:
-    """What the processor of an attention is called with."""
+    """The parameters of an attention's processor."""
     processor = getattr(attention, "processor", None)
     return tuple(inspect.signature(processor).parameters) if callable(processor) else ()

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headforcing.measure.steady import steady
+from headforcing.measure.memory import steady, stored_bytes
 from headforcing.roles import SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
+from tests.examples import examples
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 ABOUT = {"variant", "scope", "warm_up", "backend", "store", "dtype", "device", "frames"}
@@ -174,7 +175,7 @@ def test_softmax_attention_is_left_out_on_both_sides_and_then_back(bench):
 
 
 @given(frames=st.integers(4, 21), heads=st.integers(1, 12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_streaming_llm_is_its_own_equal(bench, frames, heads):
     """At the bytes and at the frames of a window there is that window."""
     mixes, measuring = bench("mixes"), bench("measuring")
@@ -189,8 +190,8 @@ def test_what_takes_more_than_the_window_has_no_equal(bench):
     case = measuring.Case(4, 6, torch.bfloat16, "cpu")
     (pyramid,) = [mix for mix in mixes.preset_mixes(case, False) if mix.name.startswith("pyramid")]
     size = mixes.size_of(case)
-    held = size.stored_bytes("ring", RoleMap((tuple(pyramid.roles),)))
-    assert held > size.stored_bytes("ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
+    held = stored_bytes(size, "ring", RoleMap((tuple(pyramid.roles),)))
+    assert held > stored_bytes(size, "ring", RoleMap((tuple(mixes.streaming(21, case).roles),)))
     assert mixes.equal_bytes(pyramid, case, "ring") is None
     assert mixes.equal_frames(pyramid, case) == 10
     assert all(steady(role, 21, 3) is not None for role in pyramid.roles)
@@ -234,7 +235,7 @@ def no_time(bench, monkeypatch, folder, name):
 
 
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_the_file_has_every_case_that_was_measured(bench, tmp_path_factory, count, last, breaks):
     """Also when the time is over behind some, and when one breaks down: those before it are not lost."""
     reporting, folder = bench("reporting"), tmp_path_factory.mktemp("reported")
@@ -330,7 +331,7 @@ def test_a_device_with_a_number_becomes_the_one_that_is_used(bench, monkeypatch)
 
 
 @given(st.floats(-0.5, 0.5), st.integers(50, 400))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_a_trend_is_found_whatever_single_chunks_do(bench, rise, count):
     """`rise` per thousand chunks of a millisecond, with a chunk in ten that takes ten times as long."""
     seconds = [1e-3 * (1 + rise * n / 1000) * (10 if n % 10 == 3 else 1) for n in range(count)]
@@ -375,7 +376,7 @@ NEAR = st.tuples(st.sampled_from([0.3, 0.31, 1.0]), st.floats(0.0, 0.02))
 
 
 @given(st.lists(st.tuples(POINTS, NEAR), min_size=1, max_size=2))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_names_in_a_picture_do_not_overlap(bench, tmp_path_factory, told):
     """Also of variants that attend to as many frames in as much time; nor do they hide a point."""
     pytest.importorskip("matplotlib", reason="it is a picture")

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Folders below `headforcing.`, lowest floor first; a file belongs to the deepest folder that is named here. "" is
-# headforcing/__init__.py.
+# Folders below `headforcing.`, lowest floor first; a file belongs to the deepest folder that is named here.
+# "" is headforcing/__init__.py.
 FLOORS = [
     {"errors", "types"},
     {"roles", "adapters"},

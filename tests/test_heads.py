@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headforcing.measure.census import returns_views
+from benchmarks.meta_layer import returns_views
 from headforcing.types import Heads
 
 HEADS = 7

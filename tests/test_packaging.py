@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +33,58 @@ def packages_that_exist() -> set[str]:
     return {".".join(p if p[0] == "headforcing" else ("headforcing", *p)) for p in folders}
 
 
-def test_the_declared_packages_are_the_folders_that_exist():
-    declared = PROJECT["tool"]["setuptools"]["packages"]
-    assert sorted(declared) == sorted(packages_that_exist())
+def setup_of(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names in setup.py, as a build with this command finds them."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_the_packages_are_the_folders_that_exist(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert sorted(setup_of("bdist_wheel", monkeypatch)["PACKAGES"]) == sorted(packages_that_exist())
+    editable = setup_of("editable_wheel", monkeypatch)
+    assert editable["MAPPED"] == {}
+    assert {*editable["PACKAGES"]} == packages_that_exist() - {"headforcing.integrations"}
+
+
+@pytest.mark.slow
+def test_type_checkers_follow_a_path_entry(tmp_path):
+    """Which is what an editable installation is."""
+    (tmp_path / "user.py").write_text(
+        "import headforcing as hf\n"
+        "from headforcing.demo import demo_model\n"
+        "from headforcing.integrations.self_forcing import SelfForcing\n"
+        "hf.apply_head_forcing(demo_model(), hf.Full(), adapter=SelfForcing()).absent\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-m", "mypy", "user.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+    )
+    assert answer.stdout.splitlines() == [
+        'user.py:4: error: "HeadForcing" has no attribute "absent"  [attr-defined]',
+        "Found 1 error in 1 file (checked 1 source file)",
+    ]
+
+
+def test_a_clone_finds_its_adapters_without_an_import_hook(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import headforcing.integrations.self_forcing as found; print(found.__file__)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert answer.stdout.strip() == str(ROOT / "integrations" / "self_forcing.py")
+
+
+def test_completion_shows_the_api():
+    assert set(headforcing.__all__) <= set(dir(headforcing))
+    assert all(hasattr(headforcing, name) for name in dir(headforcing))
 
 
 def test_every_code_file_is_in_a_package():

@@ -1,7 +1,7 @@
 """Measures the labels of the demo model for the presets whose heads differ, and writes them down.
 
-    python -m demo_training.labelled                # the file of the package
-    python -m demo_training.labelled --out my.json
+    python -m benchmarks.demo_training.labelled                # the file of the package
+    python -m benchmarks.demo_training.labelled --out my.json
 
 One profile, 32 videos inside the trained range, as for the maps of docs/role-maps.md; every classifier with
 its defaults.

@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m demo_training.train --steps 8000 --finetune-steps 1000`.
+"""Train the demo model: `python -m benchmarks.demo_training.train --steps 8000 --finetune-steps 1000`.
 
 Stage 1 is flow matching with teacher forcing: every chunk is predicted from its noisy self and the
 clean chunks before it, and those clean chunks are corrupted the way a long rollout drifts. Stage 2
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.model.model import DemoModel
@@ -31,9 +32,8 @@ from .examples import (
     base_examples,
     finetune_examples,
 )
-from .optim import Average, Muon
 
-logger = logging.getLogger("demo_training.train")
+logger = logging.getLogger(__name__)
 
 
 def optimizers(model: DemoModel, stage: Stage) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -43,8 +43,20 @@ def optimizers(model: DemoModel, stage: Stage) -> list[tuple[torch.optim.Optimiz
     for name, parameter in model.named_parameters():
         is_hidden = name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2
         (hidden if is_hidden else rest).append(parameter)
+    muon = torch.optim.Muon(hidden, stage.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(Muon(hidden, stage.lr), 1.0), (adam, 0.7)]
+    return [(muon, 1.0), (adam, 0.7)]
+
+
+def average_of(model: DemoModel, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, which moves faster at the beginning."""
+
+    def move(average: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
+        return average.lerp(value, 1 - min(decay, float(steps) / (float(steps) + 20)))
+
+    average = AveragedModel(model, avg_fn=move)
+    average.update_parameters(model)  # the first one copies
+    return average
 
 
 class Trainer:
@@ -60,7 +72,7 @@ class Trainer:
             examples = finetune_examples(self.sampler, self._predict_eagerly)
         else:
             examples = base_examples(self.sampler)
-        groups, average = optimizers(self.model, stage), Average(self.model, stage.ema)
+        groups, average = optimizers(self.model, stage), average_of(self.model, stage.ema)
         started, smooth = time.monotonic(), _Smooth()
         for step in range(steps):
             rate = stage.rate(step, steps)
@@ -68,21 +80,19 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share
             smooth.add(self._step(next(examples), stage, [optimizer for optimizer, _ in groups]))
-            average.update(self.model)
+            average.update_parameters(self.model)
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 seconds = round(time.monotonic() - started, 1)
                 record = {"stage": stage.name, "step": step + 1, "seconds": seconds, "lr": rate}
                 logger.info(json.dumps(record | smooth.values))
             if (step + 1) % save_every == 0:
                 self._save(average, f"{stage.name}-last")
-        self.model.load_state_dict(average.weights)
+        self.model.load_state_dict(average.module.state_dict())
         self._save(average, stage.name)
 
-    def _save(self, average: Average, label: str) -> None:
+    def _save(self, average: AveragedModel, label: str) -> None:
         """Write the averaged weights next to the final file."""
-        keeper = DemoModel(self.model.config)
-        keeper.load_state_dict(average.weights)
-        keeper.save_weights(self.out.with_name(f"{self.out.stem}-{label}.safetensors"))
+        average.module.save_weights(self.out.with_name(f"{self.out.stem}-{label}.safetensors"))
 
     def _predict_eagerly(self, clean: Tensor, noisy: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """The prediction for regeneration, without compiling it a second time."""

@@ -1,4 +1,4 @@
-"""How headforcing reads Brook: the answers that docs/porting.md asks for."""
+"""The adapter for Brook that docs/porting.md writes step by step."""
 
 import torch
 
@@ -9,7 +9,7 @@ from headforcing.types import AttentionCall
 
 PARTS = ("to_qkv", "norm_q", "norm_k", "rotary", "proj")
 FORWARD = ("hidden", "positions", "memory", "frame_index", "frame_shape", "remember")
-REMEMBER = 5  # place of `remember` among the arguments of the model's forward
+REMEMBER = 5  # index of `remember` among the arguments of the model's forward
 
 
 class BrookAdapter(Adapter):
@@ -35,7 +35,7 @@ class BrookAdapter(Adapter):
         return self._number(model, "chunk_frames", "chunk")
 
     def _number(self, model, name, option):
-        for module in model.modules():  # the model may come in a wrapper
+        for module in model.modules():  # the model may be inside a wrapper
             if isinstance(number := getattr(module, name, None), int):
                 return number
         raise UnsupportedModelError(f"{type(model).__name__} has no {name}: pass {option}=...")
@@ -45,7 +45,7 @@ class BrookAdapter(Adapter):
         if given["memory"] is None:
             return None
         if given["positions"] is not None:
-            raise StreamError("positions are given beside a memory: expected None, frame_index says them")
+            raise StreamError("positions are given together with a memory: pass frame_index alone")
         x, (height, width) = given["hidden"], given["frame_shape"]
         grid = (x.shape[1] // (height * width), height, width)
         arguments = {**given, "rotary": module.rotary}
@@ -59,35 +59,35 @@ class BrookAdapter(Adapter):
     def rotate(self, x, call, positions, patch=1):
         _, height, width = call.grid
         axes = positions, range(0, height, patch), range(0, width, patch)
-        places = torch.cartesian_prod(*(torch.tensor(list(axis), dtype=torch.float64) for axis in axes))
-        turned = call.arguments["rotary"](x.flatten(1, 2).transpose(1, 2), places)
-        return turned.transpose(1, 2).unflatten(1, x.shape[1:3])
+        points = torch.cartesian_prod(*(torch.tensor(list(axis), dtype=torch.float64) for axis in axes))
+        rotated = call.arguments["rotary"](x.flatten(1, 2).transpose(1, 2), points)
+        return rotated.transpose(1, 2).unflatten(1, x.shape[1:3])
 
     def output(self, module, out, call, memo):
-        memo["forgotten"] = None if call.arguments["remember"] else call.start
+        memo["not_kept"] = None if call.arguments["remember"] else call.start
         return module.proj(out.flatten(2))
 
     def begins_video(self, call, memo):
         if call.anchor.keys:
             raise ExternalEditError(
-                f"the memory holds {len(call.anchor.keys)} frames that head forcing has not seen, expected "
-                "none: clear() it and begin the video anew"
+                f"the memory holds {len(call.anchor.keys)} frames that head forcing did not write, expected "
+                "none: clear() it and start the video again"
             )
-        forgotten = memo.get("forgotten")
-        if forgotten is not None and call.start > forgotten:
+        not_kept = memo.get("not_kept")
+        if not_kept is not None and call.start > not_kept:
             raise StreamError(
-                f"no pass over frame {forgotten} had remember=True, so the model would forget it: expected "
+                f"no pass over frame {not_kept} had remember=True, so the model would not keep it: expected "
                 "one before the next chunk"
             )
         return False
 
     def clock(self, model):
-        told = {"noise_level", "remember"}
-        return next((module for module in model.modules() if told <= {*parameter_names(module)}), None)
+        names = {"noise_level", "remember"}
+        return next((module for module in model.modules() if names <= {*parameter_names(module)}), None)
 
     def phase(self, args, kwargs):
         remember = kwargs["remember"] if "remember" in kwargs else args[REMEMBER:] == (True,)
-        return "commit" if remember else "denoise"
+        return "clean" if remember else "denoise"
 
     def cross_attentions(self, model):
         parents = [model.get_submodule(path.rpartition(".")[0]) for path, _ in self.attentions(model)]

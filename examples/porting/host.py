@@ -7,15 +7,15 @@ from headforcing.testing import Host
 from porting.adapter import ADAPTER
 from porting.model import CLEAN, Brook
 
-FRAME = (4, 6)  # not square, so that height and width cannot be mistaken for each other
+FRAME = (4, 6)  # not square, so that a mix-up of height and width shows
 
 
 class BrookHost(Host):
     adapter = ADAPTER
-    layers, chunk, frames = 2, 2, 12  # two layers, two frames at once, and a video of twelve
-    dense, window = 6, 6  # no frame of the first six is dropped; six were trained on
-    memory = SlidingWindow(6, positions="absolute")  # then it sees six, at their own positions
-    single = True  # chunks of one frame run as well
+    layers, chunk, frames = 2, 2, 12  # two layers, chunks of two frames, a video of twelve
+    dense, window = 6, 6  # the window overflows after six frames; trained on six
+    memory = SlidingWindow(6, positions="absolute")  # the last six frames, at their true positions
+    single = True  # chunks of one frame are possible
     unconcerned = frozenset(
         {"edited_cache_refused", "release_frees", "cache_comes_back", "compiled_is_one_operator"}
     )
@@ -25,7 +25,7 @@ class BrookHost(Host):
             torch.manual_seed(0)
             model = Brook(depth=2)
             for weight in model.parameters():
-                if weight.dim() == 1:  # norms begin with ones, and two of them cannot be told apart
+                if weight.dim() == 1:  # norms start as ones, and a mix-up of two would not show
                     torch.nn.init.normal_(weight, 1, 0.3)
         return model.eval().requires_grad_(False).to(dtype)
 
@@ -42,7 +42,7 @@ class BrookHost(Host):
         level = torch.full((len(prompt),), CLEAN if clean else 0.1 * (draw % 10), dtype=dtype)
         return model(noise, level, prompt.to(dtype), caches["memories"], start, remember=clean)
 
-    # What follows is optional, and tells one mistake from another.
+    # The methods below are optional and help to tell one mistake from another.
 
     def cached(self, model, caches, layer):
         memory = caches["memories"][layer]

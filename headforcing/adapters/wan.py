@@ -152,7 +152,7 @@ class WanAdapter(Adapter):
         """The clean pass is the one whose timesteps are all `context_noise`."""
         name, place = self.timestep
         times: Tensor = kwargs[name] if name in kwargs else args[place]
-        return "commit" if bool((times == self.context_noise).all()) else "denoise"
+        return "clean" if bool((times == self.context_noise).all()) else "denoise"
 
     def cross_attentions(self, model: nn.Module) -> list[nn.Module]:
         """The neighbour of every self-attention.

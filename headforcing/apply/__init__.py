@@ -137,8 +137,8 @@ def _check_model(model: object) -> None:
 
 def _check_merging(role_map: RoleMap, adapter: Adapter) -> None:
     """Merged patches are rotated by the adapter, which may be older than they are."""
-    digests = [role.digest() for role in role_map.counts()]
-    merging = any(digest is not None and digest.patch > 1 for digest in digests)
+    found = [role.compressed() for role in role_map.counts()]
+    merging = any(history is not None and history.patch > 1 for history in found)
     if merging and "patch" not in inspect.signature(adapter.rotate).parameters:
         raise UnsupportedModelError(
             f"{adapter.name}: its rotate() takes no patch, which roles that merge patches need: add it"

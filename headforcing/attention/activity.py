@@ -64,9 +64,9 @@ class Activity:
         True once per prompt switch and layer.
         """
         store: KVStore | None = getattr(self._thread, "wrote", {}).pop(layer, lambda: None)()
-        if store is None or not store.turned:
+        if store is None or not store.prompt_pending:
             return False
-        store.turned = False
+        store.prompt_pending = False
         return True
 
     def note_write(self, layer: int, store: KVStore) -> None:
@@ -123,7 +123,7 @@ class Activity:
         first: Stream | None = getattr(self._thread, "first", lambda: None)()
         if first is not None:
             first.later_layers.add(stream)
-            stream.store.digests.notes = first.store.digests.notes
+            stream.store.compressed.shared = first.store.compressed.shared
             self._thread.serving = weakref.ref(stream), first.pass_id
 
     def _check_runs(self, first: Stream) -> None:

@@ -15,6 +15,7 @@ from headforcing.attention.observation import Observation
 from headforcing.attention.rerun import query_positions
 from headforcing.attention.stream import Stream
 from headforcing.roles import HeadRole
+from headforcing.roles.base import sees_compressed
 from headforcing.stores.buffers import joined
 from headforcing.types import AttentionCall, Chunk, Encode, Heads, KVView
 
@@ -68,19 +69,21 @@ class LayerCall:
     def _query_frames(self, role: HeadRole) -> list[slice]:
         """The frames of the call that attend to the same: all of them, or each by itself."""
         frames = self.q.shape[1]
-        step = 1 if role.reads_per_query else frames
+        step = 1 if "query" in role.depends_on else frames
         return [slice(first, first + step) for first in range(0, frames, step)]
 
     def _read(self, role: HeadRole, heads: Heads, frames: slice) -> tuple[Part, KVView]:
         """What the heads of a role attend with, for some query frames of the call."""
         adapter, store, call = self.layer.options.adapter, self.stream.store, self.call
         encode = self._encoder(heads)
-        query = (max(call.start + frames.start, self.chunk.start),) if role.reads_per_query else ()
+        query = (max(call.start + frames.start, self.chunk.start),) if "query" in role.depends_on else ()
         view = store.view(role, call.phase, encode, *query)
         positions = query_positions(view.positions, self.q.shape[1], len(self.chunk.frames))[frames]
         q = encode(heads.take(self.q[:, frames]), positions).to(view.v.dtype)
         k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
-        compressed = store.view_digest(role, encode, *query) if role.sees_digest(call.phase) else None
+        compressed = None
+        if sees_compressed(role, call.phase):
+            compressed = store.view_compressed(role, encode, *query)
         if compressed is not None:
             k, v = (joined(first, rest) for first, rest in zip(compressed, (k, v), strict=True))
         rows = slice(frames.start * call.tokens_per_frame, frames.stop * call.tokens_per_frame)

@@ -87,7 +87,7 @@ def check_clean(stream: Stream, layer: int) -> None:
         StreamError: its last pass was noisy.
     """
     pending = stream.store.pending
-    if pending is not None and stream.phase != "commit":
+    if pending is not None and stream.phase != "clean":
         raise StreamError(
             f"layer {layer}: frames {pending.start}..{pending.stop - 1} had no clean pass, their last one "
             "was noisy: if the base model writes its cache at another noise level, say so, as in "

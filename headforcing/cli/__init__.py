@@ -1,7 +1,7 @@
 """The command line: `headforcing demo`, `profile`, `presets`, `estimate`, `check`, `roles ...` and others.
 
-Torch and the drawing libraries are imported inside the commands. Exit codes: 0 fine, 1 a file is not
-valid, 2 the command could not be carried out.
+Torch and the drawing libraries are imported inside the commands. Exit codes: 0 success, 1 a negative result
+(such as an invalid file or a failed check), 2 the command could not run.
 """
 
 from __future__ import annotations
@@ -43,4 +43,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Give every attention head of an autoregressive video model its own KV memory."""
+    """Give every attention head of an autoregressive video model its own KV cache."""

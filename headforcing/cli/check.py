@@ -1,4 +1,4 @@
-"""`headforcing check`: does an adapter keep what it promises?"""
+"""`headforcing check`: run the conformance kit on an adapter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from headforcing.testing.host import Host
 
 EXAMPLES = examples(
-    "check",
-    "check self_forcing",
     "check my_adapter:MyAdapter --stop",
     "check my_adapter:MyAdapter --host my_host:MyHost",
     "check my_host:MyHost --adapter my_adapter:MyAdapter --json",
@@ -30,18 +28,17 @@ COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 def check(
     target: Annotated[
-        str | None,
+        str,
         typer.Argument(
-            metavar="[MODULE:ADAPTER|MODULE:HOST]",
+            metavar="MODULE:ADAPTER|MODULE:HOST",
             show_default=False,
-            help="An adapter, whose host is --host, or else the only one that its module defines. Or a "
-            "subclass of headforcing.testing.Host, whose adapter is --adapter, or else its attribute "
-            "adapter, or else the one that fits; classes, instances, or functions that return one. Or the "
-            "name of one of our adapters. Without it: all of them.",
+            help="An adapter; its host is --host, or else the only host in its module. Or a subclass of "
+            "headforcing.testing.Host; its adapter is --adapter, or else its attribute adapter, or else the "
+            "one that fits. Classes, instances, or functions that return one.",
         ),
-    ] = None,
+    ],
     host: Annotated[
-        str | None, typer.Option(metavar="MODULE:HOST", help="The host that drives an adapter of yours.")
+        str | None, typer.Option(metavar="MODULE:HOST", help="The host to run the adapter with.")
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(metavar="MODULE:ADAPTER", help="The adapter to check with a host.")
@@ -53,72 +50,45 @@ def check(
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Run the conformance kit: what an adapter gets wrong, and what to look at.
+    """Run the conformance kit on an adapter: what is wrong, and what to check.
 
-    Exit code 1 where a check fails. Begin with the first that does: the others may be its consequences.
+    Exit code 1 if a check fails. Fix the first failure first: later ones may be consequences of it.
     """
     from headforcing.testing.conformance import check_adapter
 
     names = None if only is None else [name.strip() for name in only.split(",")]
-    reports = []
     with clean_errors(HeadForcingError), importable_here():
-        pairs, missing = _pairs(target, host, adapter)
+        what, driver = _pair(target, host, adapter)
         with progress(quiet=quiet or as_json) as tell:
-            for what, driver in pairs:
-                kind = type(driver).__name__
 
-                def told(done: int, total: int, name: str, kind: str = kind) -> None:
-                    tell(kind, done, total)
+            def told(done: int, total: int, name: str) -> None:
+                tell(type(driver).__name__, done, total)
 
-                reports.append(check_adapter(what, driver, only=names, stop=stop, progress=told))
+            report = check_adapter(what, driver, only=names, stop=stop, progress=told)
     if as_json:
-        print_json([{**dataclasses.asdict(report), "ok": report.ok} for report in reports])
+        print_json({**dataclasses.asdict(report), "ok": report.ok})
     else:
-        for report in reports:
-            print_parts(_table(report), _summary(report))
-        print_parts(*(f"{name}: not checked, {reason}" for name, reason in missing.items()))
-    if any(report.failed for report in reports):
+        print_parts(_table(report), _summary(report))
+    if report.failed:
         raise typer.Exit(1)
 
 
-def _pairs(
-    target: str | None, host: str | None, adapter: str | None
-) -> tuple[list[tuple[Adapter | None, Host]], dict[str, str]]:
-    """What is to be checked with which host, and which of ours cannot be here, with the reason.
+def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter | None, Host]:
+    """The adapter and the host: one is the target, the other is given or found.
 
     Raises:
-        OptionError: there is no such adapter, it cannot be checked here, a name stands for something else, or
-            nobody says which host.
+        OptionError: a name is neither, there is no host, or the host cannot run here.
     """
-    from tests.hosts import find_host, host_names
-
-    if target is None:
-        if host is not None or adapter is not None:
-            raise OptionError("--host and --adapter go with a target, as in check MODULE:ADAPTER --host ...")
-        ours = {name: find_host(name) for name in host_names()}
-        missing = {name: reason for name, one in ours.items() if (reason := one.missing()) is not None}
-        return [(None, one) for name, one in ours.items() if name not in missing], missing
-    if ":" not in target and target not in host_names():
-        raise OptionError(
-            f"{target!r} is neither MODULE:ADAPTER, MODULE:HOST nor one of {', '.join(host_names())}"
-        )
-    what, driver = _pair(target, _made(target) if ":" in target else find_host(target), host, adapter)
-    if (reason := driver.missing()) is not None:
-        raise OptionError(f"{target} cannot be checked here: {reason}")
-    return [(what, driver)], {}
-
-
-def _pair(target: str, found: Any, host: str | None, adapter: str | None) -> tuple[Adapter | None, Host]:
-    """What a target stands for, adapter or host, with the other one."""
     from headforcing.adapters.base import Adapter
     from headforcing.testing.host import Host
 
+    found = _made(target)
     what = found if isinstance(found, Adapter) else None if adapter is None else _made(adapter)
     driver = found if isinstance(found, Host) else None if host is None else _made(host)
     if isinstance(found, Host) and host is not None:
-        raise OptionError(f"{target} is a host itself: leave out --host, or name an adapter in its place")
+        raise OptionError(f"{target} is a host itself: leave out --host, or name an adapter instead")
     if isinstance(found, Adapter) and adapter is not None:
-        raise OptionError(f"{target} is an adapter itself: leave out --adapter, or name a host in its place")
+        raise OptionError(f"{target} is an adapter itself: leave out --adapter, or name a host instead")
     if not isinstance(found, Adapter | Host):
         wanted = "headforcing.Adapter or headforcing.testing.Host"
         raise OptionError(f"{target} is {kind(found)}: expected a subclass of {wanted}")
@@ -127,11 +97,13 @@ def _pair(target: str, found: Any, host: str | None, adapter: str | None) -> tup
     driver = _only_host(target) if driver is None else driver
     if not isinstance(driver, Host):
         raise OptionError(f"{host} is {kind(driver)}: expected a subclass of headforcing.testing.Host")
+    if (reason := driver.missing()) is not None:
+        raise OptionError(f"{target} cannot be checked here: {reason}")
     return what, driver
 
 
 def _made(target: str) -> Any:
-    """What `MODULE:NAME` stands for; a class or a function is called."""
+    """The object that `MODULE:NAME` names; a class or a function is called."""
     found = named(target, "my_adapter:MyAdapter")
     return found() if callable(found) else found
 
@@ -155,7 +127,7 @@ def _only_host(target: str) -> Host:
         names = f" ({', '.join(one.__name__ for one in own)})" if own else ""
         raise OptionError(
             f"{where} defines {len(own) or 'no'} subclass{'es' * (len(own) > 1)} of headforcing.testing.Host"
-            f"{names}: say which host drives the adapter, as in check {target} --host my_host:MyHost"
+            f"{names}: say which host to use, as in check {target} --host my_host:MyHost"
         )
     return own[0]()
 
@@ -167,7 +139,7 @@ def _table(report: Report) -> Any:
     table = Table(title=f"{report.adapter} with {report.host}", title_justify="left")
     table.add_column("check", no_wrap=True)
     table.add_column("outcome")
-    table.add_column("what it proves, or why not")
+    table.add_column("what it proves, or the reason")
     for result in report.results:
         outcome = Text(result.outcome, style=COLOURS[result.outcome])
         table.add_row(result.name, outcome, Text(result.reason or result.proves))

@@ -25,7 +25,7 @@ CONTROLS = ("random", "shuffled_within_layer", "inverted", "all_one:LABEL")
 
 @dataclass(frozen=True)
 class Options:
-    """How to label heads."""
+    """The options of the command."""
 
     profile: Annotated[
         Path, typer.Argument(metavar="PROFILE", help="A profile (.safetensors).", show_default=False)
@@ -42,22 +42,22 @@ class Options:
     )
     report: Annotated[Path | None, typer.Option(help="Where to write the stability report (JSON).")] = None
     stability: Annotated[
-        bool, typer.Option(help="Classify again by resampled prompts, to see how far labels can be trusted.")
+        bool, typer.Option(help="Classify resampled prompts as well, to measure how stable the labels are.")
     ] = True
-    draws: Annotated[int, typer.Option(min=1, help="How often to classify again.")] = 200
+    draws: Annotated[int, typer.Option(min=1, help="Number of resamples.")] = 200
     control: Annotated[
         str | None,
-        typer.Option(help=f"Write a map to compare with instead: {', '.join(CONTROLS)}."),
+        typer.Option(help=f"Write a control instead of the map: {', '.join(CONTROLS)}."),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of the control, and of the resampling.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the control and of the resampling.")] = 0
     as_json: AsJson = False
 
 
 def classify(options: Options) -> None:
     """Label the heads of a profile and write a role map.
 
-    The map keeps what it was measured on, how, and how stable that is. Repeats are drawn from the prompts
-    of the profile, so a profile of one prompt says nothing about stability.
+    The map records the model, the measurement and the stability of the labels. Stability is measured by
+    resampling the prompts of the profile, so a profile of one prompt says nothing about it.
     """
     with clean_errors():
         from headforcing.measure.labels import measured_map
@@ -85,10 +85,10 @@ def _outputs(options: Options) -> list[Path]:
 
 
 def check_files(profile: Path, written: Mapping[str, Path | None]) -> None:
-    """Nothing that is written, by option, may stand in the way of anything else.
+    """Checks that output files do not overwrite each other or the profile.
 
     Raises:
-        OptionError: it does.
+        OptionError: they do, or one is a folder.
     """
     taken = {file.resolve(): "a file of the profile" for file in (profile, facts_file(profile))}
     for name, file in written.items():
@@ -101,14 +101,14 @@ def check_files(profile: Path, written: Mapping[str, Path | None]) -> None:
 
 
 def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, StabilityReport | None]:
-    """What the method or the control says, and the report; a control has none."""
+    """The labels of the method or the control, and the report; a control has none."""
     from headforcing.cli.settings import parse_settings
     from headforcing.measure.classifiers import find_classifier
     from headforcing.measure.stability import stability
 
     repeated = options.stability and options.control is None
     if options.report is not None and not repeated:
-        raise OptionError("--report goes neither with --no-stability nor with --control: leave one out")
+        raise OptionError("--report works neither with --no-stability nor with --control: leave one out")
     method = find_classifier(options.method)
     method = functools.partial(method, **parse_settings(options.settings or (), method))
     found = method(profile)
@@ -117,7 +117,9 @@ def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, S
     if not repeated:
         return found, None
     if not options.as_json:
-        typer.echo(f"classifying {options.draws} resamples as well; fewer with --draws", err=True)
+        typer.echo(
+            f"classifying {options.draws} resamples for the stability report; change with --draws", err=True
+        )
     return found, stability(profile, method, draws=options.draws, seed=options.seed)
 
 

@@ -20,8 +20,8 @@ def compare(
 ) -> None:
     """Compare two role maps, head by head.
 
-    Agreement, kappa and Jaccard need labels in common: roles that are equal in every number. NMI and ARI
-    ask only whether the same heads are put together, whatever they are called.
+    Agreement, kappa and Jaccard need common labels, that is, roles that are equal in every number. NMI and
+    ARI compare only which heads are grouped together.
     """
     with clean_errors():
         from headforcing.measure.compare import compare_maps
@@ -44,10 +44,10 @@ def _tables(found: Comparison, a: Path, b: Path) -> list[Any]:
         cross.add_column(Text(label), justify="right")
     for label, row in zip(found.labels_a, found.table, strict=True):
         cross.add_row(Text(label), *map(str, row))
-    numbers = Table(title="how alike", show_header=False)
+    numbers = Table(title="agreement", show_header=False)
     shared = {"agreement": found.agreement, "kappa": found.kappa}
     everything = {**shared, "NMI": found.nmi, "ARI": found.ari}
     everything |= {f"Jaccard of {label}": value for label, value in found.jaccard.items()}
     for name, value in everything.items():
-        numbers.add_row(Text(name), "no label in common" if value is None else f"{value:.3f}")
+        numbers.add_row(Text(name), "no common label" if value is None else f"{value:.3f}")
     return [cross, numbers]

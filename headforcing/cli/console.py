@@ -1,8 +1,8 @@
-"""What the commands share: options, clean errors, JSON, progress."""
+"""Shared by the commands: options, error messages, JSON, progress."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import json
 import pkgutil
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -19,32 +20,32 @@ from headforcing.errors import HeadForcingError
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 Tell = Callable[[str, int, int | None], None]
-"""Called with the name of a stage, what is done of it and how much there is, where that is known."""
+"""Called with the name of a stage, the amount done, and the total, if it is known."""
 
 
 Options = TypeVar("Options")
 QUIET_SECONDS = 5.0
-"""In a pipe, how long to stay silent where nobody knows how much is left."""
+"""Seconds between progress lines in a pipe, for stages of unknown length."""
 
 
 def choices(package: str) -> str:
-    """Names of the modules in a package, for help texts: nothing is imported."""
-    spec = importlib.util.find_spec(package)
-    places = [] if spec is None else spec.submodule_search_locations
-    return ", ".join(sorted(module.name for module in pkgutil.iter_modules(places)))
+    """Names of the modules in a package, for help texts, without importing them."""
+    top, *folders = package.split(".")  # to find a package below would import those above it
+    paths = [str(Path(place, *folders)) for place in importlib.import_module(top).__path__]
+    return ", ".join(sorted(module.name for module in pkgutil.iter_modules(paths)))
 
 
 def examples(*lines: str) -> str:
-    """The end of a help text: one command per line, kept as they are."""
+    """The end of a help text: one example command per line."""
     return "\b\n" + "\n".join(["Examples:", *(f"  headforcing {line}" for line in lines)])
 
 
 def command_of(work: Callable[[Options], None], options: type[Options]) -> Callable[..., None]:
-    """A command with one option per field of a dataclass, for those that have many.
+    """A command with one option per field of a dataclass, for commands with many options.
 
     Args:
-        work: carries the command out; its docstring is the help text.
-        options: fields are annotated as parameters of a typer command are.
+        work: runs the command; its docstring is the help text.
+        options: a dataclass whose fields are annotated like parameters of a typer command.
     """
 
     def command(**given: Any) -> None:
@@ -60,7 +61,7 @@ def command_of(work: Callable[[Options], None], options: type[Options]) -> Calla
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-    """One line on stderr and the exit code."""
+    """Prints one line on stderr and exits with the code."""
     line = "; ".join(part.strip() for part in str(message).splitlines() if part.strip())
     typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
@@ -68,11 +69,11 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 @contextmanager
 def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """One message and exit code 2 instead of a traceback, for what a user can put right.
+    """Prints a message and exits with code 2 instead of a traceback, for errors a user can correct.
 
     Args:
-        kinds: of errors; default: ours, and those of files and values. Around a user's own code, whose
-            tracebacks are needed, ours alone.
+        kinds: of errors; default: ours, and those of files and values. Around the user's own code, pass only
+            ours, so that its tracebacks are shown.
     """
     expected = kinds or (HeadForcingError, ValueError, OSError)
     try:
@@ -82,7 +83,7 @@ def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def require(libraries: Sequence[str], extra: str, what: str) -> None:
-    """Exit code 2 where a library is missing, with the extra that brings it."""
+    """Exits with code 2 if a library is missing, and names the extra that installs it."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         fail(f"{what} needs {', '.join(missing)}: pip install 'headforcing[{extra}]'")
@@ -94,7 +95,7 @@ def print_json(value: Any) -> None:
 
 
 def print_report(report: Any, as_json: bool) -> None:
-    """What a command of the demo found: as JSON, or its table, its reading and the files it wrote."""
+    """Prints the report of a demo command: as JSON, or as a table, a summary and the files written."""
     if as_json:
         print_json(report.to_dict())
         return
@@ -104,7 +105,7 @@ def print_report(report: Any, as_json: bool) -> None:
 
 
 def print_parts(*parts: Any) -> None:
-    """Rich tables and plain text, in order; text is printed as it is."""
+    """Prints rich tables and plain text, in order."""
     from rich.console import Console
 
     console = Console()
@@ -117,7 +118,7 @@ def print_parts(*parts: Any) -> None:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Tell]:
-    """Tells progress with a bar per stage on a terminal, as plain lines in a pipe, or not at all."""
+    """Shows progress: a bar per stage on a terminal, plain lines in a pipe, or nothing."""
     if quiet:
         yield lambda *_: None
     elif not sys.stderr.isatty():
@@ -128,7 +129,7 @@ def progress(*, quiet: bool) -> Iterator[Tell]:
 
 
 def _plain_lines() -> Tell:
-    """Progress as four lines per stage; now and then where the end is not known."""
+    """Four lines per stage; every few seconds if the total is unknown."""
     told = time.monotonic()
 
     def tell(stage: str, done: int, total: int | None) -> None:

@@ -1,4 +1,4 @@
-"""`headforcing compare`: presets and role maps against each other on the demo model."""
+"""`headforcing compare`: compare presets and role maps on the demo model."""
 
 from __future__ import annotations
 
@@ -23,42 +23,45 @@ EXAMPLES = examples(
 )
 DRAWING = ("PIL", "matplotlib")
 NOTES = (
-    "95 % bootstrap intervals, differences paired by video; bold: it is one. Frames kept and seen by a head "
-    "of a long video, own chunk included; MB of one video, counted from the tensors."
+    "95 % bootstrap intervals; differences are paired by video, bold if significant. Frames are those a head "
+    "stores and attends to in a long video, current chunk included; MB are of one video, from the tensors."
 )
 SAME = {
-    "as many attended": "seen",
+    "as many attended": "attended",
     "as many bytes": "bytes",
-    "as many attended and bytes": "seen, bytes",
+    "as many attended and bytes": "attended, bytes",
     "shuffled": "roles",
 }
-"""What a control has as many of."""
+"""What a control has in common with its entrant."""
+NO_DIFFERENCE = "no significant difference"
 BEYOND = "\n* its positions leave the range that the model was trained on."
 
 
 @dataclass(frozen=True)
 class Options:
-    """Who competes, and on what."""
+    """The options of the command."""
 
     names: Annotated[
         list[str],
         typer.Argument(
             metavar="PRESET...",
-            help="Names of presets, see `headforcing presets`, or role-map files; the first is what the "
-            "others are compared with.",
+            help="Names of presets (see `headforcing presets`), or role-map files; the others are compared "
+            "with the first.",
             show_default=False,
         ),
     ]
-    seeds: Annotated[int, typer.Option(min=1, help="Videos, the same scenes and noise for everybody.")] = 8
-    first_seed: Annotated[int, typer.Option(min=0, help="The others count up from it.")] = 0
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of videos; scenes and noise are the same for all entrants.")
+    ] = 8
+    first_seed: Annotated[int, typer.Option(min=0, help="First seed; the others follow.")] = 0
     seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")] = 15.0
     camera: Annotated[Camera, typer.Option(help="Whether the camera moves.")] = Camera.pan
     equal_bytes: Annotated[
         bool,
         typer.Option(
             "--equal-bytes",
-            help="Also what each has to beat: first and last frames for all heads (StreamingLLM), with as "
-            "many frames attended and with as many bytes stored; and its own roles shuffled in each layer.",
+            help="Add controls for each: first and last frames for all heads (StreamingLLM), with as many "
+            "attended frames and with as many stored bytes; and its own roles shuffled in each layer.",
         ),
     ] = False
     out: Annotated[Path, typer.Option(help="Folder for the files, made if missing.")] = Path(
@@ -68,10 +71,10 @@ class Options:
 
 
 def contest(options: Options) -> None:
-    """Let presets and role maps continue the same videos on the demo model, and compare them.
+    """Let presets and role maps continue the same videos on the demo model, and compare the results.
 
-    Where the heads of a preset differ, with labels measured on the demo model. Writes compare.json, the drift
-    over time (compare-drift.png) and frames of the first video (compare-sheet.png); older ones are replaced.
+    Presets with several roles get labels measured on the demo model. Writes compare.json, the drift over time
+    (compare-drift.png) and frames of the first video (compare-sheet.png); existing files are replaced.
     Runs on the CPU: 8 videos of 15 seconds take about half a minute per preset, and per control.
     """
     require(DRAWING, "demo", "comparing")
@@ -108,11 +111,11 @@ def _write(found: Contest, out: Path) -> list[str]:
 
 
 def _tables(found: Contest) -> list[Any]:
-    """The entrants; and what each has to beat, where that was asked for."""
+    """The entrants, and their controls, if they were requested."""
     first, videos = found.entrants[0], len(found.setting.seeds)
     span = f"frames {found.late[0]}-{found.late[1]}, {videos} videos, camera {found.setting.camera}"
     title = f"late background PSNR in dB, {span}"
-    main = _table(title, "kept, seen", "MB", "late", f"minus {first.entrant.name}")
+    main = _table(title, "stored, attended", "MB", "late", f"minus {first.entrant.name}")
     for result in found.entrants:
         name = result.entrant.name + ("" if result.entrant.bounded else " *")
         paired = "" if result is first else _difference(found.ahead(result, first))
@@ -126,12 +129,12 @@ def _tables(found: Contest) -> list[Any]:
 
 def _controls(found: Contest) -> Any:
     """Every entrant with its controls below it."""
-    table = _table("what each has to beat", "same", "MB", "late", "preset minus this")
+    table = _table("controls", "same", "MB", "late", "preset minus control")
     for result in found.entrants:
-        if not found.beside(result):
+        if not found.controls_of(result):
             continue
         table.add_row(result.entrant.name, "", _megabytes(result), _late(found, result), "", style="bold")
-        for control in found.beside(result):
+        for control in found.controls_of(result):
             name = "  " + control.entrant.name.removeprefix(f"{result.entrant.name}, ")
             paired = _difference(found.ahead(result, control))
             table.add_row(
@@ -167,7 +170,7 @@ def _late(found: Contest, result: Result) -> str:
 
 
 def _difference(found: Interval) -> Any:
-    """Bold where it is one."""
+    """The difference, bold if it is significant."""
     from rich.text import Text
 
     from headforcing.demo.contest.contest import decided
@@ -177,23 +180,19 @@ def _difference(found: Interval) -> Any:
 
 
 def _reading(found: Contest) -> str:
-    """Who is ahead, behind, or cannot be told apart from the first, and how little that says."""
+    """Which entrants are better or worse than the first, and the limits of that."""
     from headforcing.demo.contest.contest import ENOUGH, decided
 
     first, *others = found.entrants
-    limits = (
-        "One small model in a synthetic world; intervals are over videos, and each comparison stands alone."
-    )
+    limits = "One small model in a synthetic world; intervals are over videos and uncorrected."
     if len(found.setting.seeds) < ENOUGH:
-        return f"{len(found.setting.seeds)} videos decide nothing: ask for {ENOUGH} or more. {limits}"
+        return f"{len(found.setting.seeds)} videos are too few for a verdict: use {ENOUGH} or more. {limits}"
     groups: dict[str, list[str]] = {}
     for result in others:
         difference = found.ahead(result, first)
-        word = "ahead" if difference.mean > 0 else "behind"
-        groups.setdefault(word if decided(difference) else "not told apart", []).append(result.entrant.name)
+        word = "better" if difference.mean > 0 else "worse"
+        groups.setdefault(word if decided(difference) else NO_DIFFERENCE, []).append(result.entrant.name)
     said = "; ".join(
-        f"{word}: {', '.join(groups[word])}"
-        for word in ("ahead", "behind", "not told apart")
-        if word in groups
+        f"{word}: {', '.join(groups[word])}" for word in ("better", "worse", NO_DIFFERENCE) if word in groups
     )
-    return f"{f'Of {first.entrant.name}, by late PSNR: {said}. ' if said else ''}{limits}"
+    return f"{f'Compared with {first.entrant.name} by late PSNR: {said}. ' if said else ''}{limits}"

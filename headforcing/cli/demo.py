@@ -28,14 +28,14 @@ class Camera(str, Enum):
 
 @dataclass(frozen=True)
 class Options:
-    """What to show."""
+    """The options of the command."""
 
     prompt: Annotated[
         str | None,
         typer.Option(help='For example "sea clear fast disc red". [default: drawn from the seed]'),
     ] = None
     seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")] = 15.0
-    seed: Annotated[int, typer.Option(min=0, help="Of the scene and the noise.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scene and the noise.")] = 0
     camera: Annotated[Camera, typer.Option(help="Whether the camera moves.")] = Camera.pan
     out: Annotated[Path, typer.Option(help="Folder for the files, made if missing.")] = Path(
         "headforcing-demo"
@@ -43,24 +43,24 @@ class Options:
     weights: Annotated[
         Path | None, typer.Option(help="Weights of the demo model. [default: in the package]")
     ] = None
-    roles: Annotated[Path | None, typer.Option(help="Role-map file for them. [default: in the package]")] = (
-        None
-    )
+    roles: Annotated[
+        Path | None, typer.Option(help="Role-map file for these weights. [default: in the package]")
+    ] = None
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A preset instead of a role map; `headforcing presets` lists them. Where its heads differ, "
-            "with labels measured on the demo model."
+            help="A preset instead of a role map; `headforcing presets` lists them. A preset with several "
+            "roles gets labels measured on the demo model."
         ),
     ] = None
     as_json: AsJson = False
 
 
 def demo(options: Options) -> None:
-    """Make one long video twice, with a sliding window and with Head Forcing, and compare.
+    """Generate one long video twice, with a sliding window and with Head Forcing, and compare.
 
-    With --preset, that preset stands in for the measured role map. Runs on the CPU in well under a minute,
-    without any download.
+    With --preset, the preset replaces the measured role map. Runs on the CPU in well under a minute, without
+    any download.
     """
     require(DRAWING, "demo", "the demo")
     with clean_errors():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +12,11 @@ import typer
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.cli.presets import in_units, model_size
 from headforcing.errors import OptionError
-from headforcing.measure.footprint import GRIDS, ITEMSIZES, MODELS, ModelSize
+from headforcing.measure.sizes import ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
-    from headforcing.measure.estimate import Choice, Setting, Takes
+    from headforcing.measure.memory import MemoryEstimate
+    from headforcing.roles.maps.role_map import RoleMap
 
 EXAMPLES = examples(
     "estimate --preset head_forcing",
@@ -40,80 +40,75 @@ class Options:
     head_dim: Annotated[int | None, typer.Option(help="Channels per head.")] = None
     window: Annotated[int | None, typer.Option(help="Frames the model was trained on.")] = None
     chunk: Annotated[int | None, typer.Option(help="Frames of a chunk.")] = None
-    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
-    store: Annotated[str, typer.Option(help="One of lean, reference, ring.")] = "ring"
-    videos: Annotated[int, typer.Option(help="Videos of a batch.")] = 1
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
+    store: Annotated[str, typer.Option(help="One of lean, ring.")] = "ring"
+    videos: Annotated[int, typer.Option(help="Videos in a batch.")] = 1
     branches: Annotated[int, typer.Option(help="Timelines per video, 2 with CFG.")] = 1
     as_json: AsJson = False
 
 
 def estimate(options: Options) -> None:
-    """Show what one choice of memories takes, beside the dense window and StreamingLLM, without a model.
+    """Show the memory of a preset or role map, next to the dense window and StreamingLLM, without a model.
 
-    Stored is what the store holds once a video is long, kept is what of it the roles keep as keys and values,
-    attended is what a query sees in a noisy pass, own chunk included, mean over heads. Peak is stored and
-    work, the most that one self-attention layer makes in one pass and has alive at once. Not in it: weights,
-    the rest of the model, scratch space inside kernels. StreamingLLM sees as many frames, to the nearest.
+    Stored is the size of the store once a video is long; kept is the part of it with the keys and values that
+    roles keep; attended are the frames that a query attends to in a noisy pass, current chunk included, mean
+    over heads. Weights, activations and the rest of the model are not included. StreamingLLM has the same
+    number of attended frames, rounded.
 
-    The cost of attention follows the frames that are attended; what does not shrink with them, such as RoPE
-    of the own chunk and the rest of the model, is not in the ratio. It is no measurement.
+    The cost of attention is estimated from the number of attended frames. Costs that do not depend on it,
+    such as RoPE of the current chunk and the rest of the model, are not included. It is not a measurement.
     """
     with clean_errors():
-        from headforcing.measure.estimate import dense, streaming_at, takes
+        from headforcing.measure.memory import dense, streaming_at
+        from headforcing.measure.memory import estimate as estimated
 
-        setting = _setting(options)
-        choice = _choice(options, setting.size)
-        rows = [dense(setting), takes(choice, setting)]
+        size, streams = model_size(options), _streams(options)
+        rows, choice = [dense(size, streams)], _choice(options, size)
+        rows.append(estimated(*choice, size, store=options.store, streams=streams))
         if rows[1].attended is not None:
-            rows.append(takes(streaming_at(rows[1].attended, setting.size), setting))
+            streaming = streaming_at(rows[1].attended, size)
+            rows.append(estimated(*streaming, size, store=options.store, streams=streams))
     if options.as_json:
-        print_json(_facts(rows, setting, options.model))
+        print_json(_facts(rows, size, options))
     else:
-        print_parts(_table(rows), _notes(rows, setting))
+        print_parts(_table(rows), _notes(rows, size, options))
 
 
-def parse_grid(text: str) -> tuple[int, int]:
-    """Height and width in patches.
+def _streams(options: Options) -> int:
+    """Timelines in memory.
 
     Raises:
-        OptionError: it is no HEIGHTxWIDTH.
+        OptionError: a number is less than 1.
     """
-    if (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)) is None:
-        raise OptionError(f"grid is {text!r}: expected HEIGHTxWIDTH in patches of a frame, as in 30x52")
-    return int(found[1]), int(found[2])
+    for name in ("videos", "branches"):
+        if getattr(options, name) < 1:
+            raise OptionError(f"{name} is {getattr(options, name)}: expected a whole number, at least 1")
+    return options.videos * options.branches
 
 
-def _setting(options: Options) -> Setting:
-    from headforcing.measure.estimate import Setting
-
-    size = model_size(options)
-    grid = GRIDS[options.model] if options.grid is None else parse_grid(options.grid)
-    size = dataclasses.replace(size, tokens_per_frame=grid[0] * grid[1])
-    return Setting(size, grid, options.store, options.videos, options.branches)
-
-
-def _choice(options: Options, size: ModelSize) -> Choice:
-    from headforcing.measure.estimate import of_map, of_preset
+def _choice(options: Options, size: ModelSize) -> tuple[str, RoleMap]:
+    from headforcing.measure.memory import of_map, of_preset
     from headforcing.roles.maps.presets import PRESETS
     from headforcing.roles.maps.role_map import RoleMap
 
     if (options.preset is None) == (options.roles is None):
         raise OptionError("give one of --preset and --roles: a preset by name, or a role-map file")
     if options.roles is not None:
-        return of_map(options.roles.name, RoleMap.load(options.roles), size)
+        return options.roles.name, of_map(options.roles.name, RoleMap.load(options.roles), size)
     if options.preset not in PRESETS:
         raise OptionError(f"unknown preset {options.preset!r}: expected one of {', '.join(PRESETS)}")
-    return of_preset(PRESETS[options.preset], size)
+    return options.preset, of_preset(PRESETS[options.preset], size)
 
 
-def _facts(rows: list[Takes], setting: Setting, model: str) -> dict[str, Any]:
+def _facts(rows: list[MemoryEstimate], size: ModelSize, options: Options) -> dict[str, Any]:
     """Everything as JSON values; `None` is without bound."""
-    size, (first, *_) = setting.size, rows
+    first, *_ = rows
+    sizes = {**dataclasses.asdict(size), "grid": list(size.grid), "tokens_per_frame": size.tokens_per_frame}
     return {
-        "model": {"name": model, **dataclasses.asdict(size), "grid": list(setting.grid)},
-        "store": setting.store,
-        "videos": setting.videos,
-        "branches": setting.branches,
+        "model": {"name": options.model, **sizes},
+        "store": options.store,
+        "videos": options.videos,
+        "branches": options.branches,
         "frame_bytes": size.frame_bytes,
         "released_bytes": first.stored,
         "rows": [
@@ -128,23 +123,21 @@ def _facts(rows: list[Takes], setting: Setting, model: str) -> dict[str, Any]:
     }
 
 
-def _numbers(row: Takes) -> dict[str, int | float | None]:
+def _numbers(row: MemoryEstimate) -> dict[str, int | float | None]:
     return {
         "stored": row.stored,
         "kept": row.kept,
         "attended": None if row.attended is None else float(row.attended),
-        "work": row.work,
-        "peak": row.peak,
     }
 
 
-def _ratio(row: Takes, first: Takes, name: str) -> float | None:
+def _ratio(row: MemoryEstimate, first: MemoryEstimate, name: str) -> float | None:
     """A number over that of the dense window."""
     ours, theirs = _numbers(row)[name], _numbers(first)[name]
     return None if ours is None or theirs is None else ours / theirs
 
 
-def _table(rows: list[Takes]) -> Any:
+def _table(rows: list[MemoryEstimate]) -> Any:
     from rich.table import Table
 
     table = Table(title="estimate", show_edge=False, pad_edge=False)
@@ -165,24 +158,21 @@ def _cell(name: str, value: float | None) -> str:
     return f"{value:.2f}".removesuffix(".00") if name == "attended" else in_units(value)
 
 
-def _notes(rows: list[Takes], setting: Setting) -> str:
-    size, (first, ours, *_) = setting.size, rows
-    streams = f"{setting.videos} x {setting.branches} timelines, " if setting.streams > 1 else ""
+def _notes(rows: list[MemoryEstimate], size: ModelSize, options: Options) -> str:
+    first, ours, *_ = rows
+    streams = f"{options.videos} x {options.branches} timelines, " if _streams(options) > 1 else ""
     lines = [
-        f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {setting.grid[0]}x"
-        f"{setting.grid[1]} = {size.tokens_per_frame} tokens per frame, {size.itemsize} bytes each, {streams}"
-        f"store {setting.store}.",
+        f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {size.grid[0]}x{size.grid[1]}"
+        f" = {size.tokens_per_frame} tokens per frame, {size.itemsize} bytes each, {streams}"
+        f"store {options.store}.",
     ]
     if ours.attended is None:
-        lines.append(f"{ours.name} keeps every frame: what it takes grows with the video.")
+        lines.append(f"{ours.name} stores every frame: its memory grows with the video.")
     else:
         lines.append(
-            f"The host's cache of {in_units(first.stored or 0)} is released. Attention is expected to cost "
-            f"{float(ours.attended) / size.window:.0%} of dense: attended over {size.window} frames, not "
-            "measured; what does not shrink with memory is not in it."
+            f"The base model's KV cache of {in_units(first.stored or 0)} is released. Attention is expected "
+            f"to cost {float(ours.attended) / size.window:.0%} of dense: attended over {size.window} frames, "
+            "not measured, without constant costs."
         )
-    lines.append(
-        "Peak is stored, and the most of one layer's pass; weights, the rest of the model and scratch space "
-        "inside kernels come on top."
-    )
+    lines.append("Weights, activations and the rest of the model are not included.")
     return "\n".join(lines)

@@ -25,9 +25,9 @@ def explain(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Say which attention layers of a model are found, which adapter fits, and why the others do not.
+    """Show which attention layers of a model are detected, which adapter fits, and why the others do not.
 
-    Exit code 1 where none fits.
+    Exit code 1 if none fits.
     """
     from headforcing.apply.explain import explain as explained
 
@@ -42,10 +42,10 @@ def explain(
 
 
 def _model(made: Any, target: str) -> Any:
-    """The model, from whatever the name stands for.
+    """The model, from the object that was named.
 
     Raises:
-        OptionError: it is none.
+        OptionError: it is no torch module and returns none.
     """
     from torch import nn
 

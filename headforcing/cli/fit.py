@@ -14,7 +14,7 @@ from headforcing.cli.classify import check_files
 from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
 from headforcing.cli.presets import itemsize
 from headforcing.errors import OptionError
-from headforcing.measure.footprint import ITEMSIZES
+from headforcing.measure.sizes import ITEMSIZES
 
 if TYPE_CHECKING:
     from headforcing.measure.budget import Budget
@@ -29,25 +29,25 @@ ROWS = 12
 
 @dataclass(frozen=True)
 class Options:
-    """What to spend."""
+    """The options of the command."""
 
     profile: Annotated[
         Path, typer.Argument(metavar="PROFILE", help="A profile (.safetensors).", show_default=False)
     ]
     frames: Annotated[
-        int | None, typer.Option(help="Frames kept beside the own chunk, the sum over all heads.")
+        int | None, typer.Option(help="Stored frames, current chunk excluded, summed over all heads.")
     ] = None
     amount: Annotated[
         str | None,
-        typer.Option("--bytes", metavar="2GB", help="Keys and values of one stream, own chunk included."),
+        typer.Option("--bytes", metavar="2GB", help="Keys and values of one stream, current chunk included."),
     ] = None
     tokens_per_frame: Annotated[int | None, typer.Option(help="Patches of one frame, with --bytes.")] = None
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Of keys and values, with --bytes: {', '.join(ITEMSIZES)}. [default: bf16]"),
+        typer.Option(help=f"Dtype of keys and values, with --bytes: {', '.join(ITEMSIZES)}. [default: bf16]"),
     ] = None
     held: Annotated[
-        bool, typer.Option("--held", help="--bytes are what the ring store holds, rotated keys included.")
+        bool, typer.Option("--held", help="--bytes are those of the ring store, which include rotated keys.")
     ] = False
     by: Annotated[str, typer.Option(help="output_regret.p95, output_regret.mean or ablation.increase.")] = (
         "output_regret.p95"
@@ -62,10 +62,10 @@ class Options:
 
 
 def fit(options: Options) -> None:
-    """Give every head a role within one budget, by the error that frames save.
+    """Distribute one budget of frames or bytes over the heads, where it reduces the measured error most.
 
-    Needs a profile with output_regret, or one made by ablate_heads. The curve says what every budget buys.
-    Errors of single heads are added up: what heads do to each other is not measured.
+    Requires a profile with output_regret, or one made by ablate_heads. The curve shows the smallest error for
+    every budget. Errors of single heads are added up: interactions of heads are not measured.
     """
     with clean_errors():
         from headforcing.measure.budget import fit_budget
@@ -91,7 +91,7 @@ def parse_bytes(text: str) -> int:
     """An amount such as `2GB`, `1.5 GiB` or `4096`; without an `i` in thousands, rounded down.
 
     Raises:
-        OptionError: it is none.
+        OptionError: it is no such amount.
     """
     match = AMOUNT.fullmatch(text.strip())
     if match is None:
@@ -105,7 +105,7 @@ def _spend(options: Options) -> dict[str, Any]:
     """The budget as keyword arguments.
 
     Raises:
-        OptionError: not one budget is given, or an option that does not go with it.
+        OptionError: not exactly one budget is given, or an option that does not fit it.
     """
     if (options.frames is None) == (options.amount is None):
         raise OptionError("give either --frames or --bytes")
@@ -113,10 +113,10 @@ def _spend(options: Options) -> dict[str, Any]:
         given = {"--tokens-per-frame": options.tokens_per_frame, "--dtype": options.dtype}
         for name, value in {**given, "--held": options.held or None}.items():
             if value is not None:
-                raise OptionError(f"{name} goes with --bytes only: leave it out")
+                raise OptionError(f"{name} works with --bytes only: leave it out")
         return {"frames": options.frames}
     if options.tokens_per_frame is None:
-        raise OptionError("--bytes needs --tokens-per-frame, the patches of one frame")
+        raise OptionError("--bytes requires --tokens-per-frame, the patches of one frame")
     return {
         "bytes": parse_bytes(options.amount or ""),
         "tokens_per_frame": options.tokens_per_frame,
@@ -145,8 +145,8 @@ def _print(options: Options, found: Budget, role_map: RoleMap, profile: HeadProf
 
     meaning = {name: str(role) for name, role in found.roles.items()}
     facts = {
-        "frames kept": found.frames,
-        "frames left over": found.left,
+        "stored frames": found.frames,
+        "unused frames": found.left,
         f"total {options.by}": found.error,
         "settings": dict(found.found.settings),
     }
@@ -158,15 +158,15 @@ def _print(options: Options, found: Budget, role_map: RoleMap, profile: HeadProf
 
 
 def _curve(found: Budget, profile: HeadProfile) -> Any:
-    """Some points of the curve, evenly, and what was bought."""
+    """Some points of the curve, evenly spaced, and the result."""
     from rich.table import Table
 
     heads = profile.facts.model.layers * profile.facts.model.heads
     last = len(found.curve) - 1
-    places = {round(number * last / (ROWS - 1)) for number in range(ROWS)}
-    rows = {point: "" for place, point in enumerate(found.curve) if place in places}
+    shown = {round(number * last / (ROWS - 1)) for number in range(ROWS)}
+    rows = {point: "" for number, point in enumerate(found.curve) if number in shown}
     rows[found.frames, found.error] = "this budget"
-    table = Table(title="what frames buy, over all heads")
+    table = Table(title="total error by stored frames, over all heads")
     for column in ("frames", "per head", "total error", ""):
         table.add_column(column, justify="right")
     for (frames, error), note in sorted(rows.items()):

@@ -10,7 +10,9 @@ import typer
 
 from headforcing.cli.console import AsJson, clean_errors, print_json
 
-Repository = Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the Hub.", show_default=False)]
+Repository = Annotated[
+    str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.", show_default=False)
+]
 
 
 def pull(
@@ -21,7 +23,7 @@ def pull(
 ) -> None:
     """Download a role map from the Hub.
 
-    One file is read, strictly, and nothing that the repository holds is run.
+    One file is read and checked strictly; no code of the repository is run.
     """
     with clean_errors(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -40,18 +42,19 @@ def pull(
 def push(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A role-map file.", show_default=False)],
     repository: Repository,
-    report: Annotated[Path | None, typer.Option(help="Its stability report.")] = None,
+    report: Annotated[Path | None, typer.Option(help="The stability report of the map.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The checkpoint on the Hub. [default: what the map says]")
+        str | None, typer.Option(help="The checkpoint on the Hub. [default: as in the map]")
     ] = None,
     private: Annotated[
-        bool | None, typer.Option(help="For a repository that is made. [default: as your account says]")
+        bool | None,
+        typer.Option(help="Whether a new repository is private. [default: your account's setting]"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a role map to the Hub, with a card, and with its stability report.
+    """Upload a role map to the Hub, with a card and its stability report.
 
-    You must be logged in there. The repository is made where there is none.
+    You must be logged in. The repository is created if it does not exist.
     """
     with clean_errors():
         from headforcing.measure.stability_report import StabilityReport

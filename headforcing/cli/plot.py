@@ -1,4 +1,4 @@
-"""`headforcing roles plot`: pictures of role maps, profiles and stability reports."""
+"""`headforcing roles plot`: pictures of role maps and profiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROFILE = ".safetensors"
 
 
 class Kind(str, Enum):
-    """Kinds of pictures."""
+    """File formats."""
 
     svg = "svg"
     png = "png"
@@ -32,32 +32,31 @@ def plot(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="Role maps (JSON) or profiles (.safetensors).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures, made if missing.")] = Path("plots"),
-    kind: Annotated[Kind, typer.Option("--format", help="Of the pictures.")] = Kind.svg,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, created if missing.")] = Path("plots"),
+    kind: Annotated[Kind, typer.Option("--format", help="File format.")] = Kind.svg,
     profile: Annotated[
-        Path | None, typer.Option(help="A profile: draw what the heads of every role look at.")
+        Path | None, typer.Option(help="A profile: plot what the heads of every role attend to.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="A stability report, to be drawn as well.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw role maps: the heads, the layers, and which frames are kept.
+    """Plot role maps: the heads, the layers, and the stored frames.
 
-    With a profile: the attention by age of the frame, and its three shares. Pictures are named after
-    their file; older ones of the same name are replaced.
+    With a profile, also attention by age of the frame, and its three shares. Pictures are named after their
+    input file; existing ones of the same name are replaced.
     """
     require(DRAWING, "plot", "drawing")
     with clean_errors():
         names = [file.stem for file in files]
         if len(set(names)) < len(names):
-            raise OptionError(f"two files have one name: {', '.join(sorted(names))}; draw them one by one")
+            raise OptionError(
+                f"two files have the same name: {', '.join(sorted(names))}; plot them one by one"
+            )
         from headforcing.measure.profile import HeadProfile
 
         measured = None if profile is None else HeadProfile.load(profile)
         pictures = {
             f"{file.stem}-{name}": picture for file in files for name, picture in _pictures(file, measured)
         }
-        if report is not None:
-            pictures |= {f"{report.stem}-{name}": picture for name, picture in _of_report(report)}
         out.mkdir(parents=True, exist_ok=True)
         written = [_save(picture, out / f"{name}.{kind.value}") for name, picture in pictures.items()]
     if as_json:
@@ -86,7 +85,7 @@ def _of_map(role_map: RoleMap, profile: HeadProfile | None) -> Iterator[tuple[st
     yield "roles-per-layer", plots.roles_per_layer(role_map)
     model = role_map.origin.model if profile is None else profile.facts.model
     if model is None:
-        typer.echo("frames kept: not drawn, the map does not name its model; give --profile", err=True)
+        typer.echo("stored frames: not plotted, the map does not name its model; pass --profile", err=True)
     else:
         chunks = 2 * model.window // model.chunk
         yield "frames-kept", plots.frames_kept(role_map, model.window, model.chunk, chunks)[0]
@@ -101,15 +100,8 @@ def _of_profile(profile: HeadProfile, roles: Any) -> Iterator[tuple[str, Any]]:
     yield "mass-scatter", plots.mass_scatter(profile, roles)
 
 
-def _of_report(path: Path) -> Iterator[tuple[str, Any]]:
-    from headforcing.measure import plots
-    from headforcing.measure.stability_report import StabilityReport
-
-    yield "panels", plots.stability_panels(StabilityReport.load(path))[0]
-
-
 def _save(picture: Any, path: Path) -> str:
-    """Without a date, so that the same data gives the same file."""
+    """Saves a picture without a date, so that the same data gives the same file."""
     dated = {"Date": None} if path.suffix == ".svg" else None
     picture.figure.savefig(path, metadata=dated)
     return os.fspath(path)

@@ -1,9 +1,10 @@
-"""`headforcing presets`: what every preset keeps and sees, and how many bytes that takes."""
+"""`headforcing presets`: how much every preset stores and attends to."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,20 +14,20 @@ import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.errors import OptionError, WindowError
-from headforcing.measure.footprint import ITEMSIZES, MODELS, ModelSize
+from headforcing.measure.sizes import ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
     from headforcing.roles import HeadRole
     from headforcing.roles.maps.preset import Preset
 
 EXAMPLES = examples(
-    "presets", "presets --model wan-14b --json", "presets --tokens-per-frame 3600 --window 12 --dtype fp32"
+    "presets", "presets --model wan-14b --json", "presets --grid 45x80 --window 12 --dtype fp32"
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of which size the model is."""
+    """The options of the command: the size of the model."""
 
     model: Annotated[str, typer.Option(help=f"Sizes to begin with: one of {', '.join(MODELS)}.")] = "wan-1.3b"
     layers: Annotated[int | None, typer.Option(help="Attention layers. [default: of the model]")] = None
@@ -34,18 +35,20 @@ class Options:
     head_dim: Annotated[int | None, typer.Option(help="Channels per head.")] = None
     window: Annotated[int | None, typer.Option(help="Frames the model was trained on.")] = None
     chunk: Annotated[int | None, typer.Option(help="Frames of a chunk.")] = None
-    tokens_per_frame: Annotated[int | None, typer.Option(help="Patches of one frame.")] = None
-    dtype: Annotated[str | None, typer.Option(help=f"Of keys and values: {', '.join(ITEMSIZES)}.")] = None
+    grid: Annotated[
+        str | None, typer.Option(help="Patches of a frame, HEIGHTxWIDTH: 30x52 is 480p, 45x80 is 720p.")
+    ] = None
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     as_json: AsJson = False
 
 
 def presets(options: Options) -> None:
-    """Show what every preset keeps and sees and how many bytes that takes, without a model.
+    """Show the frames that every preset stores and attends to, and their bytes, without a model.
 
-    Frames are per head, own chunk included, once a video is long; counted on a real store with small
-    tensors. Where heads differ, means and bytes are for the published numbers of heads; your model's own
-    are those of its map. For one stream of one video: multiply by videos, CFG branches and experts. The ring
-    store holds more than keys and values, because it keeps rotated keys, too.
+    Frames are per head, current chunk included, once a video is long; counted on a real store with tensors
+    without data. If heads differ, means and bytes are for the published numbers of heads; a role map of your
+    model may differ. All numbers are for one stream of one video: multiply by videos, CFG branches and
+    experts. The ring store also contains rotated keys.
     """
     with clean_errors():
         from headforcing.roles.maps.presets import PRESETS
@@ -53,33 +56,46 @@ def presets(options: Options) -> None:
         size = model_size(options)
         rows = [_row(preset, size) for preset in PRESETS.values()]
     if options.as_json:
-        sums = {"frame_bytes": size.frame_bytes, "window_bytes": size.window_bytes}
+        sums = {name: getattr(size, name) for name in ("tokens_per_frame", "frame_bytes", "window_bytes")}
         print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))
 
 
 def model_size(options: Any) -> ModelSize:
-    """The sizes of a known model, with those that are given in place of its own.
+    """The sizes of a known model, with given ones replacing its own.
 
     Raises:
-        OptionError: there is no such model or type, or a number is less than 1.
+        OptionError: there is no such model or dtype, or a number is less than 1.
     """
     if options.model not in MODELS:
         raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
-    names = ("layers", "heads", "head_dim", "window", "chunk", "tokens_per_frame")
+    names = ("layers", "heads", "head_dim", "window", "chunk")
     asked = {name: getattr(options, name, None) for name in names}
     given = {name: number for name, number in asked.items() if number is not None}
     if options.dtype is not None:
         given["itemsize"] = itemsize(options.dtype)
+    if options.grid is not None:
+        given["grid"] = parse_grid(options.grid)
     return dataclasses.replace(MODELS[options.model], **given)
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Height and width in patches.
+
+    Raises:
+        OptionError: it is no HEIGHTxWIDTH.
+    """
+    if (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)) is None:
+        raise OptionError(f"grid is {text!r}: expected HEIGHTxWIDTH in patches of a frame, as in 30x52")
+    return int(found[1]), int(found[2])
 
 
 def itemsize(dtype: str) -> int:
     """Bytes of one number.
 
     Raises:
-        OptionError: there is no such type.
+        OptionError: there is no such dtype.
     """
     if dtype not in ITEMSIZES:
         raise OptionError(f"unknown dtype {dtype!r}: expected one of {', '.join(ITEMSIZES)}")
@@ -87,7 +103,7 @@ def itemsize(dtype: str) -> int:
 
 
 def in_units(count: float) -> str:
-    """Bytes as people read them, in powers of 1024."""
+    """Bytes in readable units, in powers of 1024."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and len(units) > 1:
         count, units = count / 1024, units[1:]
@@ -96,7 +112,7 @@ def in_units(count: float) -> str:
 
 
 def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """Frames per head, and bytes; `None` is without bound, or not known, as `counted` says."""
+    """Frames per head, and bytes; `None` means unbounded, or unknown, as `counted` says."""
     row: dict[str, Any] = {
         "name": preset.name,
         "source": preset.source,
@@ -122,8 +138,8 @@ def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
 
 
 def _role(label: str, role: HeadRole, preset: Preset, size: ModelSize) -> dict[str, Any]:
-    """What one head of a role holds and sees, in frames."""
-    from headforcing.measure.steady import steady
+    """Stored and attended frames of one head of a role."""
+    from headforcing.measure.memory import steady
 
     found = steady(role, size.window, size.chunk)
     return {
@@ -148,17 +164,13 @@ BYTES = ("bytes", "ring_bytes", "of_window")
 
 def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
     """Bytes for all heads of the model, in the published proportions."""
-    from headforcing.measure.estimate import published_map
+    from headforcing.measure.memory import kept_bytes, published_map, stored_bytes
 
     found = published_map(preset, roles, size)
-    heads = sum(found.counts().values())
-    held: list[int | None] = []
-    for count in (size.kv_bytes, size.ring_bytes):
-        total = count(found)
-        held.append(None if total is None else math.ceil(Fraction(total * size.count, heads)))
-    plain, ring = held
-    share = None if plain is None else plain / size.window_bytes
-    return {"bytes": plain, "ring_bytes": ring, "of_window": share}
+    share = Fraction(size.count, sum(found.counts().values()))
+    totals = kept_bytes(size, found), stored_bytes(size, "ring", found)
+    plain, ring = (None if total is None else math.ceil(total * share) for total in totals)
+    return {"bytes": plain, "ring_bytes": ring, "of_window": plain and plain / size.window_bytes}
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
@@ -193,12 +205,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _frames(count: float | None) -> str:
-    """A number of frames, with digits only where there are any."""
+    """A number of frames, without trailing zeros."""
     return "all" if count is None else f"{count:.2f}".removesuffix(".00")
 
 
 def _notes(rows: list[dict[str, Any]]) -> str:
-    """Where numbers of heads are from."""
+    """The sources of the numbers of heads."""
     notes = [f"{row['name']} ({row['source']}): {row['counted']}." for row in rows if row["labels"]]
     notes += [f"{row['name']}: {row['not_counted']}." for row in rows if "not_counted" in row]
     return "\n".join(["Heads are those of Wan2.1 1.3B as published, 360 in all.", *notes])
@@ -208,7 +220,7 @@ def _facts(size: ModelSize) -> str:
     return (
         f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {size.tokens_per_frame} "
         f"tokens per frame, {size.itemsize} bytes each: {in_units(size.frame_bytes)} per frame, "
-        f"{in_units(size.head_bytes)} of it per head.\n"
+        f"{in_units(size.head_bytes)} per head.\n"
         f"The dense window of {size.window} frames takes {in_units(size.window_bytes)}. Frames are per head, "
-        f"the own chunk of {size.chunk} included."
+        f"the current chunk of {size.chunk} included."
     )

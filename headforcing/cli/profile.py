@@ -1,4 +1,4 @@
-"""`headforcing profile`: measure what every head of a model looks at."""
+"""`headforcing profile`: measure what every head of a model attends to."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ EXAMPLES = examples(
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The options of the command."""
 
     target: Annotated[
         str | None,
         typer.Argument(
             metavar="[MODULE:FUNCTION]",
             show_default=False,
-            help="A function without arguments that returns (model, run); run generates with the model, "
-            "from a prompt where --prompts is given. Without it: the demo model.",
+            help="A function without arguments that returns (model, run); run generates a video with the "
+            "model, from a prompt if --prompts is given. Default: the demo model.",
         ),
     ] = None
     out: Annotated[
-        Path, typer.Option(help="Where to write the profile; its facts go to NAME.profile.json beside it.")
+        Path, typer.Option(help="Where to write the profile; its facts go to NAME.profile.json.")
     ] = Path("profile.safetensors")
     metrics: Annotated[
         list[str] | None,
-        typer.Option(help=f"What to measure; repeat, or separate by commas. [default: {METRICS}]"),
+        typer.Option(help=f"Metrics; repeat the option, or separate by commas. [default: {METRICS}]"),
     ] = None
     prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None
     starts: Annotated[
@@ -54,18 +54,22 @@ class Options:
         typer.Option(help="Measure the chunks that begin at these frames, as in 9,12,18. [default: all]"),
     ] = None
     queries: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to follow per query frame. [default: all, exactly]")
+        int | None, typer.Option(min=1, help="Queries to measure per frame. [default: all]")
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the choice of queries, or of the demo's scenes. [default: 0, 4000]"),
+        typer.Option(
+            min=0, help="Seed of the choice of queries, or of the demo's scenes. [default: 0, 4000]"
+        ),
     ] = None
-    videos: Annotated[int | None, typer.Option(min=1, help="Scenes of the demo. [default: 32]")] = None
+    videos: Annotated[int | None, typer.Option(min=1, help="Number of scenes of the demo. [default: 32]")] = (
+        None
+    )
     long: Annotated[
-        bool, typer.Option("--long", help="Of the demo: measure far beyond the trained length.")
+        bool, typer.Option("--long", help="With the demo: measure far beyond the trained length.")
     ] = False
     base_model: Annotated[
-        str | None, typer.Option(help="Public name of the checkpoint, kept in the files.")
+        str | None, typer.Option(help="Public name of the checkpoint, stored in the files.")
     ] = None
     as_json: AsJson = False
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False
@@ -74,7 +78,7 @@ class Options:
 def profile(options: Options) -> None:
     """Measure every head of a model while it generates, and write a profile.
 
-    Labels follow from the profile with `headforcing roles classify`, without the model.
+    `headforcing roles classify` computes labels from the profile, without the model.
     """
     with clean_errors():
         request = _checked(options)
@@ -96,7 +100,7 @@ def profile(options: Options) -> None:
 
 
 class _Request(NamedTuple):
-    """What is asked for, read and checked."""
+    """The options, read and checked."""
 
     metrics: list[str]
     prompts: list[str] | None
@@ -104,7 +108,7 @@ class _Request(NamedTuple):
 
 
 def _checked(options: Options) -> _Request:
-    """Everything that a user can get wrong is checked before the model runs."""
+    """Checks all options before the model runs."""
     if options.out.suffix != ".safetensors":
         raise OptionError(f"--out is {options.out}: expected a name that ends in .safetensors")
     _check_target(options)
@@ -171,18 +175,22 @@ def load_target(target: str) -> tuple[nn.Module, Callable[..., object]]:
 
 
 def facts_file(profile: Path) -> Path:
-    """The file beside a profile that holds its facts."""
+    """The facts file of a profile."""
     return profile.with_suffix(".profile.json")
 
 
 def _check_target(options: Options) -> None:
-    """Options of the demo do not go with a model of one's own, nor the other way round."""
+    """Checks that options of the demo are not used with another model, and the reverse.
+
+    Raises:
+        OptionError: they are.
+    """
     own = options.target is not None
     names = ["videos", "long"] if own else ["prompts", "starts", "queries", "base_model"]
     other = "the demo model" if own else "MODULE:FUNCTION"
     for name in names:
         if getattr(options, name) not in (None, False):
-            raise OptionError(f"--{name.replace('_', '-')} goes with {other} only: leave it out")
+            raise OptionError(f"--{name.replace('_', '-')} works with {other} only: leave it out")
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -194,7 +202,7 @@ def _read_prompts(path: Path) -> list[str]:
         ) from error
     prompts = [line for line in lines if line]
     if not prompts:
-        raise OptionError(f"{path} holds no prompt: expected one per line")
+        raise OptionError(f"{path} contains no prompt: expected one per line")
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""`headforcing roles ...`: look at role maps."""
+"""`headforcing roles ...`: work with role maps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from headforcing.cli.console import (
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Role maps: which head of which layer keeps what. Find, read, check, compare and draw them.",
+    help="Role maps: which head has which role. Measure, show, check, compare and plot them.",
 )
 
 RoleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A role-map file (JSON).", show_default=False)]
@@ -32,10 +32,10 @@ RoleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A role-map file 
 
 @app.command(epilog=examples("roles show roles.json", "roles show roles.json --json"))
 def show(file: RoleFile, as_json: AsJson = False) -> None:
-    """Show which head has which role, and where that comes from.
+    """Show which head has which role, and the origin of the map.
 
-    The origin names the model by its class and the fingerprint of its attention weights, the measurement,
-    and what is known of its stability.
+    The origin names the model, by its class and the fingerprint of its attention weights, the measurement,
+    and the stability of the labels.
     """
     with clean_errors():
         from headforcing.cli.tables import role_tables, summary
@@ -52,7 +52,7 @@ def show(file: RoleFile, as_json: AsJson = False) -> None:
 def validate(file: RoleFile, as_json: AsJson = False) -> None:
     """Check a role-map file and print its hash.
 
-    The exit code is 1 where the file is not valid.
+    The exit code is 1 if the file is not valid.
     """
     from headforcing.cli.tables import summary
     from headforcing.errors import RoleMapError
@@ -81,25 +81,25 @@ def validate(file: RoleFile, as_json: AsJson = False) -> None:
     ),
 )
 def import_file(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of the other project.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Label file.", show_default=False)],
     form: Annotated[
         str,
         typer.Option(
             "--format",
-            help=f"Of the file: one of {choices('headforcing.roles.maps.importers')}.",
+            help=f"Format of the file: one of {choices('headforcing.roles.maps.importers')}.",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where to write the role map.")] = Path("roles.json"),
     base_model: Annotated[
-        str | None, typer.Option(help="Public name of the checkpoint it is for, kept as a note.")
+        str | None, typer.Option(help="Public name of the checkpoint it is for, stored as a note.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a role map from the head labels of another project.
 
-    Labels are taken exactly or not at all. What they mean are the roles of the preset of that name;
-    the notes of the map say which.
+    Labels are imported exactly or not at all. They get the roles of the preset of the same name; the notes of
+    the map list them.
     """
     with clean_errors():
         from headforcing.cli.tables import role_tables, summary
@@ -141,7 +141,7 @@ app.command(
     "plot",
     epilog=examples(
         "roles plot roles.json --out plots",
-        "roles plot roles.json --profile profile.safetensors --report stability.json --format png",
+        "roles plot roles.json --profile profile.safetensors --format png",
     ),
 )(plot.plot)
 app.command(

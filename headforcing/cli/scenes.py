@@ -1,4 +1,4 @@
-"""`headforcing scenes`: many prompts in one video, scenes that return, and who remembers them."""
+"""`headforcing scenes`: many prompts in one video, with scenes that return."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
 
 @dataclass(frozen=True)
 class Options:
-    """What to show."""
+    """The options of the command."""
 
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help='One scene, such as "sea clear slow disc red"; give it once per scene. A prompt that was '
-            "there before is a scene that returns. [default: six scenes, A B C A D B]",
+            help='The prompt of one scene, such as "sea clear slow disc red"; repeat it for every scene. '
+            "A repeated prompt is a scene that returns. [default: six scenes, A B C A D B]",
         ),
     ] = None
-    chunks: Annotated[int, typer.Option(min=2, max=200, help="Chunks of 3 frames of each scene.")] = 8
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0
+    chunks: Annotated[int, typer.Option(min=2, max=200, help="Chunks of 3 frames per scene.")] = 8
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0
     out: Annotated[Path, typer.Option(help="Folder for the files, made if missing.")] = Path(
         "headforcing-scenes"
     )
@@ -43,11 +43,12 @@ class Options:
 
 
 def scenes(options: Options) -> None:
-    """Make one video of many prompts in every mode of switching, and compare what returns.
+    """Generate one video with many prompts in every mode of prompt switching, and compare how scenes return.
 
-    A scene that ends is marked; when its prompt comes again, it is recalled. Cut, smooth and continue
-    everywhere, from the same noise, are there to compare with. Writes a video, a contact sheet, the timeline
-    of who remembers what, and a report. Runs on the CPU in about half a minute, without any download.
+    Every scene is marked at its end; when its prompt comes again, it is recalled. The same video with cut,
+    smooth and continue everywhere, from the same noise, serves as comparison. Writes a video, a contact
+    sheet, a timeline of the frames that heads store, and a report. Runs on the CPU in about half a minute,
+    without any download.
     """
     require(DRAWING, "demo", "this command")
     with clean_errors():

@@ -1,4 +1,4 @@
-"""`--set NAME=VALUE`, read strictly against the keyword arguments of a classifier."""
+"""`--set NAME=VALUE`, checked strictly against the keyword arguments of a classifier."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def parse_settings(pairs: Iterable[str], function: Callable[..., Any]) -> dict[s
 
     Args:
         pairs: `NAME=VALUE` each.
-        function: what they are for; those of its keyword-only arguments that have a plain default count.
+        function: the function they are for; its keyword-only arguments with plain defaults are the settings.
 
     Raises:
-        OptionError: a name is unknown or given twice, or its value is not of the kind of its default.
+        OptionError: a name is unknown or given twice, or its value has another type than its default.
     """
     known = known_settings(function)
     found: dict[str, Value] = {}
@@ -34,8 +34,8 @@ def parse_settings(pairs: Iterable[str], function: Callable[..., Any]) -> dict[s
         if not equals or not text:
             raise OptionError(f"--set {pair}: expected NAME=VALUE, as in {_example(known)}")
         if name not in known:
-            listed = ", ".join(f"{key}={value}" for key, value in known.items()) or "none at all"
-            raise OptionError(f"--set {pair}: no setting {name!r}; there are, with their defaults: {listed}")
+            listed = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
+            raise OptionError(f"--set {pair}: no setting {name!r}; settings and defaults are: {listed}")
         if name in found:
             raise OptionError(f"--set {name} is given twice: leave one out")
         found[name] = _of_kind(pair, parse_value(text), known[name])
@@ -62,13 +62,13 @@ def parse_value(text: str) -> Value:
 
 
 def _of_kind(pair: str, value: Value, default: Value) -> Value:
-    """Nothing is guessed: a whole number may stand for a number, and that is all."""
+    """The value with the type of the default; the only conversion is from whole number to number."""
     if default is None or type(value) is type(default):
         return value
     if type(default) is float and type(value) is int:
         return float(value)
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    raise OptionError(f"--set {pair}: expected {kinds[type(default)]}, as in its default {default}")
+    raise OptionError(f"--set {pair}: expected {kinds[type(default)]}, like its default {default}")
 
 
 def _example(known: dict[str, Value]) -> str:

@@ -13,7 +13,7 @@ COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0
 WIDE = 8
 """With more heads than this, the role table shows letters."""
 SPACED = 30
-"""With more heads than this, it shows them without a space."""
+"""With more heads than this, it shows letters without spaces."""
 
 
 def summary(role_map: RoleMap) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def summary(role_map: RoleMap) -> dict[str, Any]:
 
 
 def role_tables(role_map: RoleMap) -> list[Any]:
-    """The map, the counts, and where it comes from."""
+    """The map, the counts, and its origin."""
     meaning = {label: str(role) for label, role in role_map.named().items()}
     origin = {"hash": role_map.hash, **role_map.origin.model_dump(mode="json")}
     return [*label_tables(role_map.labels, meaning), facts_table("origin", origin)]
@@ -43,7 +43,7 @@ def label_tables(labels: Sequence[Sequence[str]], meaning: Mapping[str, str]) ->
 
     Args:
         labels: the names.
-        meaning: what the names stand for, in the order in which they are listed.
+        meaning: the role of every name, in the order to list them.
     """
     from rich.table import Table
     from rich.text import Text
@@ -64,7 +64,7 @@ def label_tables(labels: Sequence[Sequence[str]], meaning: Mapping[str, str]) ->
         for layer, row in enumerate(labels):
             grid.add_row(str(layer), Text(gap).join(Text(short[name], styles[name]) for name in row))
     counts = Table(title="heads per role")
-    for column in ("role", "heads", "what it keeps"):
+    for column in ("role", "heads", "definition"):
         counts.add_column(column)
     for name, role in meaning.items():
         shown = name if heads <= WIDE else f"{short[name]} {name}"
@@ -74,7 +74,7 @@ def label_tables(labels: Sequence[Sequence[str]], meaning: Mapping[str, str]) ->
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Any:
-    """Nested facts as a table of two columns; what is empty is left out."""
+    """Nested facts as a table of two columns, without empty ones."""
     from rich.table import Table
     from rich.text import Text
 
@@ -97,7 +97,7 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
 
 
 def _letters(names: Iterable[str]) -> dict[str, str]:
-    """One letter per name: its initial, or where names share that, `1`, `2`, ... in order."""
+    """One letter per name: its initial, or, if several names share it, `1`, `2`, ... in order."""
     known = list(names)
     initials = [name[0].upper() for name in known]
     others = iter([*digits[1:], *ascii_lowercase, *(f"({number})" for number in range(len(known)))])

@@ -1,4 +1,4 @@
-"""What `MODULE:NAME` on the command line stands for."""
+"""Resolves `MODULE:NAME` arguments of the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headforcing.errors import OptionError
 
 
 def named(target: str, example: str, what: str = "NAME") -> Any:
-    """What `MODULE:NAME` stands for; with `what="FUNCTION"`, a function.
+    """The object that `MODULE:NAME` names; with `what="FUNCTION"`, a function.
 
     Raises:
         OptionError: there is no such module or name.
@@ -26,7 +26,8 @@ def named(target: str, example: str, what: str = "NAME") -> Any:
         module = importlib.import_module(where)
     except (ImportError, SyntaxError) as error:
         raise OptionError(
-            f"{where} cannot be imported ({error}): install what is missing, or run in the folder that has it"
+            f"{where} cannot be imported ({error}): install what is missing, or run in the folder that "
+            "contains it"
         ) from error
     found = getattr(module, name, None)
     function = what == "FUNCTION"
@@ -38,10 +39,14 @@ def named(target: str, example: str, what: str = "NAME") -> Any:
 
 
 def check_call(name: str, function: Callable[..., object], arguments: Sequence[str]) -> None:
-    """A function can be called like this, as far as it says what it takes."""
+    """Checks a function's signature against arguments.
+
+    Raises:
+        OptionError: it cannot be called with them.
+    """
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C do not say
+    except ValueError:  # some functions written in C have no signature
         return
     try:
         signature.bind(*arguments)
@@ -52,7 +57,7 @@ def check_call(name: str, function: Callable[..., object], arguments: Sequence[s
 
 @contextmanager
 def importable_here() -> Iterator[None]:
-    """Modules in the current folder can be imported, as with `python -m`."""
+    """Makes modules in the current folder importable, as `python -m` does."""
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -62,7 +67,7 @@ def importable_here() -> Iterator[None]:
 
 
 def kind(made: object) -> str:
-    """What something is, for a message."""
+    """The type of something, for a message."""
     if isinstance(made, tuple):
         return f"({', '.join(type(part).__name__ for part in made)})"
     return type(made).__name__

@@ -5,7 +5,7 @@
     torch.Size([10])
 
 The tools for comparing policies are in `headforcing.demo.contest.compare`, training in
-`demo_training.train`; neither is imported here.
+`benchmarks/demo_training`; neither is imported here.
 """
 
 from importlib import resources
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def demo_roles() -> RoleMap:
-    """The role map that was measured on the demo model; how is in its `origin`."""
+    """The role map measured on the demo model; its `origin` says how."""
     with resources.as_file(resources.files("headforcing.demo") / "roles.json") as path:
         return RoleMap.load(path)
 
@@ -44,5 +44,5 @@ def demo_stability() -> StabilityReport:
 
 
 def demo_pipeline(*, window: int | None = None, sink: int = 0) -> DemoPipeline:
-    """The demo model in its pipeline; the model is `pipeline.model`, see `DemoPipeline`."""
+    """A `DemoPipeline` with the demo model, which is `pipeline.model`."""
     return DemoPipeline(demo_model(), window=window, sink=sink)

@@ -1,4 +1,4 @@
-"""The labels of the demo model's heads, by preset, and where they come from; data of the package."""
+"""The labels of the demo model's heads, by preset, with their origin; data of the package."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from headforcing.roles.maps.role_map import RoleMap
 
 FILE = "labels.json"
 MAX_BYTES = 1 << 20
-"""Largest file that is read, checked before anything is parsed."""
+"""Largest file that is read; checked before parsing."""
 PIECES = 4
 """Bands of a frame for the dynamic heads of Forcing-KV: its 6 do not divide the 16 patches of the demo."""
 
 
 class Labelled(Facts):
-    """What one classifier says of every head.
+    """The labels of one classifier.
 
     Attributes:
-        measurement: which one, with which thresholds, on what.
+        measurement: the classifier, its thresholds, and what it was measured on.
         labels: `labels[layer][head]`.
     """
 
@@ -60,7 +60,7 @@ class LabelFile(Facts):
         """The labels that `to_json` wrote.
 
         Raises:
-            RoleMapError: anything is wrong with the document.
+            RoleMapError: the document is invalid.
         """
         try:
             return cls.model_validate(strict_json.parse(text, MAX_BYTES))
@@ -71,12 +71,12 @@ class LabelFile(Facts):
 
 
 def label_file() -> LabelFile:
-    """The file of the package."""
+    """The label file of the package."""
     return LabelFile.from_json((resources.files("headforcing.demo") / FILE).read_bytes())
 
 
 def labels(preset: str) -> Labels:
-    """Labels of the demo model's heads for a preset whose heads differ, `labels[layer][head]`.
+    """Labels of the demo model's heads for a preset with several roles, `labels[layer][head]`.
 
     Raises:
         OptionError: there are none for a preset of that name.
@@ -85,19 +85,19 @@ def labels(preset: str) -> Labels:
     if preset not in known:
         raise OptionError(
             f"the demo model has no labels for {preset!r}: expected one of {', '.join(known)}; other presets "
-            "treat all heads alike, or add it to demo_training.labelled and measure again"
+            "treat all heads alike, or add it to benchmarks/demo_training/labelled.py and measure again"
         )
     return tuple(tuple(row) for row in known[preset].labels)
 
 
 def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
-    """A preset for the demo model, with its labels where heads differ; how they were found is in `origin`.
+    """A preset for the demo model, with labels if heads differ; `origin` says how they were measured.
 
-    As published but for one number: the dynamic heads of Forcing-KV cut a frame to 4 bands, each a row of the
-    demo's 4 x 4 patches, because the 6 of the source do not divide them.
+    As published except for one number: the dynamic heads of Forcing-KV cut a frame into 4 bands, each a row
+    of the demo's 4 x 4 patches, because the 6 of the source do not divide them.
 
     Args:
-        name: of the preset.
+        name: name of the preset.
         window: frames the model was trained on.
         chunk: frames of a chunk.
 
@@ -118,5 +118,5 @@ def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
 
 
 def _divided(role: HeadRole) -> HeadRole:
-    """The role, cut to pieces that divide the demo's patches."""
+    """The role with a number of pieces that divides the demo's patches."""
     return replace(role, pieces=PIECES) if isinstance(role, Dynamic) else role

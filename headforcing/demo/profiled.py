@@ -1,4 +1,4 @@
-"""Profiles of the demo model: inside the range it was trained on, and far beyond it."""
+"""Profiles of the demo model, inside the trained range and far beyond it."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ def profile_demo(
     metrics: Sequence[str | Metric] = METRICS,
     progress: Progress | None = None,
 ) -> HeadProfile:
-    """Profiles the demo model while it generates; every video has a scene and a prompt of its own.
+    """Profiles the demo model while it generates; every video has its own scene and prompt.
 
     Args:
         model: the demo model; default: with the weights of the package.
-        videos: how many.
+        videos: number of videos.
         seed: of scenes and noise.
-        long: inside the trained range, scenes are drawn as in training, two chunks are given, and the last
-            two, which see most of the window, are measured. Beyond it (`long`), the camera pans away and
-            back, 30 chunks are made, and every third one after the given ones is measured; Head Forcing
-            measures 30 s videos (third party). The camera must move there: while it stands still, the first
-            frame shows what every other frame shows, and a head that looks for content looks like an
-            anchor.
+        long: false: inside the trained range; scenes are drawn as in training, two chunks are given, and the
+            last two, which attend to most of the window, are measured. True: beyond it; the camera pans away
+            and back, 30 chunks are generated, and every third one after the given ones is measured. (Head
+            Forcing measures 30 s videos, third party.) The camera has to move there: if it stands still, the
+            first frame looks like every other frame, and a head that attends to content looks like an anchor.
         metrics: see `profile_heads`.
         progress: see `profile_heads`.
     """
@@ -66,7 +65,7 @@ def profile_demo(
 def demo_rollouts(
     model: DemoModel, *, videos: int, seed: int, long: bool
 ) -> tuple[Callable[[str], Tensor], list[str], range]:
-    """What is generated: a function of a prompt, its prompts, and the starts of the chunks to measure."""
+    """The rollouts: a function of a prompt, its prompts, and the first frames of the chunks to measure."""
     chunks = LONG_CHUNKS if long else model.config.window // CHUNK
     given = GIVEN_CHUNKS["pan"] if long else GIVEN
     scene = _scenes(videos, seed, chunks, long)

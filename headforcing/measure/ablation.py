@@ -1,7 +1,7 @@
-"""What a head is worth to the whole model: the error of its output when that head alone is restricted.
+"""Ablation: the error of the whole model's output when one head alone is restricted.
 
-Ours, and dear: every head and every candidate role costs one evaluation. It is the only measure here
-that follows the change of a head through the layers above it.
+Ours, and expensive: every head and every candidate role costs one evaluation. It is the only measure here
+that includes the effect of a head on later layers.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ def ablate_heads(
     base_model: str | None = None,
     progress: Progress | None = None,
 ) -> HeadProfile:
-    """Restricts one head at a time to what a role would keep, and measures what the output loses.
+    """Restricts one head at a time to a role, and measures how much worse the output becomes.
 
     Args:
-        model: the model, head forcing not applied; left as it was found.
+        model: the model, without head forcing; restored afterwards.
         score: runs the model and returns one error per video, `[S]`; the same videos and noise on every
-            call. NaN: this video says nothing.
-        roles: what the one head is restricted to, `R` candidates.
-        protocol: `history` is the role of all other heads, default: the model's own window, at true
-            positions; `seed` is that of the videos, kept with the profile; `window` and `chunk` as there.
+            call. NaN excludes a video.
+        roles: candidates that the one head is restricted to, `R` of them.
+        protocol: `history` is the role of all other heads, default: the model's own window at true
+            positions; `seed` is the seed of the videos, stored in the profile; `window` and `chunk` as in
+            `Protocol`.
         adapter: the model's adapter; default: the one that fits.
-        base_model: public name of the checkpoint, to be kept with the profile.
+        base_model: public name of the checkpoint, stored in the profile.
         progress: called after every head.
 
     Returns:
@@ -53,7 +54,7 @@ def ablate_heads(
 
     Raises:
         AlreadyAppliedError: head forcing is applied to the model.
-        OptionError: there is no role.
+        OptionError: `roles` is empty.
         ProfileError: `score` does not return one error per video, or its errors are not above zero.
     """
     if handles_of(model):
@@ -77,13 +78,13 @@ def ablate_heads(
     if not scale > 0:
         raise ProfileError(f"the unrestricted model has a mean error of {scale}: expected one above zero")
     increase = torch.empty(len(plain), facts.layers, facts.heads, len(fitted), dtype=torch.float64)
-    for place in range(facts.layers * facts.heads):
-        layer, head = divmod(place, facts.heads)
+    for index in range(facts.layers * facts.heads):
+        layer, head = divmod(index, facts.heads)
         for number, role in enumerate(fitted):
             cut = errors(with_role(whole, layer, head, role), len(plain))
             increase[:, layer, head, number] = (cut - plain) / scale
         if progress:
-            progress(place + 1, facts.layers * facts.heads, "heads")
+            progress(index + 1, facts.layers * facts.heads, "heads")
     settings = {"roles": [encode_role(role) for role in fitted], "history": encode_role(every)}
     rows = torch.arange(len(plain))
     return HeadProfile(

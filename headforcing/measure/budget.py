@@ -1,10 +1,10 @@
-"""A role for every head under one budget over all heads: frames go where they save most error.
+"""A role for every head within one budget over all heads: frames go where they reduce the error most.
 
-Ours. Every head has a trade-off, frames kept against measured error, over the candidate roles of a
-profile. Of each the lower convex hull counts, and steps along the hulls are bought in the order of the
-error they save per frame. What is bought in that order is the smallest total error that its number of
-frames can buy. Errors of single heads are added up, which is our choice: what heads do to each other is
-not measured.
+Ours. Every head has a trade-off between stored frames and measured error, over the candidate roles of a
+profile. Only its lower convex envelope counts, and steps along the envelopes are taken in the order of the
+error they save per frame. After each step the total error is the smallest possible for that number of frames.
+Errors of single heads are added up, which is our choice: interactions of heads are not measured.
+Not `scipy.spatial.ConvexHull`: it rounds, and ties of exact fractions decide which head gets a frame.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from headforcing.measure.classifiers import (
     tried,
     unrestricted,
 )
-from headforcing.measure.footprint import ModelSize, packs
 from headforcing.measure.labels import measured_map
 from headforcing.measure.profile import HeadProfile
+from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.origin import ModelFacts, Scalar
 from headforcing.roles.maps.role_map import RoleMap
@@ -41,16 +41,16 @@ COLUMNS = ("output_regret.p95", "output_regret.mean", "ablation.increase")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a budget buys. Frames are those kept beside the own chunk, over all heads together.
+    """The result of a budget. Frames are stored frames, current chunk excluded, summed over all heads.
 
     Attributes:
-        found: the labels, as a classifier would give them; without margins.
-        frames: frames kept.
-        left: frames of the budget that bought nothing.
+        found: the labels, as from a classifier, without margins.
+        frames: stored frames.
+        left: unused frames of the budget.
         error: total error over all heads.
         errors: error of every head, `errors[layer][head]`.
-        curve: the whole trade-off, from the cheapest roles on: frames kept and the smallest total error.
-        profile: what the errors were measured in.
+        curve: the whole trade-off, from the cheapest roles on: stored frames and the smallest total error.
+        profile: the profile with the errors.
     """
 
     found: Classification
@@ -68,17 +68,17 @@ class Budget:
 
     @property
     def roles(self) -> Mapping[str, HeadRole]:
-        """What the labels mean."""
+        """Role of every label."""
         return self.found.roles
 
     def role_map(
         self, *, stability: Mapping[str, Scalar] | None = None, notes: Mapping[str, Scalar] | None = None
     ) -> RoleMap:
-        """The roles as a map that says where it comes from; what was spent is among the notes.
+        """The roles as a map with its origin; the budget is stored in the notes.
 
         Args:
             stability: `StabilityReport.summary()`, of `lambda profile: fit_budget(profile, ...).found`.
-            notes: anything else that should stay with the map.
+            notes: anything else to store in the map.
         """
         spent = {"frames": self.frames, "frames_left": self.left, "error": self.error}
         return measured_map(self.found, self.profile, stability=stability, notes={**spent, **(notes or {})})
@@ -97,31 +97,31 @@ def fit_budget(
 ) -> Budget:
     """A role for every head, chosen by measured error, within a budget over all heads.
 
-    Steps are bought by the error they save per frame; of equal ones that of the lower head, counted layer
-    by layer. A step that no longer fits is passed over, so that the rest of the budget can buy smaller
-    ones; where that happens, the result is not a point of the curve, and another choice may be better.
-    Candidates that keep more than the window leaves beside a chunk are never chosen.
+    Steps are taken by the error they save per frame; of equal ones that of the lower head, counted layer by
+    layer. A step that does not fit any more is skipped, so that smaller ones can use the rest of the budget;
+    then the result is not a point of the curve, and another choice may be better. Candidates that store more
+    than the window allows are never chosen.
 
-    Bytes are those of the keys and values that one stream of one video keeps, own chunk included:
-    `tokens_per_frame * head_dim * 2 * itemsize` per frame and head. The `ring` store takes 1.5 times as
-    much, because it keeps rotated keys beside the keys, and that is what `status()` counts: `held=True`
-    gives a budget for what it really holds.
+    Bytes are those of keys and values of one stream of one video, current chunk included:
+    `tokens_per_frame * head_dim * 2 * itemsize` per frame and head. The `ring` store takes 1.5 times as much,
+    because it also stores rotated keys, and this is what `status()` counts: with `held=True` the budget is in
+    bytes of the `ring` store.
 
     Args:
-        profile: with `output_regret`, or made by `ablate_heads`. After an ablation a head may also keep
-            what the window allows, with an error of 0 by definition.
-        frames: budget in frames kept beside the own chunk, the sum over all heads.
+        profile: with `output_regret`, or made by `ablate_heads`. After an ablation a head may also store as
+            much as the window allows, with an error of 0 by definition.
+        frames: budget in stored frames, current chunk excluded, summed over all heads.
         bytes: budget in bytes instead.
         tokens_per_frame: patches of one frame; with `bytes` only.
         itemsize: bytes of one number, with `bytes`; default: that of bf16.
-        held: whether `bytes` are what the `ring` store holds.
+        held: whether `bytes` are those of the `ring` store.
         by: the error, one of `COLUMNS`; the mean over the noisy passes.
-        groups: a map of the same shape; heads with the same label get the same role. Default: every head
-            is on its own.
+        groups: a map of the same shape; heads with the same label get the same role. Default: every head is
+            chosen separately.
 
     Raises:
-        OptionError: not exactly one budget is given, or it is too small for the cheapest roles, or `held`
-            goes with candidates that see a part of what they keep, or groups have another shape.
+        OptionError: not exactly one budget is given, it is too small for the cheapest roles, `held` is used
+            with candidates that attend to a part of their stored frames, or groups have another shape.
         ProfileError: the errors were not measured, or no candidate fits the window.
     """
     if (frames is None) == (bytes is None):
@@ -133,16 +133,18 @@ def fit_budget(
         settings = {"by": by, "bytes": bytes, "tokens_per_frame": tokens_per_frame, "itemsize": itemsize}
         settings["held"] = held
     elif tokens_per_frame is not None or held:
-        raise OptionError("tokens_per_frame and held go with a budget in bytes: leave them out")
+        raise OptionError("tokens_per_frame and held work with a budget in bytes only: leave them out")
     roles = _roles(profile, by)
-    if held and (packed := [role for role in roles if packs(role)]):
-        raise OptionError(f"held does not count what the ring store packs for {packed[0]}: leave it out")
+    if held and (packed := [role for role in roles if _is_copied(role)]):
+        raise OptionError(f"held does not count the copies of the ring store for {packed[0]}: leave it out")
     if groups is not None:
         settings["groups"] = groups.hash
     choices, members = _choices(profile, by, roles), _members(groups, profile)
-    hulls = [lower_hull(together([choices[head] for head in heads])) for heads in members]
-    budget = _frames(frames, bytes, size, held, sum(hull[0].frames for hull in hulls))
-    chosen = {head: c.role for heads, c in zip(members, buy(hulls, budget), strict=True) for head in heads}
+    envelopes = [lower_envelope(together([choices[head] for head in heads])) for heads in members]
+    budget = _frames(frames, bytes, size, held, sum(envelope[0].frames for envelope in envelopes))
+    chosen = {
+        head: c.role for heads, c in zip(members, buy(envelopes, budget), strict=True) for head in heads
+    }
     bought = [{c.role: c for c in own}[chosen[head]] for head, own in enumerate(choices)]
     spent = sum(choice.frames for choice in bought)
     names = short_names(sorted(roles, key=lambda role: frames_kept(role, profile.facts.model.chunk)))
@@ -157,33 +159,33 @@ def fit_budget(
     flat = tuple(float(choice.error) for choice in bought)
     errors = tuple(flat[first : first + profile.shape[1]] for first in range(0, len(flat), profile.shape[1]))
     total = float(sum(choice.error for choice in bought))
-    return Budget(found, spent, budget - spent, total, errors, curve(hulls), profile)
+    return Budget(found, spent, budget - spent, total, errors, curve(envelopes), profile)
 
 
 def _roles(profile: HeadProfile, by: str) -> list[HeadRole]:
-    """The roles to choose from that fit the window, in the order of their columns.
+    """The candidate roles that fit the window, in the order of their columns.
 
     Raises:
-        OptionError: there is no such error, or a role keeps more than whole frames.
-        ProfileError: there is no role that fits.
+        OptionError: there is no such error, or a role has a compressed history.
+        ProfileError: no role fits.
     """
     if by not in COLUMNS:
         raise OptionError(f"by is {by!r}: expected one of {', '.join(COLUMNS)}")
     model = profile.facts.model
     metric, room = by.partition(".")[0], model.window - model.chunk
-    profile[by]  # says how it is measured
+    profile[by]  # raises with advice if it was not measured
     roles = [role for role in candidates(profile, metric) if frames_kept(role, model.chunk) <= room]
-    if digesting := [role for role in roles if role.digest() is not None]:
-        raise OptionError(f"{digesting[0]} keeps more than whole frames, which is not counted: leave it out")
+    if unfit := [role for role in roles if role.compressed() is not None]:
+        raise OptionError(f"{unfit[0]} has a compressed history, which is not counted: leave it out")
     if metric == "ablation" and (rest := unrestricted(model)) not in roles:
         roles.append(rest)
     if not roles:
-        raise ProfileError(f"no candidate of {metric} keeps at most {room} frames: measure others")
+        raise ProfileError(f"no candidate of {metric} stores at most {room} frames: measure others")
     return roles
 
 
 def _choices(profile: HeadProfile, by: str, roles: Sequence[HeadRole]) -> list[list[Choice]]:
-    """What every head can have, in the order of the roles; what was not tried has no error."""
+    """The choices of every head, in the order of the roles; a role that was not measured has error 0."""
     known, columns = tried(profile, by)
     frames = [int(frames_kept(role, profile.facts.model.chunk)) for role in roles]
     places = [known.index(role) if role in known else None for role in roles]
@@ -197,10 +199,10 @@ def _choices(profile: HeadProfile, by: str, roles: Sequence[HeadRole]) -> list[l
 
 
 def _frames(frames: int | None, bytes: int | None, size: ModelSize | None, held: bool, least: int) -> int:
-    """The budget in frames beside the own chunk.
+    """The budget in frames, current chunk excluded.
 
     Raises:
-        OptionError: it is no whole number, or less than `least`.
+        OptionError: it is not a whole number, or less than `least`.
     """
     if size is None:
         budget, needed = _count(frames, "frames"), f"frames={least}"
@@ -211,8 +213,8 @@ def _frames(frames: int | None, bytes: int | None, size: ModelSize | None, held:
         needed = f"bytes={(least + own) * each}"
     if budget < least:
         raise OptionError(
-            f"the budget leaves {budget} frames beside the own chunks, but the cheapest roles keep {least} "
-            f"over all heads: give at least {needed}"
+            f"the budget allows {budget} frames without the current chunks, but the cheapest roles store "
+            f"{least} over all heads: give at least {needed}"
         )
     return budget
 
@@ -237,14 +239,20 @@ def _count(value: object, what: str) -> int:
 
 def _size(facts: ModelFacts, tokens_per_frame: int | None, itemsize: int) -> ModelSize:
     if tokens_per_frame is None:
-        raise OptionError("a budget in bytes needs tokens_per_frame, the patches of one frame")
+        raise OptionError("a budget in bytes requires tokens_per_frame, the patches of one frame")
     return ModelSize(
-        facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, tokens_per_frame, itemsize
+        facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, (1, tokens_per_frame), itemsize
     )
 
 
+def _is_copied(role: HeadRole) -> bool:
+    """Whether the `ring` store copies what the role attends to."""
+    partly = role.clean_window is not None or type(role).visible is not HeadRole.visible
+    return partly or "query" in role.depends_on
+
+
 class Choice(NamedTuple):
-    """What a group of heads can have: frames kept in all, their error then, and the role."""
+    """One choice of a group of heads: total stored frames, total error, and the role."""
 
     frames: int
     error: Fraction
@@ -252,7 +260,7 @@ class Choice(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """From one choice of a group to the next on its hull."""
+    """From one choice of a group to the next on its envelope."""
 
     group: int
     number: int
@@ -260,23 +268,23 @@ class _Step(NamedTuple):
     saved: Fraction
 
 
-def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull from the fewest frames to the smallest error, points on its edges included.
+def lower_envelope(choices: Sequence[Choice]) -> list[Choice]:
+    """The lower convex envelope from the fewest frames to the smallest error, with points on its edges.
 
-    Of choices that keep as many frames, the best counts; of equally good ones the first.
+    Of choices with equal frames the best counts; of equally good ones the first.
     """
     best: dict[int, Choice] = {}
     for choice in choices:
         if choice.frames not in best or choice.error < best[choice.frames].error:
             best[choice.frames] = choice
-    hull: list[Choice] = []
+    envelope: list[Choice] = []
     for choice in sorted(best.values(), key=itemgetter(0)):
-        if hull and choice.error >= hull[-1].error:
+        if envelope and choice.error >= envelope[-1].error:
             continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) < _slope(hull[-1], choice):
-            hull.pop()
-        hull.append(choice)
-    return hull
+        while len(envelope) > 1 and _slope(envelope[-2], envelope[-1]) < _slope(envelope[-1], choice):
+            envelope.pop()
+        envelope.append(choice)
+    return envelope
 
 
 def _slope(a: Choice, b: Choice) -> Fraction:
@@ -284,38 +292,41 @@ def _slope(a: Choice, b: Choice) -> Fraction:
     return (a.error - b.error) / (b.frames - a.frames)
 
 
-def _steps(hulls: Sequence[Sequence[Choice]]) -> list[_Step]:
+def _steps(envelopes: Sequence[Sequence[Choice]]) -> list[_Step]:
     """All steps of all groups, the most error saved per frame first."""
     steps = [
         _Step(group, number, b.frames - a.frames, a.error - b.error)
-        for group, hull in enumerate(hulls)
-        for number, (a, b) in enumerate(pairwise(hull))
+        for group, envelope in enumerate(envelopes)
+        for number, (a, b) in enumerate(pairwise(envelope))
     ]
     return sorted(steps, key=lambda step: (-step.saved / step.frames, step.group, step.number))
 
 
-def buy(hulls: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
-    """What every group gets."""
-    chosen, spent = [0] * len(hulls), sum(hull[0].frames for hull in hulls)
-    for step in _steps(hulls):
+def buy(envelopes: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
+    """The choice of every group within the budget."""
+    chosen, spent = [0] * len(envelopes), sum(envelope[0].frames for envelope in envelopes)
+    for step in _steps(envelopes):
         if chosen[step.group] == step.number and spent + step.frames <= budget:
             chosen[step.group] += 1
             spent += step.frames
-    return [hull[number] for hull, number in zip(hulls, chosen, strict=True)]
+    return [envelope[number] for envelope, number in zip(envelopes, chosen, strict=True)]
 
 
-def curve(hulls: Sequence[Sequence[Choice]]) -> tuple[tuple[int, float], ...]:
+def curve(envelopes: Sequence[Sequence[Choice]]) -> tuple[tuple[int, float], ...]:
     """Frames and total error after every step."""
-    frames, error = sum(hull[0].frames for hull in hulls), sum((hull[0].error for hull in hulls), Fraction())
+    frames, error = (
+        sum(envelope[0].frames for envelope in envelopes),
+        sum((envelope[0].error for envelope in envelopes), Fraction()),
+    )
     points = [(frames, float(error))]
-    for step in _steps(hulls):
+    for step in _steps(envelopes):
         frames, error = frames + step.frames, error - step.saved
         points.append((frames, float(error)))
     return tuple(points)
 
 
 def together(members: Sequence[Sequence[Choice]]) -> list[Choice]:
-    """What heads can have that all get the same: frames and errors added up, role by role."""
+    """The choices of heads that get the same role: frames and errors added up, role by role."""
     return [
         Choice(sum(c.frames for c in same), sum((c.error for c in same), Fraction()), same[0].role)
         for same in zip(*members, strict=True)

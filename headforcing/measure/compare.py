@@ -1,9 +1,9 @@
-"""How alike two role maps of one model are.
+"""Compares two role maps of one model.
 
-Agreement, kappa and Jaccard ask whether heads have the same label, so they need labels in common. NMI
-and ARI ask only whether the same heads are put together, so they also compare maps of different methods:
-the published maps of Pyramid Forcing (arXiv:2605.13111) and Forcing-KV (arXiv:2605.09681) for Self
-Forcing have an NMI of 0.276 and an ARI of 0.334.
+Agreement, kappa and Jaccard compare labels, so they need common labels. NMI and ARI compare only which heads
+are grouped together, so they also work for maps of different methods: the published maps of Pyramid Forcing
+(arXiv:2605.13111) and Forcing-KV (arXiv:2605.09681) for Self Forcing have an NMI of 0.276 and an
+ARI of 0.334.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from headforcing.roles.maps.role_map import RoleMap
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two tables of labels, head by head. Symmetric but for the order of the cross table.
+    """Two tables of labels, head by head. Symmetric except for the order of the cross table.
 
     Attributes:
         labels_a: labels that occur in the first, sorted.
         labels_b: labels that occur in the second, sorted.
         table: heads with label a in the first and b in the second, `table[a][b]`.
-        agreement: share of heads with the same label; `None` where no label occurs in both.
-        kappa: Cohen's kappa, agreement beyond chance; 1 where both are one single label; `None` as above.
+        agreement: share of heads with the same label; `None` if no label occurs in both.
+        kappa: Cohen's kappa, agreement beyond chance; 1 if both have one single label; `None` as above.
         jaccard: heads with this label in both, over heads with it in either, per label that occurs in both.
-        nmi: mutual information over the mean of the two entropies; 1 where both are one single label.
-        ari: adjusted Rand index; 1 where both are one single label, or all heads have their own.
+        nmi: mutual information over the mean of the two entropies; 1 if both have one single label.
+        ari: adjusted Rand index; 1 if both have one single label, or all heads have different ones.
     """
 
     labels_a: tuple[str, ...]
@@ -55,7 +55,7 @@ def compare_labels(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Co
     """Compares `labels[layer][head]` of one model.
 
     Raises:
-        RoleMapMismatchError: they have other layers or heads.
+        RoleMapMismatchError: their layers or heads differ.
     """
     if [len(row) for row in a] != [len(row) for row in b] or not any(map(len, a)):
         raise RoleMapMismatchError(
@@ -84,14 +84,14 @@ def compare_labels(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Co
 
 
 def compare_maps(a: RoleMap, b: RoleMap) -> Comparison:
-    """Compares role maps; a label is a role with all its numbers, named in short.
+    """Compares role maps; a label is a short name of a role with all its numbers.
 
-    Open numbers are filled in for the window and chunk of the model that the maps come from; where
-    neither names one, or they name different ones, roles are compared as they are written.
+    Open numbers are filled in from the window and chunk of the model in the origin of the maps; if neither
+    map names a model, or they name different sizes, roles are compared as written.
 
     Raises:
-        RoleMapMismatchError: they have other layers or heads.
-        WindowError: a role of one does not fit the window that the other names.
+        RoleMapMismatchError: their layers or heads differ.
+        WindowError: a role of one does not fit the window named by the other.
     """
     models = [each.origin.model for each in (a, b)]
     sizes = {(model.window, model.chunk) for model in models if model is not None}
@@ -103,7 +103,7 @@ def compare_maps(a: RoleMap, b: RoleMap) -> Comparison:
 
 
 def cross_table(a: Tensor, b: Tensor, kinds: int) -> Tensor:
-    """Heads by their label number in both, `[..., n] and [..., n] -> [..., kinds, kinds]` float64."""
+    """Counts of heads by label number in both, `[..., n] and [..., n] -> [..., kinds, kinds]` float64."""
     return one_hot(a, kinds).double().mT @ one_hot(b, kinds).double()
 
 

@@ -1,10 +1,10 @@
-"""What an evaluation writes: safe file names, one manifest line per video, and what of it can be trusted.
+"""Files of an evaluation: safe names, one manifest line per video, and their verification.
 
     >>> [job.file for job in make_jobs(["A cat, running!", "../../etc"], seeds=1)]
     ['a-cat-running-3cfe2f1ab5cc-00000.mp4', 'etc-74ccf3c5b4c1-00001.mp4']
 
-A job is one video: one prompt with one seed, and a global index that does not depend on how many processes
-share the work. `examples/eval_lora.py` is the script around it.
+A job is one video: one prompt with one seed, and a global index that does not depend on the number of
+processes. `examples/eval_lora.py` is the script that uses this module.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Job:
     """One video.
 
     Attributes:
-        index: counts all videos, prompt by prompt, then seed by seed.
-        prompt_index: line of the prompt.
+        index: number of the video, prompt by prompt, then seed by seed.
+        prompt_index: number of the prompt.
         prompt: exactly as it was read.
-        seed: as the user counts them.
+        seed: number of the seed, as on the command line.
     """
 
     index: int
@@ -51,17 +51,17 @@ class Job:
 
     @property
     def noise_seed(self) -> int:
-        """Where the noise of this video begins: a function of the seed and the index alone, 63 bits."""
+        """Seed of the noise of this video; depends only on seed and index, 63 bits."""
         return int.from_bytes(hashlib.sha256(f"{self.seed} {self.index}".encode()).digest()[:8], "big") >> 1
 
     @property
     def file(self) -> str:
-        """Name of the video: ASCII, at most 83 characters, no other job's."""
+        """Unique file name of the video: ASCII, at most 83 characters."""
         exact = hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         return f"{slug(self.prompt)}-{exact}-{self.index:05d}.mp4"
 
     def facts(self) -> dict[str, Any]:
-        """What its manifest line says of it."""
+        """Its entries in the manifest."""
         return {
             "index": self.index,
             "prompt_index": self.prompt_index,
@@ -73,7 +73,7 @@ class Job:
 
 
 def make_jobs(prompts: Sequence[str], seeds: int, first_seed: int = 0) -> list[Job]:
-    """Every prompt with every seed; prompts added at the end leave the jobs before them as they are."""
+    """Every prompt with every seed; adding prompts at the end does not change earlier jobs."""
     return [
         Job(place * seeds + offset, place, prompt, first_seed + offset)
         for place, prompt in enumerate(prompts)
@@ -82,7 +82,7 @@ def make_jobs(prompts: Sequence[str], seeds: int, first_seed: int = 0) -> list[J
 
 
 def slug(text: str) -> str:
-    """A part of a file name that resembles a text: `a-z0-9` and single dashes, at most 60 characters.
+    """A file name part made from a text: `a-z0-9` and single dashes, at most 60 characters.
 
     >>> slug("Ünïcode / ../CON"), slug("你好")
     ('unicode-con', 'video')
@@ -92,13 +92,13 @@ def slug(text: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, untouched: no strip, no normalisation.
+    """The prompts of a file, unchanged: no strip, no normalisation.
 
-    A `.jsonl` file holds one JSON string per line, any at all: empty, of several lines, lone surrogates.
-    Every other file holds one prompt per line, and its blank lines are none.
+    A `.jsonl` file has one JSON string per line, which may be empty or contain line breaks or lone
+    surrogates. Every other file has one prompt per line; blank lines are ignored.
 
     Raises:
-        OptionError: there is no such file, it is not UTF-8, a line is no JSON string, or it has no prompt.
+        OptionError: there is no such file, it is not UTF-8, a line is not a JSON string, or it has no prompt.
     """
     try:
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
@@ -110,7 +110,7 @@ def read_prompts(path: Path) -> list[str]:
     else:
         prompts = [line for _, line in found]
     if not prompts:
-        raise OptionError(f"{path} holds no prompt: expected one per line")
+        raise OptionError(f"{path} contains no prompt: expected one per line")
     return prompts
 
 
@@ -118,7 +118,7 @@ def weights_hash(model: nn.Module) -> str:
     """`sha256:...` of all weights of a model, bit by bit: names, dtypes, shapes and values.
 
     Raises:
-        OptionError: some weights are elsewhere (meta tensors).
+        OptionError: some weights are meta tensors.
     """
     parts = []
     for name, tensor in sorted(model.state_dict().items()):
@@ -133,7 +133,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """`sha256:...` of a file's bytes, as `sha256sum` counts them."""
+    """`sha256:...` of a file's bytes, as `sha256sum` computes it."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -145,7 +145,7 @@ def pixels(video: Tensor) -> Tensor:
     """Bytes `[T, H, W, 3]` on the CPU of a video `[3, T, H, W]` or `[1, 3, T, H, W]` in [-1, 1].
 
     Raises:
-        OptionError: it has another shape, or holds NaN or infinity.
+        OptionError: it has another shape, or contains NaN or infinity.
     """
     if not isinstance(video, Tensor):
         raise OptionError(f"run returned a {type(video).__name__}: expected a tensor [3, T, H, W]")
@@ -157,7 +157,7 @@ def pixels(video: Tensor) -> Tensor:
 
 
 def append_entry(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds a line to a manifest; on disk when it returns."""
+    """Adds a line to a manifest; it is on disk when this returns."""
     with path.open("a", encoding="ascii") as file:
         file.write(_line(entry))
         file.flush()
@@ -165,7 +165,7 @@ def append_entry(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a manifest; a last line that was cut off while it was written is none.
+    """The lines of a manifest, without an incomplete last line.
 
     Raises:
         OptionError: another line is not a JSON object.
@@ -185,18 +185,18 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 def prepare(
     out: Path, jobs: Sequence[Job], run: Mapping[str, Any], resume: bool = False, force: bool = False
 ) -> list[int]:
-    """Makes the folder and says which jobs are left; one process calls it, before any other writes.
+    """Prepares the folder and returns the jobs that are left; one process calls it before any other writes.
 
     Args:
         out: the folder.
         jobs: all of them.
-        run: what holds for every video: weights, roles, versions.
-        resume: keep videos that are recorded under the same facts and whose bytes are the recorded ones.
-        force: make everything anew, over the same files.
+        run: facts common to all videos: weights, roles, versions.
+        resume: keep videos whose facts and bytes are as recorded.
+        force: make all videos again, overwriting files.
 
     Raises:
-        OptionError: the folder holds an evaluation and nothing was said about it, or another one; what is
-            asked for could only be had by mixing the two.
+        OptionError: the folder contains an evaluation and neither `resume` nor `force` is given, or it
+            contains another evaluation, which would be mixed with this one.
     """
     videos = out / VIDEOS
     videos.mkdir(parents=True, exist_ok=True)
@@ -206,16 +206,16 @@ def prepare(
     strangers = {path.name for path in videos.glob("*.mp4")} - {job.file for job in jobs}
     if strangers:
         raise OptionError(
-            f"{videos} holds {len(strangers)} videos that these prompts and seeds do not make, "
-            f"{min(strangers)} among them: choose another --out"
+            f"{videos} contains {len(strangers)} videos that do not belong to these prompts and seeds, such "
+            f"as {min(strangers)}: choose another --out"
         )
     manifests = sorted(out.glob(_PARTS))
     if (manifests or any(videos.glob("*.mp4"))) and not (resume or force):
-        raise OptionError(f"{out} holds an evaluation: pass --resume or --force, or choose another --out")
+        raise OptionError(f"{out} contains an evaluation: pass --resume or --force, or choose another --out")
     done = {} if force else _verified(out, manifests, jobs, run)
     left = [job.index for job in jobs if job.index not in done]
     if left and (videos / "split_clip").exists():
-        raise OptionError(f"{videos}/split_clip holds VBench's clips of earlier videos: remove it first")
+        raise OptionError(f"{videos}/split_clip contains VBench's clips of earlier videos: remove it first")
     for unfinished in out.glob(".part-*"):  # of a process that was killed
         if unfinished.is_dir() and not unfinished.is_symlink():
             shutil.rmtree(unfinished)
@@ -224,17 +224,17 @@ def prepare(
 
 
 def merge(out: Path, jobs: Sequence[Job], run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Joins what all processes recorded into one manifest, in order of the index.
+    """Joins the manifests of all processes into one, in order of the index.
 
     Raises:
-        OptionError: a video is missing, or its bytes are not the recorded ones.
+        OptionError: a video is missing, or its bytes differ from the recorded ones.
     """
     done = _verified(out, sorted(out.glob(_PARTS)), jobs, run)
     missing = [job.index for job in jobs if job.index not in done]
     if missing:
         raise OptionError(
-            f"{len(missing)} of {len(jobs)} videos are missing, number {missing[0]} first: run again with "
-            "--resume"
+            f"{len(missing)} of {len(jobs)} videos are missing, the first is number {missing[0]}: run again "
+            "with --resume"
         )
     _replace_manifests(out, done)
     return [done[job.index] for job in jobs]
@@ -243,7 +243,7 @@ def merge(out: Path, jobs: Sequence[Job], run: Mapping[str, Any]) -> list[dict[s
 def _verified(
     out: Path, manifests: Iterable[Path], jobs: Sequence[Job], run: Mapping[str, Any]
 ) -> dict[int, dict[str, Any]]:
-    """Recorded videos by index whose file is there, with the recorded bytes."""
+    """Recorded videos by index whose files exist with the recorded bytes."""
     expected = {job.index: job.facts() for job in jobs}
     known, found = json.loads(json.dumps(run)), {}
     for manifest in manifests:
@@ -253,14 +253,15 @@ def _verified(
                 had = was if isinstance(was, dict) else {}
                 names = sorted(name for name in known | had if had.get(name) != known.get(name))
                 raise OptionError(
-                    f"{manifest} is of another evaluation ({', '.join(names)} changed): "
-                    "choose another --out, or --force to make all anew"
+                    f"{manifest} belongs to another evaluation ({', '.join(names)} changed): "
+                    "choose another --out, or pass --force to make all videos again"
                 )
             index = entry.get("index")
             facts = expected.get(index) if isinstance(index, int) else None
             if facts is None or any(entry.get(key) != value for key, value in facts.items()):
                 raise OptionError(
-                    f"{manifest}: video {index!r} is not one of these prompts and seeds: choose another --out"
+                    f"{manifest}: video {index!r} does not belong to these prompts and seeds: choose "
+                    "another --out"
                 )
             path = out / facts["file"]
             if path.is_file() and not path.is_symlink() and file_hash(path) == entry.get("sha256"):
@@ -269,7 +270,7 @@ def _verified(
 
 
 def _replace_manifests(out: Path, done: Mapping[int, Mapping[str, Any]]) -> None:
-    """One manifest instead of those of single processes; none where nothing is done."""
+    """Writes one manifest in place of those of single processes."""
     part = out / f".part-{MANIFEST}"
     part.unlink(missing_ok=True)
     part.write_text("".join(_line(done[index]) for index in sorted(done)), "ascii")

@@ -1,4 +1,4 @@
-"""From labels to a role map that says where it comes from."""
+"""Role maps from labels, with their origin, and controls for labels."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def measured_map(
     notes: Mapping[str, Scalar] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> RoleMap:
-    """The roles of a classification, or of a control, with every number filled in and their origin.
+    """The role map of a classification or a control, with its origin and all open numbers filled in.
 
     Args:
         found: the labels.
-        profile: what they were found in.
-        roles: what the labels mean; default: what the classification says.
+        profile: the profile they come from.
+        roles: role of every label; default: those of the classification.
         stability: `StabilityReport.summary()`.
-        notes: anything else that should stay with the map.
-        seeds: of noise and sampling; default: the seed of the profile's protocol, where it has one.
+        notes: anything else to store in the map.
+        seeds: of noise and sampling; default: the seed of the profile's protocol, if it has one.
 
     Raises:
         RoleMapError: a label has no role.
-        RoleMapMismatchError: the labels are of another model.
+        RoleMapMismatchError: the labels are for another model.
         WindowError: a role needs more frames than the model was trained on.
     """
     facts = profile.facts.model
@@ -71,16 +71,16 @@ def _seeds(profile: HeadProfile) -> tuple[int, ...]:
 
 
 def random(found: Classification, seed: int) -> Classification:
-    """The same labels, as often, on any heads of the model; a head can draw its own label again."""
+    """The same labels on random heads of the model; a head may get its own label again."""
     flat = _flat(found)
     order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
     return _control(found, "random", [flat[head] for head in order], seed=seed)
 
 
 def shuffled_within_layer(found: Classification, seed: int) -> Classification:
-    """The same labels in every layer, on any heads of that layer: keeps what is depth alone.
+    """The same labels in every layer, on random heads of that layer, which preserves dependence on depth.
 
-    A head can draw its own label again.
+    A head may get its own label again.
     """
     generator = torch.Generator().manual_seed(seed)
     flat: list[str] = []
@@ -90,14 +90,14 @@ def shuffled_within_layer(found: Classification, seed: int) -> Classification:
 
 
 def inverted(found: Classification) -> Classification:
-    """The same labels, as often, given to the heads in the opposite order of their need for memory.
+    """The same labels, with the fewest frames for the heads that had the most.
 
-    Heads are put in order by the frames that their role keeps; a role with an open number takes what the
-    window leaves and comes after all others, with those that keep everything. Roles that keep as many
-    stand in the order of `found.roles`. Heads of one role stand by margin: where no head keeps more, the
-    surest last; where none keeps fewer, the surest first; between the two a margin does not say which way
-    the boundary lies and is left out. Then by index. The head at place i gets the label of the head at
-    place n - 1 - i; where both have one label, they keep it.
+    Heads are sorted by the number of frames their role stores; a role with an open number takes the rest of
+    the window and comes last, as do roles that store everything. Roles with equal numbers are sorted in the
+    order of `found.roles`. Heads of one role are sorted by margin: if no role stores more, the most certain
+    head is last; if none stores fewer, it is first; otherwise the margin does not say on which side the
+    boundary lies and is ignored. Then by index. Head number i in this order gets the label of head number
+    n - 1 - i; if both have the same label, they keep it.
     """
     names = list(found.roles)
     frames = {name: _frames(role) for name, role in found.roles.items()}
@@ -121,7 +121,7 @@ def all_one(found: Classification, label: str) -> Classification:
     """One label for every head.
 
     Raises:
-        OptionError: the classification knows no such label.
+        OptionError: the classification has no such label.
     """
     if label not in found.roles:
         raise OptionError(f"unknown label {label!r}: {found.method} has {', '.join(found.roles)}")
@@ -143,7 +143,7 @@ def _flat(found: Classification) -> list[str]:
 
 
 def _frames(role: HeadRole) -> float:
-    """Frames kept; infinite for a role without bound, or that takes what the window leaves."""
+    """Stored frames; infinite for an unbounded role, or one that takes the rest of the window."""
     open_ended = any(getattr(role, f.name) is None for f in dataclasses.fields(role))
     kept = None if open_ended else role.capacity(0)
     return math.inf if kept is None else float(kept)

@@ -1,4 +1,4 @@
-"""Follows every pass of a model while it generates, and keeps what the metrics say of it."""
+"""Observes every pass of a model while it generates, and records the metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headforcing.measure.metrics import Look, Metric
 from headforcing.measure.profile import HeadProfile, ProfileFacts
 
 Progress = Callable[[int, int | None, str], None]
-"""Called with what is done, how much there is (`None`: not known), and what it is."""
+"""Called with the amount done, the total (`None`: unknown), and what is counted."""
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class _Pass:
         branch: number of the timeline.
         videos: numbers of the videos of the batch.
         prompt: number of their prompt; `None`: every video has its own.
-        found: per layer, what the metrics said.
+        found: metrics per layer.
     """
 
     branch: int
@@ -42,14 +42,14 @@ class _Pass:
 
 
 class Meter:
-    """An observer that follows every pass and keeps what the metrics say.
+    """An observer that records the metrics of every pass.
 
     Args:
         layers: attention layers of the model.
         metrics: what to measure.
         starts: first frames of the chunks to measure; `None`: all.
-        queries: tokens per query frame to follow; `None`: all.
-        seed: of their choice.
+        queries: queries to measure per frame; `None`: all.
+        seed: of their random choice.
         window: frames the model was trained on.
         progress: called when a chunk begins.
     """
@@ -70,7 +70,7 @@ class Meter:
         self.generator = torch.Generator().manual_seed(seed)
         self.done: list[_Pass] = []
         self.met: set[int] = set()  # first frames of all chunks with a history
-        self._here = threading.local()  # the pass that goes on in this thread
+        self._here = threading.local()  # the current pass of this thread
         self._last: MutableMapping[object, _Pass] = weakref.WeakKeyDictionary()  # by timeline
         self._branches = itertools.count()
         self._videos = range(0)
@@ -78,19 +78,19 @@ class Meter:
         self._moved = True  # whether one of these videos went past its first chunk
 
     def begin_run(self, prompt: int | None) -> None:
-        """Whatever comes next belongs to another prompt; `None`: to prompts that nobody knows."""
+        """Later passes belong to another prompt; `None`: to unknown prompts."""
         self._last.clear()
         self._here.now, self._prompt, self._moved = None, prompt, True
 
     def __call__(self, seen: Observation) -> None:
-        """Layers are told by their number, passes by the first layer: calls are never counted."""
+        """Records one attention call; a pass begins with a call of layer 0."""
         if seen.layer == 0:
             self._here.now = self._last[seen.timeline] = self._begin(seen)
         for metric in self.metrics:
             metric.watch(seen)
         now: _Pass | None = getattr(self._here, "now", None)
         if now is None or now.start != seen.call.start or len(now.found) != seen.layer:
-            return  # a layer that is called alone is no pass of the model
+            return  # a layer that is called alone does not belong to a pass of the model
         if not self._wanted(seen):
             return
         look, found = Look(seen, self.window, now.rows), {}
@@ -103,15 +103,15 @@ class Meter:
             self.done.append(now)
 
     def profile(self, facts: ProfileFacts, *, calls: int, bypassed: int) -> HeadProfile:
-        """Everything that was kept, as a table.
+        """All records, as a table.
 
         Args:
             facts: what was measured, and how.
-            calls: attention calls that were served.
-            bypassed: attention calls that went to the original forward.
+            calls: number of attention calls that were served.
+            bypassed: number of attention calls that ran the original forward.
 
         Raises:
-            ProfileError: nothing was kept.
+            ProfileError: nothing was recorded.
         """
         done = self.done
         if not done:
@@ -140,7 +140,7 @@ class Meter:
         )
 
     def _begin(self, seen: Observation) -> _Pass:
-        """One more pass over the same chunk, over the next one, or over the first one of another video."""
+        """A new pass: over the same chunk, over the next one, or over the first one of another video."""
         start, before = seen.call.start, self._last.get(seen.timeline)
         again = before is not None and before.start == start
         if start == 0 and not again and self._moved:
@@ -155,7 +155,7 @@ class Meter:
             self._prompt,
             start,
             before.step + 1 if before is not None and again else 0,
-            seen.call.phase == "commit",
+            seen.call.phase == "clean",
             self._rows(seen),
         )
 
@@ -166,7 +166,7 @@ class Meter:
         return self.starts is None or seen.call.start in self.starts
 
     def _rows(self, seen: Observation) -> Tensor | None:
-        """As many queries of every frame, the same for all layers and metrics."""
+        """A sample of queries of every frame, the same for all layers and metrics."""
         tokens = seen.call.tokens_per_frame
         if self.queries is None or self.queries >= tokens:
             return None
@@ -177,7 +177,7 @@ class Meter:
         return torch.cat(drawn).to(seen.q.device)
 
     def _check_alike(self, found: Mapping[str, Tensor], layer: int) -> None:
-        """What a metric says has the same names and shapes in every pass."""
+        """Checks that metrics return the same names and shapes in every pass."""
         if not self.done:
             return
         first = self.done[0].found[0]
@@ -189,7 +189,7 @@ class Meter:
     def _why_nothing(self, calls: int, bypassed: int) -> str:
         if bypassed and not calls:
             return (
-                f"all {bypassed} attention calls of run() went to the original forward: call model.eval() "
+                f"all {bypassed} attention calls of run() ran the original forward: call model.eval() "
                 "and generate under torch.no_grad()"
             )
         if not calls:
@@ -201,12 +201,12 @@ class Meter:
             )
         return (
             "run() made no pass over a chunk with a history: generate at least two chunks, with a history "
-            "that keeps a frame"
+            "that stores a frame"
         )
 
 
 def _checked(metric: Metric, look: Look) -> Mapping[str, Tensor]:
-    """What a metric says, if it is one number or series for every sample and head."""
+    """The result of a metric, checked to be one number or series for every sample and head."""
     found = metric.measure(look)
     shape = (look.seen.q.shape[0], look.seen.q.shape[3])
     fine = isinstance(found, Mapping) and all(

@@ -1,8 +1,8 @@
-"""What was measured of every head: numbers per pass, and the files they are kept in.
+"""Profiles: what was measured of every head, pass by pass, and its files.
 
-A profile is a table. Its rows are passes over one chunk of one video, told apart by video, start and
-step; its columns are what the metrics measured, one number or series per head. Because rows
-are kept, heads can be classified again, and by halves of the prompts, without the model.
+A profile is a table. A row is one pass over one chunk of one video, identified by video, start and step; the
+columns are the values of the metrics, one number or series per head. Because all rows are stored, heads can
+be classified again without the model, also from half of the prompts.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.origin import Digest, Facts, ModelFacts, first_error
 
 MAX_BYTES = 1 << 20
-"""Largest JSON file of a profile that is read, checked before anything is parsed."""
+"""Largest JSON file of a profile that is read; checked before parsing."""
 INDEX = ("video", "prompt", "start", "step", "clean")
 
 Settings = Mapping[str, Any]
 
 
 class ProfileFacts(Facts):
-    """What a profile says about itself.
+    """The facts of a profile.
 
     Attributes:
-        model: what was measured.
+        model: the measured model.
         metrics: settings by name of the metric.
-        protocol: how passes were chosen and what the heads saw meanwhile.
-        prompts: hash of the prompts, where they were given.
+        protocol: how passes were chosen and what the heads attended to.
+        prompts: hash of the prompts, if they were given.
         library: version of headforcing.
         torch: version of torch.
     """
@@ -53,20 +53,20 @@ class ProfileFacts(Facts):
 
 @dataclass(frozen=True, eq=False)
 class HeadProfile:
-    """What was measured of every head, pass by pass.
+    """The values of the metrics for every head, pass by pass.
 
     Attributes:
         facts: what was measured, and how.
         video: `[S]` int64, number of the video; its CFG branches share it.
-        prompt: `[S]` int64, number of its prompt; without known prompts every video has its own.
+        prompt: `[S]` int64, number of its prompt; if prompts are unknown, every video has its own.
         start: `[S]` int64, first frame of the chunk.
         step: `[S]` int64, which pass over the chunk, from 0.
         clean: `[S]` bool, whether it was the last pass over its chunk, which writes the cache.
-        values: `[S, layers, heads, ...]` float32 by name, for example `attention_mass.first`; NaN where
-            there was nothing to measure.
+        values: `[S, layers, heads, ...]` float32 by name, for example `attention_mass.first`; NaN if there
+            was nothing to measure.
 
     Raises:
-        ProfileError: the tensors do not belong together.
+        ProfileError: the tensors do not fit together.
     """
 
     facts: ProfileFacts
@@ -98,18 +98,18 @@ class HeadProfile:
                 raise ProfileError(f"{name} belongs to no metric of the profile: {known}")
 
     def __len__(self) -> int:
-        """Passes measured."""
+        """Number of passes."""
         return len(self.prompt)
 
     def __getitem__(self, name: str) -> Tensor:
-        """What a metric measured, `[S, layers, heads, ...]` float64.
+        """The values of a metric, `[S, layers, heads, ...]` float64.
 
         Raises:
             ProfileError: it was not measured.
         """
         if name not in self.values:
             raise ProfileError(
-                f"the profile has no {name}: it holds {', '.join(sorted(self.values))}; "
+                f"the profile has no {name}: it has {', '.join(sorted(self.values))}; "
                 f"{_how_to_measure(name.partition('.')[0])}"
             )
         return self.values[name].double()
@@ -121,18 +121,18 @@ class HeadProfile:
 
     @property
     def hash(self) -> str:
-        """Content hash, over facts and tensors."""
+        """Hash of facts and tensors."""
         parts = [strict_json.canonical(self.facts.model_dump(mode="json"))]
         for name, tensor in sorted(self._tensors().items()):
             parts += [name.encode(), str(list(tensor.shape)).encode(), tensor.numpy().tobytes()]
         return strict_json.digest(*parts)
 
     def mean(self, name: str) -> Tensor:
-        """Mean over the passes where it could be measured, `[layers, heads, ...]` float64."""
+        """Mean over the passes in which it could be measured, `[layers, heads, ...]` float64."""
         return self[name].nanmean(0)
 
     def where(self, keep: Tensor) -> HeadProfile:
-        """The passes chosen by a mask `[S]` bool, or by their row numbers, which may repeat.
+        """The passes selected by a mask `[S]` bool, or by row numbers, which may repeat.
 
         Raises:
             ProfileError: no pass is left.
@@ -144,15 +144,15 @@ class HeadProfile:
 
     @property
     def noisy(self) -> HeadProfile:
-        """The denoising passes only; everything, where each chunk had one pass.
+        """The denoising passes only; all passes, if each chunk had only one.
 
-        Head Forcing measures "all 4 denoise steps" (third party); that the clean pass, which writes the
-        cache, does not count is our choice.
+        Head Forcing measures "all 4 denoise steps" (third party); leaving out the clean pass, which writes
+        the cache, is our choice.
         """
         return self if bool(self.clean.all()) else self.where(~self.clean)
 
     def save(self, path: str | Path) -> None:
-        """Writes `NAME.safetensors` and `NAME.profile.json` beside it.
+        """Writes `NAME.safetensors` and `NAME.profile.json`.
 
         Raises:
             ProfileError: the name does not end in `.safetensors`.
@@ -167,7 +167,7 @@ class HeadProfile:
         """Reads what `save` wrote.
 
         Raises:
-            ProfileError: a file is missing or malformed, or the two do not belong together.
+            ProfileError: a file is missing or malformed, or the two do not match.
         """
         tensors, facts = _paths(path)
         try:
@@ -210,7 +210,7 @@ def _paths(path: str | Path) -> tuple[Path, Path]:
     """The tensors' file and the facts' file."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ProfileError(f"{path}: a profile is NAME.safetensors with NAME.profile.json beside it")
+        raise ProfileError(f"{path}: a profile is a file NAME.safetensors and a file NAME.profile.json")
     return path, path.with_suffix(".profile.json")
 
 

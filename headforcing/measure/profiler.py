@@ -1,4 +1,4 @@
-"""Measuring what the heads of a model do while it generates."""
+"""Measures what the heads of a model attend to while it generates."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ class Protocol:
     """How a profile is measured.
 
     The published protocol of Head Forcing (third party) is 20 prompts of 30 s, 3 random chunks after the
-    third, all denoising steps. Which history the heads see past the window is our choice.
+    third, all denoising steps. What heads attend to once the window overflows is our choice.
 
     Attributes:
         starts: first frames of the chunks to measure; `None`: every chunk that has a history.
-        queries: tokens per query frame to follow, drawn once per pass; `None`: all, exactly.
-        seed: of that drawing, which has a generator of its own.
-        history: the role of all heads meanwhile; default: the first frame and the last ones, `window`
-            frames in all, at positions inside the window. Until the window is full that is what the
-            model does anyway, bit for bit; after that the first frame stays in view, so that the mass on
-            it is known, and the video is another one than the model alone would make.
-            `SlidingWindow(window, sink, positions="absolute")` with the host's own numbers keeps the video
-            at any length, `Full()` where the host drops nothing.
+        queries: queries to measure per frame, drawn once per pass; `None`: all.
+        seed: seed of that draw, which uses a generator of its own.
+        history: the role of all heads while measuring; default: the first frame and the last ones, `window`
+            frames in all, at positions inside the window. Until the window overflows this equals the model
+            bit for bit. After that the first frame is still attended to, so that its mass is known, and the
+            video differs from the one the model alone would generate.
+            `SlidingWindow(window, sink, positions="absolute")` with the model's own numbers reproduces the
+            model's video at any length, `Full()` if the model evicts nothing.
         window: frames the model was trained on; default: what the model says.
         chunk: frames of the longest chunk; default: what the model says.
 
     Raises:
-        OptionError: a number is not a number of its kind.
+        OptionError: a number is invalid.
     """
 
     starts: Collection[int] | None = None
@@ -78,29 +78,29 @@ def profile_heads(
     base_model: str | None = None,
     progress: Progress | None = None,
 ) -> HeadProfile:
-    """Measures every head of a model while it generates whatever `run` generates.
+    """Measures every head of a model while `run` generates videos with it.
 
-    Measuring changes no bit of what the model computes with the history it is given (`Protocol.history`),
-    and draws no global random numbers. All metrics are taken in one rollout. The model is left as it was
-    found, also where `run` fails. Hosts whose calls carry no cache object cannot be profiled yet.
+    Measuring does not change a bit of what the model computes with the given history (`Protocol.history`),
+    and draws no global random numbers. All metrics are measured in one rollout. The model is restored
+    afterwards, also if `run` fails. Base models whose calls carry no cache object cannot be profiled yet.
 
     Args:
-        model: the model, head forcing not applied.
-        run: generates with the model: called once without arguments, or once with every prompt. Videos in
-            a batch, or one after the other, are told apart, and branches of CFG on caches of their own are
-            told to belong to one video; CFG inside the batch looks like two videos.
+        model: the model, without head forcing.
+        run: generates with the model: called once without arguments, or once per prompt. Videos in a batch,
+            or one after the other, are counted separately; CFG branches with separate caches count as one
+            video; CFG inside the batch looks like two videos.
         metrics: names of metrics, or metrics.
-        prompts: given to `run` one by one; their hash is kept.
-        protocol: what is measured, and how exactly.
+        prompts: passed to `run` one by one; their hash is stored.
+        protocol: which passes and queries are measured.
         adapter: the model's adapter; default: the one that fits.
-        base_model: public name of the checkpoint, to be kept with the profile.
+        base_model: public name of the checkpoint, stored in the profile.
         progress: called after every chunk and every prompt.
 
     Raises:
         AlreadyAppliedError: head forcing is applied to the model.
-        OptionError: no metric, one of them twice, or no prompt.
-        ProfileError: `run` made no pass that could be measured, a metric returned something else than one
-            number or series per head, or the model changed its window or chunk meanwhile.
+        OptionError: there is no metric, one is given twice, or there is no prompt.
+        ProfileError: `run` made no pass that could be measured, a metric did not return one number or series
+            per head, or the window or chunk of the model changed while it ran.
     """
     if handles_of(model):
         raise AlreadyAppliedError("profiling applies a role of its own: remove head forcing first")
@@ -109,9 +109,9 @@ def profile_heads(
     adapter = find_adapter(model) if adapter is None else adapter
     window, chunk = sizes(model, adapter, protocol)
     history = protocol.history or SlidingWindow(window, sink=1, positions="compact")
-    if history.reads_per_query or history.digest() is not None:
+    if "query" in history.depends_on or history.compressed() is not None:
         raise OptionError(
-            f"history is {history}: expected a role of whole frames that shows all query frames the same"
+            f"history is {history}: expected a role of whole frames, the same for all query frames"
         )
     with apply_head_forcing(model, history, adapter=adapter, window=window, chunk=chunk) as handle:
         for metric in chosen:
@@ -129,7 +129,7 @@ def profile_heads(
             library=version("headforcing"),
             torch=torch.__version__,
         )
-        canonical(facts.model_dump(mode="json"))  # what cannot be saved is found before anything runs
+        canonical(facts.model_dump(mode="json"))  # fails here, before anything runs, if it cannot be saved
         meter = Meter(
             len(handle.roles.layers),
             chosen,
@@ -155,7 +155,7 @@ def profile_heads(
 
 
 def sizes(model: nn.Module, adapter: Adapter, protocol: Protocol) -> tuple[int, int]:
-    """Window and chunk, in frames: what the protocol says, else what the model says."""
+    """Window and chunk, in frames: those of the protocol, or else those of the model."""
     return (
         adapter.window(model) if protocol.window is None else protocol.window,
         adapter.chunk(model) if protocol.chunk is None else protocol.chunk,
@@ -165,7 +165,7 @@ def sizes(model: nn.Module, adapter: Adapter, protocol: Protocol) -> tuple[int, 
 def model_facts(
     model: nn.Module, adapter: Adapter, *, window: int, chunk: int, base_model: str | None = None
 ) -> ModelFacts:
-    """What a profile and a role map say about the model they were measured on."""
+    """The facts about a model that profiles and role maps record."""
     shapes = [adapter.heads(module) for _, module in adapter.attentions(model)]
     return ModelFacts(
         layers=len(shapes),
@@ -194,7 +194,7 @@ def _metrics(metrics: Sequence[str | Metric]) -> list[Metric]:
     chosen = [find_metric(metric) if isinstance(metric, str) else metric for metric in metrics]
     for metric in chosen:
         if not isinstance(metric, Metric):
-            raise OptionError(f"{metric!r} is no metric: expected a name or an instance of Metric")
+            raise OptionError(f"{metric!r} is not a metric: expected a name or an instance of Metric")
     names = [metric.name for metric in chosen]
     if not names or len(set(names)) < len(names):
         raise OptionError(f"metrics are {names}: expected at least one, each once")

@@ -1,8 +1,8 @@
-"""Whether heads keep their roles when other prompts, chunks or denoise steps are measured.
+"""Whether heads get the same role when other prompts, chunks or denoising steps are measured.
 
 Head Forcing has a supplement on stability whose content is unknown (arXiv:2605.14487); an outside audit
 found head roles partly explained by depth (third party). Every statistic and threshold here is our choice.
-Only the profile is read, never the model. That no stable map was found is a result like any other.
+Only the profile is read, never the model. "No stable map" is a valid result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from headforcing.measure.stability_report import (
 )
 
 LEAST_PROMPTS = 4
-"""With fewer, halves are single prompts and nothing can be said about other prompts."""
+"""With fewer, halves are single prompts, and nothing can be concluded about other prompts."""
 MOST_STARTS = 6
 """With more first frames, chunks are compared as an early and a late half."""
 
@@ -39,28 +39,28 @@ Classifier = Callable[[HeadProfile], Classification]
 def stability(
     profile: HeadProfile, classify: Classifier, *, draws: int = 200, seed: int = 0, target: float = 0.8
 ) -> StabilityReport:
-    """Classifies parts of a profile over and over and says whether the labels stay.
+    """Classifies many parts of a profile and reports whether the labels stay the same.
 
-    There is no stable map where kappa between halves of the prompts, between chunks or between steps is
-    below `target`, where a part that was measured cannot be classified, where all heads have one label, or
-    where there are fewer than four prompts. Only the noisy passes count. A classifier is asked about
-    `4 * draws` times, so one that reads series is slow: take fewer draws.
+    There is no stable map if kappa between halves of the prompts, between chunks or between steps is below
+    `target`, if a measured part cannot be classified, if all heads have the same label, or if there are fewer
+    than four prompts. Only the noisy passes count. The classifier is called about `4 * draws` times, so one
+    that reads series is slow: use fewer draws.
 
     Args:
-        profile: of several prompts, chunks and steps; where there is one, what it would tell is left out.
-        classify: a classifier, with `functools.partial` where it needs thresholds.
-        draws: random splits of the prompts, and resamples of them; the curve takes an eighth as many
+        profile: of several prompts, chunks and steps; with only one of them, that comparison is skipped.
+        classify: a classifier, with `functools.partial` to set thresholds.
+        draws: number of random splits of the prompts, and of resamples; the curve uses an eighth as many
             splits per point.
         seed: of both; no other random numbers are drawn.
-        target: kappa that makes a map stable.
+        target: smallest kappa of a stable map.
 
     Raises:
-        OptionError: `draws` is below 1, `target` outside [0, 1], or `classify` changes what its labels are.
+        OptionError: `draws` is below 1, `target` outside [0, 1], or `classify` returns other label names.
         ProfileError: the whole profile cannot be classified.
     """
     if type(draws) is not int or draws < 1 or not 0 <= target <= 1:
         raise OptionError(f"draws is {draws!r}, target {target!r}: expected at least 1, and one in [0, 1]")
-    profile = profile.noisy  # of the whole: a part that has only clean passes is no part
+    profile = profile.noisy  # of the whole profile: a part may have clean passes only
     found = classify(profile)
     parts = _Parts(profile, classify, found)
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def stability(
 
 
 class _Parts:
-    """A profile, cut in parts that are classified on their own."""
+    """A profile, cut into parts that are classified separately."""
 
     def __init__(self, profile: HeadProfile, classify: Classifier, found: Classification) -> None:
         self.classify, self.found = classify, found
@@ -113,33 +113,35 @@ class _Parts:
     def _codes(self, found: Classification) -> Tensor:
         number = {name: code for code, name in enumerate(self.names)}
         if unknown := {label for row in found.labels for label in row} - set(number):
-            raise OptionError(f"classify names {sorted(unknown)} in a part, in the whole {self.names}")
+            raise OptionError(
+                f"classify returned {sorted(unknown)} for a part, but {self.names} for the whole profile"
+            )
         return torch.tensor([number[label] for row in found.labels for label in row])
 
     def of_prompts(self, prompts: Tensor) -> Tensor:
-        """Labels by number from the passes over these prompts, which may repeat, `[layers * heads]`."""
+        """Label numbers from the passes of these prompts, which may repeat, `[layers * heads]`."""
         rows = torch.cat([self.rows[prompt] for prompt in prompts.tolist()])
         return self._codes(self.classify(self.profile.where(rows)))
 
     def halves(self, orders: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Labels from `size` prompts, and from as many others."""
+        """Labels from `size` prompts, and from `size` other prompts."""
         for order in orders if size else ():
             yield self.of_prompts(order[:size]), self.of_prompts(order[size : 2 * size])
 
     def every_pair(self, parts: Sequence[HeadProfile]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Labels from every two of the parts."""
+        """Labels from every pair of parts."""
         if len(parts) > 1:
             yield from combinations([self._codes(self.classify(part)) for part in parts], 2)
 
     def line(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement | None:
-        """Agreement of pairs of labels; where there is none, `failed` or `unjudged` says why."""
+        """Agreement of pairs of labels; `None` with a reason in `failed` or `unjudged`."""
         try:
             codes = [torch.stack(pair) for pair in pairs]
         except ProfileError as error:
             self.failed.append(f"{name}: a part cannot be classified: {error}")
             return None
         if not codes:
-            self.unjudged.append(f"{name}: not judged, because only one was measured")
+            self.unjudged.append(f"{name}: not tested, because only one was measured")
             return None
         return self.agreement(codes)
 
@@ -158,14 +160,14 @@ class _Parts:
         )
 
     def against(self, lines: Mapping[str, Agreement | None], target: float) -> Iterator[str]:
-        """What was judged and speaks against a stable map."""
+        """The reasons against a stable map."""
         for name, line in lines.items():
             if line is not None and line.kappa < target:
                 yield f"{name} disagree: kappa {line.kappa:.2f} is below {target:g}"
         if self.prompts < LEAST_PROMPTS:
-            yield f"{self.prompts} prompts are too few to say: measure at least {LEAST_PROMPTS}"
+            yield f"{self.prompts} prompts are too few for a verdict: measure at least {LEAST_PROMPTS}"
         if len(self.labels.unique()) == 1:
-            yield "all heads have one label: there is nothing to compare"
+            yield "all heads have the same label: there is nothing to compare"
 
     def curve(self, orders: Sequence[Tensor], halves: Agreement | None) -> tuple[CurvePoint, ...]:
         """Agreement by number of prompts: 1, 2, 4, ... and half of them."""
@@ -177,17 +179,17 @@ class _Parts:
             try:
                 line = self.agreement([torch.stack(pair) for pair in self.halves(orders, size)])
                 points.append(CurvePoint(prompts=size, kappa=line.kappa))
-            except ProfileError as error:  # fewer prompts than the map has: nothing against it
-                self.unjudged.append(f"{size} prompts: not judged, too few to classify: {error}")
+            except ProfileError as error:  # fewer prompts than the map has: no reason against it
+                self.unjudged.append(f"{size} prompts: not tested, too few to classify: {error}")
             size *= 2
         return (*points, CurvePoint(prompts=self.prompts // 2, kappa=halves.kappa))
 
     def votes(
         self, draws: int, generator: torch.Generator
     ) -> tuple[tuple[tuple[float, ...], ...] | None, tuple[BoundaryHead, ...]]:
-        """Share of resamples of the prompts that give every head its label, and the heads in doubt."""
+        """Share of resamples in which every head gets its label, and the heads on the boundary."""
         if self.prompts < 2:
-            self.unjudged.append("votes: not judged, because only one prompt was measured")
+            self.unjudged.append("votes: not tested, because only one prompt was measured")
             return None, ()
         count = torch.zeros(len(self.labels), len(self.names), dtype=torch.long)
         for _ in range(draws):
@@ -214,7 +216,7 @@ class _Parts:
         return tuple(tuple(won[first : first + heads]) for first in range(0, len(won), heads)), boundary
 
     def depth(self) -> dict[str, float | None]:
-        """Eta squared of every role's indicator by layer."""
+        """Share of the variance of every role's indicator that the layer explains (eta squared)."""
         is_role = one_hot(self.labels, len(self.names)).double().view(*self.profile.shape, -1)
         within = (is_role - is_role.mean(1, keepdim=True)).square().sum((0, 1))
         total = (is_role - is_role.mean((0, 1))).square().sum((0, 1))
@@ -222,7 +224,7 @@ class _Parts:
         return {name: _known(value) for name, value in zip(self.names, explained, strict=True)}
 
     def columns(self, orders: Sequence[Tensor]) -> dict[str, Column]:
-        """Correlation between halves of the prompts, of every scalar column that is read."""
+        """Correlation between halves of the prompts, for every scalar column that the classifier reads."""
         half = self.prompts // 2
         scalars = {name: value for name, value in self.profile.values.items() if value.dim() == 3}
         if not half:
@@ -240,13 +242,13 @@ class _Parts:
         return found
 
     def within_layer(self, a: Tensor, b: Tensor) -> float | None:
-        """Correlation after the median of the layer was subtracted."""
+        """Correlation after subtracting the median of the layer."""
         a, b = (x.view(-1, *self.profile.shape) for x in (a, b))
         return _correlation(*((x - x.median(2, keepdim=True).values).flatten(1) for x in (a, b)))
 
 
 def _only_what_is_read(profile: HeadProfile, classify: Classifier, found: Classification) -> HeadProfile:
-    """The profile without the columns that the classifier does not miss."""
+    """The profile without the columns that the classifier does not read."""
     read = {}
     for name, value in profile.values.items():
         others = {other: kept for other, kept in profile.values.items() if other != name}
@@ -257,12 +259,12 @@ def _only_what_is_read(profile: HeadProfile, classify: Classifier, found: Classi
     slim = dataclasses.replace(profile, values=read)
     try:
         return slim if classify(slim).labels == found.labels else profile
-    except ProfileError:  # either of two columns would do
+    except ProfileError:  # one of two columns is enough
         return profile
 
 
 def _chunks(profile: HeadProfile) -> list[HeadProfile]:
-    """The passes by first frame; two halves where there are many."""
+    """The passes by first frame; in two halves if there are many."""
     starts = profile.start.unique()
     if len(starts) <= MOST_STARTS:
         return [profile.where(profile.start == start) for start in starts]
@@ -280,14 +282,14 @@ def _sides(half: int) -> tuple[slice, slice]:
 
 
 def _correlation(a: Tensor, b: Tensor) -> float | None:
-    """Mean over rows of the correlation of two tables `[draws, n]`; `None` where all are constant."""
+    """Mean over rows of the correlation of two tables `[draws, n]`; `None` if all are constant."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     r = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
     return _known(float(r.nanmean().clamp(-1, 1)))
 
 
 def _by_chance(layers: int, heads: int) -> float | None:
-    """Expectation of eta squared where heads are placed without regard to layers."""
+    """Expectation of eta squared if roles do not depend on layers."""
     return (layers - 1) / (layers * heads - 1) if layers * heads > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""What a stability check says, and its file."""
+"""The result of a stability check, and its file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.origin import Facts, Scalar, first_error
 
 MAX_BYTES = 1 << 22
-"""Largest report that is read, checked before anything is parsed."""
+"""Largest report that is read; checked before parsing."""
 SURE = 0.9
 """Share of resamples below which a head is on the boundary."""
 
@@ -25,11 +25,11 @@ class Agreement(Facts):
     """How well pairs of maps from disjoint parts of the profile agree.
 
     Attributes:
-        pairs: pairs compared.
+        pairs: number of pairs.
         agreement: mean share of heads with the same label.
-        kappa: mean of Cohen's kappa; 1 where both maps are one and the same label.
+        kappa: mean of Cohen's kappa; 1 if both maps have one and the same label.
         lowest: smallest kappa of a pair.
-        jaccard: mean overlap per role, over the pairs in which it occurs; `None` where it never does.
+        jaccard: mean overlap per role, over the pairs in which it occurs; `None` if it never does.
     """
 
     pairs: Annotated[int, Field(ge=1)]
@@ -40,7 +40,7 @@ class Agreement(Facts):
 
 
 class BoundaryHead(Facts):
-    """A head whose label hangs on which prompts were drawn.
+    """A head whose label depends on the prompts drawn.
 
     Attributes:
         layer: its layer.
@@ -61,9 +61,8 @@ class Column(Facts):
     """Correlation over heads of a measured number between two halves of the prompts.
 
     Attributes:
-        raw: of the numbers; `None` where they are constant.
-        within_layer: after the median of the layer was subtracted from both: what is left of the
-            differences between heads when depth alone is taken away.
+        raw: of the numbers; `None` if they are constant.
+        within_layer: after subtracting the median of the layer from both, which removes the effect of depth.
     """
 
     raw: Kappa | None
@@ -78,32 +77,32 @@ class CurvePoint(Facts):
 
 
 class StabilityReport(Facts):
-    """What a stability check found.
+    """The result of a stability check.
 
     Attributes:
         method: the classifier.
         settings: its thresholds.
-        labels: the map that is judged, from all noisy passes.
-        prompts: prompts measured; they, not passes, are what is drawn.
-        draws: random splits, and resamples.
+        labels: the map that is tested, from all noisy passes.
+        prompts: number of prompts; splits and resamples draw prompts, not passes.
+        draws: number of random splits, and of resamples.
         seed: of both.
-        target: kappa that makes a map stable.
+        target: smallest kappa of a stable map.
         halves: between random halves of the prompts; with an odd number one is left out of each split.
         chunks: between chunks by first frame, every pair; between the early and the late half of the
-            first frames where there are more than six. Where prompts were measured at different chunks,
+            first frames if there are more than six. If prompts were measured at different chunks,
             this includes the difference between prompts.
-        steps: between denoise steps, every pair.
+        steps: between denoising steps, every pair.
         votes: per head, the share of bootstrap samples of the prompts that give its label.
         boundary: heads with less than 0.9 of the votes.
         depth: eta squared per role, the share of the variance of its indicator that the layer explains;
-            `None` where all heads or none have it.
-        depth_by_chance: expectation of eta squared where the layer means nothing.
-        columns: stability of the scalar columns that the classifier reads; series are left out.
+            `None` if all heads or none have it.
+        depth_by_chance: expectation of eta squared if roles do not depend on layers.
+        columns: reproducibility of the scalar columns that the classifier reads, without series.
         curve: agreement by number of prompts.
-        prompts_needed: fewest prompts on the curve with a mean kappa of at least `target`.
-        stable: no reason against it was found.
+        prompts_needed: smallest number of prompts on the curve with a mean kappa of at least `target`.
+        stable: whether `reasons` is empty.
         reasons: why there is no stable map.
-        unjudged: what was not measured often enough to check.
+        unjudged: what could not be tested, because it was measured too rarely.
     """
 
     format: Literal["headforcing.stability"] = "headforcing.stability"
@@ -182,10 +181,10 @@ class StabilityReport(Facts):
         """The report that `to_json` wrote.
 
         Raises:
-            ProfileError: anything at all is wrong with the document.
+            ProfileError: the document is invalid.
         """
         try:
-            strict_json.parse(text, MAX_BYTES)  # refuses what pydantic lets pass, such as double keys
+            strict_json.parse(text, MAX_BYTES)  # refuses what pydantic accepts, such as duplicate keys
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise ProfileError(f"{source}: {first_error(error)}") from error

@@ -1,7 +1,6 @@
-"""Roles, one family per file; a new file here is found by its folder."""
+"""Which frames a head keeps and attends to: one method per file, and a new file is found by its folder."""
 
 from headforcing.roles.base import HeadRole
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.head_forcing import Anchor, Local, Memory
@@ -13,7 +12,6 @@ from headforcing.roles.windows import Full, SlidingWindow
 __all__ = [
     "Anchor",
     "Averaging",
-    "CommitForcing",
     "Dynamic",
     "Full",
     "HeadRole",

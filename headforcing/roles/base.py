@@ -1,7 +1,7 @@
-"""What a head role is: what a head keeps, what it sees, and where that sits for RoPE.
+"""What a head role is: which frames an attention head keeps and sees, and where they sit for RoPE.
 
-A role is a frozen dataclass of plain numbers, in frames. It holds no state: once per chunk it is shown a
-table of what is still there and names the rows that stay. The roles themselves are in `headforcing.roles`.
+A method is a subclass of `HeadRole`: its numbers are fields, and it overrides `capacity` and `retain`. All
+else has a default. `headforcing.roles.windows` is the shortest example.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from headforcing.errors import RoleError, WindowError
-from headforcing.roles.compressed import Digest
-from headforcing.roles.positions import BOUNDED, SCHEMES, PositionScheme, place
-from headforcing.types import FrameTable, Phase, Pin, Selection, Tier
+from headforcing.roles.compressed import CompressedHistory
+from headforcing.roles.positions import BOUNDED, SCHEMES, PositionScheme, scheme_positions
+from headforcing.types import FrameTable, Phase, Selection, Tier
 
 
 @dataclass(frozen=True)
 class HeadRole(ABC):
-    """What one attention head remembers.
+    """The memory of one attention head.
 
-    Subclasses are frozen dataclasses: hashable, comparable, storable as JSON. The own chunk is always
-    visible and is never counted. A new role is one subclass, in any module.
+    Subclasses are frozen dataclasses of plain numbers, in frames: hashable, comparable, storable as JSON.
+    They hold no state. The current chunk is always visible and never counted. Fields that are called `sink`,
+    `episodic` and `recent` are the first, the chosen and the last frames; prompt switches go by these names.
+
+    Attributes:
+        positions: where the frames sit for RoPE.
+        clean_window: newest frames that the clean pass sees, current chunk included; `None`: all that noisy
+            passes see. Commit Forcing (released code of October 2026, no paper): first frames are visible
+            only while they are among the newest, frames chosen by content and compressed tokens not at all.
+            Distances between visible frames do not change.
     """
 
     positions: PositionScheme = field(default="compact", kw_only=True)
-    uses_phase: ClassVar[bool] = False
-    """Whether `attend` depends on the phase; such a role needs a host that tells it."""
+    clean_window: int | None = field(default=None, kw_only=True)
+    depends_on: ClassVar[tuple[Literal["phase", "query"], ...]] = ()
+    """What else decides which frames are visible, or where they sit: the phase, the frame of the query."""
 
     def __post_init__(self) -> None:
         if self.positions not in SCHEMES:
@@ -44,6 +53,9 @@ class HeadRole(ABC):
                     f"{type(self).__name__}.{name} is {value!r}: expected a number of frames >= 0"
                 )
 
+    def __str__(self) -> str:
+        return repr(self).replace(", clean_window=None", "")
+
     @abstractmethod
     def capacity(self, chunk: int) -> int | None:
         """Most frames it keeps beside a chunk of `chunk` frames; `None` is without bound."""
@@ -52,84 +64,46 @@ class HeadRole(ABC):
     def retain(self, table: FrameTable) -> Sequence[int] | Selection:
         """Rows of the table that stay, ascending; asked once when a chunk begins."""
 
-    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
-        """Rows of the history that are visible in this pass, ascending; default all."""
+    def visible(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+        """Rows of the table that a pass sees, ascending; default all. `clean_window` is applied to them."""
         return range(len(table))
 
-    def place(
+    def positions_of(
         self,
         frames: Sequence[int | None],
         chunk: int,
         window: int,
         query: int | None = None,
-        digested: int = 0,
+        gap: int = 0,
     ) -> tuple[int, ...]:
-        """Temporal RoPE position of every visible frame, own chunk last.
+        """Temporal RoPE position of every visible frame, current chunk last.
 
         Args:
-            frames: the frames in view; `None` where chosen by content.
-            chunk: frames of the own chunk.
+            frames: the visible frames; `None` where chosen by content.
+            chunk: frames of the current chunk.
             window: frames the model was trained on.
-            query: the frame that looks, for roles that read per query frame.
-            digested: places that a digest takes behind the first frames, for roles that have one.
+            query: the frame of the query, for roles that depend on it.
+            gap: positions that compressed tokens take right after the first frames.
 
         Raises:
             WindowError: a position would leave the range the model was trained on, `[0, window)`.
         """
-        placed = place(self.positions, frames, chunk, window)
-        if digested and self.positions == "compact":
-            first = self.first_frames
-            placed = (*placed[:first], *(position + digested for position in placed[first:]))
-        if self.bounded and placed[-1] >= window:
+        found = scheme_positions(self.positions, frames, chunk, window)
+        if gap and self.positions == "compact":
+            sink = first_frames(self)
+            hidden = 0 if self.clean_window is None else len(set(range(sink)).difference(frames))
+            ranks = [position + hidden for position in found]  # the gap stays where all passes have it
+            found = tuple(rank + gap if rank >= sink else rank for rank in ranks)
+        if self.positions in BOUNDED and found[-1] >= window:
             raise WindowError(
-                f"{self} with a chunk of {chunk} frames reaches RoPE position {placed[-1]}, but the "
+                f"{self} with a chunk of {chunk} frames reaches RoPE position {found[-1]}, but the "
                 f"model was trained on {window} frames: give the role fewer frames"
             )
-        return placed
+        return found
 
-    def follow(self, pin: Pin, chunk: int) -> None:  # noqa: B027 - others hold no more than they did
-        """Looks whether there is room when the first frames of a shot become the sink.
-
-        Raises:
-            WindowError: there is none.
-        """
-
-    @property
-    def bounded(self) -> bool:
-        """Whether positions stay in `[0, window)` for ever."""
-        return self.positions in BOUNDED
-
-    @property
-    def scheme(self) -> PositionScheme:
-        """Where its whole frames sit."""
-        return self.positions
-
-    @property
-    def first_frames(self) -> int:
-        """How many frames it holds because a video, or a shot, begins with them."""
-        return getattr(self, "sink", 0)
-
-    @property
-    def reads_per_query(self) -> bool:
-        """Whether what is visible, or where it sits, depends on the frame of the query; default no."""
-        return False
-
-    @property
-    def recalls(self) -> tuple[Tier, ...]:
-        """Tiers that come back when a marked scene is recalled; default the first frames."""
-        return ("sink",)
-
-    def tier(self, frame: int | None, start: int) -> Tier:
-        """Where it holds a frame when a chunk begins at `start`; decides what outlives a scene."""
-        return "sink" if frame is not None and frame < self.first_frames else "recent"
-
-    def digest(self) -> Digest | None:
-        """What it keeps beside whole frames, as a new and empty memory; default nothing."""
+    def compressed(self) -> CompressedHistory | None:
+        """A new and empty memory for compressed tokens: merged, averaged or selected; default none."""
         return None
-
-    def sees_digest(self, phase: Phase) -> bool:
-        """Whether a pass sees what is kept beside whole frames; default every one."""
-        return True
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         """The role with every number filled in for a model, checked against its window.
@@ -139,10 +113,13 @@ class HeadRole(ABC):
             chunk: frames of the longest chunk the model will be given.
 
         Raises:
-            WindowError: the role with the own chunk needs more than `window` frames.
+            WindowError: the role with the current chunk needs more than `window` frames, or the clean pass
+                would not see all of the chunk.
         """
+        if self.clean_window is not None and self.clean_window < chunk:
+            raise WindowError(f"{self} does not see the current chunk of {chunk} frames: raise clean_window")
         capacity = self.capacity(chunk)
-        if self.bounded and (capacity is None or capacity + chunk > window):
+        if bounded(self) and (capacity is None or capacity + chunk > window):
             kept = "every frame" if capacity is None else f"{capacity} frames"
             raise WindowError(
                 f"{self} keeps {kept} beside a chunk of {chunk}, but the model was trained on {window} "
@@ -154,6 +131,49 @@ class HeadRole(ABC):
         """Names of the fields that are numbers of frames."""
         counts = ("int", "int | None", int, int | None)
         return tuple(f.name for f in dataclasses.fields(self) if f.type in counts)
+
+
+def visible_rows(role: HeadRole, table: FrameTable, phase: Phase) -> Sequence[int]:
+    """Rows of the table that a pass sees: those of `role.visible`, in the clean pass only the newest."""
+    rows = role.visible(table, phase)
+    if role.clean_window is None or phase == "denoise":
+        return rows
+    first = table.start + table.chunk - role.clean_window
+    return [row for row in rows if (frame := table.frames[row]) is not None and frame >= first]
+
+
+def sees_compressed(role: HeadRole, phase: Phase) -> bool:
+    """Whether a pass sees compressed tokens."""
+    return role.clean_window is None or phase == "denoise"
+
+
+def needs_phase(role: HeadRole) -> bool:
+    """Whether the base model has to tell which pass is the clean one."""
+    return role.clean_window is not None or "phase" in role.depends_on
+
+
+def bounded(role: HeadRole) -> bool:
+    """Whether positions stay in `[0, window)` for ever; unknown, so no, where a role computes its own."""
+    return role.positions in BOUNDED and type(role).positions_of is HeadRole.positions_of
+
+
+def first_frames(role: HeadRole) -> int:
+    """How many frames a role holds because a video, or a shot, begins with them."""
+    return getattr(role, "sink", 0)
+
+
+def tier(role: HeadRole, frame: int | None, start: int) -> Tier:
+    """Where a role holds a frame when a chunk begins at `start`; decides what outlives a prompt switch."""
+    if frame is not None and frame < first_frames(role):
+        return "sink"
+    if not hasattr(role, "episodic") or (frame is not None and frame >= start - getattr(role, "recent", 0)):
+        return "recent"
+    return "episodic"
+
+
+def recalled(role: HeadRole) -> tuple[Tier, ...]:
+    """What comes back with a marked scene: all frames of an episodic memory, the first ones of others."""
+    return ("sink", "episodic", "recent") if hasattr(role, "episodic") else ("sink",)
 
 
 def ends(table: FrameTable, sink: int, recent: int) -> tuple[int, ...]:

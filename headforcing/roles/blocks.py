@@ -1,4 +1,4 @@
-"""Blocks of frames merged in time and space, for roles that remember the past at low resolution."""
+"""Blocks of frames merged in time and space: the past at low resolution."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import StreamShapeError
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Encode, Grid
 
 
-class Blocks(Digest):
-    """Complete blocks, oldest first, and the one that is being filled.
+class Blocks(CompressedHistory):
+    """The last complete blocks, oldest first, and the block that is being filled.
 
-    A block begins at a multiple of its length. Frames come one by one, in order; their patches are
-    averaged and added up in float32, which is the mean over all of them at once. A block sits at the lower
-    median of its frames and at the top left of its patches.
+    A block begins at a multiple of its length. Frames come one by one; their squares of patches are averaged
+    and summed in float32, which gives the mean of the block. It sits at the lower median of its frames in
+    time, and at the top left of its squares.
 
     Args:
-        keep: complete blocks kept.
+        keep: complete blocks stored.
         frames: frames of a block.
         patch: side of the squares of patches that are averaged.
-        hidden: last frames before a chunk; blocks that touch them are not seen.
-        origin: the frame that a query frame sees at position 0.
+        hidden: last frames before a chunk; blocks that overlap them are not visible.
+        origin: the time of position 0, by query frame.
     """
 
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
@@ -38,7 +38,7 @@ class Blocks(Digest):
         self._count = 0
 
     def check(self, grid: Grid | None) -> None:
-        """Looks whether frames of a grid can be merged.
+        """Refuses a grid whose squares cannot be merged.
 
         Raises:
             StreamShapeError: the grid is not known, or has a side that is no multiple of the patch.
@@ -49,15 +49,13 @@ class Blocks(Digest):
                 f"frames have {grid} patches, height and width: expected multiples of {side} to merge them"
             )
 
-    def most(self, patches: int) -> int:
-        """Tokens of all blocks."""
+    def max_tokens(self, patches: int) -> int:
         return self.keep * (patches // self.patch**2)
 
     def add(self, past: Past) -> None:
-        """Takes committed frames."""
         assert past.grid is not None  # checked
         for index, frame in enumerate(past.frames):
-            assert frame is not None  # the host numbers what it commits
+            assert frame is not None  # committed frames are numbered
             k, v = (_pooled(x[:, index], past.grid, self.patch) for x in (past.k, past.v))
             first = frame % self.frames == 0
             if not first and self._sum is not None:
@@ -68,21 +66,19 @@ class Blocks(Digest):
                 self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """The blocks that do not touch the last frames, at their own time seen from a query frame."""
+        """The blocks that do not overlap the last frames, at their true distance from the query frame."""
         rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
         if not rows:
             return None
         middle = (self.frames - 1) // 2 - self.origin(start if query is None else query)
-        places = tuple(self._starts[row] + middle for row in rows)
+        positions = tuple(self._starts[row] + middle for row in rows)
         k, v = (torch.stack([held[row] for row in rows], 1) for held in (self._k, self._v))
-        return encode(k, places, self.patch).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
+        return encode(k, positions, self.patch).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Blocks, and the sums of the one that is being filled."""
         yield from (*self._k, *self._v, *(self._sum or ()))
 
     def clear(self) -> None:
-        """Forgets everything."""
         for held in (self._starts, self._k, self._v):
             held.clear()
         self._sum, self._count = None, 0

@@ -1,7 +1,7 @@
-"""What a role keeps of the past beside whole frames: merged, averaged or cut to pieces.
+"""Compressed tokens: what a role keeps of frames that it evicts, merged, averaged or selected.
 
-A digest belongs to one role in one layer of one stream. It is shown frames when they are committed and when
-the role lets them go, and answers with tokens that its heads see before those of whole frames.
+One `CompressedHistory` belongs to one role in one layer of one stream. It receives frames when they are
+committed and when the role evicts them. Its tokens are attended to in front of those of whole frames.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from headforcing.types import Encode, Grid
 
 @dataclass(frozen=True)
 class Past:
-    """Frames that a digest is shown, in memory that the next chunk overwrites: it copies what it keeps.
+    """Frames that are committed or evicted, in memory that the next chunk overwrites: copy what is kept.
 
     Attributes:
         frames: their numbers since the scene began, ascending; `None` where chosen by content.
@@ -26,9 +26,9 @@ class Past:
         v: values, likewise.
         grid: height and width of a frame in patches, where known.
         layer: number of the layer.
-        notes: what the layers of one timeline share for the role, by name; theirs alone where they are not
-            told of each other.
-        q: queries before RoPE of frames that were committed just now, for digests that want them.
+        shared: anything that the layers of one stream share for the role, by name; a layer has its own
+            where the stream is not known.
+        q: queries before RoPE of frames just committed, where `wants_queries` asks for them.
     """
 
     frames: Sequence[int | None]
@@ -36,7 +36,7 @@ class Past:
     v: Tensor
     grid: Grid | None
     layer: int
-    notes: MutableMapping[str, Any] = field(repr=False, compare=False)
+    shared: MutableMapping[str, Any] = field(repr=False, compare=False)
     q: Tensor | None = None
 
 
@@ -44,39 +44,39 @@ Tokens = tuple[Tensor, Tensor]
 """Rotated keys, and values, `[B, m, Hr, D]`."""
 
 
-class Digest(ABC):
-    """See the module."""
+class CompressedHistory(ABC):
+    """The compressed tokens of one role in one layer of one stream."""
 
     patch: int = 1
-    """Side of the squares of patches that are merged; more than 1 asks more of an adapter."""
+    """Side of the squares of patches that are merged; above 1, the adapter has to rotate merged patches."""
     wants_queries: bool = False
-    """Whether it chooses by the queries of committed frames."""
+    """Whether tokens are selected by the queries of committed frames."""
 
     def check(self, grid: Grid | None) -> None:  # noqa: B027 - optional on purpose
-        """Refuses frames of a grid before anything changes; another than before is refused anyway."""
+        """Refuses frames of a grid before anything changes; a grid that changes is refused anyway."""
 
     def add(self, past: Past) -> None:  # noqa: B027 - optional on purpose
-        """Takes frames that were committed just now, in order."""
+        """Receives frames just committed, in order."""
 
-    def let_go(self, past: Past) -> None:  # noqa: B027 - optional on purpose
-        """Takes frames that the role kept whole and drops now, in order."""
+    def evicted(self, past: Past) -> None:  # noqa: B027 - optional on purpose
+        """Receives whole frames that the role evicts now, in order."""
 
-    def most(self, patches: int) -> int | None:
-        """Most tokens that it ever shows, of frames of so many patches; default `None`, nobody knows.
+    def max_tokens(self, patches: int) -> int | None:
+        """Most tokens it ever shows, of frames of so many patches; default `None`, unknown.
 
-        A store may keep a place for so many in front of whole frames. Where nobody knows, both are put
-        together in every pass.
+        A store may reserve memory for so many in front of whole frames. Where the number is unknown, tokens
+        and frames are concatenated in every pass.
         """
         return None
 
     @property
-    def places(self) -> int:
-        """Temporal positions it takes between whole frames, for roles that leave room; default none."""
+    def gap(self) -> int:
+        """RoPE positions that its tokens take right after the first frames, where positions are compact."""
         return 0
 
     @abstractmethod
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """What is seen by a chunk that begins at `start`, or by one query frame of it."""
+        """The tokens seen by a chunk that begins at `start`, or by one query frame of it."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -84,7 +84,7 @@ class Digest(ABC):
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
-        """What it holds."""
+        """All tensors it holds."""
 
 
 def nbytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:

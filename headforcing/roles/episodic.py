@@ -1,11 +1,11 @@
-"""Which frames an episodic memory keeps when more want in than fit.
+"""Which frame leaves a full episodic memory.
 
-Head Forcing documents "dynamic episodic updates" (arXiv:2605.14487, abstract); that they are driven
-by novelty is third-party knowledge, and every rule below is our choice.
+Head Forcing has "dynamic episodic updates" (arXiv:2605.14487, abstract); that novelty drives them is
+third-party knowledge, and every rule here is our choice.
 
-Novelty is measured on keys before RoPE, so that position does not leak in: the similarity of two
-frames is the mean cosine of their co-located keys over tokens and heads. A rule is asked once per
-frame that joins, and names the frame that leaves. All of it runs on the device: nothing is read back.
+The similarity of two frames is the mean cosine of co-located keys over tokens and heads, before RoPE, so
+that it does not depend on positions. Frames join one by one, and for each that is too many the rule evicts
+one. All of it runs on the device, without a synchronisation.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ def similarity(keys: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EpisodicUpdate(ABC):
-    """The rule that decides who leaves a full episodic memory."""
+    """The rule that decides which frame leaves a full episodic memory."""
 
     reads_keys: ClassVar[bool] = True
-    """Whether the rule looks at keys; a rule that does not works on frame numbers alone."""
+    """Whether the rule reads keys; otherwise frame numbers are enough."""
 
     @abstractmethod
-    def choose(self, keys: Tensor, stored: int, places: int) -> Tensor:
-        """Rows that stay, ascending, `[B, places]`.
+    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
+        """Rows that stay, ascending, `[B, capacity]`.
 
         Args:
-            keys: keys before RoPE of the stored frames and of those that want in, oldest first,
+            keys: keys before RoPE of the stored frames, then of the candidates, oldest first,
                 `[B, m, P, Hr, D]`.
-            stored: how many of the `m` rows are in the memory already.
-            places: frames the memory holds.
+            stored: how many of the `m` frames are stored already.
+            capacity: frames the memory can store.
         """
 
 
 @dataclass(frozen=True)
 class _OneByOne(EpisodicUpdate):
-    """Rules that admit candidates in time order and drop one frame for each that is too many."""
+    """Rules that admit candidates in time order and evict one frame for each that is too many."""
 
-    def choose(self, keys: Tensor, stored: int, places: int) -> Tensor:
+    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
         alike = similarity(keys)
         batch, rows = alike.shape[:2]
         row = torch.arange(rows, device=alike.device).expand(batch, rows)
         alive = row < stored
         for candidate in range(stored, rows):
             alive = alive | (row == candidate)
-            if candidate >= places:
+            if candidate >= capacity:
                 alive = alive & (row != self._victim(alike, alive, candidate)[:, None])
-        return _rows_of(alive, places)
+        return _rows_of(alive, capacity)
 
     @abstractmethod
     def _victim(self, alike: Tensor, alive: Tensor, candidate: int) -> Tensor:
@@ -91,10 +91,10 @@ class MaxMin(_OneByOne):
 
 @dataclass(frozen=True)
 class ThresholdFifo(_OneByOne):
-    """Admits a frame that is new enough and drops the oldest for it; otherwise drops the frame.
+    """Admits a frame that is new enough and evicts the oldest for it; otherwise evicts the new frame.
 
-    The rule of Context Forcing's slow memory (arXiv:2602.06028: similarity below 0.95), except that
-    a memory that is not full admits every frame, so that its size never depends on content.
+    The rule of Context Forcing's slow memory (arXiv:2602.06028: similarity below 0.95), but a memory that
+    is not full admits every frame, so that its size does not depend on content.
 
     Attributes:
         novelty: smallest `1 - similarity` to the nearest stored frame that counts as new.
@@ -120,30 +120,31 @@ class Uniform(EpisodicUpdate):
 
     reads_keys: ClassVar[bool] = False
 
-    def choose(self, keys: Tensor, stored: int, places: int) -> Tensor:
+    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
         """Not a rule on keys; see `spread`."""
-        raise RoleError("Uniform chooses by frame number: call spread(frames, stored, places)")
+        raise RoleError("Uniform chooses by frame number: call spread(frames, stored, capacity)")
 
-    def spread(self, frames: Sequence[int], stored: int, places: int) -> tuple[int, ...]:
-        """Rows that stay: for a frame too many, the inner frame in the tightest place leaves.
+    def spread(self, frames: Sequence[int], stored: int, capacity: int) -> tuple[int, ...]:
+        """Rows that stay: of one too many, the inner frame whose neighbours are nearest is evicted.
 
-        Ties go to the newer frame. The oldest and the newest hold the ends of the covered time.
+        On a tie the newer one. The oldest and the newest frame stay, as the ends of the covered time; where
+        only one frame fits, the oldest.
 
         Args:
-            frames: numbers of the stored frames and of those that want in, ascending.
-            stored: how many of them are in the memory already.
-            places: frames the memory holds.
+            frames: numbers of the stored frames, then of the candidates, ascending.
+            stored: how many of them are stored already.
+            capacity: frames the memory can store.
         """
         rows = list(range(stored))
         for candidate in range(stored, len(frames)):
             rows.append(candidate)
-            if len(rows) > places:
+            if len(rows) > capacity:
                 rows.pop(_tightest([frames[row] for row in rows]))
         return tuple(rows)
 
 
 def _tightest(frames: Sequence[int]) -> int:
-    """Index of the last inner frame whose neighbours are nearest to each other."""
+    """Index of the last inner frame whose neighbours are nearest to each other; without any, the last."""
     gaps = [after - before for before, after in zip(frames, frames[2:], strict=False)]
     return max((i + 1 for i, gap in enumerate(gaps) if gap == min(gaps)), default=len(frames) - 1)
 
@@ -154,10 +155,10 @@ def _first(mask: Tensor) -> Tensor:
     return torch.where(mask, column, mask.shape[1]).amin(1)
 
 
-def _rows_of(alive: Tensor, places: int) -> Tensor:
-    """The `places` true columns of every row in ascending order, `[B, m] -> [B, places]`."""
+def _rows_of(alive: Tensor, capacity: int) -> Tensor:
+    """The `capacity` true columns of every row in ascending order, `[B, m] -> [B, capacity]`."""
     column = torch.arange(alive.shape[1], device=alive.device)
-    return torch.where(alive, column, alive.shape[1]).sort(1).values[:, :places]
+    return torch.where(alive, column, alive.shape[1]).sort(1).values[:, :capacity]
 
 
 def _at(x: Tensor, row: Tensor) -> Tensor:

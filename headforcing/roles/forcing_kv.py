@@ -1,9 +1,9 @@
 """The dynamic heads of Forcing-KV (arXiv:2605.09681); its static heads are `Local(recent=1, sink=1)`.
 
-Read in its released code: beside the first frame, the last one and the own chunk, a dynamic head sees one
-frame's worth of pieces of the three frames before the last: of their horizontal bands, those that are least
-like the same band of the next frame, by the mean cosine of rotated keys. One layer chooses for all that
-follow. There the choice is made for the first video of a batch; here, for each.
+From its released code. Beside the first frame, the last one and the current chunk, a dynamic head attends to
+one frame's worth of pieces of the three frames before the last: of their horizontal bands, those least like
+the same band of the next frame, by the mean cosine of rotated keys. One layer selects for all layers after
+it. There the selection is made for the first video of a batch; here, for each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, StreamShapeError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.roles.positions import PositionScheme
 from headforcing.types import Encode, FrameTable, Grid
 
@@ -25,13 +25,13 @@ from headforcing.types import Encode, FrameTable, Grid
 class Dynamic(HeadRole):
     """First frames, the pieces that moved most, and the last frame.
 
-    The keys of all heads of this role in a layer are compared together. The first layer that has such heads
-    chooses; the layers of a timeline that follow it in a pass take its choice over.
+    The keys of all heads of this role in a layer are compared together. The first layer with such heads
+    selects, and the layers after it use its selection.
 
     Attributes:
         sink: first frames of the video.
-        pieces: bands that a frame is cut into, and bands that are seen.
-        skip: first chunks that are not cut: 2 there, as heads are told apart after the second.
+        pieces: bands that a frame is cut into, and bands that are selected.
+        skip: first chunks that are not cut; 2 there, as heads get their labels after the second.
     """
 
     sink: int = 1
@@ -42,44 +42,42 @@ class Dynamic(HeadRole):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions not in ("absolute", "compact"):
-            raise RoleError(f"{self}: pieces sit before the last frame, use 'absolute' or 'compact'")
+            raise RoleError(f"{self}: expected positions 'absolute' or 'compact', for pieces")
         if self.pieces < 1:
             raise RoleError(f"{self}: expected at least 1 piece")
 
     def capacity(self, chunk: int) -> int | None:
-        """Whole frames kept; pieces come on top, one frame in size."""
+        """Whole frames; pieces come on top, one frame in size."""
         return self.sink + 1
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        """First frames and the last one."""
         return ends(table, self.sink, 1)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
-        """Where positions are compact, every frame that was cut takes a place.
+        """With compact positions, every frame that was cut takes a position.
 
         Raises:
-            WindowError: there are fewer places.
+            WindowError: the window has fewer.
         """
         if self.positions == "compact" and self.sink + 1 + 2 * chunk > window:
-            raise WindowError(f"{self} takes {self.sink + 1 + 2 * chunk} places of {window}: lower sink")
+            raise WindowError(f"{self} takes {self.sink + 1 + 2 * chunk} positions of {window}: lower sink")
         return super().fit(window, chunk)
 
-    def digest(self) -> Digest | None:
-        """See the class."""
+    def compressed(self) -> CompressedHistory | None:
         return Pieces(self)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Pieces that a layer chose, `[B, m]`, of the frames that were cut."""
+    """Pieces that a layer selected, `[B, m]`, of the frames that were cut."""
 
     layer: int
     frames: tuple[int | None, ...]
     pieces: Tensor
 
 
-class Pieces(Digest):
-    """Pieces of the last frames but one."""
+class Pieces(CompressedHistory):
+    """Pieces of the frames before the last one."""
 
     def __init__(self, role: Dynamic) -> None:
         self.role = role
@@ -88,32 +86,31 @@ class Pieces(Digest):
         self._cut = 0
         self._seen: Tokens | None = None
 
-    def most(self, patches: int) -> int:
-        """As many pieces as a frame is cut to."""
+    def max_tokens(self, patches: int) -> int:
         return patches
 
     @property
-    def places(self) -> int:
-        """Frames that were cut."""
+    def gap(self) -> int:
+        """A position for every frame that was cut."""
         return self._cut
 
     def check(self, grid: Grid | None) -> None:
-        """Looks whether frames can be cut.
+        """Refuses a grid that cannot be cut.
 
         Raises:
             StreamShapeError: the grid is not known, or has no equal bands.
         """
         if grid is None or grid[0] * grid[1] % self.role.pieces:
             raise StreamShapeError(
-                f"frames have {grid} patches, height and width: cannot cut them to {self.role.pieces} equal "
-                "pieces, give the role another number of pieces"
+                f"frames have {grid} patches, height and width: cannot cut them into {self.role.pieces} "
+                "equal pieces, give the role another number of pieces"
             )
 
     def add(self, past: Past) -> None:
-        """Takes the frames of a chunk; those before the last one can be cut, unless they are first frames."""
+        """Keeps the frames of a chunk; all but the last one can be cut, unless they are first frames."""
         before = self._past
         self._chunks += 1
-        self._past = _behind(
+        self._past = _after_sink(
             self.role.sink, _joined(past) if before is None else _joined(_last(before), past)
         )
         early = before is None or self._chunks <= self.role.skip
@@ -121,11 +118,11 @@ class Pieces(Digest):
         self._seen = None
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """The pieces, in the order of time; chosen when they are seen first."""
+        """The pieces, oldest first; selected when they are attended to for the first time."""
         if self._seen is None and self._cut and self._past is not None:
             past, first = self._past, self.role.sink
-            places = past.frames if self.role.positions == "absolute" else range(first, first + self._cut + 1)
-            k = encode(past.k, tuple(places))
+            absolute = self.role.positions == "absolute"
+            k = encode(past.k, tuple(past.frames if absolute else range(first, first + self._cut + 1)))
             pieces = self._choice(past, k)
             k = k.to(past.v.dtype)
             self._seen = _taken(k[:, :-1], pieces, self.role), _taken(past.v[:, :-1], pieces, self.role)
@@ -133,19 +130,17 @@ class Pieces(Digest):
         return self._seen
 
     def tensors(self) -> Iterator[Tensor]:
-        """Frames that were not cut yet, and pieces."""
         if self._past is not None:
             yield from (self._past.k, self._past.v)
         yield from self._seen or ()
 
     def clear(self) -> None:
-        """Forgets everything."""
         self._chunks, self._past, self._cut, self._seen = 0, None, 0, None
 
     def _choice(self, past: Past, k: Tensor) -> Tensor:
         """The pieces that are least like their next frame, `[B, m]`, of rotated keys `[B, n, P, Hr, D]`."""
         frames = tuple(past.frames)
-        before: _Choice | None = past.notes.get("choice")
+        before: _Choice | None = past.shared.get("choice")
         if before is not None and before.layer < past.layer and before.frames == frames:
             return before.pieces.to(k.device)
         spots = k.flatten(3).float()
@@ -153,7 +148,7 @@ class Pieces(Digest):
         scores = alike.unflatten(2, (self.role.pieces, -1)).mean(-1).flatten(1)
         least = torch.sort(scores, dim=1, stable=True).indices[:, : self.role.pieces]
         pieces: Tensor = torch.sort(least, dim=1).values
-        past.notes["choice"] = _Choice(past.layer, frames, pieces)
+        past.shared["choice"] = _Choice(past.layer, frames, pieces)
         return pieces
 
 
@@ -163,7 +158,7 @@ def _joined(*pasts: Past) -> Past:
     return replace(pasts[-1], frames=[frame for past in pasts for frame in past.frames], k=k, v=v)
 
 
-def _behind(sink: int, past: Past) -> Past:
+def _after_sink(sink: int, past: Past) -> Past:
     """Without the first frames of the video."""
     first = sum(frame is not None and frame < sink for frame in past.frames)
     return replace(past, frames=past.frames[first:], k=past.k[:, first:], v=past.v[:, first:])

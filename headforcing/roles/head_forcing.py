@@ -1,8 +1,8 @@
-"""Roles of Head Forcing (arXiv:2605.14487), side by side.
+"""The roles of Head Forcing (arXiv:2605.14487): local, anchor and memory heads.
 
-Local heads look at the own chunk, anchor heads at the first frame, memory heads at everything between. The
-three roles are documented by the paper; the numbers are not, so every number is a field, and the defaults
-are our choice. A number left `None` is filled in from the model when the role is applied.
+Local heads attend to the current chunk, anchor heads to the first frame, memory heads to everything between.
+The paper documents the three roles but not their numbers, so every number is a field, and the defaults are
+our choice. A number that is `None` is filled in from the model when the role is applied.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
 from headforcing.roles.episodic import EpisodicUpdate, MaxMin, Uniform
 from headforcing.roles.positions import PositionScheme
-from headforcing.types import FrameTable, Selection, Tier
+from headforcing.types import FrameTable, Selection
 
 
 @dataclass(frozen=True)
 class Local(HeadRole):
-    """The last frames only: local heads refine detail in the own chunk (arXiv:2605.14487).
+    """The last frames only: local heads refine detail in the current chunk.
 
-    "Retains only essential tokens" is documented; one frame against flicker at the border is our
-    choice, 0 is the literal reading.
+    The paper says "retains only essential tokens". Its literal reading is `recent=0`; one frame, against
+    flicker between chunks, is our choice.
 
     Attributes:
-        recent: last frames kept.
-        sink: first frames kept, for heads that turn out to need them.
+        recent: last frames.
+        sink: first frames, for heads that turn out to need them.
     """
 
     recent: int = 1
@@ -42,14 +42,14 @@ class Local(HeadRole):
 
 @dataclass(frozen=True)
 class Anchor(HeadRole):
-    """The first frames: anchor heads hold the structure of the video (arXiv:2605.14487).
+    """The first frames: anchor heads hold the structure of the video.
 
-    That the first latent frame is what matters is documented; one frame is inferred, no recent
-    frames and clamped positions are our choice.
+    The paper says that the first latent frame matters; that it is one frame is inferred. No recent frames
+    and clamped positions are our choice.
 
     Attributes:
-        sink: first frames kept.
-        recent: last frames kept as well.
+        sink: first frames.
+        recent: last frames.
     """
 
     sink: int = 1
@@ -65,17 +65,17 @@ class Anchor(HeadRole):
 
 @dataclass(frozen=True)
 class Memory(HeadRole):
-    """Sink, episodic and recent frames: memory heads aggregate the long context (arXiv:2605.14487).
+    """Sink, episodic and recent frames: memory heads aggregate the long context.
 
-    A hierarchical memory with dynamic episodic updates is documented; the tiers, their sizes and the
+    The paper has a hierarchical memory with dynamic episodic updates; the three tiers, their sizes and the
     rule are our choice. A frame enters the episodic tier when it leaves the recent one, so nothing is
-    lost before the memory is full.
+    evicted before the memory is full.
 
     Attributes:
         sink: first frames, never evicted.
-        episodic: frames chosen from the past; `None`: what the window leaves.
-        recent: last frames; `None`: half of what the window leaves beside the chunk.
-        update: who leaves a full episodic tier.
+        episodic: frames chosen from the past; `None`: the rest of the window.
+        recent: last frames; `None`: half of the window without the chunk.
+        update: the rule that evicts from a full episodic tier.
     """
 
     sink: int = 1
@@ -115,18 +115,6 @@ class Memory(HeadRole):
         chosen = self.update.choose(table.keys(contest), stored, episodic)
         return Selection(tuple(range(sinks)), sinks + chosen, tuple(range(rows - recents, rows)))
 
-    @property
-    def recalls(self) -> tuple[Tier, ...]:
-        """All it held: what was recent comes back as well."""
-        return ("sink", "episodic", "recent")
-
-    def tier(self, frame: int | None, start: int) -> Tier:
-        """Frames chosen by content are episodic, and all between the first and the last ones."""
-        _, recent = self._sizes()
-        if frame is None or self.sink <= frame < start - recent:
-            return "episodic"
-        return super().tier(frame, start)
-
     def fit(self, window: int, chunk: int) -> HeadRole:
         room = window - chunk - self.sink
         if self.recent is not None:
@@ -146,5 +134,5 @@ class Memory(HeadRole):
 
     def _sizes(self) -> tuple[int, int]:
         if self.episodic is None or self.recent is None:
-            raise RoleError(f"{self} has open numbers: call fit(window, chunk) first")
+            raise RoleError(f"{self} has numbers that are None: call fit(window, chunk) first")
         return self.episodic, self.recent

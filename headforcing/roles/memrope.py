@@ -1,9 +1,9 @@
 """The role of MemRoPE (arXiv:2603.12513): first frames, two running averages, last frames.
 
-Read in its released code: a window of 12 frames holds 3 first ones, a slow and a fast average of what left
-the window, the last ones, and the own chunk, all at neighbouring positions. An average is one key and one
-value per head for a whole frame, the mean over all patches of the frames that leave together, seen at every
-patch. Our choice: averages are kept in float32, there in the type of the cache.
+From its released code: a window of 12 frames has 3 first ones, a slow and a fast running average of evicted
+frames, the last ones, and the current chunk, all at neighbouring positions. An average has one key and one
+value per head: the mean over all patches of the frames that are evicted together, repeated at every patch.
+Our choice: averages are stored in float32, there in the dtype of the cache.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import Digest, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens
 from headforcing.types import Encode, FrameTable
 
 AVERAGES = 2
-"""Frames that the averages take the place of: the slow one, then the fast one."""
+"""The slow one, then the fast one; each takes one frame of the window."""
 
 
 @dataclass(frozen=True)
 class Averaging(HeadRole):
-    """The first `sink` frames, two averages of those that left, and the last ones, `window` in all.
+    """The first `sink` frames, two averages of evicted ones, and the last frames, `window` in all.
 
-    As long as everything fits, nothing is averaged. When it no longer does, the two frames behind the sink
-    make room for the averages and are lost, as in the released code.
+    While everything fits, nothing is averaged. At the first eviction the two frames right after the sink make
+    room for the averages and are lost, as in the released code.
 
     Attributes:
-        window: frames seen, own chunk and averages included.
+        window: frames attended to, current chunk and averages included.
         sink: first frames of the video.
         slow: weight of new frames in the slow average.
         fast: their weight in the fast one.
@@ -67,12 +67,12 @@ class Averaging(HeadRole):
             )
         return super().fit(window, chunk)
 
-    def digest(self) -> Digest | None:
+    def compressed(self) -> CompressedHistory | None:
         return Averages(self)
 
 
-class Averages(Digest):
-    """The slow and the fast average of the frames that a role let go."""
+class Averages(CompressedHistory):
+    """The slow and the fast average of the frames that a role evicts."""
 
     def __init__(self, role: Averaging) -> None:
         self.role = role
@@ -80,17 +80,15 @@ class Averages(Digest):
         self._kinds: tuple[torch.dtype, torch.dtype] | None = None
         self._patches = 0
 
-    def most(self, patches: int) -> int:
-        """Both averages, at every patch."""
+    def max_tokens(self, patches: int) -> int:
         return AVERAGES * patches
 
     @property
-    def places(self) -> int:
-        """Both averages, once there are any."""
+    def gap(self) -> int:
         return 0 if self._both is None else AVERAGES
 
-    def let_go(self, past: Past) -> None:
-        """Takes frames in, all at once."""
+    def evicted(self, past: Past) -> None:
+        """Averages all of them at once."""
         frames = past.k.shape[1]
         lost = min(AVERAGES, frames - 1) if self._both is None else 0
         k, v = past.k[:, lost:], past.v[:, lost:]
@@ -99,26 +97,23 @@ class Averages(Digest):
         self._kinds, self._patches = (k.dtype, v.dtype), k.shape[2]
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """Both, at every patch."""
         if self._both is None or self._kinds is None:
             return None
         k, v = (
             x.to(kind)[:, :, None].expand(-1, -1, self._patches, -1, -1)
             for x, kind in zip(self._both, self._kinds, strict=True)
         )
-        places = range(self.role.sink, self.role.sink + AVERAGES)
-        return encode(k, tuple(places)).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
+        positions = range(self.role.sink, self.role.sink + AVERAGES)
+        return encode(k, tuple(positions)).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Both averages."""
         yield from self._both or ()
 
     def clear(self) -> None:
-        """Forgets both."""
         self._both = None
 
     def _averaged(self, held: Tensor | None, x: Tensor) -> Tensor:
-        """Both averages `[B, 2, Hr, D]` with frames `[B, n, P, Hr, D]` taken in at once."""
+        """Both averages `[B, 2, Hr, D]`, updated by frames `[B, n, P, Hr, D]`."""
         mean = x.mean((1, 2), dtype=torch.float32)[:, None].expand(-1, AVERAGES, -1, -1)
         if held is None:
             return mean.clone()

@@ -1,9 +1,9 @@
 """Where retained frames sit on the temporal RoPE axis.
 
-Each scheme maps the frames of a view (own chunk last) to integer positions, in Python, without
-reading a tensor. RoPE only feels differences, so `compact` and `clamped` may move the query as well.
-Head Forcing re-encodes "within the pretrained range" (arXiv:2605.14487, abstract); which of the two
-mappings it uses is not public (our choice, see the docs).
+A scheme maps the visible frames (current chunk last) to integer positions, in Python, without reading a
+tensor. RoPE only feels differences, so `compact` and `clamped` may move the query as well. Head Forcing
+re-encodes "within the pretrained range" (arXiv:2605.14487, abstract); which of the two it uses is not public
+(our choice, see the docs).
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ SCHEMES: tuple[PositionScheme, ...] = ("absolute", "adjoining", "compact", "clam
 BOUNDED: tuple[PositionScheme, ...] = ("compact", "clamped")
 """Those that stay in the range the model was trained on."""
 TRUE: tuple[PositionScheme, ...] = ("absolute", "adjoining")
-"""Those where the own chunk sits at its frame number."""
+"""Those where the current chunk sits at its frame number."""
 
 
-def place(scheme: PositionScheme, frames: Sequence[int | None], chunk: int, window: int) -> tuple[int, ...]:
-    """Temporal positions of `frames`, own chunk last.
+def scheme_positions(
+    scheme: PositionScheme, frames: Sequence[int | None], chunk: int, window: int
+) -> tuple[int, ...]:
+    """Temporal positions of `frames`, current chunk last.
 
     Args:
-        scheme: `absolute`, `adjoining`, `compact` or `clamped`.
-        frames: absolute frame indices, ascending; the last `chunk` are the own chunk.
-        chunk: frames of the own chunk, `F`.
+        scheme: `absolute`: the frame number; `adjoining`: every frame right before the next, the last at its
+            number; `compact`: 0, 1, 2, ...; `clamped`: see `_clamped`.
+        frames: absolute frame indices, ascending; the last `chunk` are the current chunk.
+        chunk: frames of the current chunk, `F`.
         window: frames the model was trained on; `clamped` stays in `[0, window)`.
 
     Raises:
@@ -48,7 +51,7 @@ def place(scheme: PositionScheme, frames: Sequence[int | None], chunk: int, wind
 
 def _clamped(frames: Sequence[int], chunk: int, window: int) -> tuple[int, ...]:
     """True distances while they fit; then the oldest frames stay at 0, 1, 2, ..."""
-    history, own = frames[: len(frames) - chunk], frames[len(frames) - chunk :]
-    query = min(own[0], window - chunk)
-    kept = [max(rank, query - (own[0] - frame)) for rank, frame in enumerate(history)]
-    return (*kept, *[query + frame - own[0] for frame in own])
+    history, current = frames[: len(frames) - chunk], frames[len(frames) - chunk :]
+    query = min(current[0], window - chunk)
+    kept = [max(rank, query - (current[0] - frame)) for rank, frame in enumerate(history)]
+    return (*kept, *[query + frame - current[0] for frame in current])

@@ -1,15 +1,14 @@
-"""Rolling Forcing (arXiv:2509.25161): first frames that always sit right before the recent ones.
+"""Rolling Forcing (arXiv:2509.25161): first frames at the positions right before the recent ones.
 
-Read in its released code. Five chunks are denoised at once, each at its own noise level; noisy passes see the
-first chunk, then the last frames that the window leaves beside all five. The clean pass runs on the first of
-the five alone and sees the last frames of the window, the first ones only while they are among them.
+From its released code. Five chunks are denoised at once, each at its own noise level. Noisy passes attend to
+the first chunk and to the last frames that fit into the window beside all five. The clean pass runs on the
+first of the five alone and attends to the last frames of the window, and to first ones only among these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
@@ -19,17 +18,17 @@ from headforcing.types import FrameTable, Phase
 
 @dataclass(frozen=True)
 class Rolling(HeadRole):
-    """The first `sink` and the last frames, `window` in all, own chunk included; first ones not when clean.
+    """The first `sink` and the last frames, `window` in all, current chunk included; see the module.
 
     Attributes:
-        window: frames seen, own chunk included.
+        window: frames attended to, current chunk included.
         sink: first frames of the video.
     """
 
     window: int
     sink: int = 3
     positions: PositionScheme = field(default="adjoining", kw_only=True)
-    uses_phase: ClassVar[bool] = True
+    depends_on = ("phase",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,13 +36,13 @@ class Rolling(HeadRole):
             raise RoleError(f"{self}: sink must be smaller than window")
 
     def capacity(self, chunk: int) -> int | None:
-        """The clean pass runs on fewer frames than the noisy ones, and sees more of the past."""
+        """Not less the chunk: the clean pass runs on fewer frames, and attends to more of the past."""
         return self.window
 
     def retain(self, table: FrameTable) -> Sequence[int]:
         return ends(table, self.sink, self.window - self.sink)
 
-    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+    def visible(self, table: FrameTable, phase: Phase) -> Sequence[int]:
         recent = self.window - table.chunk
         if phase == "denoise":
             return ends(table, self.sink, recent - self.sink)

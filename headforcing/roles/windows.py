@@ -1,4 +1,4 @@
-"""Roles that treat all heads alike: the dense cache, and a window over it."""
+"""Roles that treat all heads alike: the growing dense cache, and a sliding window over it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headforcing.types import FrameTable, Pin
 
 @dataclass(frozen=True)
 class Full(HeadRole):
-    """Keeps everything at its true position: the growing dense cache."""
+    """Every frame at its true position: the growing dense cache."""
 
     positions: PositionScheme = field(default="absolute", kw_only=True)
 
@@ -26,13 +26,13 @@ class Full(HeadRole):
 
 @dataclass(frozen=True)
 class SlidingWindow(HeadRole):
-    """The first `sink` and the last frames, `window` in all, own chunk included.
+    """The first `sink` and the last frames, `window` in all, current chunk included.
 
     With `positions="absolute"` this is the rolled cache of Self Forcing and its descendants; with
     `positions="compact"` it is StreamingLLM (arXiv:2309.17453) on frames.
 
     Attributes:
-        window: frames seen, own chunk included.
+        window: frames attended to, current chunk included.
         sink: first frames of the video that are never evicted.
     """
 
@@ -51,14 +51,6 @@ class SlidingWindow(HeadRole):
         first = sorted({*table.first(self.sink), *table.always(self.sink)})
         return with_last(table, first, self.window - table.chunk - len(first))
 
-    def follow(self, pin: Pin, chunk: int) -> None:
-        first = min(self.sink, pin.frames) + min(self.sink, pin.always)
-        if self.window < first + chunk:
-            raise WindowError(
-                f"{self} has no room for a chunk of {chunk} frames beside {first} first ones, of the video "
-                f"and of the shot that begins at frame {pin.begin}: give it at least {first + chunk}"
-            )
-
     def fit(self, window: int, chunk: int) -> HeadRole:
         if self.window < self.sink + chunk:
             raise WindowError(
@@ -66,3 +58,19 @@ class SlidingWindow(HeadRole):
                 f"least {self.sink + chunk}"
             )
         return super().fit(window, chunk)
+
+
+def check_pin(role: HeadRole, pin: Pin, chunk: int) -> None:
+    """Refuses first frames of a later shot that do not fit beside those of the video and a chunk.
+
+    Raises:
+        WindowError: they do not. Other roles than `SlidingWindow` keep no more than before.
+    """
+    if not isinstance(role, SlidingWindow):
+        return
+    first = min(role.sink, pin.frames) + min(role.sink, pin.always)
+    if role.window < first + chunk:
+        raise WindowError(
+            f"{role} has no room for a chunk of {chunk} frames beside {first} first ones, of the video and "
+            f"of the shot that begins at frame {pin.begin}: give it at least {first + chunk}"
+        )

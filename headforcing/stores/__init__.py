@@ -1,12 +1,16 @@
-"""Key-value stores: where keys and values of the frames that roles keep live."""
+"""KV stores: where the keys and values of the frames that roles keep are.
+
+A store is a subclass of `KVStore` that answers one question: which `Bank` holds the frames of a role.
+"""
 
 from headforcing.errors import OptionError
+from headforcing.stores.bank import Bank
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.store import KVStore
 
-__all__ = ["STORES", "KVStore", "LeanStore", "ReferenceStore", "RingStore", "store_class"]
+__all__ = ["STORES", "Bank", "KVStore", "LeanStore", "ReferenceStore", "RingStore", "store_class"]
 
 STORES: dict[str, type[KVStore]] = {"lean": LeanStore, "reference": ReferenceStore, "ring": RingStore}
 

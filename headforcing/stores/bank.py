@@ -1,241 +1,140 @@
-"""The slots of one role in one layer: history first, oldest in slot 0, then the pending chunk.
-
-Keys before RoPE and values, in rooms that the store hands out. What is seen of them is rotated in every pass,
-into memory that is free again when nobody looks at it; see `headforcing.stores.rotated` for what remembers it.
-"""
+"""What holds the frames of one role in one layer: the question every store answers in its own way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from headforcing.roles.base import HeadRole
-from headforcing.stores.buffers import Size, cut
-from headforcing.stores.scenes import Kept
-from headforcing.types import Encode, FrameTable, Heads, Pin, Selection, runs
+from headforcing.roles.compressed import Tokens
+from headforcing.types import Encode, FrameTable, Heads, Pin, Selection
 
-Place = Callable[[Sequence[int | None], int], tuple[float, ...]]
-"""Where frames of a view sit, its own ones last, and how many those are."""
-NOTHING = torch.empty(0)
+PositionsOf = Callable[[Sequence[int | None], int], tuple[float, ...]]
+"""RoPE positions of frames, and how many of the last ones are the current chunk."""
 
 
-class Bank:
-    """See the module.
+@dataclass(frozen=True)
+class Kept:
+    """Whole frames of one role, copied out of its bank.
+
+    Attributes:
+        frames: as the role counts them; `None`: chosen by content.
+        k: keys before RoPE, `[B, m, P, Hr, D]`.
+        v: values, likewise.
+        numbers: as the base model counts them, `[B, m]`.
+    """
+
+    frames: tuple[int | None, ...]
+    k: Tensor
+    v: Tensor
+    numbers: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds."""
+        return self.k, self.v, self.numbers
+
+    def restarted(self) -> Kept:
+        """Counted from 0."""
+        return replace(self, frames=tuple(None if f is None else row for row, f in enumerate(self.frames)))
+
+
+class Bank(ABC):
+    """The history of one role, oldest frame first, and the role's part of the pending chunk.
+
+    A store says when frames come and go; a bank holds their tensors. `begin`, `append`, `put` and `clear`
+    count the frames here and move the tensors in subclasses, which extend them.
 
     Args:
-        role: whose slots these are.
+        role: whose frames these are.
         heads: those that have the role.
 
     Attributes:
         frames: of the history, as the role counts them; `None`: chosen by content.
-        rooms: `[B, slots, P, Hr, D]`: `raw` keys and values `v`.
     """
 
     def __init__(self, role: HeadRole, heads: Heads) -> None:
         self.role, self.heads = role, heads
         self.frames: tuple[int | None, ...] = ()
-        self.rooms: dict[str, Tensor] = {"raw": NOTHING, "v": NOTHING}
-        self._ids = NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
         self._new = 0
-        self._most: int | None = None  # slots needed since something else took the place of frames
 
-    @property
-    def _raw(self) -> Tensor:
-        return self.rooms["raw"]
+    def table(self, chunk: range, pin: Pin | None = None, query: int | None = None) -> FrameTable:
+        """The history as the role sees it in a pass over the frames `chunk`."""
+        return FrameTable(self.frames, 0, len(chunk), self.keys, chunk.start, query, pin)
 
-    @property
-    def _v(self) -> Tensor:
-        return self.rooms["v"]
-
-    def table(self, new: int, own: range, pin: Pin | None = None) -> FrameTable:
-        """The history as the role is shown it, because the chunk of the frames `own` looks or begins."""
-        return FrameTable(self.frames, new, len(own), self._keys, own.start, pin=pin)
-
-    def choose(self, own: range, pin: Pin | None) -> tuple[FrameTable, Selection]:
-        """What there is, and what of it stays when the chunk of the frames `own` begins."""
-        table = self.table(self._new, own, pin)
+    def choose(self, chunk: range, pin: Pin | None) -> tuple[FrameTable, Selection]:
+        """The history when the frames `chunk` begin, and the rows of it that the role keeps."""
+        table = replace(self.table(chunk, pin), new=self._new)
         kept = self.role.retain(table)
         return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
 
-    def begin(self, table: FrameTable, kept: Selection, own: range, place: Place) -> None:
-        """Keeps what was chosen of the table, because the chunk of the frames `own` begins.
+    def begin(self, table: FrameTable, kept: Selection, chunk: range, positions: PositionsOf) -> None:
+        """Evicts all rows of the table but those that are kept, because the frames `chunk` begin.
 
-        `place` tells where they will sit.
+        `positions` tells where frames sit from now on.
         """
-        self.frames = kept.frames(table)
-        for buffer in (self._raw, self._v, self._ids):
-            _select(buffer, kept)
-        self._new = 0
+        self.frames, self._new = kept.frames(table), 0
 
-    def tighten(self, chunk: int) -> None:
-        """From the next chunk on, room for no more than was needed at any call so far, and is now.
-
-        Until history is replaced or forgotten. `chunk`: frames of the chunk that begins behind it.
-        """
-        self._most = max(self._most or 0, len(self.frames) + chunk)
-
-    def slots(self, k: Tensor, v: Tensor) -> int:
-        """Slots it has for frames like those of `k` and `v [B, F, P, H, D]`."""
-        batch, _, tokens, _, dim = k.shape
-        shape = (batch, tokens, len(self.heads), dim)
-        alike = all(
-            (room.shape[:1] + room.shape[2:], room.dtype, room.device) == (shape, x.dtype, x.device)
-            for room, x in ((self._raw, k), (self._v, v))
-        )
-        return self._raw.shape[1] if alike else 0
-
-    def wanted(self, k: Tensor, v: Tensor) -> int:
-        """Slots it needs with a chunk of such frames behind its history; those it has, where they do."""
-        slots, needed, chunk = self.slots(k, v), len(self.frames) + k.shape[1], k.shape[1]
-        if self._most is not None:
-            return max(needed, self._most)
-        if needed <= slots:
-            return slots
-        capacity = self.role.capacity(chunk)
-        return max(needed, 2 * slots if capacity is None else capacity + chunk)
-
-    def front(self, name: str, tokens: int) -> int:
-        """Tokens for which a room has place before the first of its frames of `tokens` tokens; none here."""
-        return 0
-
-    def move(self, rooms: Mapping[str, Tensor]) -> None:
-        """Moves into other rooms, with the history."""
-        held = slice(0, len(self.frames))
-        old = {**self.rooms, "ids": self._ids}
-        with torch.inference_mode(False):
-            ids = torch.empty(rooms["v"].shape[:2], dtype=torch.long, device=rooms["v"].device)
-        for name, room in {**rooms, "ids": ids}.items():
-            if self.frames:
-                room[:, held] = old[name][:, held]
-        self.rooms, self._ids = dict(rooms), ids
-
-    def leave(self) -> None:
-        """Gives up its rooms, and all that is in them."""
-        self.rooms, self._ids = dict.fromkeys(self.rooms, NOTHING), NOTHING
-
+    @abstractmethod
     def stage(self, k: Tensor, v: Tensor) -> None:
-        """Writes the heads' part of the pending chunk, `[B, F, P, H, D]`, behind the history."""
-        own = slice(len(self.frames), len(self.frames) + k.shape[1])
-        self.heads.take_into(self._raw[:, own], k)
-        self.heads.take_into(self._v[:, own], v)
+        """Takes the heads' part of the pending chunk, `[B, F, P, H, D]`, in place of the one before."""
+
+    @abstractmethod
+    def staged(self) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values of the pending chunk, `[B, F, P, Hr, D]`."""
 
     def append(self, frames: range, inside: range) -> None:
-        """Turns the first pending frames, as the host and as the role count them, into history."""
-        first = len(self.frames)
-        numbers = torch.arange(frames.start, frames.stop, device=self._ids.device)
-        self._ids[:, first : first + len(frames)] = numbers
-        self.frames = (*self.frames, *inside)
-        self._new = len(frames)
+        """Turns the first pending frames, as base model and role count them, into history."""
+        self.frames, self._new = (*self.frames, *inside), len(frames)
 
+    @abstractmethod
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Copies of keys before RoPE and values of history rows, `[B, rows, P, Hr, D]`."""
-        k, v = (torch.cat([x[:, :0], *(x[:, a:b] for a, b in runs(rows))], 1) for x in (self._raw, self._v))
-        return k, v
 
+    def keys(self, rows: Sequence[int]) -> Tensor:
+        """Keys before RoPE of neighbouring history rows, for roles that choose by content."""
+        return self.rows(rows)[0]
+
+    @abstractmethod
     def take(self, rows: Sequence[int]) -> Kept:
-        """Copies of history rows."""
-        return Kept(tuple(self.frames[row] for row in rows), *self.rows(rows), self._ids[:, list(rows)])
+        """Copies of history rows, with their numbers."""
 
     def put(self, kept: Kept) -> None:
-        """Makes this the history."""
-        held = len(kept.frames)
-        for buffer, x in ((self._raw, kept.k), (self._v, kept.v), (self._ids, kept.numbers)):
-            buffer[:, :held] = x
-        self.frames, self._new, self._most = kept.frames, 0, None
+        """Replaces the history."""
+        self.frames, self._new = kept.frames, 0
 
-    def staged(self, chunk: int) -> tuple[Tensor, Tensor]:
-        """Keys before RoPE and values of the pending chunk."""
-        own = slice(len(self.frames), len(self.frames) + chunk)
-        return self._raw[:, own], self._v[:, own]
-
-    def see(self, positions: Sequence[float], encode: Encode) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of the history and the pending chunk."""
-        k, v = self._raw[:, : len(positions)], self._v[:, : len(positions)]
-        return encode(k, positions).to(v.dtype), v
-
-    def see_some(
-        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, which: int | None
+    @abstractmethod
+    def view(
+        self, rows: Sequence[int], positions: Sequence[float], encode: Encode, query: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The same for a part of the history.
+        """Rotated keys and values of some history rows and the pending chunk.
 
         Args:
             rows: of the history.
             positions: of the rows and the pending chunk.
             encode: rotates keys to positions.
-            which: number in the chunk of the frame that looks, for a role that reads per query frame.
+            query: number in the chunk of the query frame, for a role that reads per query frame.
         """
-        own = range(len(self.frames), len(self.frames) + len(positions) - len(rows))
-        k, v = (gathered(x, [*rows, *own]) for x in (self._raw, self._v))
-        return encode(k, positions).to(v.dtype), v
 
+    def prepend(self, query: int | None, tokens: Tokens) -> Tokens:
+        """Copies compressed tokens to where attention reads them; default: they stay where they are.
+
+        Args:
+            query: as in the call of `view` before.
+            tokens: rotated keys, and values.
+        """
+        return tokens
+
+    @abstractmethod
     def numbers(self) -> list[list[int]]:
-        """Frames held, per sample, as the host counts them. Reads the device."""
-        held: list[list[int]] = [] if self._ids is NOTHING else self._ids[:, : len(self.frames)].tolist()
-        return held
+        """Frames of the history, per sample, as the base model counts them. Reads the device."""
 
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """What it holds."""
-        return [*self.rooms.values(), self._ids]
+        """All tensors it holds."""
 
     def clear(self) -> None:
-        """Forgets everything but the rooms."""
-        self.frames = ()
-        self._new, self._most = 0, None
-
-    def _keys(self, rows: Sequence[int]) -> Tensor:
-        """Keys of neighbouring history rows, `[B, rows, P, Hr, D]`."""
-        return self._raw[:, rows[0] : rows[-1] + 1]
-
-
-def gathered(room: Tensor, slots: Sequence[int]) -> Tensor:
-    """A copy of some slots that lies head by head, `[B, n, P, Hr, D]`."""
-    batch, _, tokens, heads, dim = room.shape
-    (copy,) = cut([Size(len(slots), heads)], (batch, tokens, dim), room)
-    first = 0
-    for start, stop in runs(slots):
-        copy[:, first : first + stop - start] = room[:, start:stop]
-        first += stop - start
-    return copy
-
-
-def slide(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> None:
-    """Copies rows to slots that are never later, `(slot, row)` ascending."""
-    for slot, row, count in _blocks(moves):
-        buffer[:, slot : slot + count] = buffer[:, row : row + count]
-
-
-def known_moves(kept: Selection) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """`(slot, row)` of what stays without having been chosen by content: before what was, and after it."""
-    after = len(kept.before) + (0 if kept.chosen is None else kept.chosen.shape[1])
-    return list(enumerate(kept.before)), list(enumerate(kept.after, after))
-
-
-def _select(buffer: Tensor, kept: Selection) -> None:
-    """Slides the selected rows to the front."""
-    before, after = known_moves(kept)
-    picked = None if kept.chosen is None else _pick(buffer, kept.chosen)
-    slide(buffer, before)
-    if picked is not None:
-        buffer[:, len(before) : len(before) + picked.shape[1]] = picked
-    slide(buffer, after)
-
-
-def _pick(buffer: Tensor, rows: Tensor) -> Tensor:
-    """Rows chosen per sample, `[B, slots, ...]` and `[B, m] -> [B, m, ...]`."""
-    return torch.stack([sample.index_select(0, own) for sample, own in zip(buffer, rows, strict=True)])
-
-
-def _blocks(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Joins neighbours into `(slot, row, count)`, never so long that a block overlaps itself."""
-    blocks: list[tuple[int, int, int]] = []
-    for slot, row in moves:
-        if slot == row:
-            continue
-        to, source, count = blocks[-1] if blocks else (0, 0, 0)
-        if (slot, row) == (to + count, source + count) and 0 < count < row - slot:
-            blocks[-1] = (to, source, count + 1)
-        else:
-            blocks.append((slot, row, 1))
-    return blocks
+        """Forgets history and pending chunk; memory may stay for the next video."""
+        self.frames, self._new = (), 0

@@ -1,9 +1,9 @@
-"""Rooms for the frames of several roles, one behind the other in one piece of memory.
+"""Buffers for the frames of several roles, next to each other in one allocation.
 
-A room lies head by head: the keys of one head of one sample are neighbouring rows of `D` numbers. As all
-rooms of a layer are parts of one allocation, a kernel that is told where rows begin and end reaches every
-head of the layer without a copy. In front of its first slot, a room may have place for tokens that belong to
-no frame.
+A buffer is laid out head by head: the keys of one head of one sample are adjacent rows of `D` numbers. As
+all buffers of a layer are parts of one allocation, a kernel that gets the first and last row of every head
+reaches the whole layer without a copy. A buffer may have space for compressed tokens in front of its first
+frame.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headforcing.types import runs
+
 
 class Size(NamedTuple):
-    """What a room has place for: frames, heads, and tokens in front of the first frame."""
+    """How much fits into a buffer: frames, heads, and tokens in front of the first frame."""
 
     slots: int
     heads: int
@@ -25,12 +27,12 @@ class Size(NamedTuple):
 
 
 def cut(sizes: Sequence[Size], frame: tuple[int, int, int], like: Tensor) -> list[Tensor]:
-    """Rooms cut out of one new allocation, the longest one first; nothing is written to them.
+    """Buffers cut out of one new allocation, the longest one first; their contents are undefined.
 
     Args:
-        sizes: of every room.
+        sizes: of every buffer.
         frame: batch, tokens per frame and head dim, `(B, P, D)`.
-        like: tells dtype and device.
+        like: gives dtype and device.
 
     Returns:
         `[B, slots, P, Hr, D]` each, in the order of `sizes`; in memory `[B, Hr, slots, P, D]`.
@@ -38,27 +40,27 @@ def cut(sizes: Sequence[Size], frame: tuple[int, int, int], like: Tensor) -> lis
     batch, tokens, dim = frame
     shapes = [(batch, size.heads, size.front + size.slots * tokens, dim) for size in sizes]
     longest_first = sorted(range(len(sizes)), key=lambda index: -shapes[index][2])
-    rooms, first = [like] * len(sizes), 0
+    buffers, first = [like] * len(sizes), 0
     with torch.inference_mode(False):  # also written to outside of it, later
         flat = torch.empty(sum(map(math.prod, shapes)), dtype=like.dtype, device=like.device)
         for index in longest_first:
             last, size = first + math.prod(shapes[index]), sizes[index]
             whole = flat[first:last].view(shapes[index])
             frames = whole[:, :, size.front :].unflatten(2, (size.slots, tokens))
-            rooms[index] = frames.permute(0, 2, 3, 1, 4)
+            buffers[index] = frames.permute(0, 2, 3, 1, 4)
             first = last
-    return rooms
+    return buffers
 
 
-def front(room: Tensor, count: int) -> Tensor:
-    """The last `count` tokens in front of a room that was cut with at least so many, `[B, count, Hr, D]`."""
-    batch, _, _, heads, dim = room.shape
-    strides = (room.stride(0), dim, room.stride(3), 1)
-    return room.as_strided((batch, count, heads, dim), strides, room.storage_offset() - count * dim)
+def front(buffer: Tensor, count: int) -> Tensor:
+    """The last `count` tokens in front of the first frame of a buffer, `[B, count, Hr, D]`."""
+    batch, _, _, heads, dim = buffer.shape
+    strides = (buffer.stride(0), dim, buffer.stride(3), 1)
+    return buffer.as_strided((batch, count, heads, dim), strides, buffer.storage_offset() - count * dim)
 
 
 def joined(first: Tensor, rest: Tensor) -> Tensor:
-    """Tokens `[B, M, Hr, D]` one behind the other: as they lie where they do so, else copied head by head."""
+    """Concatenates tokens `[B, M, Hr, D]`: a view where they are adjacent in memory, else a copy."""
     if _adjoin(first, rest):
         batch, count, heads, dim = first.shape
         return first.as_strided((batch, count + rest.shape[1], heads, dim), first.stride())
@@ -66,7 +68,7 @@ def joined(first: Tensor, rest: Tensor) -> Tensor:
 
 
 def _adjoin(first: Tensor, rest: Tensor) -> bool:
-    """Whether the rest begins in memory where tokens end, as one tensor would."""
+    """Whether the rest begins in memory where the first tokens end, as in one tensor."""
     if first.untyped_storage() != rest.untyped_storage() or first.dtype != rest.dtype:
         return False
     if first.shape[:1] + first.shape[2:] != rest.shape[:1] + rest.shape[2:]:
@@ -76,3 +78,39 @@ def _adjoin(first: Tensor, rest: Tensor) -> bool:
         return False
     strides = zip(rest.shape, first.stride(), rest.stride(), strict=True)
     return all(size == 1 or one == other for size, one, other in strides)
+
+
+def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
+    """A copy of some slots, laid out head by head, `[B, n, P, Hr, D]`."""
+    batch, _, tokens, heads, dim = buffer.shape
+    (copy,) = cut([Size(len(slots), heads)], (batch, tokens, dim), buffer)
+    first = 0
+    for start, stop in runs(slots):
+        copy[:, first : first + stop - start] = buffer[:, start:stop]
+        first += stop - start
+    return copy
+
+
+def slide(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> None:
+    """Copies rows to the same or earlier slots, `(slot, row)` ascending."""
+    for slot, row, count in _blocks(moves):
+        buffer[:, slot : slot + count] = buffer[:, row : row + count]
+
+
+def picked(buffer: Tensor, rows: Tensor) -> Tensor:
+    """Rows chosen per sample, `[B, slots, ...]` and `[B, m] -> [B, m, ...]`."""
+    return torch.stack([sample.index_select(0, own) for sample, own in zip(buffer, rows, strict=True)])
+
+
+def _blocks(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Joins neighbours into `(slot, row, count)`, never so long that a block overlaps itself."""
+    blocks: list[tuple[int, int, int]] = []
+    for slot, row in moves:
+        if slot == row:
+            continue
+        to, source, count = blocks[-1] if blocks else (0, 0, 0)
+        if (slot, row) == (to + count, source + count) and 0 < count < row - slot:
+            blocks[-1] = (to, source, count + 1)
+        else:
+            blocks.append((slot, row, 1))
+    return blocks

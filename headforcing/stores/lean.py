@@ -1,37 +1,33 @@
-"""The small store: keys before RoPE and values, each once, and nothing that can be made again.
+"""The small store: keys before RoPE and values, each once, and nothing that can be computed again.
 
-Lies and moves like `ring` (see `headforcing.stores.banked`), without the room for rotated keys: all that a role sees
-is rotated in every pass, into memory that is free again when the layer is through. So it holds what the
-roles keep, the own chunk, and a number per frame and role; a layer at work takes at most as much again as
-what it sees. It shows what `ring` shows, bit for bit.
+The same as `ring` without the buffers for rotated keys: all that a role sees is rotated in every pass, into
+memory that is free again when the layer is done. So it stores what the roles keep, the current chunk, and a
+number per frame and role; a layer at work takes at most as much again as it attends to. Views are those of
+`ring`, bit for bit.
 
-The price is time: a pass rotates its whole view instead of the own chunk, and where a role reads a part of
-what it keeps, or per query frame, copies that part in every pass. What is kept beside whole frames is put
-together in every pass, too.
+The price is time: a pass rotates its whole view instead of the current chunk, and where a role attends to a
+part of its history, or reads per query frame, copies that part in every pass. Compressed tokens are rotated
+and joined with the frames in every pass, too.
 
-A role without a capacity has room for up to twice what it keeps, as in `ring`.
+A role without a capacity has buffers for up to twice what it keeps, as in `ring`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import Tokens
-from headforcing.stores.bank import Bank
-from headforcing.stores.banked import Banked
+from headforcing.stores.buffered import BufferedBank
 from headforcing.stores.store import KVStore
 from headforcing.types import Encode, Heads
 
 
-class LeanStore(Banked, KVStore):
-    """Slots for keys before RoPE and values."""
+class LeanStore(KVStore):
+    """Keys before RoPE, and values."""
 
-    def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
-        super().__init__(heads, window=window, layer=layer)
-        self._banks = {role: Bank(role, heads[role]) for role in heads}
+    def new_bank(self, role: HeadRole, heads: Heads) -> BufferedBank:
+        return BufferedBank(role, heads, self.compressed.get(role))
 
-    def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
-        tokens = super().view_digest(role, encode, query)
-        self.digests.refresh()
+    def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
+        tokens = super().view_compressed(role, encode, query)
+        self.compressed.forget_views()
         return tokens

@@ -1,33 +1,37 @@
-"""Key-value stores: the only owners of state. One per layer and stream.
+"""KV stores: the only owners of state. One per layer and stream.
 
-A store holds the pending chunk apart from the history. Denoising rewrites the pending chunk as often
-as it likes; eviction and every choice happen once, when a later chunk begins. So a noisy pass leaves
-no trace, and nothing has to be rolled back.
+A store keeps the pending chunk apart from the history. Denoising rewrites the pending chunk as often as it
+likes; roles choose and evict once, when a later chunk begins. So a noisy pass leaves no trace, and nothing
+has to be rolled back.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole
+from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.roles.compressed import Tokens, nbytes
-from headforcing.stores.checks import HostFlag, Shape, check_order
-from headforcing.stores.compressed import Digests
+from headforcing.roles.windows import check_pin
+from headforcing.stores.bank import Bank
+from headforcing.stores.buffered import allocate
+from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_finite, check_order, rolls
+from headforcing.stores.compressed import CompressedHistories
+from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
-from headforcing.stores.storage import Storage
 from headforcing.stores.switch import Shifts, Switch
-from headforcing.types import Chunk, Edit, Encode, Grid, Heads, Pin
+from headforcing.types import Chunk, Edit, Encode, Grid, Heads, KVView, Phase, Pin
 
 
-class KVStore(Storage):
-    """The memory of one layer on one stream.
+class KVStore(ABC):
+    """The memory of one layer on one stream: a bank of frames per role.
 
-    The order of chunks, the shape of what comes and the health of what is committed are checked here,
-    before anything changes. Subclasses only hold tensors.
+    The order of chunks, their shape and whether they are finite are checked here, before anything changes. A
+    subclass answers one question: which bank holds the frames of a role.
 
     Args:
         heads: which heads have which role; together every head of the layer, each once.
@@ -35,32 +39,40 @@ class KVStore(Storage):
         layer: number of the layer, for messages.
 
     Attributes:
-        digests: what roles keep beside whole frames.
-        scenes: marks, and the prompt switch that was asked for.
-        turned: whether a chunk began behind a prompt switch, and its prompt was not projected since.
+        compressed: the compressed histories of the roles.
+        scenes: marks, and the prompt switch that was requested.
+        prompt_pending: a switch took effect and cross-attention has not projected the new prompt yet.
     """
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         self.heads = dict(heads)
-        self.turned = False
-        self.scenes = Scenes(heads)
-        self.digests = Digests(heads, layer)
+        self.window = window
+        self.layer = layer
+        self.prompt_pending = False
+        self.compressed = CompressedHistories(heads, layer)
+        self._banks = {role: self.new_bank(role, own) for role, own in heads.items()}
+        self.scenes = Scenes(self._banks, self.compressed)
         self._shifts = Shifts()
         self._grid: Grid | None = None
         self._queries: Tensor | None = None
-        self.window = window
-        self.layer = layer
         self._pending: range | None = None
         self._shape: Shape | None = None
         self._end = 0
         self._moving = False
         self._checked = False
-        self._finite: HostFlag | None = None
+        self._finite: FiniteCheck | None = None
+
+    @abstractmethod
+    def new_bank(self, role: HeadRole, heads: Heads) -> Bank:
+        """The bank, still empty, that holds the frames of `role`; asked once per role.
+
+        `self.compressed.get(role)` is the role's compressed history.
+        """
 
     def write(self, chunk: Chunk) -> None:
         """Takes one pass over a chunk.
 
-        The pending chunk again: overwrites it; where it rolls, also with another length. The next chunk, also
+        The pending chunk again: overwrites it; if it rolls, also with another length. The next chunk, also
         one that begins inside the pending one: commits the frames before it first. Frame 0 again after
         growth, or with another shape: begins a new video.
 
@@ -68,7 +80,7 @@ class KVStore(Storage):
             ChunkOrderError: a frame would be skipped or lost, or the chunk lies in the past.
             StreamShapeError: batch, tokens, heads or dtype differ from the chunks before.
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
-            WindowError: a role has no room beside so long a chunk.
+            WindowError: a role with so long a chunk exceeds the window.
         """
         if self._moving:
             raise StreamError(
@@ -76,16 +88,16 @@ class KVStore(Storage):
                 "history is lost: reset the stream and start the video again"
             )
         shape = Shape.of(chunk)
-        self.digests.check(chunk, self._grid if chunk.start else None)
+        self.compressed.check(chunk, self._grid if chunk.start else None)
         again = self.scenes.rerun(self.frames_so_far)
-        if again is None and self._rolls(chunk):
+        if again is None and rolls(chunk, self._pending):
             shape.check_follows(self._shape, self.layer)
             self._check_roles(shape.frames)
-            self._make_room(chunk.frames)
-        elif self._begins_video(chunk, shape) and again != 0:
+            self._begin(chunk.frames)
+        elif begins_video(chunk, shape, self._pending, self._shape) and again != 0:
             self._check_roles(shape.frames, pinned=False)
             self.reset()
-            self._make_room(chunk.frames)
+            self._begin(chunk.frames)
         elif chunk.frames == self._pending and again != chunk.start:
             shape.check_follows(self._shape, self.layer)
         else:
@@ -95,13 +107,13 @@ class KVStore(Storage):
                 self._check_roles(shape.frames)
             self._commit_before(chunk.start)
             if again is None:  # roles choose first: a switch keeps what they would have kept
-                self._make_room(chunk.frames)
-            if self._turn(chunk.start):
-                self._make_room(chunk.frames)
+                self._begin(chunk.frames)
+            if self._apply_switch(chunk.start):
+                self._begin(chunk.frames)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
-        self._grid, self._queries = chunk.grid, chunk.q if self.digests.want_queries else None
+        self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -112,43 +124,35 @@ class KVStore(Storage):
         if self._pending is not None:
             end, chunk = self._pending.stop, len(self._pending)
             self._commit_before(end)
-            self._make_room(range(end, end + chunk))
+            self._begin(range(end, end + chunk))
 
     def check(self) -> None:
-        """Looks at the pending chunk before it is committed; one reduction per role, once per pass.
+        """Checks the pending chunk before it is committed; one reduction per role, once per pass.
 
-        On an accelerator the verdict is read one chunk later, without a sync.
+        On an accelerator the result is read one chunk later, without a sync.
 
         Raises:
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
         """
-        if self._pending is None or self._checked:
-            return
-        late, self._finite = self._finite, None
-        if late is not None:
-            late.check("were committed before this was known: reset the stream")
-        flag = HostFlag.of(
-            [(self.heads[role], k, v) for role, k, v in self._staged()], self.layer, self._pending
-        )
-        if flag.ready:
-            flag.check("were not committed: write the chunk again, or reset the stream")
-        else:
-            self._finite = flag
-        self._checked = True
+        if self._pending is not None and not self._checked:
+            late, self._finite = self._finite, None
+            self._finite = check_finite(self._banks.values(), self.layer, self._pending, late)
+            self._checked = True
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
         self._pending = None
         self._end = 0
-        self._moving = self.turned = False
+        self._moving = self.prompt_pending = False
         self._finite = None
-        self.digests.clear()
+        self.compressed.clear()
         self.scenes.clear()
         self._shifts.clear()
-        self._clear()
+        for bank in self._banks.values():
+            bank.clear()
 
     def edit(self, edit: Edit, start: int) -> None:
-        """Follows what the host did to its cache before it runs frames from `start` on.
+        """Follows what the base model did to its KV cache before it runs frames from `start` on.
 
         Raises:
             StreamError: the cache was emptied, and frames come that do not replace the pending chunk.
@@ -159,23 +163,23 @@ class KVStore(Storage):
         if self._pending is None or self._pending.start < start:
             what = "no chunk is" if self._pending is None else f"frames from {self._pending.start} on are not"
             raise StreamError(
-                f"layer {self.layer}: the host emptied its cache before frame {start}, but {what} run again: "
-                "reset the stream with handle.reset()"
+                f"layer {self.layer}: the base model emptied its KV cache before frame {start}, but {what} "
+                "recomputed: reset the stream with handle.reset()"
             )
-        pending = self._whole(self._pending.start, self._grid)
+        pending = self._copy_pending(self._pending.start)
         self._moving = True
-        self.scenes.empty(edit.keep, start, self._held, self._take, self._put)
-        self.digests.clear()
+        self.scenes.empty(edit.keep, start)
+        self.compressed.clear()
         self._stage(pending)
         self._moving = False
 
     def check_switch(self, switch: Switch) -> None:
-        """Looks whether a prompt switch is possible now.
+        """Checks that a prompt switch is possible now.
 
         Raises:
-            StreamError: there is no such mark, or frames that come again cannot be told from others.
+            StreamError: there is no such mark, or recomputed frames cannot be told from others.
         """
-        self.scenes.check(switch, self.frames_so_far, self._held, self.layer)
+        self.scenes.check(switch, self.frames_so_far, self.layer)
 
     @property
     def pending(self) -> range | None:
@@ -184,7 +188,7 @@ class KVStore(Storage):
 
     @property
     def committed(self) -> int:
-        """Frames of the video that are finished, kept or not."""
+        """Frames of the video that are finished, stored or not."""
         return self._end
 
     @property
@@ -192,36 +196,47 @@ class KVStore(Storage):
         """Frames of the video so far, the pending chunk included."""
         return self._end if self._pending is None else self._pending.stop
 
-    def view_digest(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
-        """What the heads of `role` see beside whole frames: rotated keys, values `[B, m, Hr, D]`.
+    def view(self, role: HeadRole, phase: Phase, encode: Encode, query: int | None = None) -> KVView:
+        """The frames that the heads of `role` attend to now, current chunk last, keys rotated by `encode`.
 
-        Asked for behind `view`; the next chunk may take the same memory.
+        Args:
+            role: whose heads.
+            phase: which pass this is.
+            encode: rotates keys to positions.
+            query: the query frame, for a role that reads per query frame.
+        """
+        bank, pin = self._banks[role], self.scenes.pin(role)
+        own, query = self._inside(role, query)
+        rows = tuple(visible_rows(role, bank.table(own, pin, query), phase))
+        frames = (*(bank.frames[row] for row in rows), *own)
+        positions = self._positions(role, frames, len(own), query)
+        k, v = bank.view(rows, positions, encode, None if query is None else query - own.start)
+        return KVView(self.scenes.outside(role, frames), positions, k, v)
+
+    def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
+        """Compressed tokens that the heads of `role` attend to: rotated keys, values `[B, m, Hr, D]`.
+
+        Called after `view`; the next chunk may overwrite the memory.
 
         Args:
             role: whose heads.
             encode: rotates keys to positions.
-            query: the frame that looks, for a role that reads per query frame.
+            query: the query frame, for a role that reads per query frame.
         """
-        own, asked = self._inside(role, query)
-        which = None if asked is None else asked - own.start
-        return self.digests.see(role, own.start, asked, encode, functools.partial(self._lay, role, which))
+        own, query = self._inside(role, query)
+        number = None if query is None else query - own.start
+        prepend = functools.partial(self._banks[role].prepend, number)
+        return self.compressed.view(role, own.start, query, encode, prepend)
+
+    def frames(self, role: HeadRole) -> list[list[int]]:
+        """Frames stored for `role`, per sample, oldest first. Reads the device: for people, not paths."""
+        return self._banks[role].numbers()
 
     def nbytes(self) -> int:
-        """Bytes held, counted from the memory behind the tensors; marks included."""
+        """Bytes stored, counted from the memory behind the tensors; marks included."""
+        frames = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
         queries = [] if self._queries is None else [self._queries]
-        return nbytes([*self._tensors(), *self.digests.tensors(), *self.scenes.tensors(), *queries])
-
-    def _rolls(self, chunk: Chunk) -> bool:
-        """Whether it is the pending chunk with other frames behind its first ones."""
-        pending = self._pending
-        if not chunk.rolling or pending is None:
-            return False
-        return pending.start == chunk.start and pending.stop != chunk.frames.stop
-
-    def _begins_video(self, chunk: Chunk, shape: Shape) -> bool:
-        if chunk.start != 0:
-            return False
-        return self._pending is None or self._pending != chunk.frames or self._shape != shape
+        return nbytes([*frames, *self.compressed.tensors(), *self.scenes.tensors(), *queries])
 
     def _inside(self, role: HeadRole, query: int | None) -> tuple[range, int | None]:
         """The pending chunk and a query frame, as a role counts them."""
@@ -229,57 +244,77 @@ class KVStore(Storage):
         own = self.scenes.inside(role, self._pending)
         return own, None if query is None else own.start + query - self._pending.start
 
-    def _place(
+    def _positions(
         self, role: HeadRole, frames: Sequence[int | None], chunk: int, query: int | None = None
     ) -> tuple[float, ...]:
-        """Where the frames of a view sit, the `chunk` own ones last, all as the role counts them."""
+        """RoPE positions of the frames of a view, as the role counts them; the last `chunk` are its own."""
         more = {} if query is None else {"query": query}
-        if (digest := self.digests.get(role)) is not None:
-            more["digested"] = digest.places
-        placed = role.place(frames, chunk, self.window, **more)
-        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.scheme)
-
-    def _lay(self, role: HeadRole, which: int | None, tokens: Tokens) -> Tokens:
-        """Where what a role, or its query frame `which`, sees beside frames lies; default: where it was."""
-        return tokens
-
-    def _turn(self, start: int) -> bool:
-        """Marks and switches that were asked for, because a chunk begins at `start`; whether frames went."""
-        self._moving = True
-        switch = self.scenes.turn(start, self._held, self._take, self._put)
-        went = switch is not None and switch.mode != "continue"
-        if went:
-            self.digests.clear()
-        self._end, self.turned = start, self.turned or switch is not None
-        self._moving = False
-        return went
+        if (compressed := self.compressed.get(role)) is not None:
+            more["gap"] = compressed.gap
+        placed = role.positions_of(frames, chunk, self.window, **more)
+        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.positions)
 
     def _check_roles(self, chunk: int, pinned: bool = True) -> None:
         for role in self.heads:
             role.fit(self.window, chunk)
             if pinned and (pin := self.scenes.pin(role)) is not None:
-                role.follow(pin, chunk)
+                check_pin(role, pin, chunk)
 
     def _commit_before(self, start: int) -> None:
+        """Turns the pending frames before `start` into history, unselected."""
         if self._pending is None:
             return
-        if start <= self._pending.start:  # it runs again as a whole
+        if start <= self._pending.start:  # all of it is recomputed
             self._pending = None
             return
         self.check()
         done = range(self._pending.start, start)
         self._moving = True
-        for role, k, v in self._staged():
-            if self.digests.get(role) is not None:
-                q = None if self._queries is None else self.heads[role].take(self._queries)
-                self.digests.add(role, self.scenes.inside(role, done), Chunk(done.start, k, v, self._grid, q))
-        self.digests.refresh()
-        self._append(done)
+        for role, bank in self._banks.items():
+            inside = self.scenes.inside(role, done)
+            if self.compressed.get(role) is not None:
+                q = None if self._queries is None else bank.heads.take(self._queries)
+                self.compressed.add(role, inside, Chunk(done.start, *bank.staged(), self._grid, q))
+            bank.append(done, inside)
+        self.compressed.forget_views()
         self._end, self._pending = start, None
         self._moving = False
 
-    def _make_room(self, own: range) -> None:
+    def _begin(self, chunk: range) -> None:
+        """Every role chooses what it keeps, and evicts the rest, because the frames `chunk` begin."""
         self._moving = True
-        self.digests.refresh()
-        self._begin(own)
+        self.compressed.forget_views()
+        for role, bank in self._banks.items():
+            inside = self.scenes.inside(role, chunk)
+            table, kept = bank.choose(inside, self.scenes.pin(role))
+            self.compressed.evicted(role, kept, table, bank.rows, self._grid)
+            bank.begin(table, kept, inside, functools.partial(self._positions, role))
+        share_copies(self._banks.values())
         self._moving = False
+
+    def _apply_switch(self, start: int) -> bool:
+        """Makes requested marks and switches before frame `start`; returns whether frames were dropped."""
+        self._moving = True
+        switch = self.scenes.apply_switch(start)
+        dropped = switch is not None and switch.mode != "continue"
+        if dropped:
+            self.compressed.clear()
+        self._end, self.prompt_pending = start, self.prompt_pending or switch is not None
+        self._moving = False
+        return dropped
+
+    def _stage(self, chunk: Chunk) -> None:
+        """Overwrites the pending chunk."""
+        allocate(self._banks.values(), chunk.k, chunk.v)
+        for bank in self._banks.values():
+            bank.stage(chunk.k, chunk.v)
+
+    def _copy_pending(self, start: int) -> Chunk:
+        """A copy of the pending chunk, which begins at `start`, all heads together."""
+        parts = [(bank.heads, *bank.staged()) for bank in self._banks.values()]
+        count = sum(len(heads) for heads, _, _ in parts)
+        k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
+        for heads, part_k, part_v in parts:
+            heads.put(k, part_k)
+            heads.put(v, part_v)
+        return Chunk(start, k, v, self._grid)

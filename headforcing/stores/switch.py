@@ -1,4 +1,4 @@
-"""Prompt switches: what is asked for when the prompt of a running video changes."""
+"""Prompt switches: what happens to the KV cache when the prompt of a running video changes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LASTING: tuple[Tier, ...] = ("sink", "episodic")
 
 @dataclass(frozen=True)
 class Switch:
-    """A prompt switch that was asked for; it takes effect when the next chunk begins.
+    """A requested prompt switch; it takes effect when the next chunk begins.
 
     Attributes:
-        mode: `continue` keeps everything. `smooth` drops what is recent and keeps sink and episodic frames,
+        mode: `continue` keeps everything. `smooth` drops recent frames and keeps sink and episodic frames,
             where they are in time. `cut` drops everything but the tiers in `keep`, and time restarts: the
-            next chunk begins a scene as if it began a video. `recall` drops everything, puts back what the
-            heads held at a mark, and time restarts behind it. `recache` drops the last frames, because the
-            host runs them again under the new prompt.
-        keep: tiers that outlive a cut.
+            next chunk begins a scene as if it began a video. `recall` drops everything, restores what the
+            heads stored at a mark, and time restarts after it. `recache` drops the last frames, because the
+            base model recomputes them under the new prompt (KV recache).
+        keep: tiers that survive a cut.
         mark: name of the mark to recall.
-        frames: frames that the host runs again.
+        frames: number of recomputed frames.
     """
 
     mode: Mode
@@ -55,7 +55,7 @@ class Switch:
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """Tiers that stay where they are in memory."""
+        """Tiers that survive, by the mode or by `keep`."""
         return LASTING if self.mode == "smooth" else self.keep
 
     @property
@@ -65,7 +65,7 @@ class Switch:
 
 
 class Shifts:
-    """How far the host moved the frames of a video on the temporal axis, shot by shot."""
+    """How far the base model moved the frames of a video on the temporal axis, shot by shot."""
 
     def __init__(self) -> None:
         self._shots: list[tuple[int, float]] = []  # first frame, shift
@@ -80,9 +80,9 @@ class Shifts:
     def moved(
         self, positions: Sequence[float], frames: Sequence[int | None], scheme: PositionScheme
     ) -> tuple[float, ...]:
-        """Positions of frames, as the host counts these, where the host puts them; the own chunk comes last.
+        """Positions as the base model shifts them, for frames as it counts them; the current chunk is last.
 
-        True ones move with their shot, adjoining ones with the chunk, others stay in range.
+        True positions move with their shot, adjoining ones with the chunk, others stay in range.
         """
         if not self._shots or scheme not in TRUE:
             return tuple(positions)

@@ -1,4 +1,4 @@
-"""Kit for testing roles, stores and adapters, for this library and for those who extend it."""
+"""Tools to test roles, stores, adapters and backends, for this library and for extensions of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every backend has to do, checked against attention in float64 with an error budget.
+"""The check of a backend: attention in float64, with an error budget.
 
 Example:
     >>> from headforcing.attention.backends.sdpa import attend
@@ -41,16 +41,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Parts as a store might bring them, of random content.
+    """Parts as a store might return them, with random content.
 
     Attributes:
-        groups: together every head once.
+        groups: every head once, in all groups together.
         batch: samples, `B`.
         frames: frames of queries, `F`.
         patches: queries of a frame, `P`.
         dim: channels per head, `D`.
-        shared: whether keys lie in one storage and values in another, each head's tokens one run of rows;
-            else every part has its own, the heads of a token side by side.
+        shared: whether keys lie in one storage and values in another, with each head's tokens in adjacent
+            rows; otherwise every part has its own tensors, with the heads of a token adjacent.
     """
 
     groups: tuple[Group, ...]
@@ -113,11 +113,11 @@ queries than a kernel takes at once."""
 
 @dataclass(frozen=True)
 class Budget:
-    """What attention is, and how far from it a backend may be.
+    """The exact result, and the allowed error of a backend.
 
     Attributes:
         exact: attention in float64, `[B, L, H, D]`.
-        allowed: the greatest error, element by element.
+        allowed: the largest error, per element.
     """
 
     exact: Tensor
@@ -185,17 +185,17 @@ def check_backend(
     dim: int = 16,
     arrangements: Sequence[Arrangement] = ARRANGEMENTS,
 ) -> None:
-    """Checks what every backend has to do: attention within the budget, inputs as they were, twice alike.
+    """Checks a backend: attention within the budget, inputs not modified, repeatable.
 
     Args:
         attend: the backend.
-        device: where to look.
+        device: where to run.
         dtypes: of queries, keys and values.
         dim: channels per head.
         arrangements: parts to try.
 
     Raises:
-        AssertionError: it does something else; the message says where.
+        AssertionError: a check failed; the message says which.
     """
     for parts, num_heads, what in _trials(device, dtypes, dim, arrangements):
         before = [x.clone() for part in parts for x in (part.q, part.k, part.v)]

@@ -1,13 +1,13 @@
-"""The conformance kit: does an adapter keep what `headforcing.Adapter` promises?
+"""The conformance kit: does an adapter fulfil the contract of `headforcing.Adapter`?
 
     >>> from tests.hosts.self_forcing import SelfForcingHost
     >>> report = check_adapter(None, SelfForcingHost(), only=["fits", "layers_in_order"])
     >>> report.ok, [result.name for result in report.results]
     (True, ['fits', 'layers_in_order'])
 
-A porter writes a `Host`: a tiny model and the calls its pipeline makes. The kit drives it with and without
-head forcing. Checks go from the adapter's single answers to whole videos, so the first one that fails is
-the one to look at; the others may be its consequences.
+The author of an adapter writes a `Host`: a tiny model and the calls its pipeline makes. The kit runs it with
+and without head forcing. Checks go from single methods of the adapter to whole videos, so fix the first one
+that fails; later failures may be consequences of it.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ _CHECKS: tuple[Callable[[Kit], None], ...] = (
     *checks_compile.CHECKS,
     *checks_leaving.CHECKS,
 )
-_NEEDED = ("host_repeats_itself", "host_hears_its_input", "host_begins_anew", "fits", "layers_found")
-"""Without these nothing else can be asked."""
+_NEEDED = ("host_repeats_itself", "host_depends_on_its_input", "host_starts_again", "fits", "layers_found")
+"""Without these no other check makes sense."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         name: of the check.
-        proves: what is true where it passes.
+        proves: what is known if it passes.
         outcome: passed, failed or skipped.
-        reason: why it failed and what to look at, or why it was skipped.
-        seconds: what it took.
+        reason: why it failed and what to check, or why it was skipped.
+        seconds: how long it took.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What the kit found.
+    """The results of all checks.
 
     Attributes:
         adapter: name of the adapter.
@@ -91,11 +91,11 @@ class Report:
 
     @property
     def failed(self) -> tuple[Result, ...]:
-        """What failed; begin with the first."""
+        """The checks that failed; begin with the first."""
         return tuple(result for result in self.results if result.outcome == "failed")
 
     def count(self, outcome: Outcome) -> int:
-        """How many checks ended so."""
+        """The number of checks with this outcome."""
         return sum(result.outcome == outcome for result in self.results)
 
     def raise_if_failed(self) -> None:
@@ -120,7 +120,7 @@ class Report:
 
 
 def _silent(done: int, total: int, name: str) -> None:
-    """Progress of which nothing is shown."""
+    """Shows no progress."""
 
 
 def check_names() -> tuple[str, ...]:
@@ -136,17 +136,17 @@ def check_adapter(
     stop: bool = False,
     progress: Progress = _silent,
 ) -> Report:
-    """Runs the checks, whatever they raise.
+    """Runs the checks; exceptions inside them become failures.
 
     Args:
-        adapter: what is checked; `None`: what the host names, else the one that fits its model.
-        host: drives the model.
+        adapter: what is checked; `None`: the adapter of the host, or else the one that fits its model.
+        host: runs the model.
         only: names of checks to run; default all.
         stop: skip what comes after the first failure.
-        progress: is told how far it is.
+        progress: called before each check.
 
     Raises:
-        OptionError: there is no such check, or the host is none.
+        OptionError: there is no such check, or `host` is not a `Host`.
         UnsupportedModelError: no adapter is given and none fits.
     """
     if not isinstance(host, Host):
@@ -169,13 +169,13 @@ def check_adapter(
 def _run(
     kit: Kit, checks: Sequence[Callable[[Kit], None]], needed: Sequence[str], progress: Progress
 ) -> Iterator[Result]:
-    with torch.no_grad(), Caught():  # what goes wrong here shows again in a check
+    with torch.no_grad(), Caught():  # an error here shows again in a check
         kit.anchored = kit.calls(kit.plain(), 0)[0][2].anchor is not None
     broken: str | None = None
     for number, check in enumerate(checks):
         progress(number, len(checks), check.__name__)
         if broken is not None:
-            yield _result(check, "skipped", f"needs {broken}")
+            yield _result(check, "skipped", f"requires {broken}")
             continue
         result = _one(kit, check)
         if result.outcome == "failed" and result.name in needed:
@@ -204,7 +204,7 @@ def _result(check: Callable[[Kit], None], outcome: Outcome, reason: str, seconds
 
 
 def _where(error: Exception) -> str:
-    """The innermost line that raised, where it is not the check itself."""
+    """The innermost line that raised, unless it is the check itself."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""What a porter writes so that the conformance kit can drive a tiny model of the new base model."""
+"""What the author of an adapter writes so that the conformance kit can run a tiny base model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from headforcing.roles import Full, HeadRole
 
 
 class Host(ABC):
-    """A tiny model of one base model, and the calls its pipeline makes.
+    """A tiny version of one base model, and the calls its pipeline makes.
 
-    Everything must be a function of what is asked for alone: two models made alike are equal bit for bit, and
-    so are two equal calls. Keep it small: the kit runs some hundred passes.
+    Everything must be deterministic: two models are equal bit for bit, and so are two calls with the same
+    arguments. Keep it small: the kit runs some hundred passes.
 
     Attributes:
         adapter: what is checked by `headforcing check`; `None`: the adapter that fits.
         layers: causal self-attention layers.
         chunk: frames the model denoises together.
-        frames: frames that the untouched model can generate, at least three chunks.
-        dense: the first frames, in which its cache still holds everything.
-        memory: the role whose heads remember what the untouched model remembers.
-        window: frames the model was trained on, to compare; `None`: not compared.
+        frames: frames that the unmodified model can generate, at least three chunks.
+        dense: number of frames before its window overflows.
+        memory: the role that reproduces the unmodified model.
+        window: frames the model was trained on, to compare with the adapter; `None`: not compared.
         single: whether it can also run chunks of one frame.
-        unconcerned: checks that have nothing to look at here; our tests want all others to be run.
+        unconcerned: checks that do not apply to it; our tests require that all others run.
     """
 
     adapter: Adapter | None = None
@@ -41,49 +41,49 @@ class Host(ABC):
     unconcerned: frozenset[str] = frozenset()
 
     def missing(self) -> str | None:
-        """Why it cannot run here, as where a package is not installed; default `None`, it can."""
+        """Why it cannot run here, such as a package that is not installed; default `None`: it can."""
         return None
 
     @abstractmethod
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A fresh tiny model: always the same random weights, `eval()`, no gradients."""
+        """A new tiny model: always the same random weights, in `eval()` mode, without gradients."""
 
     @abstractmethod
     def caches(self, model: nn.Module, batch: int = 1) -> Any:
-        """Fresh caches for one video, as the pipeline makes them; `None` where the host has no such thing."""
+        """New caches for one video, as the pipeline creates them; `None` if the base model has no caches."""
 
     @abstractmethod
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
         """One pass over frames `start .. start + frames - 1`; returns what the model returns.
 
         Args:
-            model: made by `model`, possibly converted to another dtype or put in training mode meanwhile.
-            caches: made by `caches`.
+            model: from `model`, possibly converted to another dtype or put in training mode.
+            caches: from `caches`.
             start: first frame.
             frames: frames of the chunk.
-            draw: another draw is another noise. Draws that 10 divides are clean passes, at the timestep the
-                host writes its cache with; the others are noisy. Do not switch gradients off here.
+            draw: seed of the noise. Multiples of 10 are clean passes, at the timestep with which the base
+                model writes its cache; all others are noisy. Do not switch gradients off here.
         """
 
     @abstractmethod
     def new_video(self, model: nn.Module, caches: Any) -> None:
-        """Does to the caches what the pipeline does before another video."""
+        """Does to the caches what the pipeline does before a second video."""
 
     def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Rotated keys, and values, `[B, tokens, H, D]`, that the untouched host cached, oldest first.
+        """Rotated keys, and values, `[B, tokens, H, D]`, in the unmodified model's cache, oldest first.
 
-        Asked while nothing was evicted yet. Default `None`: it cannot be told, and some checks are skipped.
+        Called before anything was evicted. Default `None`: unknown, and some checks are skipped.
         """
         return None
 
     def uncached(self, model: nn.Module) -> Tensor | None:
-        """A call of the model without a cache, as in training. Default `None`: there is none."""
+        """A call of the model without a cache, as in training. Default `None`: it has no such call."""
         return None
 
     def switch_prompt(self, model: nn.Module, caches: Any) -> bool:
-        """From now on, calls with these caches bring another prompt, and nothing else changes.
+        """Makes later calls with these caches use another prompt; nothing else changes.
 
         Returns:
-            Whether the host has prompts. Default false, and the check of prompt switches is skipped.
+            Whether there are prompts. Default false: the check of prompt switches is skipped.
         """
         return False

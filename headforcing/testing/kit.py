@@ -1,4 +1,4 @@
-"""The tools of the checks: runs of a host, with and without head forcing, and what they are compared by."""
+"""Tools for the checks: run a host with and without head forcing, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from headforcing.types import AttentionCall
 
 
 class Skipped(Exception):
-    """A check does not concern this host; the message is the reason."""
+    """A check does not apply to this host; the message is the reason."""
 
 
 class Caught:
-    """Keeps an exception of the adapter or the host, which may be any, so that the other checks can run."""
+    """Catches any exception of the adapter or the host, so that the other checks can run."""
 
     error: Exception | None = None
 
@@ -46,9 +46,9 @@ class Take:
     Attributes:
         kit: the tools.
         model: the model.
-        handle: of the applied model; `None`: it is untouched.
+        handle: of the applied model; `None`: it is unmodified.
         caches: of the timeline.
-        name: of the timeline, for hosts whose calls carry no cache object.
+        name: of the timeline, for base models whose calls carry no cache object.
     """
 
     kit: Kit
@@ -67,25 +67,25 @@ class Take:
             ]
 
     def video(self, frames: int, draw: int = 0, first: int = 0) -> list[Tensor]:
-        """Chunks from frame `first` to `frames`, two noisy passes and a clean one each."""
+        """Chunks from frame `first` to `frames`, with two noisy passes and a clean one each."""
         step = self.kit.host.chunk
         draws = (draw + 2, draw + 1, draw)
         return [out for start in range(first, frames, step) for out in self.passes(start, draws)]
 
-    def beside(self, name: str, batch: int = 1) -> Take:
+    def other(self, name: str, batch: int = 1) -> Take:
         """Another timeline on the same model."""
         return Take(self.kit, self.model, self.handle, self.kit.host.caches(self.model, batch), name)
 
 
 @dataclass(eq=False)
 class Kit:
-    """An adapter, a host, and what the checks have found out so far.
+    """An adapter, a host, and what is cached between checks.
 
     Attributes:
         adapter: what is checked.
-        host: drives the model.
+        host: runs the model.
         anchored: whether calls carry a cache object.
-        untouched: videos of the untouched model.
+        untouched: videos of the unmodified model.
     """
 
     adapter: Adapter
@@ -94,7 +94,7 @@ class Kit:
     untouched: dict[Any, list[Tensor]] = field(default_factory=dict)
 
     def plain(self, dtype: torch.dtype = torch.float32, batch: int = 1) -> Take:
-        """An untouched model."""
+        """An unmodified model."""
         model = self.host.model(dtype)
         return Take(self, model, None, self.host.caches(model, batch))
 
@@ -113,45 +113,43 @@ class Kit:
     def truth(
         self, frames: int, draw: int = 0, dtype: torch.dtype = torch.float32, batch: int = 1
     ) -> list[Tensor]:
-        """`Take.video` of the untouched model."""
+        """`Take.video` of the unmodified model."""
         key = frames, draw, dtype, batch
         if key not in self.untouched:
             self.untouched[key] = self.plain(dtype, batch).video(frames, draw)
         return self.untouched[key]
 
     def sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """What the adapter finds."""
+        """The attention modules that the adapter finds, with their paths."""
         return list(self.adapter.attentions(model))
 
     def calls(
         self, take: Take, start: int, draw: int = 0, frames: int | None = None
     ) -> list[tuple[str, nn.Module, AttentionCall]]:
-        """The self-attention calls of one pass of an untouched model, as the adapter reads them."""
+        """The self-attention calls of one pass of an unmodified model, as the adapter reads them."""
         found: list[tuple[str, nn.Module, AttentionCall]] = []
         hooks = []
         for path, module in self.sites(take.model):
 
-            def heard(
+            def record(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path
             ) -> None:
                 call = self.adapter.read(module, args, kwargs)
                 assert call is not None, f"read() returned None for a call of {path} that has a cache"
                 found.append((path, module, call))
 
-            hooks.append(module.register_forward_pre_hook(heard, with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
         try:
             take.passes(start, [draw], frames)
         finally:
             for hook in hooks:
                 hook.remove()
-        assert found, (
-            "no module of attentions() is called in a pass of the model: does it name the right ones?"
-        )
+        assert found, "no module of attentions() is called in a pass of the model: are they the right ones?"
         return found
 
 
 def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-    """The first difference between two videos in words; `None` where they are equal bit for bit."""
+    """Describes the first difference between two videos; `None` if they are equal bit for bit."""
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"pass {number}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}"
@@ -162,13 +160,13 @@ def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | No
 
 
 def same(found: Sequence[Tensor], expected: Sequence[Tensor], hint: str) -> None:
-    """Both videos are equal bit for bit; the hint says what to look at where not."""
+    """Asserts that both videos are equal bit for bit; the hint says what to check if not."""
     apart = differences(found, expected)
     assert apart is None, f"{apart}: {hint}"
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and plain numbers inside caches, by a path that says where."""
+    """Tensors and plain numbers inside caches, with their paths."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             yield from leaves(value, f"{path}[{name!r}]")
@@ -182,7 +180,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def counters(caches: Any) -> dict[str, int | bool | list[Any]]:
-    """What a host counts in its caches: whole numbers and flags."""
+    """The counters in a base model's caches: whole numbers and flags."""
     found: dict[str, int | bool | list[Any]] = {}
     for path, leaf in leaves(caches):
         if not isinstance(leaf, Tensor):
@@ -209,7 +207,7 @@ def tensors(take: Take) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings that a check provokes on purpose."""
+    """Silences warnings that a check provokes on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

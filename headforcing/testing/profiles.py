@@ -1,4 +1,4 @@
-"""Profiles out of thin air, for our tests and for those of new classifiers."""
+"""Synthetic profiles, for our tests and for tests of new classifiers."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def profile_of(
 def random_profile(
     seed: int, layers: int = 3, heads: int = 4, prompts: int = 3, noise: float = 0.1
 ) -> HeadProfile:
-    """Every column of the built-in metrics, for two chunks of two noisy passes and a clean one per prompt.
+    """All columns of the built-in metrics, for two chunks per prompt with three passes each.
 
     Args:
-        seed: of everything.
+        seed: random seed.
         layers: layers.
         heads: heads per layer.
         prompts: prompts.
-        noise: size of the differences between passes, where those between heads are 1.
+        noise: size of the differences between passes, relative to those between heads.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -106,7 +106,7 @@ def random_profile(
 
 
 def permuted(profile: HeadProfile, order: Tensor) -> HeadProfile:
-    """The profile with head `order[i]`, counted layer by layer, in place i."""
+    """The profile with heads reordered: head `order[i]`, counted layer by layer, goes to `i`."""
     values = {
         name: value.flatten(1, 2)[:, order].unflatten(1, profile.shape).contiguous()
         for name, value in profile.values.items()

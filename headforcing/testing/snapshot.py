@@ -1,7 +1,7 @@
-"""What a model is, down to the bits: compare it before and after, and read the difference.
+"""Records a model down to the bits, to compare it before and after.
 
-Equality of outputs is not enough to call a patch reversible: an attribute left behind, a parameter
-that is another object, or a module put back as an equal copy all give the same output. A snapshot
+Equal outputs do not prove that a patch is reversible: a leftover attribute, a parameter that became
+another object, or a module replaced by an equal copy all give the same output. A snapshot
 compares objects by identity and tensors by identity, address and content.
 """
 
@@ -20,7 +20,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True)
 class Same:
-    """An object that must be the very same one; held, so that its address is not used again."""
+    """An object compared by identity; the reference keeps its address from being reused."""
 
     value: Any
 
@@ -36,9 +36,9 @@ class Same:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Facts about a model by name; equal when nothing differs.
+    """Facts about a model by name; two snapshots are equal if nothing differs.
 
-    A snapshot holds the objects it names, so drop it before asking whether they are freed.
+    A snapshot keeps the objects it names alive, so drop it before testing whether they are freed.
 
     Attributes:
         facts: what was found, such as `"blocks.0.attn: class"`.
@@ -47,7 +47,7 @@ class Snapshot:
     facts: Mapping[str, object]
 
     def diff(self, later: Snapshot) -> list[str]:
-        """One readable line per fact that changed, came or went; empty when nothing did."""
+        """One readable line per fact that changed, appeared or disappeared; empty if nothing did."""
         lines = []
         for name in dict.fromkeys([*self.facts, *later.facts]):
             if name not in later.facts:
@@ -63,7 +63,7 @@ def snapshot(model: nn.Module) -> Snapshot:
     """Records a model: modules, classes, attributes, hooks, training flags, parameters, buffers.
 
     Args:
-        model: any module; nothing in it is touched.
+        model: any module; it is not modified.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -80,7 +80,7 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 
 def bits(tensor: Tensor) -> str:
-    """A digest of a tensor's content, of this process's part of it where it is sharded; NaN equals NaN."""
+    """A hash of a tensor's content (of the local shard if it is sharded); NaN equals NaN."""
     if tensor.is_meta:
         return "no content"
     flat = _own(tensor).resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -104,7 +104,7 @@ def _facts_of(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _attribute_fact(value: object) -> object:
-    """Plain attributes by identity; tables of hooks with their entries, tensors with their content."""
+    """Plain attributes by identity, hook tables with their entries, tensors with their content."""
     if isinstance(value, Tensor):
         return (Same(value), *_tensor_facts(value))
     if isinstance(value, Mapping):
@@ -119,7 +119,7 @@ def _tensor_facts(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor, or what this process holds of a sharded one."""
+    """The tensor, or the local shard of a sharded one."""
     plain = tensor.detach()
     own: Tensor = plain.to_local() if hasattr(plain, "to_local") else plain
     return own

@@ -1,6 +1,8 @@
-"""Hypothesis strategies for roles and tensors, for our tests and for those of new roles and stores."""
+"""Hypothesis strategies for roles and tensors, for our tests and for tests of new roles and stores."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from hypothesis import strategies as st
@@ -8,7 +10,6 @@ from torch import Tensor
 
 from headforcing.errors import WindowError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
@@ -21,7 +22,7 @@ from headforcing.types import Grid
 
 UPDATES: tuple[EpisodicUpdate, ...] = (MaxMin(), ThresholdFifo(), ThresholdFifo(novelty=1.0), Uniform())
 GRID: Grid = (2, 6)
-"""Patches of a frame that every role drawn here can merge and cut."""
+"""A frame size that every role drawn here can merge and cut."""
 
 
 def roles(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
@@ -30,7 +31,7 @@ def roles(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
 
 
 def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[HeadRole]]:
-    """A strategy for every class of built-in roles; those wrapped in another are drawn of all the others."""
+    """A strategy for every class of built-in roles, with and without a clean window."""
     room = st.integers(0, window - chunk)
     pair = room.flatmap(lambda total: st.integers(0, total).map(lambda first: (first, total - first)))
     ends = st.sampled_from(SCHEMES)
@@ -60,11 +61,15 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
             lambda size, sink: Rolling(size, min(sink, size - 1)), st.integers(1, window), st.integers(0, 4)
         ),
     }
-    fitting = {
-        kind: strategy.filter(lambda role: _fits(role, window, chunk)) for kind, strategy in plain.items()
+    newest = st.none() | st.integers(max(chunk, 1), window)
+    return {
+        kind: st.builds(_with_clean_window, strategy.filter(lambda role: _fits(role, window, chunk)), newest)
+        for kind, strategy in plain.items()
     }
-    wrapped = st.builds(CommitForcing, st.one_of(*fitting.values()), st.integers(max(chunk, 1), window))
-    return {**fitting, CommitForcing: wrapped}
+
+
+def _with_clean_window(role: HeadRole, newest: int | None) -> HeadRole:
+    return dataclasses.replace(role, clean_window=newest)
 
 
 def _fits(role: HeadRole, window: int, chunk: int) -> bool:
@@ -76,7 +81,7 @@ def _fits(role: HeadRole, window: int, chunk: int) -> bool:
 
 
 def _cycles(kind: type[Wave] | type[Strided]) -> st.SearchStrategy[HeadRole]:
-    """Heads of Pyramid Forcing that read by cycles, for every query frame another one."""
+    """Heads of Pyramid Forcing that select frames by cycles, differently per query frame."""
     few = st.integers(0, 4)
     return st.builds(
         lambda sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
@@ -116,8 +121,8 @@ def _participating(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
 
 
 def queries(role: HeadRole, chunk: range) -> list[int | None]:
-    """The frames of a chunk that look on their own; `None` stands for all together."""
-    return list(chunk) if role.reads_per_query else [None]
+    """The query frames of a chunk that attend separately; `None` stands for all together."""
+    return list(chunk) if "query" in role.depends_on else [None]
 
 
 def memories(window: int, chunk: int) -> st.SearchStrategy[Memory]:
@@ -134,7 +139,7 @@ def memories(window: int, chunk: int) -> st.SearchStrategy[Memory]:
 
 
 def frame_tensor(frames: range, seed: int, batch: int, heads: int, tokens: int = 2, dim: int = 4) -> Tensor:
-    """Random `[B, F, P, H, D]` whose content is a function of the frame number and the seed alone."""
+    """Random `[B, F, P, H, D]` whose content depends only on the frame number and the seed."""
     parts = []
     for frame in frames:
         generator = torch.Generator().manual_seed(1_000_003 * seed + frame)
@@ -143,7 +148,7 @@ def frame_tensor(frames: range, seed: int, batch: int, heads: int, tokens: int =
 
 
 def arrangements() -> st.SearchStrategy[Arrangement]:
-    """What a backend may be given: scattered heads of one to three lengths, in one storage or in many."""
+    """Inputs of a backend: scattered heads with one to three key lengths, in one storage or in several."""
     few = st.integers(1, 3)
     length = st.one_of(st.integers(1, 12), st.integers(120, 140), st.integers(250, 260))
     facts = st.tuples(length, st.integers(0, 2), st.booleans())

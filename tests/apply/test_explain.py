@@ -16,6 +16,7 @@ from headforcing.errors import UnsupportedModelError
 from headforcing.roles import Local
 from headforcing.testing import snapshot
 from tests.hosts import find_host
+from tests.hosts.causvid import CausVidHost
 from tests.hosts.rig import Rig
 
 RUN = CliRunner()
@@ -190,7 +191,7 @@ def test_explain_says_by_its_exit_code_that_none_fits() -> None:
         ("explain", "own_host:absent", "own_host has no absent"),
         ("explain", "own_host:nothing", "returned int: expected a torch module"),
         ("explain", "own_host:needs_more", "is called without arguments"),
-        ("check", "sena", "'sena' is neither MODULE:ADAPTER, MODULE:HOST nor one of "),
+        ("check", "causvid", "'causvid' is not MODULE:NAME, as in my_adapter:MyAdapter"),
         (
             "check",
             "own_host:make",
@@ -206,24 +207,26 @@ def test_a_wrong_target_is_one_line(command: str, target: str, said: str) -> Non
     assert said in result.stderr
 
 
-def test_check_passes_our_adapters() -> None:
-    result = RUN.invoke(app, ["check", "--only", "fits,layers_in_order", "--quiet"])
-    assert result.exit_code == 0, result.output
-    for name in OTHERS:
-        missing = find_host(name).missing()
-        told = "2 passed, 0 failed, 0 skipped" if missing is None else f"not checked, {missing}"
-        assert f"{name}: {told}" in result.stdout
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_check_passes_our_adapters(name: str) -> None:
+    host = type(find_host(name))
+    target = f"{host.__module__}:{host.__name__}"
+    result = RUN.invoke(app, ["check", target, "--only", "fits,layers_in_order", "--quiet"])
+    if (missing := host().missing()) is not None:
+        assert result.exit_code == 2
+        assert f"{target} cannot be checked here: {missing}" in result.stderr
+    else:
+        assert result.exit_code == 0, result.output
+        assert f"{name}: 2 passed, 0 failed, 0 skipped" in result.stdout
 
 
 def test_check_tells_what_a_host_misses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find_host("causvid").__class__, "missing", lambda self: "no such package: install it")
-    result = RUN.invoke(app, ["check", "--only", "fits", "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert "causvid: not checked, no such package: install it" in result.stdout
-    assert "longlive: 1 passed" in result.stdout
-    result = RUN.invoke(app, ["check", "causvid"])
+    monkeypatch.setattr(CausVidHost, "missing", lambda self: "no such package: install it")
+    result = RUN.invoke(app, ["check", "tests.hosts.causvid:CausVidHost"])
     assert result.exit_code == 2
-    assert "causvid cannot be checked here: no such package: install it" in result.stderr
+    assert (
+        "tests.hosts.causvid:CausVidHost cannot be checked here: no such package: install it" in result.stderr
+    )
 
 
 def test_check_fails_a_bad_adapter_and_says_where_to_begin() -> None:
@@ -236,7 +239,7 @@ def checked(*arguments: str) -> tuple[str, str]:
     """The adapter and the host of a check."""
     result = RUN.invoke(app, ["check", *arguments, "--only", "fits", "--json"])
     assert result.exit_code == 0, result.output
-    (report,) = json.loads(result.stdout)
+    report = json.loads(result.stdout)
     return report["adapter"], report["host"]
 
 
@@ -251,7 +254,7 @@ def checked(*arguments: str) -> tuple[str, str]:
         (["own_host:BadHost", "--adapter", "apart:Plain"], ("plain", "BadHost")),
         (["own_host:BadHost", "--adapter", "apart:instance"], ("plain", "BadHost")),
         (["apart:SelfForcingHost"], ("self_forcing", "SelfForcingHost")),
-        (["self_forcing", "--adapter", "apart:Plain"], ("plain", "SelfForcingHost")),
+        (["apart:SelfForcingHost", "--adapter", "apart:Plain"], ("plain", "SelfForcingHost")),
     ],
 )
 def test_check_takes_an_adapter_or_a_host(arguments: list[str], found: tuple[str, str]) -> None:
@@ -270,10 +273,9 @@ def test_check_takes_an_adapter_or_a_host(arguments: list[str], found: tuple[str
         (["own_host:Backwards", "--host", "apart:Plain"], "apart:Plain is Plain: expected a subclass of"),
         (["own_host:Backwards", "--adapter", "apart:Plain"], "is an adapter itself: leave out --adapter"),
         (["own_host:BadHost", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
-        (["self_forcing", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
+        (["apart:SelfForcingHost", "--host", "own_host:BadHost"], "is a host itself: leave out --host"),
         (["own_host:BadHost", "--adapter", "own_host:BadHost"], "is BadHost: expected a subclass of headfor"),
-        (["--adapter", "apart:Plain"], "--host and --adapter go with a target"),
-        (["--host", "own_host:BadHost"], "--host and --adapter go with a target"),
+        (["--adapter", "apart:Plain"], "Missing argument 'MODULE:ADAPTER|MODULE:HOST'"),
         (
             ["own_host:BadHost", "--adapter", "Plain"],
             "'Plain' is not MODULE:NAME, as in my_adapter:MyAdapter",
@@ -289,7 +291,7 @@ def test_check_says_what_to_write(arguments: list[str], said: str) -> None:
 def test_check_prints_json_and_nothing_else() -> None:
     result = RUN.invoke(app, ["check", "own_host:BadHost", "--only", "layers_in_order,fits", "--json"])
     assert result.exit_code == 1
-    (report,) = json.loads(result.stdout)
+    report = json.loads(result.stdout)
     assert (report["adapter"], report["host"], report["ok"]) == ("backwards", "BadHost", False)
     assert [(r["name"], r["outcome"]) for r in report["results"]] == [
         ("fits", "passed"),
@@ -299,6 +301,6 @@ def test_check_prints_json_and_nothing_else() -> None:
 
 
 def test_check_refuses_an_unknown_check() -> None:
-    result = RUN.invoke(app, ["check", "causvid", "--only", "everything"])
+    result = RUN.invoke(app, ["check", "apart:SelfForcingHost", "--only", "everything"])
     assert result.exit_code == 2
     assert "no check is called 'everything'" in result.stderr

@@ -25,10 +25,10 @@ from headforcing.errors import ChunkOrderError, StreamActiveError, StreamError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import bits, snapshot
 from headforcing.types import AttentionCall
+from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
 
 MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, positions="absolute"))
-EXAMPLES = settings.default.max_examples  # of the profile in force
 
 
 def applied(window: int = 9) -> tuple[Rig, hf.HeadForcing]:
@@ -87,7 +87,7 @@ def test_caches_of_different_batch_live_side_by_side() -> None:
     assert [s.committed for s in handle.status().streams] == [9, 9]
 
 
-@settings(max_examples=EXAMPLES // 25)
+@settings(max_examples=examples(4))
 @given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=3))
 def test_a_second_video_on_the_same_caches_is_that_video_alone(lengths: list[int]) -> None:
     rig, _ = applied()

@@ -35,13 +35,14 @@ from headforcing.errors import (
     WindowError,
 )
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.base import bounded
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import MaxMin, ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores import STORES, KVStore
-from headforcing.stores.compressed import Digests
+from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.scenes import Scenes
@@ -49,6 +50,7 @@ from headforcing.stores.switch import Switch
 from headforcing.testing import snapshot
 from headforcing.testing.strategies import frame_tensor, queries
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
 
 WINDOW, CHUNK = 12, 4
@@ -363,7 +365,7 @@ class SwitchMachine(RuleBasedStateMachine):
         for role in self.heads:
             for query in queries(role, store.pending):
                 store.view(role, "denoise", encode, query)
-                store.view_digest(role, encode, query)
+                store.view_compressed(role, encode, query)
 
     # What happens
 
@@ -520,13 +522,13 @@ class SwitchMachine(RuleBasedStateMachine):
             names = [None if frame.unknown else frame.number for frame in seen]
             assert view.frames == (*names, *self.pending)
             assert view.positions[0] >= 0
-            assert not role.bounded or view.positions[-1] < WINDOW
+            assert not bounded(role) or view.positions[-1] < WINDOW
             if role.positions == "absolute":
                 times = [f.time for f in seen]
                 assert view.positions == (*times, *(past.time(number) for number in self.pending))
 
     def _check_digest(self, role: HeadRole, query: int | None) -> None:
-        tokens, expected = (s.view_digest(role, encode, query) for s in (self.noisy, self.clean))
+        tokens, expected = (s.view_compressed(role, encode, query) for s in (self.noisy, self.clean))
         assert (tokens is None) == (expected is None)
         if tokens is None or expected is None:
             if isinstance(role, Veil):
@@ -566,13 +568,13 @@ class SwitchMachine(RuleBasedStateMachine):
             assert set(store.scenes.marks) == {*self.marks, *self.due}
 
 
-SETTINGS = settings(stateful_step_count=12, max_examples=settings.default.max_examples)
+SETTINGS = settings(stateful_step_count=12, max_examples=examples(100))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
 def test_no_frame_of_a_flushed_scene_is_ever_seen_again(store: type[KVStore]) -> None:
     machine = type("Machine", (SwitchMachine,), {"store": store})
-    fewer = settings(SETTINGS, max_examples=3 * settings.default.max_examples // 5)
+    fewer = settings(SETTINGS, max_examples=examples(60))
     run_state_machine_as_test(machine, settings=fewer)
 
 
@@ -606,21 +608,21 @@ def a_switch_takes_effect_at_once(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: KVStore, chunk: Chunk) -> None:
         asked = self.scenes._switch
         if chunk.frames == self._pending and asked is not None and asked.mode in ("smooth", "cut"):
-            self._turn(chunk.start)
+            self._apply_switch(chunk.start)
         right(self, chunk)
 
     patch.setattr(KVStore, "write", wrong)
 
 
-def digests_outlive_a_switch(patch: pytest.MonkeyPatch) -> None:
-    right = KVStore._turn
+def compressed_histories_outlive_a_switch(patch: pytest.MonkeyPatch) -> None:
+    right = KVStore._apply_switch
 
     def wrong(self: KVStore, start: int) -> None:
         with pytest.MonkeyPatch.context() as inside:
-            inside.setattr(Digests, "clear", Digests.refresh)
+            inside.setattr(CompressedHistories, "clear", CompressedHistories.forget_views)
             right(self, start)
 
-    patch.setattr(KVStore, "_turn", wrong)
+    patch.setattr(KVStore, "_apply_switch", wrong)
 
 
 def the_first_switch_asked_for_counts(patch: pytest.MonkeyPatch) -> None:
@@ -641,7 +643,7 @@ PLANTED = [
     a_cut_does_not_restart_time,
     recall_returns_another_mark,
     a_switch_takes_effect_at_once,
-    digests_outlive_a_switch,
+    compressed_histories_outlive_a_switch,
     the_first_switch_asked_for_counts,
     a_mark_forgets_episodic_frames,
     frames_run_again_stay,
@@ -667,10 +669,10 @@ def chunk_of(start: int, length: int = 3, take: int = 0, heads: int = 1) -> Chun
 
 
 def told(role: HeadRole, store: str = "ring") -> KVStore:
-    return store_class(store)(grouped([role]), window=WINDOW, layer=0)
+    return STORES[store](grouped([role]), window=WINDOW, layer=0)
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store: str) -> None:
     role = Local(6)
     held = told(role, store)
@@ -682,7 +684,7 @@ def test_frames_run_again_are_recent_and_a_later_smooth_switch_drops_them(store:
     assert held.frames(role) == [[]]
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
     held = told(Full(), store)
     for start in (0, 3, 6):
@@ -694,7 +696,7 @@ def test_frames_of_the_scene_before_cannot_come_again(store: str) -> None:
     held.check_switch(Switch("recache", frames=3))
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_a_commit_between_asking_and_running_again_brings_no_frame_back(store: str) -> None:
     role = Memory(0, 4, 1)
     held = told(role, store)
@@ -948,7 +950,7 @@ def test_frames_chosen_by_content_that_cannot_be_told_apart_are_refused_before_a
         caches, before = rig.caches(), snapshot(rig.model)
         tell(rig, caches, range(0, 18, 3))
         if asks:
-            with pytest.raises(StreamError, match=r"layer 1: Memory.*among the last 6: run fewer"):
+            with pytest.raises(StreamError, match=r"layer 1: Memory.*among the last 6: recompute fewer"):
                 handle.switch_prompt("recache", frames=6)
             assert before.diff(snapshot(rig.model)) == []
         found.append(tell(rig, caches, range(18, 24, 3)))
@@ -1159,7 +1161,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "recache", "frames": -3}, OptionError, "expected a number of frames"),
     ({"mode": "recache", "frames": 3.0}, OptionError, "expected a number of frames"),
     ({"mode": "recache", "frames": True}, OptionError, "expected a number of frames"),
-    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot come again"),
+    ({"mode": "recache", "frames": 7}, StreamError, "7 of 6 frames cannot be recomputed"),
 ]
 
 

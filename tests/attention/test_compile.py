@@ -27,15 +27,16 @@ from headforcing.adapters.base import Memo, find_adapter
 from headforcing.attention import compile as traced
 from headforcing.errors import StreamError, StreamShapeError
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.roles import Anchor, CommitForcing, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.types import AttentionCall, TracedCall
+from tests.examples import examples
 from tests.hosts import find_host
 from tests.hosts.rig import Rig
 
 MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, positions="absolute"))
 ONE_GRAPH = ("self_forcing", "causvid", "longlive", "longlive2", "infinity_rope", "fastvideo")
 """Hosts whose calls can be taken apart; the one of Rolling Forcing has no room for these roles."""
-PHASED = CommitForcing(Memory(), 6)
+PHASED = Memory(clean_window=6)
 WARM, FEW, MANY = 2, 6, 100
 
 
@@ -196,7 +197,7 @@ def test_new_video_guidance_and_passes_without_the_compiler() -> None:
 ACTIONS = ("again", "again", "next", "next", "other cache", "new video", "reset", "commit")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=4, max_size=16))
 def test_any_course_of_videos_is_the_one_without_a_compiler(actions: list[str]) -> None:
     made = [course(rig, handle, actions) for rig, handle in both_rigs()]

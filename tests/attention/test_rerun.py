@@ -40,7 +40,7 @@ def seen(stream: Stream, role: HeadRole) -> tuple[tuple[int | None, ...], tuple[
     def encode(x: Tensor, positions: Sequence[int]) -> Tensor:
         return x
 
-    view = stream.store.view(role, "commit", encode)
+    view = stream.store.view(role, "clean", encode)
     return view.frames, view.positions, view.v[0, :, 0, 0, 0]
 
 

@@ -23,20 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import headforcing as hf
-from headforcing import stores
+from benchmarks.meta_layer import returns_views
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.measure.census import returns_views
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores.checks import HostFlag
+from headforcing.stores import KVStore, checks
 from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
+from tests.planted import with_banks
 
 WINDOW, CHUNK, TOKENS, DIM = 12, 3, 2, 4
 ROPE_ROWS = 32
@@ -65,6 +66,7 @@ ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "e
 FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "participating", "every role")]
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
+at_length = pytest.mark.parametrize("chunks", [30, pytest.param(1000, marks=pytest.mark.slow)])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
 
@@ -85,7 +87,7 @@ class Layer:
         row: Sequence[HeadRole] = EVERY_ROLE,
         *,
         adapter: SelfForcing | None = None,
-        store: type[stores.KVStore] = RingStore,
+        store: type[KVStore] = RingStore,
         device: str = "cpu",
         passes: int = 3,
         addresses: bool = True,
@@ -181,7 +183,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """First frames of the chunks checked for NaN; a verdict is the one read that is wanted, a chunk late."""
     checked: list[int] = []
 
-    class Unread(HostFlag):
+    class Unread(checks.FiniteCheck):
         ready = False
 
         def __init__(self, sums: Tensor, heads: Any, layer: int, frames: range) -> None:
@@ -191,7 +193,7 @@ def verdicts_left_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             """Would read."""
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "HostFlag", Unread)
+        patch.setattr(checks, "FiniteCheck", Unread)
         yield checked
 
 
@@ -262,7 +264,7 @@ def check_no_object_stays(layer: Layer, chunks: int, allowed: int) -> None:
     """Python's own memory; collecting empties the interpreter's free lists."""
     tracemalloc.start()
     try:
-        layer.run(100)  # what was made before tracing began is replaced once
+        layer.run(chunks)  # what was made before tracing began is replaced once
         grown = [allowed + 1]
         while grown[-1] > allowed and len(grown) <= 3:  # what stays grows again, what others do does not
             gc.collect()
@@ -352,11 +354,12 @@ def test_every_chunk_is_the_same_work(row, store):
     check_work_is_constant(Layer(row, store=store))
 
 
+@at_length
 @pytest.mark.parametrize("row", [ROWS["memory, uniform"], EVERY_ROLE], ids=["uniform", "every role"])
-def test_a_memory_spread_over_time_moves_other_rows_each_chunk_but_never_more_than_it_holds(row):
+def test_a_memory_spread_over_time_moves_other_rows_each_chunk_but_never_more_than_it_holds(row, chunks):
     layer = Layer(row).run(WARM_UP)
     firsts, rewrites = [], []
-    for _ in range(40):
+    for _ in range(chunks // 2):
         first, *others = work(layer)
         firsts.append(len(first))
         rewrites += others
@@ -396,37 +399,42 @@ def test_the_lean_store_rotates_all_it_shows_in_every_pass(name):
     assert turned(layer, turns) == [WINDOW - CHUNK] * 3
 
 
-def test_no_tensor_stays():
-    check_no_tensor_stays(Layer(), chunks=100)
+@at_length
+def test_no_tensor_stays(chunks):
+    check_no_tensor_stays(Layer(), chunks)
 
 
+@at_length
 @pytest.mark.parametrize("row", [PYRAMID["wave"], PYRAMID["strided"]], ids=["wave", "strided"])
-def test_no_copy_stays_and_all_of_them_stay_where_they_are(row):
-    check_no_tensor_stays(Layer(row), chunks=100)
+def test_no_copy_stays_and_all_of_them_stay_where_they_are(row, chunks):
+    check_no_tensor_stays(Layer(row), chunks)
 
 
-def test_no_tensor_stays_in_the_lean_store():
-    """What it rotates is put wherever there is room, so addresses of keys tell nothing; those of rooms do."""
+@at_length
+def test_no_tensor_stays_in_the_lean_store(chunks):
+    """Rotated keys lie wherever there is room, so their addresses tell nothing; those of buffers do."""
     layer = Layer(store=LeanStore, addresses=False).run(WARM_UP)
     (stream,) = layer.handle._layers[0].streams.values()
-    rooms = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
-    check_no_tensor_stays(layer, chunks=100)
-    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == rooms
+    buffers = [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()]
+    check_no_tensor_stays(layer, chunks)
+    assert [x.data_ptr() for bank in stream.store._banks.values() for x in bank.tensors()] == buffers
 
 
+@at_length
 @both_stores
 @pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
-def test_nothing_stays_of_what_is_kept_beside_frames(role, store):
+def test_nothing_stays_of_what_is_kept_beside_frames(role, store, chunks):
     layer = Layer([role, role], passes=2, addresses=store is RingStore, store=store)
-    check_no_tensor_stays(layer, chunks=60)
-    check_no_object_stays(layer, chunks=100, allowed=SOME_BYTES)
+    check_no_tensor_stays(layer, chunks)
+    check_no_object_stays(layer, 2 * chunks, allowed=SOME_BYTES)
 
 
-def test_no_object_stays():
-    check_no_object_stays(Layer(passes=2), chunks=100, allowed=SOME_BYTES)
+@at_length
+def test_no_object_stays(chunks):
+    check_no_object_stays(Layer(passes=2), 2 * chunks, allowed=SOME_BYTES)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_nothing_stays_of_ten_thousand_chunks():
     names = ("local", "memory, max-min", "memory, threshold", "memory, uniform", "absolute")
     layer = Layer([ROLES[name] for name in names], passes=2)
@@ -542,47 +550,53 @@ def test_a_read_or_a_transfer_is_found_on_the_meta_device(read, monkeypatch):
         check_data_is_never_read(Layer(**reading(read), device="meta"))
 
 
-class Piling(RingStore):
+class Piling(RotatedBank):
     """Keeps every chunk it was ever given, and looks through all of them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pile: list[Tensor] = []
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
-        self.pile.append(next(self._staged())[1].clone())
+    def append(self, frames: range, inside: range) -> None:
+        self.pile.append(self.staged()[0].clone())
+        super().append(frames, inside)
         sum(self.pile)
 
 
-class Moving(RingStore):
+class Moving(RotatedBank):
     """Puts its keys into other buffers for every chunk, two in turn."""
 
-    def _begin(self, chunk: int) -> None:
-        super()._begin(chunk)
-        for bank in self._banks.values():
-            bank.other, bank.rooms["rotated"] = bank.rooms["rotated"], bank.rooms["rotated"].clone()
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.other, self.buffers["rotated"] = self.buffers["rotated"], self.buffers["rotated"].clone()
 
 
-class Knotted(RingStore):
+class Knotted(RotatedBank):
     """Leaves tensors to the garbage collector."""
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
+    def append(self, frames: range, inside: range) -> None:
+        super().append(frames, inside)
         knot: list[Any] = [torch.zeros(1)]
         knot.append(knot)
 
 
-class Noting(RingStore):
+class Noting(RotatedBank):
     """Keeps a diary."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.diary: list[str] = []
 
-    def _append(self, frames: range) -> None:
-        super()._append(frames)
+    def append(self, frames: range, inside: range) -> None:
+        super().append(frames, inside)
         self.diary.append(f"Dear diary, today I kept {frames}, and nothing else happened" + "." * 400)
+
+
+class Scattered(RotatedBank):
+    """Leaves compressed tokens wherever there is room."""
+
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        return tokens
 
 
 class Forgetful(RingStore):
@@ -591,11 +605,11 @@ class Forgetful(RingStore):
     def _stage(self, chunk: Any) -> None:
         super()._stage(chunk)
         for bank in self._banks.values():
-            bank._placed = [None] * len(bank._placed)
+            bank._rotated_to = [None] * len(bank._rotated_to)
 
 
 @pytest.mark.parametrize(
-    "kind", [{"row": [Local(1)], "store": Piling}, {"row": [Full()]}], ids=["piling", "full"]
+    "kind", [{"row": [Local(1)], "store": with_banks(Piling)}, {"row": [Full()]}], ids=["piling", "full"]
 )
 def test_work_that_grows_is_found(kind):
     with pytest.raises(AssertionError):
@@ -605,28 +619,21 @@ def test_work_that_grows_is_found(kind):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ({"row": [Local(1)], "store": Piling}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": Knotted}, "tensors, bytes"),
-        ({"row": [Local(1)], "store": Moving}, "addresses"),
+        ({"row": [Local(1)], "store": with_banks(Piling)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": with_banks(Knotted)}, "tensors, bytes"),
+        ({"row": [Local(1)], "store": with_banks(Moving)}, "addresses"),
         ({"row": [Full()]}, "tensors, bytes"),
     ],
     ids=["piling", "knotted", "moving", "full"],
 )
 def test_a_tensor_that_stays_is_found(kind, what):
     with pytest.raises(AssertionError, match=what):
-        check_no_tensor_stays(Layer(**kind), chunks=60)
+        check_no_tensor_stays(Layer(**kind), chunks=30)
 
 
 def test_an_object_that_stays_is_found():
     with pytest.raises(AssertionError, match="Python memory grew"):
-        check_no_object_stays(Layer([Local(1)], store=Noting), chunks=100, allowed=SOME_BYTES)
-
-
-class Scattered(RingStore):
-    """Puts what is kept beside frames wherever there is room."""
-
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        return tokens
+        check_no_object_stays(Layer([Local(1)], store=with_banks(Noting)), chunks=60, allowed=SOME_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +641,7 @@ class Scattered(RingStore):
 )
 def test_tokens_that_are_put_together_in_every_pass_are_found(row):
     with pytest.raises(AssertionError, match="cat"):
-        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=Scattered))
+        check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=with_banks(Scattered)))
 
 
 @pytest.mark.parametrize("store", [Forgetful, LeanStore])

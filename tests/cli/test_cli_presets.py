@@ -15,9 +15,11 @@ import headforcing as hf
 from headforcing.cli import app
 from headforcing.cli.presets import in_units
 from headforcing.errors import OptionError
-from headforcing.measure.footprint import BUFFERS, MODELS, ModelSize
-from headforcing.measure.steady import _Row, held_bytes, steady
+from headforcing.measure import memory
+from headforcing.measure.memory import Moment, kept_bytes, simulate, steady, stored_bytes
+from headforcing.measure.sizes import FRAME_ID, MODELS, ModelSize
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
+from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.memrope import Averaging
@@ -54,7 +56,7 @@ def frames(role, window=21, chunk=3):
 def test_frames_by_hand(role, stored, attended):
     """Veil: three blocks of a quarter frame while a chunk begins at a multiple of 12, else four; and a block
     is under way in three chunks of four. Dynamic: pieces of one frame, and a copy of the last one. Averages
-    are no frames, but are seen as two."""
+    are no frames, but are attended as two."""
     assert frames(role) == (stored, attended)
 
 
@@ -68,35 +70,26 @@ def test_a_cycle_is_found_and_what_grows_has_none():
     assert steady(Veil(), 21, 3).cycle == 4
     assert steady(Veil(), 21, 3).most == 8
     assert steady(Veil(block=5, blocks=2), 21, 3).cycle == 5
+    assert steady(Veil(block=7, blocks=2), 21, 3).cycle == 7
+    assert steady(Veil(patch=5), 21, 3, (5, 10)).cycle == 4
     assert steady(Local(1), 21, 3).cycle == 1
     assert steady(Full(), 21, 3) is None
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(OptionError, match="cannot be simulated"):
+    with pytest.raises(OptionError, match="give a --grid of other sides"):
         steady(Veil(patch=5), 21, 3)
-    with pytest.raises(OptionError, match="2 and 4 only"):
-        held_bytes("ring", Veil(), 21, 3, 8)
-    odd = ModelSize(1, 1, 1, window=21, chunk=3, tokens_per_frame=10)
-    with pytest.raises(OptionError, match="10 tokens per frame cannot be merged"):
-        odd.kv_bytes(hf.RoleMap.uniform(Veil(patch=3), 1, 1))
+    with pytest.raises(OptionError, match="2 or 4"):
+        simulate(((Veil(), 1),), ModelSize(1, 1, 1, 21, 3, (4, 4), itemsize=8), "ring")
+    odd = ModelSize(1, 1, 1, window=21, chunk=3, grid=(2, 5))
+    with pytest.raises(OptionError, match=r"\(2, 5\) patches"):
+        kept_bytes(odd, hf.RoleMap.uniform(Veil(patch=3), 1, 1))
 
 
 def test_what_does_not_settle_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        "headforcing.measure.steady._run", lambda *_: [_Row(n, n, Fraction(1)) for n in range(50)]
-    )
+    monkeypatch.setattr(memory, "simulate", lambda *_: [Moment(n, n, (Fraction(1),)) for n in range(50)])
     with pytest.raises(OptionError, match="does not settle"):
         steady(Local(17), 21, 3)
-
-
-def test_what_grows_otherwise_than_its_size_is_refused(monkeypatch):
-    def squared(store, role, window, chunk, tiny):
-        return [_Row(tiny.size, tiny.size**2, Fraction(1))] * 50
-
-    monkeypatch.setattr("headforcing.measure.steady._run", squared)
-    with pytest.raises(OptionError, match="cannot be told from its size"):
-        held_bytes("ring", Local(16), 21, 3, 4)
 
 
 # --- bytes --------------------------------------------------------------------------------------------
@@ -106,10 +99,10 @@ def test_what_grows_otherwise_than_its_size_is_refused(monkeypatch):
 class TwoFaced(SlidingWindow):
     """Sees less of its past in a noisy pass than in the clean one."""
 
-    uses_phase: ClassVar[bool] = True
+    depends_on: ClassVar[tuple[str, ...]] = ("phase",)
 
-    def attend(self, table, phase):
-        return range(2 if phase == "commit" else 1) if len(table) > 2 else range(len(table))
+    def visible(self, table, phase):
+        return range(2 if phase == "clean" else 1) if len(table) > 2 else range(len(table))
 
 
 ROWS = {
@@ -117,81 +110,74 @@ ROWS = {
     "veils": (Veil(), Veil(blocks=2, block=5), Local(1), Local(1)),
     "pieces": (Dynamic(pieces=4), Local(1, sink=1), Dynamic(2, 2), Dynamic(pieces=4)),
     "averages": (Averaging(), Averaging(9, sink=1), Local(1), Averaging()),
+    "asked for": (Participating(), Dynamic(pieces=4), Local(1), Participating()),
 }
 PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 
 
-@pytest.mark.parametrize(
-    ("store", "row"),
-    [
-        *((store, row) for store in BUFFERS for row in ROWS.values()),
-        ("reference", (Wave(), Strided(), *PLAIN[:2])),
-    ],
-    ids=[*(f"{store}, {name}" for store in BUFFERS for name in ROWS), "reference"],
-)
+@pytest.mark.parametrize("store", ["lean", "ring"])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
     rig, roles, held = Rig(window=21), hf.RoleMap((row,) * 2), []
-    size = ModelSize(2, 4, 16, window=21, chunk=3, tokens_per_frame=16, itemsize=4)
+    size = ModelSize(2, 4, 16, window=21, chunk=3, grid=(4, 4), itemsize=4)
     caches = rig.caches()
     with hf.apply_head_forcing(rig.model, roles, store=store) as handle:
         for chunk in range(32):
             rig.video(caches, 1, first=chunk)
             held.append(handle.status().stored_bytes)
-    assert max(held[12:]) == size.stored_bytes(store, roles)
-    if store == "reference":
-        assert max(held[12:]) == size.kv_bytes(roles)
-    if store == "ring":
-        assert max(held[12:]) == size.ring_bytes(roles)
+    assert max(held[12:]) == stored_bytes(size, store, roles)
 
 
 def test_frames_are_those_of_a_noisy_pass_and_bytes_those_after_the_clean_one():
-    """The ring store holds nine frames three times, and packs keys and values of two and the own chunk."""
+    """The ring store holds nine frames three times, and packs two and the current chunk."""
     assert frames(TwoFaced(9)) == (9, 1 + 3)
-    held = held_bytes("ring", TwoFaced(9), 21, 3, 2)
-    assert set(held.each) == {2 * (3 * 9 + 2 * (2 + 3))}
-    assert set(held.once) == {8 * 9}
+    size = ModelSize(1, 1, 8, window=21, chunk=3, grid=(4, 4))
+    held = {moment.stored for moment in simulate(((TwoFaced(9), 1),), size, "ring")}
+    assert held == {16 * 8 * 2 * (3 * 9 + 2 * (2 + 3)) + FRAME_ID * 9}
 
 
 def test_what_merged_blocks_take_by_hand():
     """Seven frames, four blocks of a quarter, and a sum of a quarter in float32, keys and values."""
-    size = ModelSize(1, 1, 8, window=21, chunk=3, tokens_per_frame=16)
+    size = ModelSize(1, 1, 8, window=21, chunk=3, grid=(4, 4))
     numbers = 2 * 16 * 8
-    assert size.kv_bytes(hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 2 + 4 // 4)
+    assert kept_bytes(size, hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 2 + 4 // 4)
     again = dataclasses.replace(size, itemsize=4)
-    assert again.kv_bytes(hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 4 + 4 // 4)
+    assert kept_bytes(again, hf.RoleMap.uniform(Veil(), 1, 1)) == numbers * (8 * 4 + 4 // 4)
 
 
 def test_what_averages_take_by_hand():
     """Ten frames, and two averages in float32, keys and values, however many tokens a frame has."""
     for tokens in (1, 16, 1560):
-        size = ModelSize(2, 3, 8, window=21, chunk=3, tokens_per_frame=tokens)
-        said = size.kv_bytes(hf.RoleMap.uniform(Averaging(), 2, 3))
+        size = ModelSize(2, 3, 8, window=21, chunk=3, grid=(1, tokens))
+        said = kept_bytes(size, hf.RoleMap.uniform(Averaging(), 2, 3))
         assert said == 2 * 3 * 2 * 8 * (10 * tokens * 2 + 2 * 4)
 
 
-def test_plain_roles_are_counted_as_they_are_simulated():
-    for role in PLAIN:
-        size, one = MODELS["wan-1.3b"], hf.RoleMap.uniform(role, 30, 12)
-        said = {None: size.kv_bytes(one)} | {store: size.stored_bytes(store, one) for store in BUFFERS}
-        for store, count in said.items():
-            held = held_bytes(store, role, 21, 3, 2).of(12, size.tokens_per_frame, size.head_dim)
-            assert count == 30 * max(held)
+@pytest.mark.parametrize("role", PLAIN, ids=str)
+@pytest.mark.parametrize(("store", "buffers"), [("lean", 2), ("ring", 3)])
+def test_roles_that_keep_whole_frames_take_their_capacity(role, store, buffers):
+    size, one = MODELS["wan-1.3b"], hf.RoleMap.uniform(role, 30, 12)
+    slots = role.fit(21, 3).capacity(3) + 3
+    assert kept_bytes(size, one) == slots * size.frame_bytes
+    assert stored_bytes(size, store, one) == slots * (buffers * size.frame_bytes // 2 + 30 * FRAME_ID)
 
 
 def test_a_store_with_slots_twice_takes_a_third_less():
     size, roles = MODELS["wan-1.3b"], hf.RoleMap((PLAIN * 3,) * 30)
-    lean, ring = (size.stored_bytes(store, roles) for store in ("lean", "ring"))
-    assert size.kv_bytes(roles) < lean < 1.001 * size.kv_bytes(roles)
+    lean, ring = (stored_bytes(size, store, roles) for store in ("lean", "ring"))
+    assert kept_bytes(size, roles) < lean < 1.001 * kept_bytes(size, roles)
     assert 1.499 < ring / lean < 1.5
 
 
 def test_a_store_that_there_is_not_is_refused_and_what_grows_has_no_size():
     size = MODELS["demo"]
     with pytest.raises(OptionError, match="unknown store 'disk': expected one of lean, reference, ring"):
-        size.stored_bytes("disk", hf.RoleMap.uniform(Local(1), 6, 4))
-    for store in ("lean", "reference", "ring"):
-        assert size.stored_bytes(store, hf.RoleMap.uniform(Full(), 6, 4)) is None
+        stored_bytes(size, "disk", hf.RoleMap.uniform(Local(1), 6, 4))
+    for store in ("lean", "ring"):
+        assert stored_bytes(size, store, hf.RoleMap.uniform(Full(), 6, 4)) is None
+    with pytest.raises(OptionError, match="lists for tests"):
+        stored_bytes(size, "reference", hf.RoleMap.uniform(Local(1), 6, 4))
 
 
 # --- headforcing presets ------------------------------------------------------------------------------
@@ -262,7 +248,7 @@ def test_single_frames():
 
 
 def test_sizes_can_be_given_one_by_one():
-    answer = told("--model", "wan-14b", "--window", 12, "--tokens-per-frame", 10, "--dtype", "fp32")
+    answer = told("--model", "wan-14b", "--window", 12, "--grid", "2x5", "--dtype", "fp32")
     assert answer["model"]["frame_bytes"] == 2 * 40 * 40 * 128 * 10 * 4
     assert row_of(answer, "streaming_llm")["attended"] == 12
     assert round(row_of(told("--model", "wan-14b"), "sliding_window")["bytes"] / 2**30, 1) == 25.0
@@ -278,10 +264,10 @@ def test_the_table_says_what_is_unbounded_and_what_does_not_fit():
 
 
 def test_the_table_shows_roles_and_says_what_is_not_known(monkeypatch):
-    def refuse(size, roles):
+    def refuse(size, store, roles):
         raise OptionError("odd patches")
 
-    monkeypatch.setattr(ModelSize, "ring_bytes", refuse)
+    monkeypatch.setattr(memory, "stored_bytes", refuse)
     said = RUN.invoke(app, ["presets"])
     assert said.exit_code == 0
     for word in ("wave", "neighbour", "9.86", "?", "not published", "arXiv:2605.13111", "full: odd patches"):

@@ -367,7 +367,7 @@ def test_two_maps_are_compared(tmp_path):
 def test_maps_without_a_label_in_common(tmp_path):
     a = hand_made(tmp_path, "a.json", [[Local(), Local(), Anchor()]])
     b = hand_made(tmp_path, "b.json", [[Local(2), Local(2), Anchor(3)]])
-    assert "no label in common" in run("compare", a, b).stdout
+    assert "no common label" in run("compare", a, b).stdout
     assert parsed(run("compare", a, b, "--json"))["kappa"] is None
 
 
@@ -385,11 +385,11 @@ def test_pictures_of_a_map_and_its_profile(folder, tmp_path, kind):
     told = parsed(
         run(
             *("plot", folder / "roles.json", "--profile", folder / "profile.safetensors"),
-            *("--report", folder / "stability.json", "--out", out, "--format", kind, "--json"),
+            *("--out", out, "--format", kind, "--json"),
         )
     )
     names = ["head-map", "roles-per-layer", "frames-kept", "mass-by-age", "mass-scatter"]
-    expected = [f"roles-{name}" for name in names] + ["stability-panels"]
+    expected = [f"roles-{name}" for name in names]
     assert told["files"] == [str(out / f"{name}.{kind}") for name in expected]
     for name in expected:
         content = (out / f"{name}.{kind}").read_bytes()
@@ -411,7 +411,7 @@ def test_pictures_of_several_files(folder, tmp_path):
         "other-head-map.svg",
         "other-roles-per-layer.svg",
     }
-    assert "frames kept: not drawn" in answer.stderr
+    assert "stored frames: not plotted" in answer.stderr
     assert re.findall(r"other-\S+\.svg", answer.stdout)
 
 

@@ -12,6 +12,7 @@ from headforcing.cli import app
 
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
 
+pytestmark = pytest.mark.xdist_group("headforcing scenes")  # makes its videos once
 RUN = CliRunner()
 PROMPTS = ("sea clear slow disc red", "dusk clear slow cross yellow", "sea clear slow disc red")
 FILES = ["modes.png", "scenes.json", "scenes.mp4", "scenes_sheet.png", "timeline.png"]
@@ -47,10 +48,10 @@ def test_the_files_are_where_the_report_says(made):
     assert sorted(report["files"]) == sorted(str(out / name) for name in FILES)
     document = json.loads((out / "scenes.json").read_text())
     assert document["made_by"] == "headforcing scenes"
-    held = document["remembered"]["recall"]
+    held = document["stored_frames"]["recall"]
     assert {len(chunks) for chunks in held.values()} == {6}
     assert held["memory3+12+3, 1 head"][4] == [0, 1, 2, 3, 4, 5]
-    assert document["remembered"]["cut"]["memory3+12+3, 1 head"][4] == []
+    assert document["stored_frames"]["cut"]["memory3+12+3, 1 head"][4] == []
 
 
 def test_the_video_has_every_frame(made):
@@ -65,7 +66,7 @@ def test_the_video_has_every_frame(made):
 def test_the_table_and_a_preset(made, tmp_path):
     answer = run("--out", tmp_path, "--preset", "streaming_llm", "--seed", 2)
     assert answer.exit_code == 0, answer.output
-    assert all(word in answer.stdout for word in ("3 scenes: A B A", "recall", "leak", "One video proves"))
+    assert all(word in answer.stdout for word in ("3 scenes: A B A", "recall", "leak", "This is one video"))
     assert "continue: 6/6" in answer.stderr
     report = json.loads((tmp_path / "scenes.json").read_text())
     assert [role["role"] for role in report["roles"]] == ["slidingwindow"]

@@ -200,7 +200,7 @@ def test_the_callback_sees_every_chunk(model):
 
 def test_mistakes_are_refused(model):
     scene = make_scene([1, 2], 3, camera="still")
-    with pytest.raises(ValueError, match="2 videos need as many seeds, got 1"):
+    with pytest.raises(ValueError, match="2 videos, but 1 seeds"):
         roll(model, Policy("own"), scene, 3, seeds=[1], given_chunks=1)
     with hf.apply_head_forcing(model, Local(1)), pytest.raises(AlreadyAppliedError):
         roll(model, Policy("own"), scene, 3, seeds=[1, 2], given_chunks=1)

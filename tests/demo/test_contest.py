@@ -16,6 +16,7 @@ from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.world.camera import CHUNK
 from headforcing.errors import OptionError
 
+pytestmark = pytest.mark.xdist_group("contest")  # makes its videos once
 CONFIG = DemoConfig(dim=64, layers=2)
 SETTING = Setting((3, 4), seconds=9 * CHUNK / 16, camera="still")
 SHAPE = CONFIG.layers, CONFIG.heads
@@ -54,14 +55,14 @@ def test_every_entrant_continues_the_same_videos(model, found):
 
 def test_controls_follow_their_entrant(found):
     window, mixed = found.entrants
-    assert [result.entrant for result in found.beside(mixed)] == controls(MIXED, CONFIG)
-    assert all(result.of == "mixed" for result in found.beside(mixed))
-    assert [result.entrant.kind for result in found.beside(window)] == ["as many attended and bytes"]
+    assert [result.entrant for result in found.controls_of(mixed)] == controls(MIXED, CONFIG)
+    assert all(result.of == "mixed" for result in found.controls_of(mixed))
+    assert [result.entrant.kind for result in found.controls_of(window)] == ["as many attended and bytes"]
     assert window.stored == window.attended == 9
 
 
 def test_draws_count_with_their_mean(model, found):
-    drawn = found.beside(found.entrants[1])[-1]
+    drawn = found.controls_of(found.entrants[1])[-1]
     alone = [
         compete(model, [Entrant("one", (shuffled(MIXED.roles, seed),))], SETTING).entrants[0]
         for seed in range(len(drawn.entrant.draws))
@@ -113,7 +114,7 @@ def test_mistakes_are_named(model):
         compete(model, [], SETTING)
     with pytest.raises(OptionError, match="each once"):
         Setting((1, 1))
-    with pytest.raises(OptionError, match=r"ask for 1\.4 or more"):
+    with pytest.raises(OptionError, match=r"use 1\.4 seconds or more"):
         Setting((1,), seconds=1.0, camera="pan")
 
 
@@ -126,7 +127,7 @@ def test_pictures_show_every_entrant(found, monkeypatch):
     monkeypatch.setattr(pictures, "draw_sheet", lambda story: drawn.append(story))
     pictures.sheet(found)
     (story,) = drawn
-    assert [track.name for track in story.tracks] == ["True world", "window", "mixed"]
+    assert [track.name for track in story.tracks] == ["Ground truth", "window", "mixed"]
     assert (story.frames, story.trained, story.given) == (27, CONFIG.window, 3)
 
 

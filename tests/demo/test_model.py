@@ -145,7 +145,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only(model):
 
 
 def test_a_window_without_room_is_refused(model):
-    with pytest.raises(ValueError, match="no room for sink 3"):
+    with pytest.raises(ValueError, match="does not fit sink 3"):
         DemoPipeline(model, window=5, sink=3)
 
 

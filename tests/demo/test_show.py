@@ -19,6 +19,7 @@ from headforcing.demo.show.plots import draw_memory
 from headforcing.demo.show.report import PolicyRow, Report, RoleRow, spans
 from headforcing.demo.show.story import FORCING, INK, TRUTH, WINDOW, Held, Story, Track
 
+pytestmark = pytest.mark.xdist_group("show")  # makes its videos once
 FRAMES = 30
 
 

@@ -127,7 +127,7 @@ def test_every_scene_prompt_can_be_parsed():
         ("sea clear fast disc", "word 5 of the prompt: got 'nothing', expected the colour"),
         ("sea clear fast disc red at9 still", "'at9', expected the second shape or camera"),
         ("sea clear fast disc red at1 up", "expected the camera motion: one of left, still"),
-        ("sea clear fast disc red at1 left now", "'now' is left over"),
+        ("sea clear fast disc red at1 left now", "remove 'now'"),
     ],
 )
 def test_a_bad_prompt_names_the_allowed_words(text, expected):

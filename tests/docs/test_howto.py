@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +14,12 @@ import torch
 from headforcing.apply import apply_head_forcing, remove_head_forcing
 from headforcing.apply.handle import handles_of
 from headforcing.testing import Host
+from tests.docs.pages import ROOT, fences
 from tests.hosts import find_host
 
-README = runpy.run_path(str(Path(__file__).with_name("test_readme.py")))
-NOTEST, fences = README["NOTEST"], README["fences"]
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "how-to"
+FOLDER = ROOT / "docs" / "how-to"
 REASON = re.compile(
-    r'notest="needs (a checkout|the weights); tests/test_howto\.py runs it on a (stand-in|tiny model)"'
+    r'notest="needs (a checkout|the weights); tests/docs/test_howto\.py runs it on a (stand-in|tiny model)"'
 )
 CHUNKS = 2
 """Made of a video before the first lines and after each."""
@@ -132,7 +129,7 @@ def test_the_lines_of_a_page_run_in_a_video(place: str) -> None:
     stage = PAGES[place]()
     if (why := stage.host.missing()) is not None:
         pytest.skip(why)
-    lines = [fence for fence in fences(part(place), "python") if NOTEST.search(fence.info)]
+    lines = [fence for fence in fences(part(place), "python") if fence.spared]
     assert lines
     space = stage.space()
     for fence in lines:

@@ -21,14 +21,13 @@ from headforcing.cli import app
 from headforcing.errors import ExternalEditError, StreamError, UnsupportedModelError
 from headforcing.roles import Local, SlidingWindow
 from headforcing.testing import check_adapter
+from tests.docs.pages import ROOT, fences
 
-HERE = Path(__file__).resolve()
-ROOT = HERE.parents[2]
 sys.path.append(str(ROOT / "examples"))
 
-from porting.adapter import ADAPTER, BrookAdapter  # noqa: E402
-from porting.host import FRAME, BrookHost, random  # noqa: E402
-from porting.model import Brook, LayerMemory, generate  # noqa: E402
+from porting.adapter import ADAPTER, BrookAdapter
+from porting.host import FRAME, BrookHost, random
+from porting.model import Brook, LayerMemory, generate
 
 PAGE = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
 SHOWN = re.compile(r'notest="lines of (examples/porting/\w+\.py)"')
@@ -82,10 +81,10 @@ def test_what_the_host_would_have_done_otherwise_is_refused() -> None:
         host.call(model, caches, 0, 2, 0)
         host.call(model, caches, 2, 2, 1)
         caches["memories"][0].remember(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16), 2)
-        with pytest.raises(ExternalEditError, match="the memory holds 2 frames that head forcing has not"):
+        with pytest.raises(ExternalEditError, match="the memory holds 2 frames that head forcing did not"):
             host.call(model, caches, 2, 2, 0)
         mixer = model.layers[0].mixer
-        with pytest.raises(StreamError, match="positions are given beside a memory"):
+        with pytest.raises(StreamError, match="positions are given together with a memory"):
             mixer(torch.zeros(1, 1, 32), torch.zeros(1, 3), LayerMemory())
     with pytest.raises(UnsupportedModelError, match="Linear has no chunk_frames: pass chunk="):
         ADAPTER.chunk(torch.nn.Linear(1, 1))
@@ -175,9 +174,13 @@ class KeepsThePrompt(BrookAdapter):
 BUGS = [
     (CutsHeadsLast, "values_are_the_hosts", "does it split heads first, or queries, keys and values?"),
     (SwapsTheNorms, "keys_are_the_hosts", "are q and k or their norms swapped, or is a norm missing?"),
-    (PairsNeighbours, "rotation_is_the_hosts", "turned together where the host pairs halves"),
+    (PairsNeighbours, "rotation_is_the_hosts", "channels paired where the base model pairs halves"),
     (AnchorIsAModule, "anchor_is_the_timeline", "layers or timelines share an anchor"),
-    (KeepsThePrompt, "prompt_switch_is_heard", "forget_prompt() must make cross-attention project it anew"),
+    (
+        KeepsThePrompt,
+        "prompt_switch_takes_effect",
+        "forget_prompt() must make cross-attention project it again",
+    ),
 ]
 
 
@@ -195,9 +198,8 @@ def test_the_kit_finds_a_bug_and_the_page_knows_its_words(
 
 
 def test_the_page_shows_the_lines_of_the_example() -> None:
-    fences = runpy.run_path(str(HERE.with_name("test_readme.py")))["fences"](PAGE, "python")
     shown: dict[str, list[str]] = {}
-    for fence in fences:
+    for fence in fences(PAGE, "python"):
         if (match := SHOWN.search(fence.info)) is not None:
             assert fence.body in (ROOT / match[1]).read_text(encoding="utf-8"), (
                 f"line {fence.line}: {match[1]}"
@@ -217,7 +219,7 @@ def test_the_page_shows_what_explain_says_of_the_model() -> None:
 
 
 def test_what_the_page_says_the_kit_says_is_said() -> None:
-    said = runpy.run_path(str(HERE.with_name("test_quotes.py")))["said"]()
+    said = runpy.run_path(str(Path(__file__).with_name("test_quotes.py")))["said"]()
     rows = re.findall(r"^\| .* \| (.*) \|$", PAGE[PAGE.index("## 3.") :], re.MULTILINE)
     quotes = [quote for row in rows for quote in row.split("`")[1::2] if " " in quote]
     assert len(quotes) > 10

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.docs.pages import ROOT
+
 PAGES = [ROOT / "docs" / "faq.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 QUOTE = re.compile(r"^(?:> .*\n)+", re.MULTILINE)
 GAP = "…"

@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.exists()]
-FENCE = re.compile(
-    r"^(?P<indent> *)(?P<ticks>```+) *(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks) *$",
-    re.MULTILINE | re.DOTALL,
-)
-NOTEST = re.compile(r'\bnotest="[^"]+"')
-
-
-class Fence(NamedTuple):
-    line: int  # of the first line inside
-    info: str
-    body: str
-
-
-def fences(text: str, language: str) -> list[Fence]:
-    found = []
-    for match in FENCE.finditer(text):
-        info, indent = match["info"].strip(), match["indent"]
-        if re.split(r"[\s{]", info.removeprefix("{."))[0] == language:
-            body = re.sub(f"^{indent}", "", match["body"], flags=re.MULTILINE)
-            found.append(Fence(text.count("\n", 0, match.start("body")) + 1, info, body))
-    return found
+from tests.docs.pages import FENCE, PAGES, ROOT, commands, fences
 
 
 def run_python(text: str, name: str) -> int:
     """Runs the fences of one page in one namespace; returns how many."""
     namespace = {"__name__": "__main__"}
-    tested = [f for f in fences(text, "python") if not NOTEST.search(f.info)]
+    tested = [fence for fence in fences(text, "python") if not fence.spared]
     for fence in tested:
         source = "\n" * (fence.line - 1) + fence.body  # a traceback shows the line of the page
         exec(compile(source, name, "exec"), namespace)
     return len(tested)
-
-
-def commands(text: str) -> list[list[str]]:
-    lines = []
-    for fence in fences(text, "bash"):
-        if not NOTEST.search(fence.info):
-            lines += fence.body.replace("\\\n", " ").splitlines()
-    found = []
-    for line in lines:
-        for part in re.split(r"&&|;|\|", line.strip().removeprefix("$ ")):
-            words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
-                words = words[1:]
-            found += [words] if words else []
-    return found
 
 
 def make_targets() -> set[str]:
@@ -73,7 +34,9 @@ def console_commands() -> set[str]:
 def unknown(text: str) -> list[str]:
     """Targets and commands that a page names and that do not exist."""
     missing = []
-    for words in commands(text):
+    for _, words, spared in commands(text):
+        if spared:
+            continue
         names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
         if words[0] == "make":
             missing += [f"make {name}" for name in names if name not in make_targets()]
@@ -84,12 +47,6 @@ def unknown(text: str) -> list[str]:
 
 def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
-
-
-def test_there_is_a_readme():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("README.md is not written yet")
-    assert ROOT / "README.md" in PAGES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -33,8 +33,8 @@ class AnyFlowFARHost(Host):
     unconcerned = frozenset(
         {
             "rotation_of_merged_patches",
-            "host_counts_on",
-            "prompt_switch_is_heard",
+            "counters_move",
+            "prompt_switch_takes_effect",
             "edited_cache_refused",
             "parity_through_eviction",
             "parity_through_eviction_bf16",

@@ -377,7 +377,7 @@ def test_another_processor_is_refused_before_and_after_apply(plain: Tensor) -> N
     handle = hf.apply_head_forcing(model, Full())
     model.blocks[1].attn1.set_processor(Takes())
     with pytest.raises(
-        PatchedModuleError, match=r"the processor is a Takes now.*remove head forcing.*or set_p"
+        PatchedModuleError, match=r"the processor is a Takes now.*remove head forcing.*or restore"
     ):
         play(model)
     model.blocks[1].attn1.set_processor(known)
@@ -389,7 +389,7 @@ def test_another_processor_is_refused_before_and_after_apply(plain: Tensor) -> N
     known._parallel_config = object()
     model = made()
     model.blocks[0].attn1.set_processor(known)
-    with pytest.raises(PatchedModuleError, match="take enable_parallelism"):
+    with pytest.raises(PatchedModuleError, match="undo enable_parallelism"):
         forced(Full(), model)
 
 
@@ -420,7 +420,7 @@ def test_roles_that_choose_by_content_are_served_while_all_frames_are_full() -> 
     chunks = (1,) * 6
     assert forced(role, made(chunks, 7), chunks=chunks, size=(4, 8)).isfinite().all()
     with pytest.raises(
-        StreamShapeError, match=r"chose frames by content, where the first \d frames are coarse"
+        StreamShapeError, match=r"chose frames by content, but the first \d frames are coarse"
     ):
         forced(role, made(chunks, 3), chunks=chunks, size=(4, 8))
 
@@ -446,7 +446,7 @@ def test_a_prompt_switch_is_refused_with_what_to_do() -> None:
     handle = hf.apply_head_forcing(model, Full())
     caches = host.caches(model)
     host.call(model, caches, 0, 2, 0)
-    with pytest.raises(UnsupportedModelError, match="give the pipeline the new prompt"):
+    with pytest.raises(UnsupportedModelError, match="pass the new prompt to the pipeline"):
         handle.switch_prompt("cut")
 
 

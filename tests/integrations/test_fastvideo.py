@@ -165,7 +165,7 @@ def test_calls_of_half_frames_are_refused() -> None:
     call, model, _ = take(roles=Full())
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "current_start": 4})
-    with pytest.raises(StreamShapeError, match="no multiples of frame_seqlen 8"):
+    with pytest.raises(StreamShapeError, match="not multiples of frame_seqlen 8"):
         call(0, 3, 0)
 
 

@@ -16,15 +16,14 @@ from torch import Tensor
 import headforcing as hf
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.words import PROMPT_WORDS
-from headforcing.errors import module_names
 from headforcing.roles import Anchor, Full, HeadRole, Local, SlidingWindow
+from headforcing.stores import STORES
 from headforcing.testing import bits
+from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
 
-STORES = module_names("headforcing.stores")
 DTYPES = [torch.float32, torch.bfloat16]
 CHUNK = 3
-EXAMPLES = settings.default.max_examples  # of the profile in force
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def test_the_role_of_the_host_gives_the_output_of_the_host(
     assert got.same(expected)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", sorted(STORES))
 @every_host
 def test_every_store_reproduces_the_host(host: Host, store: str) -> None:
     expected, got = pair(host, append([1, 3, 2, 3, 3], [2, 1, 3]), store=store)
@@ -178,8 +177,10 @@ def test_every_sample_of_a_batch_is_exact(host: Host, dtype: torch.dtype) -> Non
     assert got.same(expected)
 
 
-@settings(max_examples=EXAMPLES // 5)
-@given(data=st.data(), window=st.integers(3, 9), sink=st.integers(0, 4), store=st.sampled_from(STORES))
+@settings(max_examples=examples(20))
+@given(
+    data=st.data(), window=st.integers(3, 9), sink=st.integers(0, 4), store=st.sampled_from(sorted(STORES))
+)
 def test_chunks_of_any_length_and_any_number_of_passes_are_exact(
     data: st.DataObject, window: int, sink: int, store: str
 ) -> None:
@@ -191,14 +192,14 @@ def test_chunks_of_any_length_and_any_number_of_passes_are_exact(
     assert got.same(expected)
 
 
-@settings(max_examples=EXAMPLES // 12)
+@settings(max_examples=examples(8))
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5), passes=st.integers(1, 3))
 def test_the_dense_cache_is_exact_for_chunks_of_any_length(lengths: list[int], passes: int) -> None:
     expected, got = pair(Host(-1), append(lengths, [passes]))
     assert got.same(expected)
 
 
-@settings(max_examples=EXAMPLES // 12)
+@settings(max_examples=examples(8))
 @given(order=st.lists(st.booleans(), min_size=2, max_size=16), host=st.sampled_from(HOSTS))
 def test_two_caches_in_any_order_are_exact(order: list[bool], host: Host) -> None:
     branches = [iter(append([3] * 8, [2, 1], cache)) for cache in (0, 1)]
@@ -285,7 +286,7 @@ TWINS: tuple[HeadRole, ...] = (
 
 
 @every_dtype
-@settings(max_examples=EXAMPLES // 25)
+@settings(max_examples=examples(4))
 @given(rows=st.lists(st.lists(st.sampled_from(TWINS), min_size=4, max_size=4), min_size=2, max_size=2))
 def test_heads_split_over_distinct_roles_that_mean_the_same_are_exact(
     dtype: torch.dtype, rows: list[list[HeadRole]]

@@ -35,14 +35,14 @@ WORLD = {
     "linear_head_dim": 12, "chunk_plucker_channels": 4, "caption_channels": 8,
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "HeliosTransformer3DModel": (HELIOS, "no keys and values: each step is handed the past as latents"),
+    "HeliosTransformer3DModel": (HELIOS, "no KV cache: each step receives the past as latents"),
     "WanTransformer3DModel": (WAN, "it is bidirectional: all frames are in every call"),
-    "SanaVideoTransformer3DModel": (VIDEO, "its attention is linear: all frames are summed up"),
-    "SanaWMTransformer3DModel": (WORLD, "its attention is linear: all frames are summed up"),
+    "SanaVideoTransformer3DModel": (VIDEO, "its attention is linear: all frames are summed into one state"),
+    "SanaWMTransformer3DModel": (WORLD, "its attention is linear: all frames are summed into one state"),
 }
 INSTEAD = {
     "HeliosTransformer3DModel": "history_sizes of its pipeline",
-    "WanTransformer3DModel": "Load a model that was distilled from it",
+    "WanTransformer3DModel": "Load an autoregressive model distilled from it",
     "SanaVideoTransformer3DModel": "apply to the refiner's transformer",
     "SanaWMTransformer3DModel": "apply to the refiner's transformer",
 }
@@ -174,9 +174,9 @@ def test_the_command_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     told = CliRunner().invoke(app, ["explain", "own_helios:make"])
     assert told.exit_code == 1
-    assert "cannot be served: it keeps no keys and values" in told.output
+    assert "cannot be served: it has no KV cache" in told.output
     told = CliRunner().invoke(app, ["explain", "own_helios:make", "--json"])
-    assert "it keeps no keys" in json.loads(told.stdout)["refused"]
+    assert "it has no KV cache" in json.loads(told.stdout)["refused"]
 
 
 def test_the_folder_holds_adapters_with_a_host_and_refusals() -> None:

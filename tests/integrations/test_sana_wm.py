@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib
@@ -21,11 +22,11 @@ from headforcing.errors import (
     StreamError,
     StreamShapeError,
     UnsupportedModelError,
-    module_names,
 )
 from headforcing.integrations import sana_wm
 from headforcing.integrations.sana_wm import SanaWM
-from headforcing.roles import CommitForcing, Full, HeadRole, Local, SlidingWindow
+from headforcing.roles import Full, HeadRole, Local, SlidingWindow
+from headforcing.stores import STORES
 from headforcing.testing import check_adapter, check_names, snapshot
 from tests.hosts.sana_wm import DIFFUSERS, FPS, GRID, TOKENS, SanaWMHost
 
@@ -109,7 +110,7 @@ def model() -> Any:
 
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.dtype, store: str) -> None:
     model = made(rope, gated, dtype)
     expected = refined(model)
@@ -231,7 +232,7 @@ def test_a_long_run_stays_bounded(model: Any) -> None:
 
 
 def test_roles_that_see_less_in_the_clean_pass(model: Any) -> None:
-    forced(model, CommitForcing(WINDOW, 6))
+    forced(model, dataclasses.replace(WINDOW, clean_window=6))
     out = refined(model)
     assert bool(out.isfinite().all())
     assert torch.equal(out[:, :, :7], plain()[:, :, :7])  # two blocks, before which the clean pass saw all
@@ -351,12 +352,14 @@ class Foreign:
 
 def test_a_foreign_processor_in_one_layer_is_refused_with_its_reason(model: Any) -> None:
     model.transformer_blocks[1].attn1.set_processor(Foreign())
-    said = r"cannot be served: transformer_blocks\.1\.attn1 has a Foreign for a processor.*set_processor\(\)"
+    said = r"cannot be served: transformer_blocks\.1\.attn1 has the processor Foreign.*set_processor\(\)"
     with pytest.raises(UnsupportedModelError, match=said):
         forced(model, Full())
-    with pytest.raises(UnsupportedModelError, match=r"sana_wm: transformer_blocks\.1\.attn1 has a Foreign"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"transformer_blocks\.1\.attn1 has the processor Foreign"
+    ):
         forced(model, Full(), adapter=SanaWM())
-    assert "has a Foreign" in str(hf.explain(model).refused)
+    assert "has the processor Foreign" in str(hf.explain(model).refused)
 
 
 def test_a_processor_of_the_same_kind_is_known_by_its_signature(model: Any) -> None:
@@ -370,7 +373,7 @@ def test_a_processor_exchanged_while_applied_is_not_passed_over(model: Any) -> N
     handle = forced(model, WINDOW)
     own = model.transformer_blocks[0].attn1.processor
     model.transformer_blocks[0].attn1.set_processor(Foreign())
-    with pytest.raises(PatchedModuleError, match="has a Foreign for a processor"):
+    with pytest.raises(PatchedModuleError, match="has the processor Foreign"):
         refined(model)
     model.transformer_blocks[0].attn1.set_processor(own)
     assert torch.equal(refined(model), plain())
@@ -450,7 +453,7 @@ def test_a_block_behind_one_first_frame_that_leaves_out_another_is_noticed(model
 def test_frames_in_another_order_are_refused(model: Any, calls: Any) -> None:
     forced(model, Full())
     calls(range(3), "capture_pre_rope")
-    with pytest.raises(StreamShapeError, match="frame 1 is not at the position"):
+    with pytest.raises(StreamShapeError, match="frame 1 has another RoPE position"):
         calls([0, 2, 1])
 
 
@@ -467,7 +470,7 @@ def test_rows_that_are_no_whole_frames_are_refused(model: Any, calls: Any) -> No
     torn = tuple(table[:, :, : TOKENS + 3] for table in rows)
     with pytest.raises(StreamShapeError, match="expected whole frames"):
         calls([0, 1], "capture_pre_rope", video_rotary_emb=torn)
-    with pytest.raises(StreamShapeError, match=r"8 tokens with rows of RoPE for \(2, 2, 4\)"):
+    with pytest.raises(StreamShapeError, match=r"8 tokens, but RoPE rows for \(2, 2, 4\)"):
         calls([0], "capture_pre_rope", video_rotary_emb=rows)
 
 

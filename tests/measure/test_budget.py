@@ -19,14 +19,16 @@ from headforcing.measure import budget as module
 from headforcing.measure import labels as controls
 from headforcing.measure.budget import COLUMNS, fit_budget
 from headforcing.measure.classifiers import find_classifier, unrestricted
-from headforcing.measure.footprint import MODELS, ModelSize
 from headforcing.measure.labels import measured_map
+from headforcing.measure.memory import kept_bytes, stored_bytes
+from headforcing.measure.sizes import MODELS, ModelSize
 from headforcing.measure.stability import stability
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.maps.file import encode_role
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.pyramid_forcing import Strided, Veil
 from headforcing.testing.profiles import permuted, profile_of, random_profile
+from tests.examples import examples
 
 ROLES = (Local(1), Local(3), Anchor(3, 3), Memory(3, 3, 3), Memory(3, 12, 3))
 KEPT = (1, 3, 6, 9, 18)
@@ -42,7 +44,7 @@ def profile_with(errors, roles=ROLES, column="output_regret.p95"):
 
 def size_of(profile, **changes):
     facts = profile.facts.model
-    found = ModelSize(facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, 4)
+    found = ModelSize(facts.layers, facts.heads, facts.head_dim, facts.window, facts.chunk, (2, 2))
     return dataclasses.replace(found, **changes)
 
 
@@ -110,13 +112,13 @@ def test_more_budget_is_never_worse(errors, budgets):
     check_monotone(fit_budget, profile_with(errors), sorted(budgets))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(errors=small)
 def test_points_of_the_curve_are_the_best_of_all_combinations(errors):
     check_best(fit_budget, errors)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(errors=real)
 def test_so_are_those_of_rough_numbers(errors):
     check_best(fit_budget, errors=profile_with(errors).values["output_regret.p95"][0, 0].double().tolist())
@@ -163,15 +165,15 @@ def test_the_checks_find_planted_bugs(monkeypatch):
         return found
 
     def no_hull(profile, *, frames):
-        monkeypatch.setattr(module, "lower_hull", sorted)
+        monkeypatch.setattr(module, "lower_envelope", sorted)
         found = fit_budget(profile, frames=frames)
-        monkeypatch.setattr(module, "lower_hull", hull)
+        monkeypatch.setattr(module, "lower_envelope", hull)
         return found
 
     def upside_down(profile, *, frames):
         return fit_budget(profile, frames=max(3, 54 - frames))
 
-    steps, hull = maths._steps, module.lower_hull
+    steps, hull = maths._steps, module.lower_envelope
     profile = profile_with(ERRORS)
     for check, planted, given_ in (
         (check_within, spends_one_more, (profile, 4)),
@@ -284,9 +286,12 @@ def test_a_budget_in_bytes_is_one_in_frames(held, errors, extra):
     limit = 4 * len(errors) * each + extra
     found = fit_budget(profile, bytes=limit, tokens_per_frame=4, held=held)
     assert found.labels == fit_budget(profile, frames=limit // each - 3 * len(errors)).labels
-    assert size.kv_bytes(found.role_map()) == (found.frames + 3 * len(errors)) * size.head_bytes <= limit
+    head, roles = dataclasses.replace(size, layers=1, heads=1), found.role_map()
+    ones = [(hf.RoleMap.uniform(role, 1, 1), count) for role, count in roles.counts().items()]
+    kept = sum(kept_bytes(head, one) * count for one, count in ones)
+    assert kept == (found.frames + 3 * len(errors)) * size.head_bytes <= limit
     if held:
-        assert size.ring_bytes(found.role_map()) <= limit
+        assert sum(stored_bytes(head, "ring", one) * count for one, count in ones) <= limit
 
 
 @pytest.mark.parametrize("dtype", [2, 4])
@@ -306,9 +311,9 @@ def test_numbers_of_four_bytes_buy_half_the_frames(dtype):
         ({"frames": -1}, "frames is -1"),
         ({"frames": 3.5}, "frames is 3.5"),
         ({"frames": True}, "frames is True"),
-        ({"frames": 9, "tokens_per_frame": 4}, "go with a budget in bytes"),
-        ({"frames": 9, "held": True}, "go with a budget in bytes"),
-        ({"bytes": 9000}, "needs tokens_per_frame"),
+        ({"frames": 9, "tokens_per_frame": 4}, "with a budget in bytes only"),
+        ({"frames": 9, "held": True}, "with a budget in bytes only"),
+        ({"bytes": 9000}, "requires tokens_per_frame"),
         ({"bytes": 9000, "tokens_per_frame": 0}, "tokens_per_frame is 0"),
         ({"bytes": 9000, "tokens_per_frame": 4, "itemsize": 0}, "itemsize is 0"),
         ({"bytes": 1535, "tokens_per_frame": 4}, "give at least bytes=1536"),
@@ -414,27 +419,27 @@ def test_what_the_ring_store_holds_is_counted_to_the_byte(row):
         words = parse_prompt("sea clear fast disc red").expand(1, 8, -1)
         pipeline = DemoPipeline(model)  # the streams live as long as its caches
         pipeline.generate(words, generator=torch.Generator().manual_seed(0))
-        assert handle.status().stored_bytes == size.ring_bytes(roles)
-    assert size.ring_bytes(roles) <= size.ring_head_bytes * sum(role.capacity(3) + 3 for role in row) * 6
+        assert handle.status().stored_bytes == (stored := stored_bytes(size, "ring", roles))
+    assert stored <= size.ring_head_bytes * sum(role.capacity(3) + 3 for role in row) * 6
 
 
 def test_a_budget_does_not_count_what_is_packed():
     roles = hf.RoleMap.uniform(Strided(), 30, 12)
-    assert MODELS["wan-1.3b"].kv_bytes(roles) == 11 * MODELS["wan-1.3b"].frame_bytes
+    assert kept_bytes(MODELS["wan-1.3b"], roles) == 11 * MODELS["wan-1.3b"].frame_bytes
     profile = profile_with([[0.5, 0.1]], (Local(1), Strided()), "ablation.increase")
     options = {"bytes": 10**5, "tokens_per_frame": 4, "by": "ablation.increase"}
     assert fit_budget(profile, **options).frames == 18
-    with pytest.raises(OptionError, match="packs for Strided"):
+    with pytest.raises(OptionError, match="copies of the ring store for Strided"):
         fit_budget(profile, **options, held=True)
 
 
 def test_what_grows_has_no_size():
     roles = hf.RoleMap.uniform(Full(), 30, 12)
-    assert MODELS["wan-1.3b"].kv_bytes(roles) is None
-    assert MODELS["wan-1.3b"].ring_bytes(roles) is None
+    assert kept_bytes(MODELS["wan-1.3b"], roles) is None
+    assert stored_bytes(MODELS["wan-1.3b"], "ring", roles) is None
 
 
 def test_roles_with_a_digest_are_refused_because_it_would_not_be_counted():
     profile = profile_with([[[0.5, 0.1]]], (Local(1), Veil()))
-    with pytest.raises(OptionError, match="more than whole frames"):
+    with pytest.raises(OptionError, match="compressed history"):
         fit_budget(profile, frames=10)

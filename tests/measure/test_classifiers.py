@@ -30,6 +30,7 @@ from headforcing.roles.maps.file import encode_role
 from headforcing.roles.pyramid_forcing import Wave
 from headforcing.testing.profiles import CANDIDATES, permuted, profile_of, random_profile
 from headforcing.testing.strategies import roles
+from tests.examples import examples
 
 NAMES = ("dummy_forcing", "head_forcing", "mass_ratio", "output_regret", "pyramid_forcing")
 
@@ -86,7 +87,7 @@ def test_the_list_is_the_folder():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_heads_does_not_decide(name, seed):
     profile = random_profile(seed)
@@ -149,7 +150,7 @@ def test_the_checks_find_planted_bugs():
 @pytest.mark.parametrize(
     ("name", "column", "what_to_do"),
     [
-        ("head_forcing", "attention_mass.first", "history holds the first frame"),
+        ("head_forcing", "attention_mass.first", "history contains the first frame"),
         ("mass_ratio", "mass_ratio.ratio", "between the sink and the recent ones"),
         ("output_regret", "output_regret.p95", "measure it again, for every head"),
     ],
@@ -198,6 +199,22 @@ def test_head_forcing_on_a_small_example():
     expected = torch.tensor([[0.1 / 0.6, 1.0, 0.1 / 0.6, 0.7 / 0.8], [0.1 / 0.6, 0.5 / 0.6, 0.4 / 0.6, 0.5]])
     torch.testing.assert_close(found.margin.float(), expected, atol=1e-6, rtol=1e-5)
     assert head_forcing.classify(SMALL, local=1 / 6).labels[1][0] == "memory"  # the tie is cut
+
+
+@pytest.mark.parametrize(
+    ("anchor", "local", "counts", "margins"),
+    [
+        (0.0, 0.0, (0, 0, 8), [1.0] * 8),  # whatever the scores are, nobody is picked
+        (1.0, 0.5, (8, 0, 0), [1.0] * 8),
+        (1 / 8, 0.0, (1, 0, 7), [1.0, 1 / 8, 1.0, 1 / 8, 1.0, 1.0, 1.0, 1.0]),
+        (0.0, 1 / 8, (0, 1, 7), [1 / 6, 1.0, 0.0, 5 / 6, 0.0, 5 / 6, 4 / 6, 3 / 6]),
+        (0.0, 1.0, (0, 8, 0), [1.0] * 8),
+    ],
+)
+def test_margins_where_no_head_one_head_or_every_head_is_picked(anchor, local, counts, margins):
+    found = head_forcing.classify(SMALL, anchor=anchor, local=local)
+    assert tuple(flat(found).count(name) for name in ("anchor", "local", "memory")) == counts
+    assert found.margin.flatten().tolist() == pytest.approx(margins, abs=1e-6)
 
 
 def test_head_forcing_by_absolute_mass():
@@ -466,7 +483,7 @@ def test_pyramid_forcing_on_planted_heads():
 
 
 @given(st.integers(0, 1000), st.floats(0.5, 1), st.floats(0.5, 1), st.floats(2, 7), st.floats(2, 7))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_pyramid_thresholds_are_monotone(seed, a, b, short, long):
     profile = random_profile(seed)
     strict, lax = (flat(pyramid_forcing.classify(profile, polarity=x)) for x in (max(a, b), min(a, b)))

@@ -179,7 +179,7 @@ def test_only_verified_videos_are_kept(done, jobs):
     (done / ".part-abc" / "video.mp4").write_bytes(b"half")
     assert ef.prepare(done, jobs, RUN, resume=True) == [1, 3, 4]
     assert not (done / ".part-abc").exists()
-    with pytest.raises(OptionError, match="3 of 6 videos are missing, number 1 first"):
+    with pytest.raises(OptionError, match="3 of 6 videos are missing, the first is number 1"):
         ef.merge(done, jobs, RUN)
 
 
@@ -200,9 +200,9 @@ def test_another_evaluation_is_not_continued(done, jobs):
         ef.prepare(done, jobs, {**RUN, "checkpoint": "sha256:2"}, resume=True)
     with pytest.raises(OptionError, match=r"another evaluation \(checkpoint, fps, more changed\)"):
         ef.prepare(done, jobs, {"more": 1}, resume=True)
-    with pytest.raises(OptionError, match="not one of these prompts"):
+    with pytest.raises(OptionError, match="does not belong to these prompts"):
         ef.prepare(done, ef.make_jobs(["one", "two", "two"], 2, first_seed=1), RUN, resume=True)
-    with pytest.raises(OptionError, match="do not make"):
+    with pytest.raises(OptionError, match="do not belong"):
         ef.prepare(done, ef.make_jobs(["one", "three"], 2), RUN, force=True)
     more = ef.make_jobs(["one", "two", "two", "three"], 2)
     assert ef.prepare(done, more, RUN, resume=True) == [6, 7]

@@ -18,6 +18,7 @@ from headforcing.measure.metrics.mass_ratio import MassRatio
 from headforcing.measure.metrics.output_regret import OutputRegret, candidates
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.types import AttentionCall, Chunk, Heads
+from tests.examples import examples
 
 WINDOW = 12
 DIM = 8
@@ -231,7 +232,7 @@ def kept_frames(role: HeadRole, start: int) -> list[int]:
 
 
 @given(st.integers(0, 99))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_regret_is_the_change_of_the_output(seed):
     """Against attention written out, with real chunks, and with a noisy pass before each clean one."""
     generator, roles = seeded(seed), (Local(2), Anchor(1, 2), SlidingWindow(8, sink=1, positions="compact"))

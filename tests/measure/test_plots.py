@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 from headforcing.errors import HeadForcingError, ProfileError, RoleMapError
 from headforcing.measure.budget import fit_budget
 from headforcing.measure.classifiers import Classification
-from headforcing.measure.compare import compare_labels
 from headforcing.measure.profile import HeadProfile, ProfileFacts
-from headforcing.measure.stability_report import Agreement, BoundaryHead, CurvePoint, StabilityReport
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.maps.origin import ModelFacts
 from headforcing.roles.maps.role_map import RoleMap
@@ -73,43 +71,11 @@ def profile(labels=LABELS, **changes: torch.Tensor) -> HeadProfile:
     )
 
 
-def report(**changes) -> StabilityReport:
-    line = Agreement(pairs=3, agreement=0.9, kappa=0.8, lowest=0.7, jaccard={"local": 0.9})
-    votes = [[1.0] * 4 for _ in LABELS]
-    votes[1][2] = 0.6
-    content = {
-        "method": "thresholds",
-        "settings": {},
-        "labels": tuple(map(tuple, LABELS)),
-        "prompts": 8,
-        "draws": 10,
-        "seed": 0,
-        "target": 0.8,
-        "halves": line,
-        "chunks": None,
-        "steps": line,
-        "votes": tuple(map(tuple, votes)),
-        "boundary": (BoundaryHead(layer=1, head=2, label="anchor", votes=0.6, runner_up="memory"),),
-        "depth": {"local": 0.2, "anchor": None, "memory": 0.5},
-        "depth_by_chance": 0.1,
-        "columns": {},
-        "curve": tuple(CurvePoint(prompts=n, kappa=0.9 - 0.4 / n) for n in (1, 2, 4)),
-        "prompts_needed": 4,
-        "stable": True,
-        "reasons": (),
-        "unjudged": (),
-    }
-    return StabilityReport(**{**content, **changes})
-
-
-OTHER = [["static" if name != "memory" else "dynamic" for name in row] for row in LABELS]
 PICTURES = {
     "head_map": lambda ax: plots.head_map(LABELS, torch.rand(3, 4, generator=seeded()), ax, per_head=True),
     "roles_per_layer": lambda ax: plots.roles_per_layer(LABELS, ax),
     "mass_by_age": lambda ax: plots.mass_by_age(profile(), LABELS, ax),
     "mass_scatter": lambda ax: plots.mass_scatter(profile(), LABELS, ax),
-    "stability_curve": lambda ax: plots.stability_curve(report(), ax),
-    "compare_table": lambda ax: plots.compare_table(compare_labels(LABELS, OTHER), ax),
     "budget_curve": lambda ax: plots.budget_curve(fit_budget(random_profile(0), frames=80), ax),
     "frames_kept": lambda ax: plots.frames_kept({"memory": Memory()}, WINDOW, CHUNK, 6, ax),
 }
@@ -159,12 +125,12 @@ def test_pictures_return_axes_and_repeat_themselves(name):
     assert one(PICTURES[name](given_axes)) is given_axes
 
 
-@pytest.mark.parametrize("name", [*PICTURES, "stability_panels"])
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_leave_matplotlib_alone(name):
     import matplotlib.pyplot as plt
 
     settings, figures = dict(matplotlib.rcParams), plt.get_fignums()
-    PICTURES.get(name, lambda _: plots.stability_panels(report()))(None)
+    PICTURES[name](None)
     assert dict(matplotlib.rcParams) == settings
     assert plt.get_fignums() == figures
 
@@ -263,6 +229,7 @@ def test_pictures_fit_into_somebodys_grid(name):
 def test_bars_are_the_counts_of_the_layers():
     drawn = heights(plots.roles_per_layer(LABELS))
     assert drawn == {name: [row.count(name) for row in LABELS] for name in COUNTS}
+    assert list(drawn) == list(heights(plots.roles_per_layer(LABELS[::-1]))) == ["local", "anchor", "memory"]
 
 
 def test_a_role_map_and_a_classification_give_the_names():
@@ -361,7 +328,7 @@ def test_ages_that_nobody_saw_are_no_part_of_the_axis():
         warnings.simplefilter("error")
         padded, plain = (plots.mass_by_age(p, LABELS) for p in (profile(by_age=by_age), profile()))
         assert pixels(padded.figure) == pixels(plain.figure)
-    assert padded.get_xlim() == (-2, 8)  # own chunk, five ages, frame 0
+    assert padded.get_xlim() == (-2, 8)  # current chunk, five ages, frame 0
 
 
 def test_ages_without_a_number_are_gaps():
@@ -370,7 +337,7 @@ def test_ages_without_a_number_are_gaps():
     assert all(math.isnan(value) for values in lines(ax).values() for value in values)
     pixels(ax.figure)
     empty = {name: torch.full((8, 3, 4), math.nan) for name in ("own", "first", "middle")}
-    with pytest.raises(ProfileError, match="no number"):
+    with pytest.raises(ProfileError, match="only NaN"):
         plots.mass_by_age(profile(by_age=nothing, **empty), LABELS)
 
 
@@ -413,11 +380,11 @@ def test_panels_show_frames_own_chunks_and_what_content_decides():
     panels = plots.frames_kept(ROLES, WINDOW, CHUNK, 6)
     assert [ax.get_title(loc="left") for ax in panels] == ["local", "anchor", "memory", "full"]
     local, anchor, memory, full = panels
-    assert drawn_frames(local, "kept") == [(3.0 * t, 3.0 * t - 1, 3.0 * t) for t in range(1, 6)]
-    assert drawn_frames(anchor, "kept") == [(3.0 * t, 0.0, 1.0) for t in range(1, 6)]
-    assert len(drawn_frames(full, "kept")) == 3 * (1 + 2 + 3 + 4 + 5)
+    assert drawn_frames(local, "stored") == [(3.0 * t, 3.0 * t - 1, 3.0 * t) for t in range(1, 6)]
+    assert drawn_frames(anchor, "stored") == [(3.0 * t, 0.0, 1.0) for t in range(1, 6)]
+    assert len(drawn_frames(full, "stored")) == 3 * (1 + 2 + 3 + 4 + 5)
     for ax in panels:
-        assert drawn_frames(ax, "own chunk") == [(3.0 * t, 3.0 * t, 3.0 * t + 3) for t in range(6)]
+        assert drawn_frames(ax, "current chunk") == [(3.0 * t, 3.0 * t, 3.0 * t + 3) for t in range(6)]
     assert all(not drawn_frames(ax, frames.CHOSEN) for ax in (local, anchor, full))
     assert drawn_frames(memory, frames.CHOSEN) == [(9.0, 1.0, 6.0), (12.0, 1.0, 9.0), (15.0, 1.0, 12.0)]
     assert any("2 of these" in text.get_text() for text in memory.texts)
@@ -431,43 +398,6 @@ def test_strips_show_the_rope_positions_of_the_last_chunk():
         [drawn] = [c for c in strip.collections if c.get_gid() == "positions"]
         places.append([float(path.vertices[:, 0].min()) for path in drawn.get_paths()])
     assert places == [[0.0, 6.0, 7.0, 8.0], [float(frame) for frame in range(18)]]
-
-
-def test_the_curve_and_its_target():
-    ax = plots.stability_curve(report())
-    assert ax.lines[0].get_xydata().tolist() == [[1, 0.5], [2, pytest.approx(0.7)], [4, pytest.approx(0.8)]]
-    assert list(ax.lines[1].get_ydata()) == [0.8, 0.8]
-    assert [text.get_text() for text in ax.texts] == ["target 0.8: reached with 4"]
-    with pytest.raises(ProfileError, match="no curve"):
-        plots.stability_curve(report(curve=()))
-
-
-def test_panels_show_splits_depth_and_boundary_heads():
-    curve, splits, depth, votes = plots.stability_panels(report())
-    assert len(curve.lines) == 2
-    assert [line.get_ydata()[0] for line in splits.lines if line.get_marker() == "o"] == [0.8, 0.8]
-    assert "not\njudged" in [text.get_text() for text in splits.texts]
-    assert [bar.get_height() for bar in depth.patches] == [0.2, 0.5]
-    [drawn] = votes.collections
-    tall = [float(np.ptp(path.vertices[:, 1])) for path in drawn.get_paths()]
-    assert len(tall) == 13  # 12 heads, one in two parts
-    assert sorted(tall)[:2] == pytest.approx([0.92 * 0.4, 0.92 * 0.6])
-
-
-def test_panels_say_what_could_not_be_judged():
-    panels = plots.stability_panels(report(curve=(), votes=None, boundary=(), halves=None, steps=None))
-    assert [bool(panel.axison) for panel in panels] == [False, True, True, False]
-    pixels(panels[0].figure)
-
-
-def test_the_table_holds_the_counts_in_the_order_of_roles():
-    compared = compare_labels(LABELS, OTHER)
-    ax = plots.compare_table(compared, names=("ours", "theirs"))
-    assert [tick.get_text().split()[0] for tick in ax.get_yticklabels()] == ["local", "anchor", "memory"]
-    assert [tick.get_text().split()[0] for tick in ax.get_xticklabels()] == ["static", "dynamic"]
-    cells = {text.get_position(): text.get_text() for text in ax.texts if text.get_text().isdecimal()}
-    assert cells == {(0, 0): "7", (1, 0): "0", (0, 1): "2", (1, 1): "0", (0, 2): "0", (1, 2): "3"}
-    assert ax.get_ylabel().startswith("ours")
 
 
 def test_what_does_not_fit_is_refused():
@@ -504,7 +434,7 @@ def test_the_tests_find_planted_bugs(monkeypatch):
         test_panels_show_frames_own_chunks_and_what_content_decides()
     monkeypatch.setattr(style, "ordered", lambda names: list(dict.fromkeys(names)))
     with pytest.raises(AssertionError):
-        test_the_table_holds_the_counts_in_the_order_of_roles()
+        test_bars_are_the_counts_of_the_layers()
 
 
 def test_the_curve_of_a_budget_and_what_was_bought():

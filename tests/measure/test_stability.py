@@ -133,7 +133,7 @@ def test_steps_are_noisy_steps():
     report = stability(noisy_only, by_half, draws=5)
     assert report.steps is None
     assert report.stable
-    assert report.unjudged == ("steps: not judged, because only one was measured",)
+    assert report.unjudged == ("steps: not tested, because only one was measured",)
 
 
 def test_a_chunk_with_clean_passes_only_is_no_chunk():
@@ -166,7 +166,7 @@ def test_too_few_prompts_for_a_point_of_the_curve_speak_against_nothing():
     report = stability(one_chunk.where(one_chunk.step == 0), classify, draws=8)
     assert report.stable
     assert report.curve[0].prompts == 2
-    assert any(line.startswith("1 prompts: not judged") for line in report.unjudged)
+    assert any(line.startswith("1 prompts: not tested") for line in report.unjudged)
 
 
 def test_a_resample_that_cannot_be_classified_is_a_reason():
@@ -186,7 +186,7 @@ def test_the_summary_says_what_was_not_judged():
     assert "unjudged" not in stability(planted(heads()), by_half, draws=4).summary()
     report = stability(planted(heads()).where(START == 21), by_half, draws=4)
     assert report.summary()["unjudged"] == "; ".join(report.unjudged)
-    assert "chunks: not judged, because only one was measured" in report.unjudged
+    assert "chunks: not tested, because only one was measured" in report.unjudged
 
 
 @pytest.mark.parametrize("module", [head_forcing, output_regret], ids=["head_forcing", "output_regret"])
@@ -267,7 +267,7 @@ def test_a_part_that_cannot_be_classified_is_said():
     assert report.chunks is None
     assert not report.stable
     assert [
-        line for line in report.reasons if line.startswith("chunks: a part cannot be classified: no pass")
+        line for line in report.reasons if line.startswith("chunks: a part cannot be classified: in no pass")
     ]
     assert report.summary()["stable"] is False
     with pytest.raises(ProfileError):
@@ -280,7 +280,7 @@ def test_one_label_everywhere_agrees_with_itself_and_says_nothing():
     assert flat.halves.jaccard == {"static": None, "dynamic": 1.0}
     assert flat.depth == {"static": None, "dynamic": None}
     assert not flat.stable
-    assert flat.reasons == ("all heads have one label: there is nothing to compare",)
+    assert flat.reasons == ("all heads have the same label: there is nothing to compare",)
 
 
 def test_many_chunks_are_compared_by_halves():
@@ -316,7 +316,7 @@ def test_a_classifier_that_changes_its_labels():
             roles={names[name]: role for name, role in found.roles.items()},
         )
 
-    with pytest.raises(OptionError, match="in the whole"):
+    with pytest.raises(OptionError, match="for the whole profile"):
         stability(random_profile(0), named_by_size)
 
 

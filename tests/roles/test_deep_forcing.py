@@ -11,11 +11,12 @@ import headforcing as hf
 from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.scene import sample_scene
-from headforcing.errors import RoleError, StreamShapeError, WindowError, module_names
+from headforcing.errors import RoleError, StreamShapeError, WindowError
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.maps.role_map import RoleMap
-from headforcing.stores import store_class
+from headforcing.stores import STORES, store_class
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 
 HEADS, TOKENS, DIM = 2, 3, 4
 
@@ -44,11 +45,11 @@ def run(role: Participating, chunk: int, until: int, store: str = "ring", batch:
         noise = frames_of(9, start, chunk, batch)
         made.write(Chunk(start, noise[1], noise[2], None, noise[0]))
         made.view(role, "denoise", encode)
-        made.view_digest(role, encode)
+        made.view_compressed(role, encode)
         q, k, v = frames_of(1, start, chunk, batch)
         made.write(Chunk(start, k, v, None, q))
         if look is not None:
-            look(start, made.view(role, "denoise", encode), made.view_digest(role, encode))
+            look(start, made.view(role, "denoise", encode), made.view_compressed(role, encode))
     return made
 
 
@@ -103,13 +104,13 @@ def check(role: Participating, chunk: int, until: int, store: str, seen_tokens=N
     return checked
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_tokens_are_those_that_recent_queries_ask_for(store, chunk):
     assert check(Participating(), chunk, 72, store) > 40 / chunk
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(0, 4), st.integers(1, 5), st.integers(1, 2), st.integers(1, 3), st.integers(0, 5))
 def test_any_numbers(sink, recent, chosen, chunk, more):
     role = Participating(sink + chosen + max(recent, chunk) + more, sink, recent, chosen)
@@ -132,8 +133,8 @@ def test_the_window_fills_and_empties_as_published():
 class Forgetful(Participating):
     """Planted: chooses by the oldest queries it was told, not by the last."""
 
-    def digest(self):
-        made = super().digest()
+    def compressed(self):
+        made = super().compressed()
         first = made.add
         made.add = lambda past: first(past) if made._queries is None else None
         return made
@@ -168,7 +169,7 @@ def test_both_stores_are_equal_bit_for_bit_and_memory_is_bounded():
     for start in range(90, 3000, 3):
         q, k, v = frames_of(1, start % 60, 3)
         made.write(Chunk(start, k, v, None, q))
-        made.view_digest(Participating(), encode)
+        made.view_compressed(Participating(), encode)
         sizes.append(made.nbytes())
     assert len(set(sizes)) == 1
 
@@ -200,7 +201,7 @@ def test_a_model_with_such_heads_runs_in_both_stores_and_survives_a_file():
     assert RoleMap.from_json(roles.to_json()) == roles
     prompts = sample_scene(2, torch.Generator().manual_seed(1)).prompts(torch.arange(14))
     videos = []
-    for store in module_names("headforcing.stores"):
+    for store in sorted(STORES):
         with hf.apply_head_forcing(model, roles, store=store):
             videos.append(DemoPipeline(model).generate(prompts, generator=torch.Generator().manual_seed(2)))
     assert all(torch.equal(videos[0], video) for video in videos[1:])

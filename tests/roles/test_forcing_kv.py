@@ -15,17 +15,16 @@ from headforcing.adapters.base import find_adapter
 from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.scene import sample_scene
-from headforcing.errors import RoleError, StreamShapeError, WindowError, module_names
+from headforcing.errors import RoleError, StreamShapeError, WindowError
 from headforcing.roles import Local
 from headforcing.roles.forcing_kv import Dynamic, Pieces
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
-from headforcing.stores import store_class
+from headforcing.stores import STORES, store_class
 from headforcing.testing.strategies import frame_tensor
 from headforcing.types import Chunk, Heads
 
 GRID, PATCHES, DIM, WINDOW = (4, 3), 12, 4, 24
-STORES = module_names("headforcing.stores")
 
 
 def turn(x: torch.Tensor, positions: Any, *_: int) -> torch.Tensor:
@@ -100,7 +99,7 @@ def check_pieces(role: Dynamic, lengths: list[tuple[int, int]], batch: int, head
         )
         for noise in (3.0, 0.0):
             made.write(Chunk(start, k + noise, v - noise, GRID))
-            view, tokens = made.view(role, "denoise", turn), made.view_digest(role, turn)
+            view, tokens = made.view(role, "denoise", turn), made.view_compressed(role, turn)
             cuts = candidates(starts, role)
             frames, places, where = expected_places(role, start, length, len(cuts))
             assert list(view.frames) == frames
@@ -129,7 +128,7 @@ dynamics = st.builds(
 steps = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 1)), min_size=4, max_size=7)
 
 
-@given(dynamics, steps, st.integers(1, 2), st.integers(1, 3), st.sampled_from(STORES))
+@given(dynamics, steps, st.integers(1, 2), st.integers(1, 3), st.sampled_from(sorted(STORES)))
 def test_pieces_are_those_of_a_plain_loop(role, lengths, batch, heads, store):
     check_pieces(role, lengths, batch, heads, store)
 
@@ -198,7 +197,7 @@ class WithBug(Dynamic):
 
     kind: ClassVar[type[Pieces]] = Pieces
 
-    def digest(self):
+    def compressed(self):
         return self.kind(self)
 
 
@@ -220,7 +219,7 @@ def test_videos_of_a_batch_choose_for_themselves(store):
         for start in range(0, 12, 3):
             x = torch.cat([frame_tensor(range(start, start + 3), 9 + s, 1, 2, PATCHES, DIM) for s in samples])
             made.write(Chunk(start, x, -x, GRID))
-        found.append(made.view_digest(role, turn))
+        found.append(made.view_compressed(role, turn))
     for side in (0, 1):
         assert torch.equal(torch.cat([found[0][side], found[1][side]]), found[2][side])
     assert not torch.equal(found[0][1].abs().argsort(1), found[1][1].abs().argsort(1))
@@ -236,7 +235,7 @@ def layers_of(row: list[Dynamic], shared: bool, store: str = "ring") -> list[Any
     ]
     if shared:
         for each in made[1:]:
-            each.digests.notes = made[0].digests.notes
+            each.compressed.shared = made[0].compressed.shared
     return made
 
 
@@ -250,7 +249,7 @@ def run_layers(made: list[Any], row: list[Dynamic], video: int, chunks: int = 6)
                 x = frame_tensor(range(start, start + 3), 100 * video + layer, 1, 2, PATCHES, DIM)
                 store.write(Chunk(start, x + noise, x - noise, GRID))
                 store.view(role, "denoise", turn)
-                tokens = store.view_digest(role, turn)
+                tokens = store.view_compressed(role, turn)
                 seen.append(None if tokens is None else tokens[1].clone())
         found.append(seen)
     return found
@@ -285,7 +284,7 @@ class Old(Pieces):
     """With a bug: takes any choice over, also its own of the last video."""
 
     def _choice(self, past, k):
-        before = past.notes.get("choice")
+        before = past.shared.get("choice")
         return super()._choice(past, k) if before is None else before.pieces
 
 
@@ -369,18 +368,18 @@ def test_bytes_stay_bounded_over_thousands_of_chunks_and_a_reset_forgets(store):
     for start in range(0, 6000, 3):
         made.write(Chunk(start, x, x, GRID))
         made.view(role, "denoise", turn)
-        made.view_digest(role, turn)
+        made.view_compressed(role, turn)
         if start >= 9:
             sizes.add(made.nbytes())
     frame = 2 * x[:, :1].nbytes
     more = {"reference": 0, "lean": 5 * 8, "ring": (5 * frame) // 2 + frame + 5 * 8}  # numbers last
     assert sizes == {7 * frame + more[store]}
     made.write(Chunk(0, x, x, GRID))
-    assert made.view_digest(role, turn) is None
+    assert made.view_compressed(role, turn) is None
     made.reset()
     for start in (0, 3, 6):
         made.write(Chunk(start, x, x, GRID))
-        assert made.view_digest(role, turn) is None
+        assert made.view_compressed(role, turn) is None
 
 
 @pytest.mark.parametrize("grid", [None, (5, 1), (1, 7)])
@@ -389,7 +388,7 @@ def test_frames_that_have_no_equal_bands_are_refused_before_anything_changes(gri
     x = torch.zeros(1, 3, 12, 1, 4)
     store.write(Chunk(0, x, x, GRID))
     before = store.nbytes()
-    with pytest.raises(StreamShapeError, match="cannot cut them to 6 equal pieces"):
+    with pytest.raises(StreamShapeError, match="cannot cut them into 6 equal pieces"):
         store.write(Chunk(3, x, x, grid))
     assert (store.committed, store.nbytes()) == (0, before)
 
@@ -402,7 +401,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
 
 def test_what_was_cut_needs_places_where_positions_are_compact():
     assert Dynamic(positions="compact").fit(8, 3)
-    with pytest.raises(WindowError, match="takes 8 places of 7"):
+    with pytest.raises(WindowError, match="takes 8 positions of 7"):
         Dynamic(positions="compact").fit(7, 3)
     assert Dynamic().fit(5, 3)
 
@@ -412,7 +411,7 @@ def test_dynamic_heads_survive_a_file():
     two = RoleMap.from_json(one.to_json())
     assert two == one
     assert hash(two) == hash(one)
-    assert {role.digest().role for role in two.counts() if isinstance(role, Dynamic)} == {
+    assert {role.compressed().role for role in two.counts() if isinstance(role, Dynamic)} == {
         Dynamic(2, 4, 1, positions="compact"),
         Dynamic(),
     }

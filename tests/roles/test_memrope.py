@@ -15,16 +15,15 @@ from headforcing.adapters.base import find_adapter
 from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.scene import sample_scene
-from headforcing.errors import RoleError, WindowError, module_names
+from headforcing.errors import RoleError, WindowError
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.memrope import Averages, Averaging
-from headforcing.stores import store_class
+from headforcing.stores import STORES, store_class
 from headforcing.testing.strategies import frame_tensor
 from headforcing.types import Chunk, Heads
 
 PATCHES, HEADS, DIM, WINDOW = 3, 2, 4, 21
-STORES = module_names("headforcing.stores")
 
 
 def turn(x: torch.Tensor, positions: Any, *_: int) -> torch.Tensor:
@@ -86,7 +85,7 @@ def check_averages(role: Averaging, steps: list[tuple[int, int]], store: str, ba
             rule.begin(list(range(before, start)), length)
         for noise in (3.0, -7.0, 0.0):
             made.write(Chunk(start, k + noise, v + 2 * noise))
-            view, tokens = made.view(role, "denoise", turn), made.view_digest(role, turn)
+            view, tokens = made.view(role, "denoise", turn), made.view_compressed(role, turn)
             held = rules[0].held
             assert list(view.frames) == [*held, *frames]
             assert made.frames(role) == [rule.held for rule in rules]
@@ -119,7 +118,7 @@ def averagings(draw: Any, longest: int = 4) -> Averaging:
 alone = st.tuples(st.integers(1, 4), st.just(0))
 
 
-@given(averagings(), st.lists(alone, min_size=8, max_size=14), st.sampled_from(STORES))
+@given(averagings(), st.lists(alone, min_size=8, max_size=14), st.sampled_from(sorted(STORES)))
 def test_averages_are_those_of_the_rule(role, steps, store):
     check_averages(role, steps, store)
 
@@ -127,7 +126,7 @@ def test_averages_are_those_of_the_rule(role, steps, store):
 @given(
     averagings(),
     st.lists(st.tuples(st.integers(2, 4), st.integers(0, 1)), min_size=8, max_size=12),
-    st.sampled_from(STORES),
+    st.sampled_from(sorted(STORES)),
 )
 def test_frames_that_a_chunk_takes_back_are_not_averaged(role, steps, store):
     check_averages(role, steps, store, batch=2)
@@ -147,7 +146,7 @@ def test_all_stores_see_the_same_bit_for_bit(role, chunk, seed):
                 assert (one.frames, one.positions) == (two.frames, two.positions)
                 assert torch.equal(one.k, two.k)
                 assert torch.equal(one.v, two.v)
-            first, *rest = (store.view_digest(role, turn) for store in stores)
+            first, *rest = (store.view_compressed(role, turn) for store in stores)
             for seen in rest:
                 assert (first is None) == (seen is None)
                 assert all(torch.equal(a, b) for a, b in zip(first or (), seen or (), strict=True))
@@ -166,7 +165,7 @@ def test_the_released_numbers_by_hand(store, chunk):
         made.write(Chunk(start, -x, x))
         view = made.view(role, "denoise", lambda x, _: x)
         asked: list[int] = []
-        tokens = made.view_digest(role, lambda x, positions, asked=asked: asked.extend(positions) or x)
+        tokens = made.view_compressed(role, lambda x, positions, asked=asked: asked.extend(positions) or x)
         assert torch.equal(view.k, -view.v)
         averages = [] if tokens is None else tokens[1].unflatten(1, (2, PATCHES))[0, :, 0, 0, 0].tolist()
         assert not averages or tokens[0].flatten().tolist() == [-x for x in tokens[1].flatten().tolist()]
@@ -196,31 +195,31 @@ class Swapped(Averages):
 class Generous(Averages):
     """With a bug: nothing is lost at the first overflow."""
 
-    def let_go(self, past):
+    def evicted(self, past):
         if self._both is None:
             self._both = self._averaged(None, past.k), self._averaged(None, past.v)
             self._kinds, self._patches = (past.k.dtype, past.v.dtype), past.k.shape[2]
         else:
-            super().let_go(past)
+            super().evicted(past)
 
 
 class FrameByFrame(Averages):
     """With a bug: frames that leave together are taken in one by one."""
 
-    def let_go(self, past):
+    def evicted(self, past):
         if self._both is None:
-            return super().let_go(past)
+            return super().evicted(past)
         for index in range(past.k.shape[1]):
             one = slice(index, index + 1)
-            super().let_go(type(past)(past.frames[one], past.k[:, one], past.v[:, one], None, 0, {}))
+            super().evicted(type(past)(past.frames[one], past.k[:, one], past.v[:, one], None, 0, {}))
         return None
 
 
 class Mixed(Averages):
     """With a bug: values are averages of keys."""
 
-    def let_go(self, past):
-        super().let_go(type(past)(past.frames, past.k, past.k, None, 0, {}))
+    def evicted(self, past):
+        super().evicted(type(past)(past.frames, past.k, past.k, None, 0, {}))
 
 
 class OneHead(Averages):
@@ -236,7 +235,7 @@ class WithBug(Averaging):
 
     kind: ClassVar[type[Averages]] = Averages
 
-    def digest(self):
+    def compressed(self):
         return self.kind(self)
 
 
@@ -281,9 +280,9 @@ def test_what_noisy_passes_wrote_is_not_averaged(store):
             for noise in noises:
                 made.write(Chunk(start, x + noise, x * noise))
                 made.view(role, "denoise", turn)
-                made.view_digest(role, turn)
+                made.view_compressed(role, turn)
             made.write(Chunk(start, x, -x))
-        found.append(made.view_digest(role, turn))
+        found.append(made.view_compressed(role, turn))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -295,7 +294,7 @@ def test_bytes_stay_bounded_over_thousands_of_chunks_and_averages_stay_averages(
     sizes, x = set(), torch.full((1, 3, PATCHES, 1, DIM), 0.7, dtype=dtype)
     for start in range(0, 9000, 3):
         made.write(Chunk(start, x, -x))
-        tokens = made.view_digest(role, lambda x, _: x)
+        tokens = made.view_compressed(role, lambda x, _: x)
         if start >= 12:
             sizes.add(made.nbytes())
     assert len(sizes) == 1
@@ -303,7 +302,7 @@ def test_bytes_stay_bounded_over_thousands_of_chunks_and_averages_stay_averages(
     torch.testing.assert_close(tokens[0], x[:, 0].repeat(1, 2, 1, 1))
     torch.testing.assert_close(tokens[1], -tokens[0])
     made.write(Chunk(0, x, x))
-    assert made.view_digest(role, turn) is None
+    assert made.view_compressed(role, turn) is None
 
 
 def test_a_model_with_averages_matches_attention_written_out():

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles.base import bounded
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
-from headforcing.roles.positions import SCHEMES, place
+from headforcing.roles.positions import BOUNDED, SCHEMES, scheme_positions
 from headforcing.testing.strategies import kinds, roles
 
 WINDOW = 21
@@ -29,7 +30,7 @@ def views(draw):
 @given(views(), st.sampled_from(["compact", "clamped"]))
 def test_bounded_schemes_stay_in_the_window_in_order_with_the_own_chunk_together(view, scheme):
     frames, chunk = view
-    placed = place(scheme, frames, chunk, WINDOW)
+    placed = scheme_positions(scheme, frames, chunk, WINDOW)
     assert len(placed) == len(frames)
     assert list(placed) == sorted(set(placed))
     assert placed[0] >= 0
@@ -40,7 +41,7 @@ def test_bounded_schemes_stay_in_the_window_in_order_with_the_own_chunk_together
 @given(views())
 def test_clamped_keeps_true_distances_that_fit(view):
     frames, chunk = view
-    placed = place("clamped", frames, chunk, WINDOW)
+    placed = scheme_positions("clamped", frames, chunk, WINDOW)
     query, now = placed[-chunk], frames[-chunk]
     for rank, (frame, position) in enumerate(zip(frames[:-chunk], placed, strict=False)):
         distance = now - frame
@@ -51,41 +52,39 @@ def test_clamped_keeps_true_distances_that_fit(view):
 def test_every_scheme_is_absolute_while_the_video_fits_the_window(chunk, history):
     frames = range(min(history, WINDOW - chunk) + chunk)
     for scheme in SCHEMES:
-        assert place(scheme, frames, chunk, WINDOW) == tuple(frames)
+        assert scheme_positions(scheme, frames, chunk, WINDOW) == tuple(frames)
 
 
 def test_what_counts_ranks_works_without_knowing_the_frames():
-    assert place("compact", (0, None, None, 7), 1, WINDOW) == (0, 1, 2, 3)
-    assert place("adjoining", (0, None, None, 7), 1, WINDOW) == (4, 5, 6, 7)
+    assert scheme_positions("compact", (0, None, None, 7), 1, WINDOW) == (0, 1, 2, 3)
+    assert scheme_positions("adjoining", (0, None, None, 7), 1, WINDOW) == (4, 5, 6, 7)
     with pytest.raises(RoleError, match="2 of 4 frames were chosen by content: use positions='compact'"):
-        place("clamped", (0, None, None, 7), 1, WINDOW)
+        scheme_positions("clamped", (0, None, None, 7), 1, WINDOW)
 
 
 def places_beside(role: HeadRole, now: int) -> list[int]:
     """Places that what a role keeps beside whole frames may take before a chunk that begins at `now`."""
-    inside = getattr(role, "role", role)
-    if isinstance(inside, Dynamic):
-        return [0, 3] if now >= 9 + inside.sink else [0]
-    if isinstance(inside, Averaging):
-        return [2] if now + 3 > inside.window else [0]
+    if isinstance(role, Dynamic):
+        return [0, 3] if now >= 9 + role.sink else [0]
+    if isinstance(role, Averaging):
+        return [2] if now + 3 > role.window else [0]
     return [0]
 
 
 def check_stays(role: HeadRole, index: int) -> None:
     """Positions of a chunk far into a video stay in the window, or are true; those of a digest stay free."""
     role = role.fit(WINDOW, 3)
-    inside = getattr(role, "role", role)
     capacity, now = role.capacity(3), 3 * index
     for beside in places_beside(role, now):
-        taken = beside if isinstance(inside, Averaging) else 0
+        taken = beside if isinstance(role, Averaging) else 0
         held = min(now, 30 if capacity is None else capacity - taken)
-        sink = min(getattr(inside, "sink", 0), held)
+        sink = min(getattr(role, "sink", 0), held)
         frames = (*range(sink), *range(now - held + sink, now), *range(now, now + 3))
-        placed = role.place(frames, 3, WINDOW, digested=beside)
-        if "adjoining" in (role.positions, inside.positions):
+        placed = role.positions_of(frames, 3, WINDOW, gap=beside)
+        if role.positions == "adjoining":
             assert placed == tuple(range(now + 3 - len(frames), now + 3))
             continue
-        if not role.bounded:
+        if role.positions not in BOUNDED:
             assert placed == frames
             continue
         assert list(placed) == sorted(set(placed))
@@ -97,7 +96,7 @@ def check_stays(role: HeadRole, index: int) -> None:
 
 @given(roles(WINDOW, 3), st.integers(0, 10**6))
 def test_a_fitted_role_stays_in_the_window_at_any_chunk_number(role, index):
-    assume(not role.reads_per_query)  # those are tested on their own
+    assume("query" not in role.depends_on)  # those are tested on their own
     check_stays(role, index)
 
 
@@ -113,27 +112,26 @@ def test_so_does_a_role_that_leaves_room_for_what_it_keeps_beside_frames(kind):
 class NoRoom(Averaging):
     """With a bug: averages sit where frames sit."""
 
-    def place(self, frames, chunk, window, query=None, digested=0):
-        return super().place(frames, chunk, window, query)
+    def positions_of(self, frames, chunk, window, query=None, gap=0):
+        return super().positions_of(frames, chunk, window, query)
 
 
 class Behind(Averaging):
     """With a bug: room is left behind the last frames."""
 
-    def place(self, frames, chunk, window, query=None, digested=0):
-        placed = super().place(frames, chunk, window, query)
-        return (*placed[:-chunk], *(place + digested for place in placed[-chunk:]))
+    def positions_of(self, frames, chunk, window, query=None, gap=0):
+        placed = super().positions_of(frames, chunk, window, query)
+        return (*placed[:-chunk], *(place + gap for place in placed[-chunk:]))
 
 
 class Absent(SlidingWindow):
-    """With a bug: says that it is bounded, and is not."""
+    """With a bug: says that its positions are compact, and they are not."""
 
-    bounded = True
+    def positions_of(self, frames, chunk, window, query=None, gap=0):
+        return tuple(frames)
 
 
-@pytest.mark.parametrize(
-    "broken", [NoRoom(), Behind(), Absent(9, positions="absolute")], ids=lambda role: type(role).__name__
-)
+@pytest.mark.parametrize("broken", [NoRoom(), Behind(), Absent(9)], ids=lambda role: type(role).__name__)
 def test_planted_bugs_in_positions_are_found(broken):
     with pytest.raises((AssertionError, WindowError)):
         check_stays(broken, 20)
@@ -176,7 +174,8 @@ def test_a_role_that_asks_for_more_than_the_window_is_refused(role):
 
 
 def test_absolute_positions_may_leave_the_window():
-    assert SlidingWindow(40, positions="absolute").fit(21, 3).bounded is False
+    assert not bounded(SlidingWindow(40, positions="absolute").fit(21, 3))
+    assert not bounded(Absent(9)), "positions of its own"
 
 
 @pytest.mark.parametrize(

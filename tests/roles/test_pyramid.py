@@ -15,13 +15,13 @@ from headforcing.adapters.base import find_adapter
 from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.world.scene import sample_scene
-from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError, module_names
+from headforcing.errors import RoleError, StreamShapeError, UnsupportedModelError, WindowError
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.roles import Local
 from headforcing.roles.maps.presets import pyramid_forcing
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores import store_class
+from headforcing.stores import STORES, store_class
 from headforcing.types import Chunk, Heads
 
 
@@ -69,7 +69,7 @@ roles = st.builds(
 )
 
 
-@given(roles, st.integers(1, 4), st.sampled_from(module_names("headforcing.stores")))
+@given(roles, st.integers(1, 4), st.sampled_from(sorted(STORES)))
 def test_what_is_kept_is_enough_and_no_more_than_said(role, chunk, store):
     found = seen(role, chunk, 12 * chunk, store)
     for start, frames in found.items():
@@ -84,7 +84,7 @@ def test_far_frames_sit_at_one_distance_and_near_ones_at_their_own(role, chunk, 
         frames = (
             by_definition(role, start, query, chunk) if start < 400 else [0, *range(start - 1, start + chunk)]
         )
-        places = role.place(frames, chunk, 21, query)
+        places = role.positions_of(frames, chunk, 21, query)
         own = places[len(frames) - chunk + query - start]
         assert 0 <= min(places) <= max(places) < role.far + chunk
         for frame, place in zip(frames, places, strict=True):
@@ -98,8 +98,8 @@ def test_far_frames_sit_at_one_distance_and_near_ones_at_their_own(role, chunk, 
 class Greedy(Wave):
     """A wave with a bug: it reads the phase of the chunk, not of the query."""
 
-    def attend(self, table, phase):
-        return super().attend(dataclasses.replace(table, query=table.start), phase)
+    def visible(self, table, phase):
+        return super().visible(dataclasses.replace(table, query=table.start), phase)
 
 
 class Forgetful(Wave):
@@ -149,7 +149,7 @@ def test_a_model_with_waves_matches_attention_written_out():
                 query = start + part.rows.start // tokens
                 assert part.q.shape[1] == tokens
                 assert list(frames) == by_definition(role, start, query, 3)
-                assert positions == role.place(frames, 3, 21, query)
+                assert positions == role.positions_of(frames, 3, 21, query)
                 checked += 1
 
     prompts = sample_scene(2, torch.Generator().manual_seed(1)).prompts(torch.arange(14))
@@ -198,7 +198,7 @@ def blocks_of(store, role, query: int) -> Blocks | None:
         asked.extend(positions)
         return x
 
-    tokens = store.view_digest(role, spy, query)
+    tokens = store.view_compressed(role, spy, query)
     if tokens is None:
         return None
     return Blocks(tuple(asked), *(x.unflatten(1, (len(asked), -1)) for x in tokens))
@@ -238,7 +238,7 @@ def block_means(keys, starts, role: Veil) -> torch.Tensor:
     return torch.stack(means, 1)
 
 
-@pytest.mark.parametrize("store", module_names("headforcing.stores"))
+@pytest.mark.parametrize("store", sorted(STORES))
 def test_the_golden_blocks_of_a_veil(store):
     role = Veil()
     keys, found = merged(role, 3, 66, store)
@@ -250,7 +250,7 @@ def test_the_golden_blocks_of_a_veil(store):
             torch.testing.assert_close(view.k, block_means(keys, blocks, role))
             torch.testing.assert_close(view.v, -block_means(keys, blocks, role))
             times = [block + 1 for block in blocks]  # the lower median of four frames
-            own = role.place([*range(start - 1, start + 3)], 3, 21, query)[1 + query - start]
+            own = role.positions_of([*range(start - 1, start + 3)], 3, 21, query)[1 + query - start]
             assert [own - place for place in view.positions] == [query - time for time in times]
             assert min(view.positions) >= 0
 
@@ -298,7 +298,7 @@ def test_a_reset_forgets_blocks_and_bytes_stay_bounded():
     assert len(set(sizes[60:])) <= 4  # with and without a block that is being filled
     assert max(sizes[60:]) == max(sizes[60:120])
     store.write(Chunk(0, x, x, GRID))
-    assert store.view_digest(role, lambda x, positions, patch: x, 0) is None
+    assert store.view_compressed(role, lambda x, positions, patch: x, 0) is None
 
 
 def test_merged_patches_are_rotated_where_the_top_left_one_is():
@@ -432,10 +432,7 @@ def test_positions_below_zero_are_refused_by_rope():
 
 @pytest.mark.parametrize("role", [Wave(), Strided(), Veil()])
 def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
-    stores = [
-        store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0)
-        for name in module_names("headforcing.stores")
-    ]
+    stores = [store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0) for name in sorted(STORES)]
     for start in range(0, 30, 3):
         x = torch.randn(1, 3, 24, 2, 4, generator=torch.Generator().manual_seed(start))
         for number, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode)):

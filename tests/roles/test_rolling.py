@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import headforcing as hf
-from headforcing.errors import ChunkOrderError, StreamError, StreamShapeError, WindowError, module_names
+from headforcing.errors import ChunkOrderError, StreamError, StreamShapeError, WindowError
 from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
-from headforcing.stores import KVStore, store_class
+from headforcing.stores import STORES, KVStore, store_class
 from headforcing.types import Chunk, Heads
 from tests.hosts.rolling_forcing import RollingForcingHost
 from tests.hosts.standin import TOKENS, StandInModel
@@ -88,7 +88,7 @@ def test_the_host_counts_on_after_every_call() -> None:
                 assert [int(c[name]) for c in mine["kv"]] == [int(c[name]) for c in theirs["kv"]]
 
 
-@pytest.mark.parametrize("name", module_names("headforcing.stores"))
+@pytest.mark.parametrize("name", sorted(STORES))
 def test_a_longer_window_on_the_same_frames_makes_room(name: str) -> None:
     role = SlidingWindow(9)
     store = store_class(name)({role: Heads((0,), 1)}, window=9, layer=0)
@@ -251,7 +251,7 @@ def test_a_host_that_does_not_roll_keeps_its_chunks() -> None:
 
 
 def test_another_resolution_in_a_window_is_refused() -> None:
-    for name in module_names("headforcing.stores"):
+    for name in sorted(STORES):
         store = store_class(name)({Local(): Heads((0,), 1)}, window=9, layer=0)
         k = torch.zeros(1, 6, 2, 1, 4)
         store.write(Chunk(0, k, k, rolling=True))

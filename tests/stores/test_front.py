@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from headforcing.adapters.rope import rotate
 from headforcing.errors import HeadForcingError, RoleError
 from headforcing.roles import HeadRole, Local, Memory
-from headforcing.roles.commit_forcing import CommitForcing
-from headforcing.roles.compressed import Digest, Past
+from headforcing.roles.base import sees_compressed
+from headforcing.roles.compressed import CompressedHistory, Past
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
@@ -26,9 +26,11 @@ from headforcing.roles.pyramid_forcing import Veil
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.buffers import joined
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
 from headforcing.testing.strategies import GRID, kinds, queries
 from headforcing.types import Chunk, Encode, FrameTable, Heads, Phase, Truncation
+from tests.planted import with_banks
 
 WINDOW, CHUNK, DIM = 12, 4, 12
 PATCHES = GRID[0] * GRID[1]
@@ -47,12 +49,15 @@ class Blinking(HeadRole):
     """Another role that sees less in some passes, and in all of them what is kept beside whole frames."""
 
     role: HeadRole = Local(1)  # noqa: RUF009 - frozen
-    blind: Phase = "commit"
+    blind: Phase = "clean"
     step: int = 2
-    uses_phase: ClassVar[bool] = True
 
-    def attend(self, table: FrameTable, phase: Phase) -> Sequence[int]:
-        rows = self.role.attend(table, phase)
+    @property
+    def depends_on(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("phase", *self.role.depends_on)
+
+    def visible(self, table: FrameTable, phase: Phase) -> Sequence[int]:
+        rows = self.role.visible(table, phase)
         return rows[:: self.step] if phase == self.blind else rows
 
     def capacity(self, chunk: int) -> int | None:
@@ -61,27 +66,23 @@ class Blinking(HeadRole):
     def retain(self, table: FrameTable) -> Any:
         return self.role.retain(table)
 
-    def place(self, frames: Any, chunk: int, window: int, query: Any = None, digested: int = 0) -> Any:
+    def positions_of(self, frames: Any, chunk: int, window: int, query: Any = None, gap: int = 0) -> Any:
         if query is not None:
-            return self.role.place(frames, chunk, window, query=query)
-        return tuple(range(digested, digested + len(frames)))
+            return self.role.positions_of(frames, chunk, window, query=query)
+        return tuple(range(gap, gap + len(frames)))
 
-    @property
-    def reads_per_query(self) -> bool:
-        return self.role.reads_per_query
-
-    def digest(self) -> Digest | None:
-        return self.role.digest()
+    def compressed(self) -> CompressedHistory | None:
+        return self.role.compressed()
 
 
-class Asking(Digest):
+class Asking(CompressedHistory):
     """Single tokens of the last chunk: which, and how many, differs by query frame."""
 
     def __init__(self, said: int | None) -> None:
         self.said = said
         self.held: tuple[Tensor, Tensor] | None = None
 
-    def most(self, patches: int) -> int | None:
+    def max_tokens(self, patches: int) -> int | None:
         return self.said
 
     def add(self, past: Past) -> None:
@@ -107,19 +108,21 @@ class Curious(Veil):
 
     said: int | None = None
 
-    def digest(self) -> Digest:
+    def compressed(self) -> CompressedHistory:
         return Asking(self.said)
 
 
 def beside() -> st.SearchStrategy[HeadRole]:
     """Roles that keep something beside whole frames, alone or in another one."""
     plain = st.one_of(*BESIDE, st.builds(Curious, st.integers(0, 2), said=st.sampled_from([None, CHUNK, 9])))
-    wrapped = st.builds(CommitForcing, plain, st.integers(CHUNK, WINDOW))
+    cut = st.builds(
+        lambda role, newest: replace(role, clean_window=newest), plain, st.integers(CHUNK, WINDOW)
+    )
     blinking = st.builds(
         lambda role, blind, step: Blinking(role=role, blind=blind, step=step),
-        *(plain, st.sampled_from(["denoise", "commit"]), st.integers(2, 4)),
+        *(plain, st.sampled_from(["denoise", "clean"]), st.integers(2, 4)),
     )
-    return st.one_of(plain, wrapped, blinking, st.sampled_from([Local(2), Memory(1, 3, 2)]))
+    return st.one_of(plain, cut, blinking, st.sampled_from([Local(2), Memory(1, 3, 2)]))
 
 
 class Side:
@@ -164,7 +167,7 @@ class Side:
             if not self.each(functools.partial(KVStore.write, chunk=chunk)):
                 return
             for phase in self.dice.choice(["", "d", "c", "dc", "cd", "dcd"]):
-                self.look("denoise" if phase == "d" else "commit")
+                self.look("denoise" if phase == "d" else "clean")
 
     def look(self, phase: Phase) -> None:
         expected, *seen = ([*self.parts(store, phase)] for store in self.stores)
@@ -180,7 +183,7 @@ class Side:
         for role in self.heads:
             for query in queries(role, store.pending):
                 view = store.view(role, phase, encode, query)
-                tokens = store.view_digest(role, encode, query) if role.sees_digest(phase) else None
+                tokens = store.view_compressed(role, encode, query) if sees_compressed(role, phase) else None
                 k, v = view.k.flatten(1, 2), view.v.flatten(1, 2)
                 if tokens is not None:
                     k, v = joined(tokens[0], k), joined(tokens[1], v)
@@ -274,7 +277,7 @@ def test_query_frames_that_see_different_tokens_do_not_write_over_each_other(sai
 
 
 def test_more_tokens_than_were_promised_are_refused() -> None:
-    with pytest.raises(RoleError, match=r"shows \d tokens .* at most 1: mend Asking.most"):
+    with pytest.raises(RoleError, match=r"shows \d tokens .* at most 1: mend Asking.max_tokens"):
         run([Curious(said=1)], RingStore)
 
 
@@ -299,7 +302,7 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
             side.each(lambda store: store.scenes.ask(Switch("cut")))
         side.write(side.next, 1)
         side.look("denoise")
-        slots.append(side.stores[1]._banks[role].rooms["v"].shape[1])
+        slots.append(side.stores[1]._banks[role].buffers["v"].shape[1])
     before, after = [sorted(set(part)) for part in (slots[:20], slots[20:])]
     assert before == after == [WINDOW - AVERAGES, WINDOW]
 
@@ -307,11 +310,11 @@ def test_room_comes_back_at_once_after_a_cut(store: str) -> None:
 # Planted bugs -------------------------------------------------------------------------------------
 
 
-class Crowded(RingStore):
-    """Lays what all query frames see in one place, whatever it is."""
+class Crowded(RotatedBank):
+    """Puts the compressed tokens of all query frames in one place."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        return super()._lay(role, None if which is None else 0, tokens)
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        return super().prepend(None if query is None else 0, tokens)
 
 
 class Shy(RingStore):
@@ -319,18 +322,22 @@ class Shy(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.refresh = lambda: None
+        self.compressed.forget_views = lambda: None
 
 
-class Shifted(RingStore):
-    """Lays tokens as if there were one more."""
+class Shifted(RotatedBank):
+    """Puts compressed tokens as if there were one more."""
 
-    def _lay(self, role: HeadRole, which: int | None, tokens: Any) -> Any:
-        laid = super()._lay(role, which, tokens)
-        return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in laid)
+    def prepend(self, query: int | None, tokens: Any) -> Any:
+        put = super().prepend(query, tokens)
+        return tuple(x.as_strided(x.shape, x.stride(), x.storage_offset() - DIM) for x in put)
 
 
-PLANTED = [(Crowded, Curious(said=CHUNK)), (Shy, Averaging(8)), (Shifted, Averaging(8))]
+PLANTED = [
+    (with_banks(Crowded), Curious(said=CHUNK)),
+    (Shy, Averaging(8)),
+    (with_banks(Shifted), Averaging(8)),
+]
 
 
 @pytest.mark.parametrize(("store", "role"), PLANTED)

@@ -25,7 +25,6 @@ from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.measure.metrics.output_regret import OutputRegret
 from headforcing.measure.profiler import Protocol, profile_heads
 from headforcing.roles import Anchor, HeadRole, Local, Memory, Rolling, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
@@ -282,7 +281,7 @@ def test_a_cache_emptied_before_another_chunk_is_refused(name: str) -> None:
     store = store_of(name, Local())
     store.write(chunk_of(0))
     store.write(chunk_of(3))
-    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not run again"):
+    with pytest.raises(StreamError, match="before frame 6, but frames from 3 on are not recomputed"):
         store.edit(Truncation(), 6)
 
 
@@ -302,7 +301,7 @@ def test_parts_of_frames_do_not_move() -> None:
     role = Dynamic(pieces=1)
     store = store_of("ring", role)
     store.write(chunk_of(0))
-    with pytest.raises(StreamError, match="positions='compact', or set the host's offset to 0"):
+    with pytest.raises(StreamError, match="positions='compact', or set its offset to 0"):
         store.write(chunk_of(3, shift=8))
     store.write(chunk_of(3))
 
@@ -320,7 +319,7 @@ def test_a_cut_of_ours_ends_a_pin_of_the_hosts() -> None:
     assert store.frames(role)[0] == [15, 16]
 
 
-@pytest.mark.parametrize("role", [Local(2, 1), CommitForcing(Local(2, 1), 9)], ids=str)
+@pytest.mark.parametrize("role", [Local(2, 1), Local(2, 1, clean_window=9)], ids=str)
 @pytest.mark.parametrize("name", STORES)
 def test_pinned_first_frames_are_what_a_mark_recalls(name: str, role: HeadRole) -> None:
     store = store_of(name, role)
@@ -563,7 +562,7 @@ def prompts_of(model: Any) -> Callable[[], None]:
 )
 def test_regret_is_not_measured_where_the_host_edits_its_cache(model: Any, drive: Any) -> None:
     role = SlidingWindow(9, 3, positions="absolute")
-    with pytest.raises(ProfileError, match="measure on videos of one prompt"):
+    with pytest.raises(ProfileError, match="measure videos with one prompt"):
         profile_heads(model, drive(model), [OutputRegret([role])], protocol=Protocol(history=role))
 
 
@@ -571,7 +570,7 @@ def test_regret_is_not_measured_where_the_host_edits_its_cache(model: Any, drive
 @pytest.mark.parametrize("name", STORES)
 def test_commit_forcing_sees_what_the_role_inside_does(name: str, edit: str) -> None:
     inside, views = Averaging(9, 2), []
-    for role in (inside, CommitForcing(inside, 9)):
+    for role in (inside, dataclasses.replace(inside, clean_window=9)):
         store = store_of(name, role)
         for start in range(0, 33, CHUNK):
             if start == 15 and edit == "pin":
@@ -586,7 +585,7 @@ def test_commit_forcing_sees_what_the_role_inside_does(name: str, edit: str) -> 
 
 
 def test_commit_forcing_has_no_more_room_than_the_role_inside() -> None:
-    store = store_of("ring", CommitForcing(SlidingWindow(7, 3, positions="absolute"), 7))
+    store = store_of("ring", SlidingWindow(7, 3, positions="absolute", clean_window=7))
     for start in (0, 3, 6):
         store.write(chunk_of(start))
     store.edit(Pin(6, 3, always=3), 9)
@@ -609,7 +608,7 @@ def test_what_is_kept_beside_frames_sits_right_behind_the_first_ones(role: Any) 
             asked.append(tuple(positions))
             return x
 
-        store.view_digest(role, encode)
+        store.view_compressed(role, encode)
         if start > 30 and asked:
             places.append((max(asked[0]), placed))
     assert places
@@ -663,10 +662,10 @@ def test_a_longer_window_shows_what_became_of_frames_that_made_room(role: Any) -
     store = store_of("ring", role, 12)
     for start in range(0, 12, CHUNK):
         store.write(with_queries(dataclasses.replace(chunk_of(start), rolling=True)))
-        store.view_digest(role, as_it_is)
+        store.view_compressed(role, as_it_is)
     store.write(with_queries(dataclasses.replace(chunk_of(9, 6), rolling=True)))
-    assert store.digests.get(role).places
-    assert store.view_digest(role, as_it_is) is not None
+    assert store.compressed.get(role).gap
+    assert store.view_compressed(role, as_it_is) is not None
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -687,10 +686,10 @@ def test_what_was_kept_beside_frames_goes_with_an_emptied_cache(name: str) -> No
     store = store_of(name, role)
     for start in range(0, 18, CHUNK):
         store.write(chunk_of(start))
-    assert store.view_digest(role, as_it_is) is not None
+    assert store.view_compressed(role, as_it_is) is not None
     store.edit(Truncation(), 15)
     store.write(chunk_of(15))
-    assert store.view_digest(role, as_it_is) is None
+    assert store.view_compressed(role, as_it_is) is None
     assert seen(store, role)[:2] == ([15, 16, 17], [0, 1, 2])
 
 

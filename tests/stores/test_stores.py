@@ -30,7 +30,7 @@ from headforcing.errors import (
     module_names,
 )
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
+from headforcing.roles.base import bounded
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.roles.forcing_kv import Dynamic
@@ -40,8 +40,11 @@ from headforcing.roles.rolling_forcing import Rolling
 from headforcing.stores import STORES, KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
+from headforcing.stores.rotated import RotatedBank
 from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
+from tests.examples import examples
+from tests.planted import with_banks
 
 WINDOW, CHUNK = 12, 4
 PATCHES = GRID[0] * GRID[1]
@@ -64,7 +67,7 @@ class Definition:
     """What a role keeps, written on frame numbers and Python lists only, for one sample."""
 
     def __init__(self, role: HeadRole) -> None:
-        self.role = role.role if isinstance(role, CommitForcing) else role
+        self.role = role
         self.kept, self.episodic = [], []
         self.chunks, self.last, self.cut = 0, None, []
         self.fits, self.averages, self.gone = True, None, []
@@ -243,7 +246,7 @@ class StoreMachine(RuleBasedStateMachine):
             for role in self.heads:
                 for query in queries(role, window):
                     self.noisy.view(role, "denoise", encode, query)
-                    self.noisy.view_digest(role, encode, query)
+                    self.noisy.view_compressed(role, encode, query)
         if rolling:
             noise = self._tensor(longest, salt=9)
             self.clean.write(Chunk(frames.start, noise, noise, GRID, noise, rolling))
@@ -322,10 +325,10 @@ class StoreMachine(RuleBasedStateMachine):
                     assert view.positions == (*before, *others)
                 else:
                     clean = [f for f in view.frames if f is not None]
-                if isinstance(role, CommitForcing):
-                    clean = [f for f in clean if f >= now.stop - role.window]
-                if isinstance(inside, Rolling) or isinstance(role, CommitForcing):
-                    assert list(self._same_view(role, "commit", query).frames) == clean
+                if role.clean_window is not None:
+                    clean = [f for f in clean if f >= now.stop - role.clean_window]
+                if isinstance(inside, Rolling) or role.clean_window is not None:
+                    assert list(self._same_view(role, "clean", query).frames) == clean
                 self._check_beside(role, query)
             held = self.noisy.frames(role)
             assert held == self.clean.frames(role)
@@ -347,7 +350,7 @@ class StoreMachine(RuleBasedStateMachine):
         return view
 
     def _check_beside(self, role: HeadRole, query: int | None) -> None:
-        expected, seen = (store.view_digest(role, encode, query) for store in (self.clean, self.noisy))
+        expected, seen = (store.view_compressed(role, encode, query) for store in (self.clean, self.noisy))
         assert (expected is None) == (seen is None)
         if seen is not None:
             assert torch.equal(seen[0], expected[0]), role
@@ -364,8 +367,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _check_bounds(self, role: HeadRole, positions: tuple[int, ...]) -> None:
         assert list(positions) == sorted(positions)
-        assert len(set(positions)) == len(positions) or role.reads_per_query
-        if role.bounded:
+        assert len(set(positions)) == len(positions) or "query" in role.depends_on
+        if bounded(role):
             assert positions[0] >= 0
             assert positions[-1] < WINDOW
         capacity = role.capacity(len(self.pending))
@@ -401,7 +404,7 @@ def test_a_role_that_is_not_drawn_is_found():
 
 @pytest.mark.parametrize("kind", kinds(WINDOW, CHUNK), ids=lambda kind: kind.__name__)
 def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
-    @settings(max_examples=30)
+    @settings(max_examples=examples(30))
     @given(kinds(WINDOW, CHUNK)[kind], st.integers(1, CHUNK))
     def check(role: HeadRole, chunk: int) -> None:
         assert type(role) is kind
@@ -410,7 +413,7 @@ def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
     check()
 
 
-SETTINGS = settings(stateful_step_count=20, max_examples=2 * settings.default.max_examples)
+SETTINGS = settings(stateful_step_count=20, max_examples=examples(60, nightly=2000))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
@@ -429,10 +432,10 @@ class Leaky(RingStore):
                 bank.append(self._pending, self._pending)
 
 
-class Sticky(RingStore):
+class Sticky(RotatedBank):
     """Forgets to forget."""
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         pass
 
 
@@ -461,9 +464,9 @@ class Frozen(RingStore):
         bank = self._banks[role]
         if query is not None:
             return super().view(role, phase, encode, query)
-        placed = [role.place((*bank.frames, *self._pending), len(self._pending), self.window)]
+        placed = [role.positions_of((*bank.frames, *self._pending), len(self._pending), self.window)]
         held = len(bank.frames) - 1
-        bank._placed[:held] = placed[0][:held]
+        bank._rotated_to[:held] = placed[0][:held]
         return super().view(role, phase, encode, query)
 
 
@@ -472,7 +475,7 @@ class Lasting(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.refresh = lambda: None
+        self.compressed.forget_views = lambda: None
 
 
 class Withholding(RingStore):
@@ -480,7 +483,7 @@ class Withholding(RingStore):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digests.let_go = lambda *_: None
+        self.compressed.evicted = lambda *_: None
 
 
 class Hasty(RingStore):
@@ -492,10 +495,10 @@ class Hasty(RingStore):
         super()._stage(chunk)
 
     def _commit_before(self, start: int) -> None:
-        add = self.digests.add
-        self.digests.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
+        add = self.compressed.add
+        self.compressed.add = lambda role, frames, chunk: add(role, frames, self._instead(role, chunk))
         super()._commit_before(start)
-        self.digests.add = add
+        self.compressed.add = add
 
     def _instead(self, role: HeadRole, chunk: Chunk) -> Chunk:
         k, v = self.heads[role].take(self._first.k), self.heads[role].take(self._first.v)
@@ -504,7 +507,7 @@ class Hasty(RingStore):
 
 @pytest.mark.parametrize(
     "store",
-    [Leaky, Sticky, Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
+    [Leaky, with_banks(Sticky), Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
     ids=lambda store: store.__name__,
 )
 def test_the_state_machine_catches_a_planted_bug(store):
@@ -528,7 +531,7 @@ def store(request) -> KVStore:
 class EverySecond(HeadRole):
     """Keeps everything, sees every second frame while denoising: a role that attends to a part."""
 
-    uses_phase: ClassVar[bool] = True
+    depends_on: ClassVar[tuple[str, ...]] = ("phase",)
 
     def capacity(self, chunk: int) -> int | None:
         return WINDOW - chunk
@@ -536,7 +539,7 @@ class EverySecond(HeadRole):
     def retain(self, table: FrameTable) -> Any:
         return range(max(len(table) - (WINDOW - table.chunk), 0), len(table))
 
-    def attend(self, table: FrameTable, phase: Phase) -> Any:
+    def visible(self, table: FrameTable, phase: Phase) -> Any:
         return range(0, len(table), 2) if phase == "denoise" else range(max(len(table) - 2, 0), len(table))
 
 
@@ -550,7 +553,7 @@ def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, pas
             chunk = chunk_of(start, length)
             for store in stores:
                 store.write(Chunk(start, chunk.k + passes - number - 1, chunk.v))
-            for phase in ("denoise", "commit"):
+            for phase in ("denoise", "clean"):
                 one, *others = (store.view(EverySecond(), phase, encode) for store in stores)
                 for two in others:
                     assert one.frames == two.frames
@@ -690,7 +693,7 @@ def test_max_min_keeps_every_distinct_scene(shown):
     scenes = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([scenes[scene] for scene in shown])[None]
     assume(len(set(shown)) == 3)
-    kept = MaxMin().choose(keys, stored=0, places=3)[0].tolist()
+    kept = MaxMin().choose(keys, stored=0, capacity=3)[0].tolist()
     assert {shown[row] for row in kept} == {0, 1, 2}
 
 

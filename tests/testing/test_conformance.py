@@ -217,7 +217,7 @@ class ClockOfABlock(SelfForcing):
         return model.blocks[0].cross_attn  # type: ignore[union-attr, index, return-value]
 
     def phase(self, args: Any, kwargs: Any) -> Any:
-        return "commit"
+        return "clean"
 
 
 class CountsNothing(SelfForcing):
@@ -362,7 +362,7 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (WidthForHeight, "rotation_is_the_hosts"),
     (AlwaysNoisy, "clock_tells_the_clean_pass"),
     (ClockOfABlock, "clock_tells_the_clean_pass"),
-    (CountsNothing, "host_counts_on"),
+    (CountsNothing, "counters_move"),
     (ForgetsToProject, "first_chunk"),
     (NeverANewVideo, "edited_cache_refused"),
     (AlwaysANewVideo, "rewritten_chunk"),
@@ -376,11 +376,11 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (ReadsTheWeights, "wrapped_layers_are_called"),
     (KeepsTheOutputLayer, "wrapped_layers_are_called"),
     (GivesBackAnywhere, "inference_mode"),
-    (KeepsThePrompt, "prompt_switch_is_heard"),
-    (OneCrossAttention, "prompt_switch_is_heard"),
+    (KeepsThePrompt, "prompt_switch_takes_effect"),
+    (OneCrossAttention, "prompt_switch_takes_effect"),
     (Raises, "project_shapes"),
     (ReturnsTheOutputOnly, "serves_every_layer"),
-    (LetsTheModelWrite, "host_counts_on"),
+    (LetsTheModelWrite, "counters_move"),
 ]
 
 
@@ -410,7 +410,7 @@ def test_a_failure_says_what_was_raised_and_where() -> None:
 def test_nothing_is_asked_of_layers_that_were_not_found() -> None:
     report = check_adapter(LayerMissing(), SelfForcingHost())
     assert [result.name for result in report.failed] == ["layers_found"]
-    assert report.results[-1].reason == "needs layers_found"
+    assert report.results[-1].reason == "requires layers_found"
 
 
 class Unanchored(LongLive):
@@ -488,8 +488,8 @@ class Broken(SelfForcingHost):
 @pytest.mark.parametrize(
     ("host", "named"),
     [
-        (Forgetful, "host_begins_anew"),
-        (Deaf, "host_hears_its_input"),
+        (Forgetful, "host_starts_again"),
+        (Deaf, "host_depends_on_its_input"),
         (Random, "host_repeats_itself"),
         (Broken, "host_repeats_itself"),
     ],
@@ -618,9 +618,9 @@ class OneChunk(SelfForcingHost):
 
 CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
     "host_repeats_itself": Random,
-    "host_hears_its_input": Deaf,
-    "host_begins_anew": Forgetful,
-    "weights_tell_apart": NormsOfOnes,
+    "host_depends_on_its_input": Deaf,
+    "host_starts_again": Forgetful,
+    "weights_are_random": NormsOfOnes,
     "fits": NeverFits,
     "rotation_is_relative": RotatesBySquares,
     "dense_parity": RotatesWithinSix,
@@ -641,7 +641,7 @@ CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
     "copy_is_independent": HoldsAModule,
     "training_passes_through": SwitchesTrainingOff,
     "gradients_pass_through": SwitchesGradientsOff,
-    "threads_do_not_meet": NotesOnItself,
+    "threads_are_independent": NotesOnItself,
     "compiled_is_one_operator": TracesByReading,
     "skipped_chunk_refused": StartsWhereTheCacheEnds,
     "other_dtype_refused": ProjectsToFloat32,

@@ -12,7 +12,6 @@ import headforcing as hf
 from headforcing.adapters.base import find_adapter
 from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.roles import Full, HeadRole, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.positions import PositionScheme
 from headforcing.roles.rolling_forcing import Rolling
@@ -86,7 +85,7 @@ def _budgets(scenario: Scenario) -> list[HeadRole]:
 
 def _commit(scenario: Scenario) -> HeadRole:
     """A clean pass that could see less, but sees all."""
-    return CommitForcing(_equal(scenario), window=scenario.frames + 1)
+    return replace(_equal(scenario), clean_window=scenario.frames + 1)
 
 
 POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
@@ -98,13 +97,13 @@ POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     COMMIT: _commit,
     AVERAGED: lambda scenario: Averaging(scenario.window, scenario.sink),
     OTHER_AVERAGES: lambda scenario: Averaging(scenario.window, scenario.sink, slow=0.5, fast=0.6),
-    "last frames in the clean pass": lambda scenario: CommitForcing(_equal(scenario), scenario.chunk),
+    "last frames in the clean pass": lambda scenario: replace(_equal(scenario), clean_window=scenario.chunk),
     "no sink": lambda scenario: replace(_window(scenario), sink=0),
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),
     "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),
     NINE_FRAMES: lambda scenario: SlidingWindow(9, positions="absolute"),
-    "first frames stay where they were": lambda scenario: CommitForcing(
-        SlidingWindow(24, scenario.sink, positions="absolute"), 21
+    "first frames stay where they were": lambda scenario: SlidingWindow(
+        24, scenario.sink, positions="absolute", clean_window=21
     ),
     "window six frames wider": lambda scenario: Rolling(27, scenario.sink),
     "unlimited": lambda scenario: Full(),

@@ -1,1 +1,1 @@
-"""Memories compared on the demo model: entrants, paired seeds, intervals."""
+"""Comparison of presets and role maps on the demo model: entrants, paired seeds, intervals."""

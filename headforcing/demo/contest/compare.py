@@ -1,7 +1,7 @@
-"""Paired comparison of memory policies on long demo videos.
+"""Paired comparison of policies on long demo videos.
 
-Every policy continues the same scenes from the same noise, video by video, so policies are compared
-pair by pair. A video depends on its own seed only, whatever batch it is made in (up to rounding).
+A policy is a role map, or the model's own window. All policies continue the same scenes from the same noise,
+so they are compared pair by pair. A video depends only on its own seed, not on its batch (up to rounding).
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from headforcing.roles import HeadRole
 from headforcing.roles.maps.role_map import RoleMap
 
 DEFAULT_CHUNKS = 80
-"""240 frames, more than eleven times what the model was trained on."""
+"""240 frames, more than eleven times the trained length."""
 
 GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 6}
-"""Real chunks to start from; they show the whole texture but for two columns, which are not judged."""
+"""Rendered chunks to start from; they show the whole texture except two columns, which are not evaluated."""
 
 _FAST = 1.15 / 0.5  # how much faster "fast" sprites are than "slow" ones
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the heads remember.
+    """What the heads store.
 
     Attributes:
         name: caption, for example "sliding window".
-        roles: a map, or one role for all heads; `None`: the model's own rolled cache, unpatched.
-        window: frames of the own rolled cache, own chunk included; `None`: as trained, -1: every
-            frame. Only without roles.
-        sink: first frames that the own cache never evicts.
+        roles: a map, or one role for all heads; `None`: the model's own rolling cache, without head forcing.
+        window: frames of the model's own cache, current chunk included; `None`: as trained, -1: every frame.
+            Only without roles.
+        sink: first frames that the model's own cache never evicts.
     """
 
     name: str
@@ -73,18 +73,18 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch of videos made under one policy, and how good each frame is.
+    """A batch of videos generated with one policy, and the metrics of every frame.
 
     Attributes:
-        policy: what the heads remembered.
+        policy: what the heads stored.
         video: `[B, 3, T, 24, 24]` in about [-1, 1], given frames included.
-        psnr: of the background columns that the given frames showed, in dB, `[B, T]`; NaN in the
-            given frames, and wherever there is nothing to measure.
-        identity: share of the sprites with the right colour and size, `[B, T]`, NaN likewise.
-        motion: speed of the sprites over their true mean speed, `[B, T]`, NaN likewise.
+        psnr: of the background columns that the given frames showed, in dB, `[B, T]`; NaN in the given
+            frames, and if there is nothing to measure.
+        identity: share of the sprites with the right colour and size, `[B, T]`, NaN as for `psnr`.
+        motion: speed of the sprites over their true mean speed, `[B, T]`, NaN as for `psnr`.
         seconds: wall time of the generation.
-        stored_bytes: keys and values held at the end, counted from the tensors.
-        attended_frames: mean over all heads at the end, own chunk included.
+        stored_bytes: keys and values stored at the end, counted from the tensors.
+        attended_frames: mean over all heads at the end, current chunk included.
     """
 
     policy: Policy
@@ -104,7 +104,7 @@ def make_scene(
     camera: Literal["still", "pan"],
     prompt: str | None = None,
 ) -> Scene:
-    """One scene per seed, the same alone and in a batch; without curtain and prompt switch.
+    """One scene per seed, independent of the batch; without curtain and prompt switch.
 
     Args:
         seeds: one per video.
@@ -123,7 +123,7 @@ def make_scene(
         generator = torch.Generator().manual_seed(seed)
         scenes.append(sample_scene(1, generator, camera=schedule, curtain_share=0.0, switch_share=0.0))
     scene = _batch(scenes)
-    return scene if prompt is None else _as_told(scene, prompt)
+    return scene if prompt is None else _with_words(scene, prompt)
 
 
 def roll(
@@ -136,23 +136,23 @@ def roll(
     given_chunks: int,
     callback: ChunkCallback | None = None,
 ) -> Rollout:
-    """Continues the true first chunks of a scene under a policy, and measures every frame.
+    """Continues the rendered first chunks of a scene with a policy, and measures every frame.
 
     Args:
-        model: the demo model, not applied; it is left as it was found.
-        policy: what the heads remember.
-        scene: what to show, one video per seed.
-        num_chunks: chunks in all.
+        model: the demo model, without head forcing; restored afterwards.
+        policy: what the heads store.
+        scene: the scenes, one video per seed.
+        num_chunks: number of chunks.
         seeds: noise seed of each video; noise is drawn on the CPU.
-        given_chunks: true chunks to start from.
+        given_chunks: rendered chunks to start from.
         callback: see `DemoPipeline.generate`.
 
     Raises:
         AlreadyAppliedError: head forcing is applied to the model.
-        ValueError: there are not as many seeds as videos.
+        ValueError: the numbers of seeds and videos differ.
     """
     if len(seeds) != len(scene.palette):
-        raise ValueError(f"{len(scene.palette)} videos need as many seeds, got {len(seeds)}")
+        raise ValueError(f"{len(scene.palette)} videos, but {len(seeds)} seeds: expected one seed per video")
     device = model.patch_embedding.weight.device
     chunks = torch.arange(num_chunks, device=device)
     scene, recorder = scene.to(device), _Recorder(model.config.layers)
@@ -176,7 +176,7 @@ def roll(
 
 
 def known_columns(camera: CameraSchedule, num_chunks: int, given_chunks: int) -> Tensor:
-    """Which columns of the view the given chunks showed, `[B, T, 24]` bool: only they have a truth."""
+    """The columns of the view that the given chunks showed, which can be evaluated, `[B, T, 24]` bool."""
     offset = camera.offset(torch.arange(num_chunks * CHUNK, device=camera.pose.device))
     columns = offset[..., None] + torch.arange(VIEW, device=offset.device)
     if not given_chunks:
@@ -187,9 +187,9 @@ def known_columns(camera: CameraSchedule, num_chunks: int, given_chunks: int) ->
 
 
 def returning_columns(camera: CameraSchedule, num_chunks: int, away: int) -> Tensor:
-    """Which columns of the view were shown before, but not in the `away` frames before their chunk.
+    """The columns of the view that were shown before, but not in the `away` frames before their chunk.
 
-    A cache of the last `away` frames cannot know them.
+    They are not in a cache of the last `away` frames.
 
     Returns:
         `[B, T, 24]` bool.
@@ -222,7 +222,7 @@ class SeededPipeline(DemoPipeline):
 
 
 class _Recorder:
-    """A backend that notes how many keys a head sees, for the last call of every layer."""
+    """A backend that records how many keys a head attends to, for the last call of every layer."""
 
     def __init__(self, layers: int) -> None:
         self.keys: deque[float] = deque(maxlen=layers)
@@ -235,7 +235,7 @@ class _Recorder:
 
 @contextmanager
 def _as_found(model: DemoModel) -> Iterator[None]:
-    """Evaluation mode inside; window, sink and mode are put back."""
+    """Evaluation mode inside; window, sink and mode are restored."""
     if handles_of(model):
         raise AlreadyAppliedError("roll applies the policy itself: remove head forcing first")
     found = model.local_attn_size, model.sink_size, model.training
@@ -250,7 +250,7 @@ def _as_found(model: DemoModel) -> Iterator[None]:
 def _held(
     pipeline: DemoPipeline, status: Status | None, recorder: _Recorder, frames: int
 ) -> tuple[int, float]:
-    """Bytes stored and frames attended per head at the end of a video."""
+    """Stored bytes and attended frames per head at the end of a video."""
     if status is not None:
         keys = sum(recorder.keys) / len(recorder.keys)
         return status.stored_bytes, keys / pipeline.model.config.tokens_per_frame
@@ -259,7 +259,7 @@ def _held(
 
 
 def _measure(video: Tensor, scene: Scene, given_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """PSNR, identity and motion, each `[B, T]`; the given frames are not judged."""
+    """PSNR, identity and motion, each `[B, T]`; the given frames are not evaluated."""
     columns = known_columns(scene.camera, video.shape[2] // CHUNK, given_chunks)
     psnr = background_psnr(video, scene, columns=columns)
     values = (psnr, sprite_identity(video, scene), speed_ratio(video, scene))
@@ -269,7 +269,7 @@ def _measure(video: Tensor, scene: Scene, given_chunks: int) -> tuple[Tensor, Te
 
 
 def _batch(scenes: Sequence[Scene]) -> Scene:
-    """Scenes side by side."""
+    """Joins scenes into one batch."""
 
     def join(parts: Sequence[Any]) -> Any:
         if isinstance(parts[0], Tensor):
@@ -281,10 +281,10 @@ def _batch(scenes: Sequence[Scene]) -> Scene:
     return joined
 
 
-def _as_told(scene: Scene, prompt: str) -> Scene:
-    """The scene with the words of a prompt in place of what was drawn."""
+def _with_words(scene: Scene, prompt: str) -> Scene:
+    """The scene with the words of a prompt instead of the random ones."""
     if set(prompt.split()) & set(POSES):
-        raise ValueError(f"the camera is given by camera=..., leave its position out of {prompt!r}")
+        raise ValueError(f"camera=... sets the camera, leave its position out of {prompt!r}")
     words = [WORDS[int(index)] for index in parse_prompt(prompt)]
     palette, curtain, speed, *sprites = words[:7]
     two = sprites[2] != "none"

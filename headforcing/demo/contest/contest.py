@@ -1,4 +1,4 @@
-"""Presets, role maps and their controls against each other on the demo model, video by video."""
+"""Compares presets, role maps and their controls on the demo model, video by video."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from headforcing.roles.maps.role_map import RoleMap
 FPS = 16
 BATCH = 8
 ENOUGH = 5
-"""A bootstrap of fewer videos decides nothing."""
+"""A bootstrap over fewer videos is not significant."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What everybody continues.
+    """The videos that all entrants continue.
 
     Attributes:
         seeds: of scene and noise, one per video.
@@ -36,7 +36,7 @@ class Setting:
         camera: `still` or `pan`.
 
     Raises:
-        OptionError: there is no seed, one twice, or no frame to be made.
+        OptionError: there is no seed, one is given twice, or there is no frame to generate.
     """
 
     seeds: tuple[int, ...]
@@ -50,7 +50,7 @@ class Setting:
             enough = (self.given + 1) * CHUNK / FPS + 0.05
             raise OptionError(
                 f"{self.seconds:g} seconds are {self.chunks * CHUNK} frames, but the first "
-                f"{self.given * CHUNK} are given to the model: ask for {enough:.1f} or more"
+                f"{self.given * CHUNK} are given to the model: use {enough:.1f} seconds or more"
             )
 
     @property
@@ -60,22 +60,22 @@ class Setting:
 
     @property
     def given(self) -> int:
-        """True chunks that everybody starts from."""
+        """Rendered chunks that all entrants start from."""
         return GIVEN_CHUNKS[self.camera]
 
 
 @dataclass(frozen=True)
 class Result:
-    """How one entrant did.
+    """The result of one entrant.
 
     Attributes:
-        entrant: who.
-        of: the entrant that it is a control of; `None`: it is none.
-        psnr: of the background in dB, `[videos, frames]`, NaN where nothing is measured; where roles are
-            drawn, the mean over the draws.
-        identity: share of the sprites with the right colour and size, likewise.
-        stored: frames held by a head, mean over heads, in a long video; `None` is every frame.
-        attended: frames seen in a noisy pass, likewise.
+        entrant: the entrant.
+        of: for a control, the name of its entrant; otherwise `None`.
+        psnr: of the background in dB, `[videos, frames]`, NaN if not measured; for random controls the mean
+            over the draws.
+        identity: share of the sprites with the right colour and size, as for `psnr`.
+        stored: stored frames in a long video, mean over heads; `None` is every frame.
+        attended: attended frames in a noisy pass, mean over heads; `None` is every frame.
         stored_bytes: keys and values of one video, counted from the tensors.
         video: of the first seed, `[3, frames, 24, 24]`.
     """
@@ -92,10 +92,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Contest:
-    """What was found.
+    """The result of a comparison.
 
     Attributes:
-        setting: what everybody continued.
+        setting: the videos that all entrants continued.
         trained: frames of the training videos.
         results: in the order of the entrants, each followed by its controls.
     """
@@ -106,7 +106,7 @@ class Contest:
 
     @property
     def entrants(self) -> tuple[Result, ...]:
-        """Without the controls."""
+        """The results without controls."""
         return tuple(result for result in self.results if result.of is None)
 
     @property
@@ -116,10 +116,10 @@ class Contest:
 
     @property
     def late(self) -> tuple[int, int]:
-        """First and last frame of the end that is judged."""
+        """First and last frame of the late span."""
         return spans(self.frames, self.setting.given * CHUNK, self.trained)[1]
 
-    def beside(self, result: Result) -> tuple[Result, ...]:
+    def controls_of(self, result: Result) -> tuple[Result, ...]:
         """The controls of an entrant."""
         return tuple(other for other in self.results if other.of == result.entrant.name)
 
@@ -128,11 +128,11 @@ class Contest:
         return bootstrap_interval(self._late(result.psnr))
 
     def ahead(self, result: Result, other: Result) -> Interval:
-        """By how much the late PSNR of one is above that of another, video by video."""
+        """Difference of late PSNR between two results, paired by video."""
         return paired_difference(self._late(result.psnr), self._late(other.psnr))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the videos, ready for JSON; `None` is every frame, or not measured."""
+        """Everything except the videos, ready for JSON; `None` is every frame, or not measured."""
         setting = self.setting
         return {
             "model": "headforcing demo",
@@ -171,7 +171,7 @@ class Contest:
 
 
 def decided(found: Interval) -> bool:
-    """Whether a difference is one."""
+    """Whether a difference is significant."""
     return found.excludes_zero and found.count >= ENOUGH
 
 
@@ -187,14 +187,14 @@ def compete(
     """Lets every entrant continue the same scenes from the same noise.
 
     Args:
-        model: the demo model, not applied; it is left as it was found.
-        entrants: who competes; differences are to the first.
+        model: the demo model, without head forcing; restored afterwards.
+        entrants: what to compare; differences are to the first.
         setting: scenes and noise.
-        with_controls: also what each has to beat, see `controls`.
-        progress: called with the name of a stage, chunks done and chunks in all.
+        with_controls: also run the controls of each, see `controls`.
+        progress: called with the name of a stage, chunks done and chunks in total.
 
     Raises:
-        OptionError: there is none, or two have one name.
+        OptionError: there is no entrant, or two have the same name.
     """
     names = [one.name for one in entrants]
     if not names or len(set(names)) < len(names):
@@ -235,7 +235,7 @@ def _rolled(
 def _result(
     one: Entrant, of: str | None, draws: Sequence[Sequence[Rollout]], setting: Setting, config: DemoConfig
 ) -> Result:
-    """Of the rollouts of every draw, batch by batch."""
+    """The result from the rollouts of every draw, batch by batch."""
     first = draws[0]
     return Result(
         one,

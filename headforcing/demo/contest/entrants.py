@@ -1,7 +1,8 @@
-"""What competes on the demo model: presets, role-map files, and the controls that each has to beat."""
+"""Entrants of a comparison on the demo model: presets, role-map files, and the controls of each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,24 +14,25 @@ import torch
 from headforcing.demo.labels import demo_preset
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.errors import OptionError
-from headforcing.measure.footprint import ITEMSIZES, ModelSize
-from headforcing.measure.steady import Steady, steady
+from headforcing.measure.memory import Steady, steady, stored_bytes
+from headforcing.measure.sizes import ITEMSIZES, ModelSize
 from headforcing.roles import SlidingWindow
+from headforcing.roles.base import bounded
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 
 Kind = Literal["entrant", "as many attended", "as many bytes", "as many attended and bytes", "shuffled"]
 SHUFFLES = 2
-"""Draws of a shuffle; a video counts with its mean over them."""
+"""Draws of a shuffle; each video is averaged over them."""
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """What the heads of the demo model remember.
+    """A policy for the heads of the demo model.
 
     Attributes:
         name: for tables and pictures.
-        draws: the map; of a control that is drawn, several.
+        draws: the map; several for a random control.
         kind: whether it is a control, and which.
     """
 
@@ -40,21 +42,21 @@ class Entrant:
 
     @property
     def roles(self) -> RoleMap:
-        """The map, or the first that was drawn."""
+        """The map, or the first draw."""
         return self.draws[0]
 
     @property
     def bounded(self) -> bool:
         """Whether positions stay in the range the model was trained on, however long the video."""
-        return all(role.bounded for role in self.roles.counts())
+        return all(map(bounded, self.roles.counts()))
 
 
 def entrant(name: str, config: DemoConfig) -> Entrant:
-    """A preset by name, or the role map of a file under the file's name without its ending.
+    """A preset by name, or a role-map file, named after the file without its suffix.
 
     Raises:
         OptionError: it is neither.
-        RoleMapError: the file is no role map.
+        RoleMapError: the file is not a role map.
         RoleMapMismatchError: the map is for another model.
         WindowError: a role needs more frames than the demo was trained on.
     """
@@ -70,26 +72,26 @@ def entrant(name: str, config: DemoConfig) -> Entrant:
 
 
 def stored_frames(roles: RoleMap, config: DemoConfig) -> float | None:
-    """Frames held by a head in a long video, own chunk included, mean over the heads; `None` is all."""
+    """Stored frames in a long video, current chunk included, mean over the heads; `None` is all."""
     return _mean(roles, config, lambda found: found.stored)
 
 
 def attended_frames(roles: RoleMap, config: DemoConfig) -> float | None:
-    """Frames that a query sees in a noisy pass, likewise."""
+    """Attended frames in a noisy pass, as for `stored_frames`."""
     return _mean(roles, config, lambda found: found.attended)
 
 
 def streaming(frames: int, config: DemoConfig) -> RoleMap:
     """StreamingLLM on frames: the first ones and the last ones, for all heads.
 
-    Of the frames beside the own chunk, the sink has a chunk, or all but one where that are fewer.
+    The sink has as many frames as a chunk, or all but one of the stored frames if these are fewer.
     """
     sink = min(config.chunk, max(1, frames - config.chunk - 1))
     return RoleMap.uniform(SlidingWindow(frames, sink=sink), config.layers, config.heads)
 
 
 def shuffled(roles: RoleMap, seed: int) -> RoleMap:
-    """The same roles in every layer, on any heads of that layer; a head can draw its own again."""
+    """The same roles in every layer, on random heads of that layer; a head may get its own role again."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(row), generator=generator).tolist() for row in roles.layers]
     rows = zip(roles.layers, orders, strict=True)
@@ -97,7 +99,7 @@ def shuffled(roles: RoleMap, seed: int) -> RoleMap:
 
 
 def scattered(roles: RoleMap, seed: int) -> RoleMap:
-    """The same roles on any heads of the model: random labels, as many of each."""
+    """The same roles on random heads of the model."""
     flat = [role for row in roles.layers for role in row]
     order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
     layers, heads = roles.shape
@@ -107,11 +109,11 @@ def scattered(roles: RoleMap, seed: int) -> RoleMap:
 
 
 def controls(contender: Entrant, config: DemoConfig) -> list[Entrant]:
-    """What an entrant has to beat: StreamingLLM at its frames and bytes, and its own roles shuffled.
+    """The controls of an entrant: StreamingLLM with its frames or bytes, and its own roles shuffled.
 
-    Frames are those attended in a noisy pass, rounded; bytes those of the `ring` store, as close as whole
-    frames come. Neither goes beyond the window: an entrant that holds more has a control with less. One that
-    keeps every frame has none. Roles are shuffled within each layer, where heads differ.
+    Frames are those attended to in a noisy pass, rounded; bytes are those of the `ring` store, as close as
+    whole frames allow. Neither exceeds the window: an entrant that stores more has a smaller control. An
+    entrant that stores every frame has none. Roles are shuffled within each layer, if heads differ.
     """
     attended = attended_frames(contender.roles, config)
     if attended is None:
@@ -119,12 +121,11 @@ def controls(contender: Entrant, config: DemoConfig) -> list[Entrant]:
     least, most = config.chunk + 1, config.window
     alike = min(max(round(attended), least), most)
     size = _size(config)
-    bytes_wanted = size.ring_bytes(contender.roles) or 0
-
-    def off(frames: int) -> int:
-        return abs((size.ring_bytes(streaming(frames, config)) or 0) - bytes_wanted)
-
-    heavy = min(range(least, most + 1), key=off)
+    wanted, whole = (
+        stored_bytes(size, "ring", roles) for roles in (contender.roles, streaming(most, config))
+    )
+    nearest = math.ceil(Fraction((wanted or 0) * most, whole or 1) - Fraction(1, 2))  # frames take the same
+    heavy = min(max(nearest, least), most)
     kinds: dict[Kind, int] = {"as many attended": alike, "as many bytes": heavy}
     if alike == heavy:
         kinds = {"as many attended and bytes": alike}
@@ -151,13 +152,13 @@ def _mean(roles: RoleMap, config: DemoConfig, pick: Callable[[Steady], Fraction]
 
 
 def _size(config: DemoConfig) -> ModelSize:
-    """Of the demo model, whose numbers are float32."""
+    """The size of the demo model, in float32."""
     return ModelSize(
         config.layers,
         config.heads,
         config.dim // config.heads,
         window=config.window,
         chunk=config.chunk,
-        tokens_per_frame=config.tokens_per_frame,
+        grid=(config.grid, config.grid),
         itemsize=ITEMSIZES["fp32"],
     )

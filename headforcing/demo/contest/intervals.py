@@ -1,4 +1,7 @@
-"""Means over frames and videos, and how sure they are: paired bootstrap intervals."""
+"""Means over frames and videos, with paired bootstrap intervals.
+
+Not `scipy.stats.bootstrap`: for the same seed it draws other resamples, so published intervals would change.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 def summarise(values: Tensor, first: int, last: int) -> Tensor:
-    """Mean of each video over the frames `first` to `last - 1` that can be measured, `[B, T] -> [B]`."""
+    """Mean of each video over the frames `first` to `last - 1`, without NaN, `[B, T] -> [B]`."""
     return values[:, first:last].nanmean(1)
 
 
@@ -18,9 +21,9 @@ class Interval:
     """A mean and its bootstrap interval.
 
     Attributes:
-        mean: over the videos that could be measured.
+        mean: over the videos that are not NaN.
         low, high: ends of the interval.
-        count: videos measured.
+        count: number of videos that are not NaN.
     """
 
     mean: float
@@ -39,7 +42,7 @@ def bootstrap_interval(values: Tensor, n: int = 2000, seed: int = 0, level: floa
 
     Args:
         values: one per video, `[B]`; NaN is left out.
-        n: resamples.
+        n: number of resamples.
         seed: of the resampling.
         level: coverage.
     """

@@ -16,30 +16,30 @@ from headforcing.demo.world.scene import render
 from headforcing.measure.plots.drift import drift_curves, drift_panels
 
 FEW = 4
-"""So many curves are read in one picture."""
+"""Largest number of curves in one picture."""
 LABEL = "background PSNR, dB"
 
 
 def drift(found: Contest) -> Any:
-    """A matplotlib figure: one picture for a few, else a panel each; with a control where there are some."""
+    """A matplotlib figure: one picture for a few entrants, otherwise a panel each, with controls if any."""
     values = {result.entrant.name: result.psnr.numpy() for result in found.entrants}
-    beside = {
+    controls = {
         result.entrant.name: control.psnr.numpy()
         for result in found.entrants
-        for control in found.beside(result)
+        for control in found.controls_of(result)
         if "attended" in control.entrant.kind
     }
-    if len(values) <= FEW and not beside:
+    if len(values) <= FEW and not controls:
         return drift_curves(values, found.trained, LABEL).figure
-    what = "first and last frames, as many seen"
-    return drift_panels(values, found.trained, LABEL, beside or None, what)[0].figure
+    what = "first and last frames, as many attended"
+    return drift_panels(values, found.trained, LABEL, controls or None, what)[0].figure
 
 
 def sheet(found: Contest) -> Any:
-    """A Pillow image: the true world and every entrant, a row each, on the first seed."""
+    """A Pillow image: the ground truth and every entrant, a row each, with the first seed."""
     setting = found.setting
     scene = make_scene(setting.seeds[:1], setting.chunks, camera=setting.camera)
-    tracks = [Track("True world", TRUTH, _pixels(render(scene, torch.arange(found.frames)).video[0]))]
+    tracks = [Track("Ground truth", TRUTH, _pixels(render(scene, torch.arange(found.frames)).video[0]))]
     for result in found.entrants:
         psnr = result.psnr[0].double().numpy()
         tracks.append(Track(result.entrant.name.replace("_", " "), INK, _pixels(result.video), psnr))
@@ -47,8 +47,8 @@ def sheet(found: Contest) -> Any:
     story = Story(
         tuple(tracks),
         headline=f"One scene, one noise, {found.frames / found.trained:.1f} × the trained length",
-        byline=f"camera {setting.camera} · seed {setting.seeds[0]} · continues {given} true frames · 24 × 24 "
-        "pixels, enlarged · background PSNR to the true world",
+        byline=f"camera {setting.camera} · seed {setting.seeds[0]} · continues {given} rendered frames · "
+        "24 × 24 pixels, enlarged · background PSNR to the ground truth",
         fps=FPS,
         trained=found.trained,
         given=given,

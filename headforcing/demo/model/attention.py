@@ -189,7 +189,7 @@ class DemoCausalSelfAttention(nn.Module):
     def _append(
         self, cache: Cache, k: Tensor, v: Tensor, start: int, sink_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Write new tokens `[B, L, H, D]` to the cache, evicting if needed; what is attended."""
+        """Write new tokens `[B, L, H, D]` to the cache, evicting if needed; returns what is attended to."""
         num_new, size = k.shape[1], cache["k"].shape[1]
         end = start + num_new
         global_end, local_end = int(cache["global_end_index"]), int(cache["local_end_index"])
@@ -217,7 +217,7 @@ class DemoCausalSelfAttention(nn.Module):
     def _teacher_forced(
         self, q: Tensor, k: Tensor, v: Tensor, phases: Tensor, tokens_per_frame: int
     ) -> Tensor:
-        """Chunk-causal attention of a whole video; a noisy copy sees the clean chunks before it.
+        """Chunk-causal attention of a whole video; a noisy copy attends to the clean chunks before it.
 
         The two copies share their past, so each chunk of both is one call: 4 times less work than
         one call with a mask over everything.

@@ -35,7 +35,7 @@ TIME_FEATURES = 64
 
 
 class Layout(NamedTuple):
-    """How the tokens of a call are laid out, as Wan's attention wants to know it."""
+    """The layout of the tokens of a call, as Wan's attention expects it."""
 
     seq_lens: Tensor  # [B], on the CPU
     grid_sizes: Tensor  # [B, 3], on the CPU
@@ -83,7 +83,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class DemoModel(nn.Module):
-    """Causal video DiT; `local_attn_size` is the number of frames attended (-1: all)."""
+    """Causal video DiT; `local_attn_size` is the number of attended frames (-1: all)."""
 
     def __init__(self, config: DemoConfig | None = None) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class DemoModel(nn.Module):
 
     @property
     def local_attn_size(self) -> int:
-        """Frames attended, own chunk included; -1: all. Setting it sets every attention module."""
+        """Attended frames, current chunk included; -1: all. Setting it sets every attention module."""
         return self._blocks()[0].self_attn.local_attn_size
 
     @local_attn_size.setter
@@ -265,7 +265,7 @@ class DemoModel(nn.Module):
         with safe_open(path, framework="pt") as file:
             config = DemoConfig(**json.loads(file.metadata()["config"]))
             if config != self.config:
-                raise ValueError(f"{path} holds {config}, this model is {self.config}")
+                raise ValueError(f"{path} has {config}, this model is {self.config}")
             names = list(file.keys())
             self.load_state_dict({name: file.get_tensor(name) for name in names})
         return self

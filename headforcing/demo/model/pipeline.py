@@ -25,7 +25,7 @@ class DemoPipeline:
 
     Args:
         model: the model; its `local_attn_size` and `sink_size` are set to `window` and `sink`.
-        window: frames in the cache, own chunk included; -1 keeps every frame.
+        window: frames in the cache, current chunk included; -1 keeps every frame.
         sink: first frames that are never evicted.
 
     Attributes:
@@ -39,7 +39,7 @@ class DemoPipeline:
         self.sink = sink
         if self.window != -1 and self.window < sink + model.config.chunk:
             raise ValueError(
-                f"window {self.window} has no room for sink {sink} and a chunk of "
+                f"window {self.window} does not fit sink {sink} and a chunk of "
                 f"{model.config.chunk} frames: raise window or lower sink"
             )
         model.local_attn_size = self.window
@@ -60,8 +60,8 @@ class DemoPipeline:
         """Generate videos.
 
         Args:
-            prompts: word ids `[B, chunks, W]`, one prompt per chunk; the last one is held.
-            num_chunks: chunks to make; default: one per prompt.
+            prompts: word ids `[B, chunks, W]`, one prompt per chunk; the last one is repeated.
+            num_chunks: chunks to generate; default: one per prompt.
             generator: source of the noise, drawn once per chunk on the generator's device.
             first_chunk: clean frames to start from, `[B, 3, 3, 24, 24]`, or several chunks of them.
             callback: called with the index and the clean frames of every finished chunk.

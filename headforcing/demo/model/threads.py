@@ -1,4 +1,4 @@
-"""How many threads the demo takes."""
+"""The number of threads of the demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One video of a small model leaves threads nothing to share: they would wait for each other."""
+    """Uses one thread: for a small model several threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The pictures of a video with many prompts: two modes side by side, and a sheet of all of them."""
+"""The pictures of a video with many prompts: two modes side by side, and a contact sheet of all modes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ BANDS = (640, 44)
 """Top and height of the row of scenes below the panels."""
 CELL, SPACE, ROW, SHEET_LEFT, SHEET_TOP = 132, 10, 172, 224, 172
 MANY = 7
-"""More scenes than this have one column of the sheet each instead of two."""
-LIKENESS = "alike: correlation of the background with the scene's first time; 1: the same, 0: unrelated"
+"""With more scenes than this, the sheet has one column per scene instead of two."""
+LIKENESS = "correlation of the background with the scene's first appearance; 1: the same, 0: unrelated"
 
 
 @dataclass(frozen=True)
 class Tale:
-    """What the pictures tell.
+    """The content of the pictures.
 
     Attributes:
         script: the scenes.
         videos: `[T, 24, 24, 3]` by mode; the first two are shown side by side.
-        held: what the head with the largest memory holds, by mode.
-        alike: of every scene that returns, how alike it is to its first appearance, by mode.
-        told: what was found, a line per mode.
+        held: frames stored by the head with the largest memory, by mode.
+        alike: correlation of every returning scene with its first appearance, by mode.
+        told: the metrics as text, by mode.
         headline: the large line.
         byline: the small line.
         fps: frames per second.
@@ -57,7 +57,7 @@ def pixels(video: Tensor) -> Pixels:
 
 
 def how_begun(script: Script, scene: int, mode: str) -> str:
-    """What was asked for when a scene began."""
+    """The prompt switch at the beginning of a scene, as text."""
     if scene == 0:
         return "begins"
     if mode != "recall":
@@ -135,7 +135,7 @@ def draw_sheet(tale: Tale) -> Any:
             begun = how_begun(script, scene, mode)
             draw.text((x, top + CELL + 18), begun, colours[name], font(14), anchor="ls")
             if scene in script.returns:
-                text = f"alike {tale.alike[mode][scene]:.2f}"
+                text = f"corr. {tale.alike[mode][scene]:.2f}"
                 right = x + wide - SPACE
                 draw.text((right, top + CELL + 18), text, INK, font(14, "mono"), anchor="rs")
     for row, mode in enumerate(tale.videos):
@@ -147,7 +147,7 @@ def draw_sheet(tale: Tale) -> Any:
 
 
 def _stage(tale: Tale, modes: list[str]) -> Any:
-    """What never changes in the video."""
+    """The parts of the video that do not change."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", SIZE, PAPER)
@@ -169,10 +169,10 @@ def _stage(tale: Tale, modes: list[str]) -> Any:
 
 
 def _memory(draw: Any, tale: Tale, mode: str, frame: int, left: int) -> None:
-    """What one head remembers of the video now: a square per frame, with the number of its scene."""
+    """The frames that one head stores now: a square per frame, with the number of its scene."""
     held, top = tale.held[mode], TOP + SIDE + 36
     frames, colours = held.held[frame // CHUNK], scene_colours(tale.script.names)
-    draw.text((left, top - 12), f"{held.name}: remembers scenes", FAINT, font(15), anchor="ls")
+    draw.text((left, top - 12), f"{held.name}: stored frames by scene", FAINT, font(15), anchor="ls")
     step = min(20.0, SIDE / max(len(frames), 1))
     draw.rectangle([left, top, left + SIDE, top + 19], outline=RULE)
     for place, number in enumerate(frames):
@@ -185,6 +185,6 @@ def _memory(draw: Any, tale: Tale, mode: str, frame: int, left: int) -> None:
 
 
 def _lines(words: str, columns: int) -> list[str]:
-    """A prompt in two lines, or none where there is no room."""
+    """A prompt in two lines, or none if there is no space."""
     parts = words.split()
     return [" ".join(parts[:2]), " ".join(parts[2:])] if columns > 1 else []

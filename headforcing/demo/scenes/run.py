@@ -1,8 +1,8 @@
-"""Many prompts in one video: scenes that begin, end and return, and what is left of them in the picture.
+"""Many prompts in one video: scenes that begin, end and return, and metrics for them.
 
-A prompt names a palette and a sprite; the texture behind it is invented by the model. So a scene that
-returns can only look as it did if the heads still know it, and two measures are needed: how alike a returning
-scene is to its first appearance, and how alike scenes are that should have nothing in common.
+A prompt names a palette and a sprite; the model invents the background texture. So a scene that returns can
+only look as before if the heads still store it. Two metrics measure this: the similarity of a returning scene
+to its first appearance, and the similarity of scenes that should have nothing in common.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ PROMPTS = (
 )
 MODES = ("recall", "cut", "smooth", "continue")
 WRONG = "recall of another scene"
-"""A control: as many frames come back, but they show something else."""
+"""A control: the same number of frames is recalled, but of another scene."""
 SETTLE = 2
-"""First chunks of a scene that are not judged, if it has at least four times as many."""
+"""First chunks of a scene that are not evaluated, if it has at least four times as many."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """The prompts of a video, one per scene; a prompt that was there before is a scene that returns.
+    """The prompts of a video, one per scene; a repeated prompt is a scene that returns.
 
     Attributes:
         prompts: `parse_prompt` texts without camera words.
@@ -68,8 +68,8 @@ class Script:
         for number, pair in enumerate(zip(self.prompts, self.prompts[1:], strict=False), 1):
             if pair[0] == pair[1]:
                 raise ValueError(
-                    f"prompts {number} and {number + 1} are both {pair[0]!r}: that is one scene, ask for "
-                    "more chunks"
+                    f"prompts {number} and {number + 1} are both {pair[0]!r}: that is one scene, use more "
+                    "chunks instead"
                 )
 
     @property
@@ -86,7 +86,7 @@ class Script:
 
     @property
     def frames(self) -> int:
-        """Of the whole video."""
+        """Frames of the whole video."""
         return len(self.prompts) * self.chunks * CHUNK
 
     def scene_at(self, frame: int) -> int:
@@ -94,7 +94,7 @@ class Script:
         return frame // (self.chunks * CHUNK)
 
     def judged(self, scene: int) -> slice:
-        """The frames of a scene that are judged."""
+        """The frames of a scene that are evaluated."""
         begin, settle = scene * self.chunks, SETTLE * (self.chunks >= 4 * SETTLE)
         return slice((begin + settle) * CHUNK, (begin + self.chunks) * CHUNK)
 
@@ -106,13 +106,13 @@ class Script:
 
 @dataclass(frozen=True)
 class Played:
-    """A script as it was played in one mode, a batch of videos.
+    """A batch of videos of a script in one mode.
 
     Attributes:
         mode: one of `MODES`, or `WRONG`.
         video: `[B, 3, T, 24, 24]` in about [-1, 1].
-        memories: what a head of every role remembered of the first video, chunk by chunk.
-        stored_bytes: keys, values and marks held at the end, counted from the tensors.
+        memories: frames stored by a head of every role in the first video, chunk by chunk.
+        stored_bytes: keys, values and marks stored at the end, counted from the tensors.
     """
 
     mode: str
@@ -123,14 +123,14 @@ class Played:
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured, one number per video, `[B]`; NaN where there is nothing to measure.
+    """The metrics, one number per video, `[B]`; NaN if there is nothing to measure.
 
     Attributes:
-        returned: how alike the backgrounds of a returning scene and of its first appearance are, mean.
-        leaked: the same of scenes with different prompts, mean over all pairs.
-        halves: the same of the two halves of one scene, mean: more is hardly possible.
-        sprites: share of the judged frames with a sprite of the colour and about the size asked for.
-        at_once: the same in the first chunk of every scene but the first.
+        returned: correlation of the backgrounds of a returning scene and of its first appearance, mean.
+        leaked: the same for scenes with different prompts, mean over all pairs.
+        halves: the same for the two halves of one scene, mean; an upper bound in practice.
+        sprites: share of the evaluated frames with a sprite of the right colour and about the right size.
+        at_once: the same in the first chunk of every scene except the first.
     """
 
     returned: Tensor
@@ -141,7 +141,7 @@ class Found:
 
     @property
     def distance(self) -> Tensor:
-        """How much more alike a scene is to itself than to others; without returns, NaN."""
+        """Return minus leak; NaN without returning scenes."""
         return self.returned - self.leaked
 
 
@@ -154,14 +154,14 @@ def play(
     seeds: Sequence[int],
     callback: ChunkCallback | None = None,
 ) -> Played:
-    """Makes a video per seed. The noise is the same in every mode.
+    """Generates a video per seed, with the same noise in every mode.
 
     Args:
-        model: the demo model, not applied; left as it was found.
-        roles: what the heads remember.
+        model: the demo model, without head forcing; restored afterwards.
+        roles: the roles of the heads.
         script: the scenes.
-        mode: what happens between them. `recall` cuts, and recalls a scene that returns; any other mode of
-            `switch_prompt` is used everywhere.
+        mode: the prompt switch between them. `recall` recalls scenes that return, and cuts otherwise; any
+            other mode of `switch_prompt` is used for all scenes.
         seeds: of the noise.
         callback: see `DemoPipeline.generate`.
 
@@ -175,10 +175,10 @@ def play(
     with apply_head_forcing(model, roles) as handle:
 
         def chunk_ended(index: int, clean: Tensor) -> None:
-            for name, frames in remembered(handle).items():
+            for name, frames in stored_now(handle).items():
                 held.setdefault(name, []).append(frames)
             if (index + 1) % script.chunks == 0 and index + 1 < len(script.prompts) * script.chunks:
-                turn(handle, script, (index + 1) // script.chunks, mode)
+                begin_scene(handle, script, (index + 1) // script.chunks, mode)
             if callback is not None:
                 callback(index, clean)
 
@@ -189,8 +189,8 @@ def play(
     return Played(mode, video, memories, stored)
 
 
-def turn(handle: HeadForcing, script: Script, scene: int, mode: str) -> None:
-    """Ends the scene before `scene` and says how this one begins."""
+def begin_scene(handle: HeadForcing, script: Script, scene: int, mode: str) -> None:
+    """Marks the scene that ended and switches to `scene`."""
     if mode not in ("recall", WRONG):
         handle.switch_prompt(mode)  # type: ignore[arg-type]
         return
@@ -202,8 +202,8 @@ def turn(handle: HeadForcing, script: Script, scene: int, mode: str) -> None:
         handle.switch_prompt("cut")
 
 
-def remembered(handle: HeadForcing) -> dict[str, tuple[int, ...]]:
-    """Which frames a head of every role remembers now of the first video, by the name of the role."""
+def stored_now(handle: HeadForcing) -> dict[str, tuple[int, ...]]:
+    """Frames of the first video that a head of every role stores now, by the name of the role."""
     found = {}
     for role, heads in handle.roles.counts().items():
         layer, head = handle.roles.where(role)
@@ -213,7 +213,7 @@ def remembered(handle: HeadForcing) -> dict[str, tuple[int, ...]]:
 
 
 def measure(video: Tensor, script: Script) -> Found:
-    """How alike scenes are that return, that have nothing in common, and to themselves."""
+    """The metrics of a video."""
     nothing = video.new_full((video.shape[0],), torch.nan)
     spans = [video[:, :, script.judged(scene)] for scene in range(len(script.prompts))]
     scenes = [background(span) for span in spans]
@@ -232,10 +232,10 @@ def measure(video: Tensor, script: Script) -> Found:
 
 
 def background(video: Tensor) -> Tensor:
-    """What stands still in a video `[B, 3, T, h, w]`: the median over time, NaN behind sprites.
+    """The background of a video `[B, 3, T, h, w]`: the median over time, NaN where sprites hide it.
 
-    A sprite hardly moves in a short scene and would outweigh the texture, which is faint. So whatever is as
-    saturated as a sprite is left out, and the pixels around it.
+    A sprite hardly moves in a short scene and would dominate the faint texture. So pixels as saturated as a
+    sprite, and their neighbours, are excluded.
     """
     saturated = (video.amax(1) - video.amin(1)) / 2 > GHOST_SATURATION  # [B, T, h, w]
     hidden = functional.max_pool2d(saturated.float(), 3, stride=1, padding=1) > 0
@@ -245,7 +245,7 @@ def background(video: Tensor) -> Tensor:
 def alike(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of two textures `[B, 3, h, w]` without their mean colours: 1 is the same, 0 unrelated.
 
-    Pixels that are NaN in one of them are left out.
+    Pixels that are NaN in one of them are excluded.
     """
     known = ~(a.isnan() | b.isnan())
     a, b = (_centred(image.double(), known) for image in (a, b))
@@ -254,13 +254,13 @@ def alike(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _centred(image: Tensor, known: Tensor) -> Tensor:
-    """The image without its mean colour, 0 where nothing is known."""
+    """The image without its mean colour, 0 at unknown pixels."""
     mean = image.masked_fill(~known, torch.nan).nanmean((2, 3), keepdim=True)
     return (image - mean).masked_fill(~known, 0.0)
 
 
 def _sprites(video: Tensor, prompt: str) -> Tensor:
-    """Share of the frames whose sprites have the colour and about the size that the prompt asks for."""
+    """Share of the frames whose sprites have the prompt's colour and about the right size."""
     asked = make_scene([0], camera="still", prompt=prompt)
     asked = replace(asked, tint=torch.zeros_like(asked.tint))
     return torch.cat([sprite_identity(one[None], asked).double() for one in video]).nanmean(1)

@@ -39,13 +39,13 @@ MADE_BY = "headforcing scenes"
 
 @dataclass(frozen=True)
 class Request:
-    """What to show.
+    """The options of the command.
 
     Attributes:
         prompts: one per scene.
         chunks: of each scene.
         seed: of the noise.
-        out: folder for the files, made where it is missing.
+        out: folder for the files, created if missing.
         roles: role-map file; `None`: the one in the package.
         preset: name of a preset instead of a role map.
     """
@@ -60,11 +60,11 @@ class Request:
 
 @dataclass(frozen=True)
 class ModeRow:
-    """What was measured in one mode; `None` where there is nothing to measure.
+    """The metrics of one mode; `None` if there is nothing to measure.
 
     Attributes:
-        mode: what happened between scenes.
-        stored_bytes: keys, values and marks held at the end.
+        mode: the prompt switch between scenes.
+        stored_bytes: keys, values and marks stored at the end.
         returned: correlation of a returning scene's texture with its first appearance, mean.
         leaked: the same between scenes of different prompts, mean over all pairs.
         distance: returned minus leaked.
@@ -93,8 +93,8 @@ class Report:
         chunks: of each scene.
         frames: of each video.
         seed: of the noise.
-        roles: what the heads keep, by role.
-        modes: one row each.
+        roles: stored frames, by role.
+        modes: one row per mode.
         files: absolute paths of what was written.
     """
 
@@ -112,14 +112,14 @@ class Report:
         return dataclasses.asdict(self)
 
     def reading(self) -> str:
-        """What the numbers of this video say, and how little."""
+        """A summary of the numbers, with their limits."""
         known = [row for row in self.modes if row.distance is not None]
         found = "; ".join(
-            f"{row.mode} {number(row.returned)} on return, {number(row.leaked)} to others" for row in known
+            f"{row.mode} {number(row.returned)} (return), {number(row.leaked)} (leak)" for row in known
         )
         return (
-            f"Likeness of backgrounds: {found or 'no scene returns, so there is nothing to compare'}. 1 is "
-            "the same texture, 0 an unrelated one. One video proves little: docs/scenes-results.md has 16."
+            f"Correlation of backgrounds: {found or 'no scene returns, so nothing to compare'}. 1 is "
+            "the same texture, 0 an unrelated one. This is one video; docs/scenes-results.md has 16."
         )
 
     def table(self) -> Any:
@@ -137,11 +137,11 @@ class Report:
 
 
 def show_scenes(request: Request, progress: show.Progress = lambda *_: None) -> Report:
-    """Makes the video in every mode, writes the files and says what was found.
+    """Generates the video in every mode, writes the files and returns the report.
 
     Raises:
-        ValueError: a prompt, the length or a file is not usable.
-        FileExistsError: the folder holds files of the same names that this command did not write.
+        ValueError: a prompt, the length or a file is invalid.
+        FileExistsError: the folder contains files of the same names that this command did not write.
     """
     script = Script(request.prompts, request.chunks)
     model = show.load_model(None)
@@ -188,12 +188,12 @@ def mode_row(played: Played, found: Found) -> ModeRow:
 
 
 def by_size(memories: Sequence[Held]) -> list[Held]:
-    """The roles' memories, the largest first."""
+    """The memories by size, the largest first."""
     return sorted(memories, key=lambda memory: -max(map(len, memory.held)))
 
 
 def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> Tale:
-    """What the pictures tell."""
+    """The content of the pictures."""
     found = {}
     for each in played:
         scenes = [background(each.video[:, :, script.judged(n)]) for n in range(len(script.prompts))]
@@ -213,37 +213,37 @@ def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> 
 
 
 def told(row: ModeRow) -> str:
-    """What was measured in one mode, for the sheet."""
+    """The metrics of one mode as text, for the sheet."""
     return f"return {number(row.returned)}\nleak {number(row.leaked)}\nwithin {number(row.halves)}"
 
 
 def timeline(script: Script, played: Played, who: str) -> Any:
     """The timeline of one mode, a matplotlib figure."""
-    note = f"{who} · coloured: frames that the head sees beside its own chunk (grey), by their scene"
+    note = f"{who} · coloured by scene: stored frames; grey: current chunk"
     return draw_timeline(
         script,
         by_size(played.memories),
-        f"Who remembers what: mode {played.mode}",
+        f"Stored frames by role: mode {played.mode}",
         note,
         recalls=played.mode == "recall",
     )
 
 
 def modes(script: Script, played: Sequence[Played]) -> Any:
-    """What the head with the largest memory remembers in every mode, a matplotlib figure."""
+    """The frames stored by the head with the largest memory in every mode, a matplotlib figure."""
     held = {f"mode {each.mode}": by_size(each.memories)[0] for each in played}
     who = by_size(played[0].memories)[0].name
-    return draw_modes(script, held, f"What one head remembers in every mode: {who}")
+    return draw_modes(script, held, f"Stored frames of one head in every mode: {who}")
 
 
 def write(
     request: Request, report: Report, played: Sequence[Played], who: str, progress: show.Progress
 ) -> None:
-    """Writes the files; the report also has the frames that were remembered, chunk by chunk."""
+    """Writes the files; the JSON report also has the stored frames, chunk by chunk."""
     script = Script(request.prompts, request.chunks)
     told, paths = tale(report, script, played, who), {name: request.out / name for name in FILES}
     held = {each.mode: {memory.name: memory.held for memory in each.memories} for each in played}
-    document = json.dumps({"made_by": MADE_BY, **report.to_dict(), "remembered": held})
+    document = json.dumps({"made_by": MADE_BY, **report.to_dict(), "stored_frames": held})
 
     def drawn() -> Iterable[Pixels]:
         for index, frame in enumerate(draw_video(told)):

@@ -1,4 +1,4 @@
-"""The timeline of a video with many prompts: which frames a head of every role remembers, by their scene."""
+"""The timeline of a video with many prompts: the frames stored by a head of every role, by scene."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headforcing.demo.world.camera import CHUNK
 COLOURS = (FORCING, WINDOW, "#009E73", THIRD, "#F0E442", "#D55E00", "#0072B2", "#ECEEF0")
 """Okabe and Ito's palette; scenes also have a letter, and a height of their own in the picture."""
 TALL, LOW, HEAD = 3.0, 1.55, 1.5
-"""Inches of the first panel, of the others, and of what is above them."""
+"""Height in inches of the first panel, of the others, and of the header."""
 MANY = 7
-"""Scenes whose prompts have room."""
+"""Largest number of scenes with prompts in the ribbon."""
 FEW = 6
-"""Frames that a head may hold to be drawn in a low panel."""
+"""Largest number of stored frames that fits into a low panel."""
 
 
 def scene_colours(names: Sequence[str]) -> dict[str, str]:
@@ -26,14 +26,14 @@ def scene_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def draw_timeline(script: Script, memories: Sequence[Held], title: str, note: str, recalls: bool) -> Any:
-    """A matplotlib figure: time across, frames remembered up, coloured by the scene they show.
+    """A matplotlib figure: time across, stored frames up, coloured by scene.
 
     Args:
         script: the scenes.
-        memories: one panel each; a name for its title, and the frames held chunk by chunk.
+        memories: one panel each; a name for its title, and the stored frames chunk by chunk.
         title: the large line.
         note: the small line.
-        recalls: whether scenes that return are recalled, which is then drawn as an arrow.
+        recalls: whether returning scenes are recalled, which is drawn as an arrow.
     """
     from matplotlib.figure import Figure
 
@@ -57,13 +57,13 @@ def draw_timeline(script: Script, memories: Sequence[Held], title: str, note: st
         axes = figure.add_subplot(grid[number])
         _panel(axes, script, memory)
         last = number == len(memories)
-        axes.set_xlabel("frame being made" if last else "")
+        axes.set_xlabel("current frame" if last else "")
         axes.tick_params(labelbottom=last)
     return figure
 
 
 def draw_modes(script: Script, memories: Mapping[str, Held], title: str) -> Any:
-    """A matplotlib figure: what one head remembers in every mode, side by side.
+    """A matplotlib figure: the frames stored by one head in every mode, side by side.
 
     Args:
         script: the scenes.
@@ -83,14 +83,14 @@ def draw_modes(script: Script, memories: Mapping[str, Held], title: str) -> Any:
         axes = figure.add_subplot(grid[number // 2, number % 2])
         _panel(axes, script, Held(mode, memory.held))
         below = number + 2 >= len(memories)
-        axes.set_xlabel("frame being made" if below else "")
-        axes.set_ylabel("" if number % 2 else "frame remembered")
+        axes.set_xlabel("current frame" if below else "")
+        axes.set_ylabel("" if number % 2 else "stored frame")
         axes.tick_params(labelbottom=below)
     return figure
 
 
 def _ribbon(axes: Any, script: Script, recalls: bool) -> None:
-    """The scenes with their prompts; a flag at the end of every scene that is recalled, an arrow to where."""
+    """The scenes with their prompts, and arrows from marks to recalls."""
     colours, length = scene_colours(script.names), script.chunks * CHUNK
     axes.set(xlim=(0, script.frames), ylim=(0, 1))
     axes.axis("off")
@@ -137,11 +137,11 @@ def _panel(axes: Any, script: Script, memory: Held) -> None:
     tints = [colours[script.names[script.scene_at(frame)]] for _, frame in held]
     cells = [_cell(chunk, frame, 1) for chunk, frame in held]
     marks = PolyCollection(cells, facecolor=tints, edgecolor=tints, lw=0.2, zorder=2)
-    marks.set_gid("remembered")
+    marks.set_gid("stored")
     axes.add_collection(marks)
     axes.set(xlim=(0, script.frames), ylim=(0, script.frames), yticks=[])
     axes.set_title(memory.name, color=INK, fontsize=11.5, loc="left", pad=5)
-    axes.set_ylabel("frame remembered", labelpad=18)
+    axes.set_ylabel("stored frame", labelpad=18)
     dress(axes)
     axes.grid(visible=False)
     axes.set_xticks(range(0, script.frames + 1, length))

@@ -84,7 +84,7 @@ def enlarge(frame: Pixels, side: int) -> Any:
 
 
 def _stage(story: Story) -> Any:
-    """What never changes in the video: lines of text, captions, frames of the panels."""
+    """The parts of the video that do not change: text, captions, frames of the panels."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", SIZE, PAPER)
@@ -103,7 +103,7 @@ def _counter(draw: Any, story: Story, frame: int) -> None:
     time = f"{frame / story.fps:5.1f} s   frame {frame:3d}"
     draw.text((right, 40), time, INK, font(22, "mono"), anchor="rs")
     if frame < story.given:
-        note = "true frames, given"
+        note = "given frames"
     elif frame < story.trained:
         note = "inside the trained length"
     else:
@@ -112,7 +112,7 @@ def _counter(draw: Any, story: Story, frame: int) -> None:
 
 
 def _camera(draw: Any, story: Story, frame: int) -> None:
-    """Where the view is on the strip, above the true world."""
+    """The position of the view on the strip, above the ground truth."""
     if story.camera is None:
         return
     width, height = 120, 10
@@ -144,12 +144,12 @@ def _dashes(draw: Any, x: int, top: int, bottom: int) -> None:
 
 
 def _decibel(value: float) -> str:
-    return f"{value:.1f} dB" if np.isfinite(value) else "no measure"
+    return f"{value:.1f} dB" if np.isfinite(value) else "not measured"
 
 
 @cache
 def font(size: int, face: str = "plain") -> Any:
-    """DejaVu Sans in a size, from the copy that matplotlib brings along."""
+    """DejaVu Sans in a size, from matplotlib's copy."""
     import matplotlib
     from PIL import ImageFont
 

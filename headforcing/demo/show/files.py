@@ -1,4 +1,4 @@
-"""Where the demo's files go: whole or not at all, and never over files of somebody else."""
+"""The demo's files: written completely or not at all, never over files it did not write."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MADE_BY = "headforcing demo"
 def check_folder(
     out: Path, files: Sequence[str] = FILES, report: str = REPORT, made_by: str = MADE_BY
 ) -> None:
-    """Makes the folder; refuses to overwrite what an earlier run of a command did not write.
+    """Creates the folder; refuses to overwrite files that the command did not write.
 
     Args:
         out: the folder.
         files: names the command writes.
-        report: the one among them that says who wrote it, as `made_by`.
+        report: the one among them whose entry `made_by` names the command.
         made_by: the command.
 
     Raises:
@@ -37,12 +37,12 @@ def check_folder(
     present = [name for name in files if (out / name).exists()]
     if present and not _is_by(out / report, made_by):
         raise FileExistsError(
-            f"{out} holds {', '.join(present)}, which `{made_by}` did not write: choose another --out"
+            f"{out} contains {', '.join(present)}, which `{made_by}` did not write: choose another --out"
         )
 
 
 def replace_file(path: Path, save: Callable[[Path], Any]) -> None:
-    """Saves beside `path` and moves into place, so that nobody sees half a file."""
+    """Saves to a temporary name and renames, so that `path` is never incomplete."""
     part = path.with_name(f".part-{path.name}")
     try:
         save(part)

@@ -1,4 +1,4 @@
-"""The demo's plots: the curves below the video, and who remembers what."""
+"""The demo's plots: the curves below the video, and the frames stored by each role."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def dress(axes: Any) -> None:
 
 
 def draw_memory(memories: Sequence[Held], chunk: int, title: str) -> Any:
-    """Who remembers what, a matplotlib figure: per role, the frames held at every time."""
+    """A matplotlib figure: per role, the frames stored at every time."""
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 
@@ -103,9 +103,9 @@ def draw_memory(memories: Sequence[Held], chunk: int, title: str) -> Any:
         ]
         axes.add_collection(PolyCollection(cells, facecolor=colour, edgecolor=colour, lw=0.6))
         axes.plot([0, end], [0, end], color=FAINT, lw=1, ls=(0, (2, 2)))
-        axes.set(xlim=(0, end), ylim=(-0.025 * end, end), xlabel="frame being made")
+        axes.set(xlim=(0, end), ylim=(-0.025 * end, end), xlabel="current frame")
         axes.set_title(memory.name, color=colour, fontsize=11.5, loc="left", pad=8)
         dress(axes)
-    panels[0].set_ylabel("frames remembered")
+    panels[0].set_ylabel("stored frames")
     figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.985, top=0.78, bottom=0.14, wspace=0.08)
     return figure

@@ -1,4 +1,4 @@
-"""The numbers of the demo: measured on one video per policy, as a table, as JSON and in one sentence."""
+"""The numbers of the demo, from one video per policy: as a table, as JSON and in one sentence."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LATE_FRAMES = 30
 
 @dataclass(frozen=True)
 class RoleRow:
-    """What the heads of one role keep.
+    """The stored frames of one role.
 
     Attributes:
         role: its type in small letters.
-        heads: over all layers.
-        frames: most frames kept beside the own chunk; `None` is without bound.
+        heads: number of heads over all layers.
+        frames: largest number of stored frames, current chunk excluded; `None` is unbounded.
     """
 
     role: str
@@ -42,12 +42,12 @@ class PolicyRow:
 
     Attributes:
         name: of the policy.
-        roles: which frames are kept, by role.
-        stored_bytes: keys and values held at the end.
-        attended_frames: mean over the heads at the end, own chunk included.
-        fps: frames made per second.
-        psnr_early, psnr_late: of the background, in dB; `None` where nothing could be measured.
-        identity_early, identity_late: share of the sprites with the right colour and size, likewise.
+        roles: stored frames, by role.
+        stored_bytes: keys and values stored at the end.
+        attended_frames: mean over the heads at the end, current chunk included.
+        fps: frames generated per second.
+        psnr_early, psnr_late: of the background, in dB; `None` if nothing could be measured.
+        identity_early, identity_late: share of the sprites with the right colour and size; `None` as above.
     """
 
     name: str
@@ -63,7 +63,7 @@ class PolicyRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What the demo found.
+    """The result of the demo.
 
     Attributes:
         prompt: words of the first chunk.
@@ -71,9 +71,9 @@ class Report:
         seed: of scene and noise.
         frames: of each video.
         trained: frames of the training videos.
-        given: true frames that every policy starts from.
+        given: rendered frames that every policy starts from.
         early, late: first and last frame of the two spans that are averaged.
-        policies: one row each.
+        policies: one row per policy.
         files: absolute paths of what was written.
     """
 
@@ -93,7 +93,7 @@ class Report:
         return asdict(self)
 
     def reading(self) -> str:
-        """What the late numbers of the last policy against the first one say, and how little."""
+        """The late numbers of the last policy and the first one, in one sentence."""
         base, ours = self.policies[0], self.policies[-1]
         parts = []
         for what, a, b, form in (
@@ -118,8 +118,8 @@ class Report:
             table.add_column(row.name, justify="right")
         early, late = ("frames {}-{}".format(*span) for span in (self.early, self.late))
         lines: dict[str, Callable[[PolicyRow], str]] = {
-            "frames kept, by role": lambda row: "\n".join(map(str, row.roles)),
-            "frames attended, mean": lambda row: f"{row.attended_frames:.1f}",
+            "stored frames, by role": lambda row: "\n".join(map(str, row.roles)),
+            "attended frames, mean": lambda row: f"{row.attended_frames:.1f}",
             "stored": lambda row: f"{row.stored_bytes / 1e6:.2f} MB",
             "speed": lambda row: f"{row.fps:.0f} FPS",
             f"background PSNR, {early}": lambda row: _number(row.psnr_early, 1, " dB"),
@@ -135,7 +135,7 @@ class Report:
 def spans(frames: int, given: int, trained: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """First and last frame of the early and the late span of a video.
 
-    Early is what was made inside the trained length; late is the last 30 frames, less in a short video.
+    Early are the frames generated inside the trained length; late are the last 30, fewer in a short video.
     """
     made = frames - given
     early = (given, min(max(trained, given + 3), frames) - 1)

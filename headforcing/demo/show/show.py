@@ -1,4 +1,4 @@
-"""The demo from prompt to files: two policies on one scene, side by side with the truth."""
+"""The demo from prompt to files: two policies on one scene, next to the ground truth."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from headforcing.roles.maps.role_map import RoleMap
 FPS = 16
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, what is done of it and how much there is."""
+"""Called with the name of a stage, the amount done and the total."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to show.
+    """The options of the demo.
 
     Attributes:
         prompt: words for the scene; `None`: drawn from the seed.
         seconds: length of the videos, rounded to whole chunks.
         seed: of scene and noise.
         camera: `still` or `pan`.
-        out: folder for the files, made where it is missing.
+        out: folder for the files, created if missing.
         weights: of the model; `None`: those in the package.
         roles: role-map file; `None`: the one in the package.
         preset: name of a preset instead of a role map.
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def policy(self) -> str:
-        """What the second policy is called."""
+        """The name of the second policy."""
         return "Head Forcing" if self.preset is None else f"preset {self.preset}"
 
     @property
@@ -72,17 +72,17 @@ class Request:
 
 
 def show(request: Request, progress: Progress = lambda *_: None) -> Report:
-    """Makes the videos, writes the files and says what was found.
+    """Generates the videos, writes the files and returns the report.
 
     Raises:
-        ValueError: the prompt, the length or a file is not usable.
-        FileExistsError: the folder holds files of the same names that the demo did not write.
+        ValueError: the prompt, the length or a file is invalid.
+        FileExistsError: the folder contains files of the same names that the demo did not write.
     """
     given = GIVEN_CHUNKS[request.camera]
     if request.chunks <= given:
         raise ValueError(
             f"{request.seconds:g} seconds are {request.chunks * CHUNK} frames, but the first "
-            f"{given * CHUNK} are given to the model: ask for {(given + 1) * CHUNK / FPS + 0.05:.1f} or more"
+            f"{given * CHUNK} are given: use {(given + 1) * CHUNK / FPS + 0.05:.1f} seconds or more"
         )
     scene = make_scene([request.seed], request.chunks, camera=request.camera, prompt=request.prompt)
     model = load_model(request.weights)
@@ -98,7 +98,7 @@ def show(request: Request, progress: Progress = lambda *_: None) -> Report:
 def roll_both(
     model: DemoModel, roles: RoleMap, scene: Scene, request: Request, progress: Progress
 ) -> tuple[list[Rollout], tuple[Held, ...]]:
-    """The same scene and noise under both policies, and which frames they remembered on the way."""
+    """The rollouts of both policies with the same scene and noise, and the frames stored meanwhile."""
     rollouts = []
     diary = _Diary(model)
     for policy in (Policy("sliding window"), Policy(request.policy, roles)):
@@ -121,7 +121,7 @@ def roll_both(
 
 
 class _Diary:
-    """Notes after every chunk which frames one head of every role remembers."""
+    """Records after every chunk the frames that one head of every role stores."""
 
     def __init__(self, model: DemoModel) -> None:
         self._model = model
@@ -136,7 +136,7 @@ class _Diary:
                 self._held.setdefault(role, []).append(tuple(handle.frames(layer, head)[0][0]))
 
     def read(self, chunks: int, policy: str) -> tuple[Held, ...]:
-        """The model's own rolled cache first, then every role."""
+        """The model's own rolling cache first, then every role."""
         window = self._model.config.window - self._model.config.chunk
         rolled = [tuple(range(max(0, start - window), start)) for start in range(0, chunks * CHUNK, CHUNK)]
         memories = [Held("Sliding window: every head", tuple(rolled))]
@@ -153,7 +153,7 @@ def load_model(weights: Path | None) -> DemoModel:
     """The demo model, with the weights of the package or of a file.
 
     Raises:
-        ValueError: the file does not hold weights of the demo model.
+        ValueError: the file does not contain weights of the demo model.
     """
     if weights is None:
         return demo_model()
@@ -164,7 +164,7 @@ def load_model(weights: Path | None) -> DemoModel:
 
 
 def find_roles(request: Request, config: DemoConfig) -> RoleMap:
-    """The preset, with the demo model's labels where heads differ, or the map of the file or the package.
+    """The preset, with the demo model's labels if heads differ, or the map of the file or the package.
 
     Raises:
         ValueError: a preset and a file are given, or there is no such preset.
@@ -195,10 +195,10 @@ def summarise_all(request: Request, scene: Scene, model: DemoModel, rollouts: li
 
 
 def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
-    """What the pictures tell."""
+    """The content of the pictures."""
     truth = render(scene, torch.arange(report.frames)).video
     names = {"sliding window": "The model's own sliding window"}
-    tracks = [Track("True world", TRUTH, _pixels(truth))]
+    tracks = [Track("Ground truth", TRUTH, _pixels(truth))]
     for rollout, colour in zip(rollouts, (WINDOW, FORCING), strict=True):
         name = names.get(rollout.policy.name, rollout.policy.name)
         tracks.append(Track(name, colour, _pixels(rollout.video), rollout.psnr[0].double().numpy()))
@@ -208,7 +208,7 @@ def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
         tuple(tracks),
         headline=f"One prompt, one seed, {times:.1f} × the trained length",
         byline=f"“{report.prompt}” · camera {report.camera} · seed {report.seed} · "
-        f"continues {report.given} true frames · 24 × 24 pixels, enlarged",
+        f"continues {report.given} rendered frames · 24 × 24 pixels, enlarged",
         fps=FPS,
         trained=report.trained,
         given=report.given,
@@ -232,7 +232,7 @@ def write(
 
     replace_file(paths["demo.mp4"], lambda path: write_mp4(path, told_frames(), draw.SIZE, FPS))
     replace_file(paths["contact_sheet.png"], lambda path: draw.draw_sheet(told).save(path))
-    title = f"Which frames a head remembers, over {told.frames} frames"
+    title = f"Stored frames of one head per role, over {told.frames} frames"
     replace_file(paths["memory.png"], lambda path: plots.draw_memory(held, CHUNK, title).savefig(path))
     return files
 

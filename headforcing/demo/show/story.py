@@ -1,4 +1,4 @@
-"""What the pictures of the demo are made from: the videos, the numbers and the colours."""
+"""The content of the demo's pictures: videos, numbers and colours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Track:
         name: its caption.
         colour: of caption, frame and curve.
         video: `[T, 24, 24, 3]`.
-        psnr: dB per frame, NaN where nothing is measured; `None` for the truth.
+        psnr: dB per frame, NaN if there is nothing to measure; `None` for the ground truth.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Track:
 
 @dataclass(frozen=True)
 class Story:
-    """What the pictures tell: the tracks, and what they have in common.
+    """The content of the pictures: the tracks, and what they have in common.
 
     Attributes:
-        tracks: the true world, then the policies.
+        tracks: the ground truth, then the policies.
         headline: the large line.
         byline: the small line.
         fps: frames per second.
         trained: frames of the training videos.
-        given: first frames that every policy is shown.
+        given: first frames that every policy gets.
         camera: left edge of the view per frame, as a share of the strip; `None`: it stands still.
     """
 
@@ -62,11 +62,11 @@ class Story:
 
 @dataclass(frozen=True)
 class Held:
-    """What one head of a role holds over time.
+    """The stored frames of one head over time.
 
     Attributes:
         name: the panel's title.
-        held: per chunk, the frame numbers held when the chunk is made.
+        held: per chunk, the numbers of the stored frames while the chunk is generated.
     """
 
     name: str

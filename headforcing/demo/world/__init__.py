@@ -1,1 +1,1 @@
-"""The synthetic world of the demo, known at every frame, and how far a video is from it."""
+"""The synthetic world of the demo, with ground truth at every frame, and its metrics."""

@@ -1,7 +1,7 @@
-"""Where the demo world's camera looks, and the random draws that scenes are made of.
+"""The camera of the demo world, and the random draws for scenes.
 
-The texture is a strip twice as wide as the view. The camera moves a whole patch per chunk (two
-pixels per frame), so content that returns, returns at the same phase of the patch grid.
+The texture is a strip twice as wide as the view. The camera moves a whole patch per chunk (two pixels per
+frame), so returning content is at the same phase of the patch grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_POSE = (STRIP - VIEW) // PATCH
 
 @dataclass(frozen=True)
 class CameraSchedule:
-    """Where the camera looks: one pose and one motion per chunk; it stands still after the last.
+    """The path of the camera: one pose and one motion per chunk; it stands still after the last.
 
     Attributes:
         pose: `[B, N]` long, patches from the left end of the strip at the start of each chunk.
@@ -62,8 +62,8 @@ class CameraSchedule:
     ) -> CameraSchedule:
         """Wait at `low`, pan to `high`, wait there, pan back, and so on; dwells are in chunks.
 
-        With `dwell_high=14` the content at `low` is out of sight for 42 frames and more, twice
-        the trained range, and then returns.
+        With `dwell_high=14` the content at `low` is out of view for at least 42 frames, twice the trained
+        range, and then returns.
         """
         way = high - low
         period = [0] * dwell_low + [1] * way + [0] * dwell_high + [-1] * way
@@ -74,7 +74,7 @@ class CameraSchedule:
     def sample(
         cls, batch: int, num_chunks: int, generator: torch.Generator, *, pan_share: float = 0.6
     ) -> CameraSchedule:
-        """Training cameras: a share of them goes to and fro with a range, offset and dwells."""
+        """Training cameras: a share of them pans back and forth with random range, offset and dwells."""
         draw = Draw(batch, generator)
         span = draw.choice((0.4, 0.35, 0.17, 0.08)) + 1
         span = span * (draw.uniform() < pan_share)
@@ -108,7 +108,7 @@ class CameraSchedule:
     def seen(self, num_chunks: int) -> Tensor:
         """Which columns of the view an earlier chunk showed, `[B, num_chunks · CHUNK, VIEW]` bool.
 
-        A video can only be asked to keep what it has shown: the truth of new columns is anybody's.
+        Only these columns can be evaluated: for new columns there is no ground truth.
         """
         frames = torch.arange(num_chunks * CHUNK, device=self.pose.device)
         offset = self.offset(frames)

@@ -1,12 +1,11 @@
-"""How good a generated demo video is, against the truth of its scene.
+"""Metrics of a generated demo video, against the ground truth of its scene.
 
-Every function takes `video` `[B, 3, T, 24, 24]` in [-1, 1], the `Scene` that it should show and the
-absolute index `start` of its first frame, and returns one value per video and frame, `[B, T]`, so
-that policies can be compared video by video. NaN means: nothing to measure in this frame; average
-with `nanmean`.
+Every function takes `video` `[B, 3, T, 24, 24]` in [-1, 1], its `Scene` and the absolute index `start` of its
+first frame, and returns one value per video and frame, `[B, T]`, so that policies can be compared video by
+video. NaN means that there is nothing to measure in this frame; average with `nanmean`.
 
-Frame PSNR is not among them: the phase of a sprite's path drifts within some twenty frames, and a
-sprite that is elsewhere is not an error.
+There is no PSNR of whole frames: the phase of a sprite's path drifts within some twenty frames, and a sprite
+at another place is not an error. PSNR is not a library's because it is that of masked pixels.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ STRIDE = 3
 def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Tensor | None = None) -> Tensor:
     """PSNR of the texture in dB, over the best pixels of each frame.
 
-    Sprites and curtain hide a part of the texture, and where they are is not judged. So each frame
-    is scored on its best 80 % of pixels, 60 % where the scene has a curtain.
+    Sprites and curtain hide a part of the texture, and their position is not evaluated. So each frame is
+    scored on its best 80 % of pixels, 60 % if the scene has a curtain.
 
     Args:
         video: `[B, 3, T, 24, 24]` in [-1, 1].
-        scene: what it should show.
+        scene: its scene.
         start: absolute index of the first frame.
-        columns: `[B, T, 24]` bool, judge only these columns of the view, for example
-            `scene.camera.seen(num_chunks)`: what a video invents freely has no truth. Frames
-            without any are NaN.
+        columns: `[B, T, 24]` bool, evaluate only these columns of the view, for example
+            `scene.camera.seen(num_chunks)`; there is no ground truth for what a video invents. Frames
+            without any such column are NaN.
     """
     truth = _truth(video, scene, start).background
     errors = ((_unit(video) - _unit(truth)) ** 2).mean(1)  # [B, T, 24, 24]
@@ -58,7 +57,7 @@ def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Ten
 def sprite_identity(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
     """Share of the visible sprites that have the right colour and about the right size.
 
-    A sprite counts as visible when the truth shows at least 15 of its pixels; frames without a
+    A sprite counts as visible if the ground truth shows at least 15 of its pixels; frames without a
     visible sprite are NaN.
     """
     truth = _truth(video, scene, start)
@@ -71,8 +70,8 @@ def sprite_identity(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
 def speed_ratio(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
     """Speed of the sprites over their true mean speed: 0 is frozen, 1 is right.
 
-    Measured over three frames, where a sprite is found in both; elsewhere, and in the first three
-    frames, NaN. Two sprites are averaged. Needs more than three frames.
+    Measured over a distance of three frames, if a sprite is found in both; otherwise, and in the first three
+    frames, NaN. Two sprites are averaged. The video must have more than three frames.
     """
     truth = _truth(video, scene, start)
     matches = _matches(_unit(video), truth)
@@ -86,7 +85,7 @@ def speed_ratio(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
 
 
 def ghost_share(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
-    """Share of the pixels, in [0, 1], as saturated as a sprite but of no sprite's colour."""
+    """Share of the pixels, in [0, 1], as saturated as a sprite but without the colour of one."""
     matches = _matches(_unit(video), _truth(video, scene, start))
     known = (matches & _exists(scene)[..., None, None]).any(2)
     ghosts = (_saturation(_unit(video)) > GHOST_SATURATION) & ~known
@@ -94,7 +93,7 @@ def ghost_share(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
 
 
 def _truth(video: Tensor, scene: Scene, start: int) -> Rendering:
-    """The true frames of a video."""
+    """The ground truth of a video."""
     frames = torch.arange(start, start + video.shape[2], device=video.device)
     return render(scene, frames)
 

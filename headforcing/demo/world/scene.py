@@ -2,11 +2,11 @@
 
 A video is a smooth random texture, one or two bouncing sprites and, sometimes, a dark curtain that
 sweeps over everything. The texture is a strip twice as wide as the view, and a camera pans over it:
-two pixels per frame, one patch per chunk. Content therefore enters, leaves and comes back, which is
-what a memory is for. Sprites and curtain live in view coordinates.
+two pixels per frame, one patch per chunk. So content enters, leaves and returns, which tests the
+memory. Sprites and curtain are in view coordinates.
 
 Every chunk has its own prompt: nine words (see `words.py`) and an end mark. The last two words are
-the camera pose, so a model is told where it looks and only has to remember what is there.
+the camera pose, so a model knows where it looks and only has to remember what is there.
 
 Videos are `[B, 3, T, 24, 24]` float32 in [-1, 1]; `frames` are absolute frame indices.
 """
@@ -55,7 +55,7 @@ class Scene:
         tint: `[B, 2, 3]` hue jitter of each sprite.
         position, velocity: `[B, 2, 2]` sprite, then x and y, at frame 0 (pixels per frame).
         switch: `[B]` long, the chunk of the prompt switch (`NEVER`: none).
-        camera: where the view is.
+        camera: position of the view.
     """
 
     palette: Tensor
@@ -119,7 +119,7 @@ def sample_scene(
 
     Args:
         batch: number of videos.
-        generator: a CPU generator, the only source of chance.
+        generator: a CPU generator, the only source of randomness.
         num_chunks: the range in which the prompt switches and the drawn camera moves.
         camera: use this schedule; by default one is drawn (`CameraSchedule.sample`).
         curtain_share: share of the videos with a curtain.
@@ -159,7 +159,7 @@ def sample_scene(
 
 @dataclass(frozen=True)
 class Rendering:
-    """A rendered batch and the truth behind it.
+    """A rendered batch and its ground truth.
 
     Attributes:
         video: `[B, 3, T, 24, 24]` in [-1, 1].

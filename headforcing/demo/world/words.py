@@ -24,7 +24,11 @@ WORD_ID = {word: index for index, word in enumerate(WORDS)}
 
 
 def _expect(words: list[str], index: int, allowed: tuple[str, ...], what: str) -> str:
-    """Return `words[index]`, or say which words may stand there."""
+    """`words[index]`, checked against the allowed words.
+
+    Raises:
+        ValueError: it is not allowed.
+    """
     got = words[index] if index < len(words) else "nothing"
     if got not in allowed:
         raise ValueError(
@@ -68,8 +72,7 @@ def parse_prompt(text: str) -> Tensor:
         words += [POSES[MAX_POSE // 2], "still"]
     if index != len(given):
         raise ValueError(
-            f"the prompt has {len(given)} words, expected at most {index}: "
-            f"{' '.join(given[index:])!r} is left over"
+            f"the prompt has {len(given)} words, expected at most {index}: remove {' '.join(given[index:])!r}"
         )
     return torch.tensor([WORD_ID[word] for word in [*words, "<end>"]])
 

@@ -1,7 +1,7 @@
 """Classifiers: from a saved profile to a role for every head, without the model.
 
-One file each, with one function `classify(profile, **thresholds) -> Classification`; the folder is the
-list. The order of heads never decides, except between heads whose scores are equal.
+One file each, with one function `classify(profile, **thresholds) -> Classification`, found by listing the
+folder. The order of heads matters only between heads with equal scores.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Labels = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Classification:
-    """What a classifier says.
+    """The result of a classifier.
 
     Attributes:
         method: name of the classifier.
         labels: name of the role of every head, `labels[layer][head]`.
-        margin: `[layers, heads]` float64 in [0, 1]: how far the score of a head is from the nearest value
-            at which another rule would decide its label, as a share of the range of that score over all
-            heads; 0 is on the boundary, 1 is a range away or more, NaN where the method has none.
-        roles: what the labels mean.
+        margin: `[layers, heads]` float64 in [0, 1]: distance of the score of a head from the nearest value
+            at which its label would change, as a share of the range of that score over all heads; 0 is on
+            the boundary, 1 is a range away or more, NaN if there is no margin.
+        roles: role of every label.
         settings: the thresholds.
-        metrics: metrics that were read.
+        metrics: metrics that were used.
     """
 
     method: str
@@ -49,7 +49,7 @@ class Classification:
     metrics: tuple[str, ...]
 
     def counts(self) -> dict[str, int]:
-        """Heads per label, for every label that the method knows."""
+        """Heads per label, for every label of the method."""
         flat = [label for row in self.labels for label in row]
         return {name: flat.count(name) for name in self.roles}
 
@@ -72,17 +72,17 @@ def table(flat: list[str], heads: int) -> Labels:
 
 
 _TO_HAVE = {
-    "attention_mass": "profile chunks whose history holds the first frame",
-    "mass_ratio": "profile chunks that see frames between the sink and the recent ones",
+    "attention_mass": "profile chunks whose history contains the first frame",
+    "mass_ratio": "profile chunks with frames between the sink and the recent ones",
 }
-"""Where a metric has a number, for those that have none everywhere."""
+"""How to get a value of a metric that is not always defined."""
 
 
 def measured(profile: HeadProfile, name: str) -> Tensor:
-    """Mean of a column over its passes, `[layers, heads, ...]` float64, all of it measured.
+    """Mean of a column over its passes, `[layers, heads, ...]` float64, defined for every head.
 
     Raises:
-        ProfileError: there is no such column, or a head without a number.
+        ProfileError: there is no such column, or a head without a value.
     """
     mean = profile.mean(name)
     missing = (~mean.isfinite()).nonzero()
@@ -96,7 +96,7 @@ def measured(profile: HeadProfile, name: str) -> Tensor:
 
 
 def share(name: str, value: float) -> float:
-    """A threshold that is a share.
+    """Checks a threshold that is a share.
 
     Raises:
         OptionError: it is outside [0, 1].
@@ -109,7 +109,7 @@ def share(name: str, value: float) -> float:
 def as_margin(distance: Tensor, score: Tensor) -> Tensor:
     """Distances to a boundary as shares of the range of a score, at most 1.
 
-    Where all heads have one score, a head off the boundary is a range away.
+    If all heads have the same score, a head off the boundary has a margin of 1.
     """
     score = score[score.isfinite()]
     span = float(score.max() - score.min()) if len(score) else 0.0
@@ -121,8 +121,8 @@ def as_margin(distance: Tensor, score: Tensor) -> Tensor:
 def short_names(roles: Iterable[HeadRole]) -> dict[HeadRole, str]:
     """A short, unique name per role: its kind and frames, oldest first, such as `memory3+12+3`.
 
-    A number of 0 that is the default is left out. Positions, update rules and anything else off the
-    default follow the numbers; roles that still read alike are numbered.
+    A 0 that is the default is left out. Positions, update rules and other values that differ from their
+    default follow the numbers; equal names are numbered.
     """
     names: dict[HeadRole, str] = {}
     for role in roles:
@@ -159,7 +159,7 @@ def _short_name(role: HeadRole) -> str:
 
 
 def candidates(profile: HeadProfile, metric: str) -> list[HeadRole]:
-    """The roles that a metric tried, in the order of its columns.
+    """The candidate roles of a metric, in the order of its columns.
 
     Raises:
         ProfileError: the profile does not name them.
@@ -179,17 +179,17 @@ def candidates(profile: HeadProfile, metric: str) -> list[HeadRole]:
 
 
 def tried(profile: HeadProfile, column: str) -> tuple[list[HeadRole], Tensor]:
-    """The roles that a metric tried, and their mean errors over the noisy passes, `[heads in all, R]`.
+    """The candidate roles of a metric, and their mean errors over the noisy passes, `[all heads, R]`.
 
     Raises:
-        ProfileError: they were not measured, or there are not as many errors as roles.
+        ProfileError: they were not measured, or the numbers of errors and roles differ.
     """
     roles = candidates(profile, column.partition(".")[0])
     errors = measured(profile.noisy, column).flatten(0, 1)
     if errors.shape[1:] != (len(roles),):
         raise ProfileError(
-            f"{column} has {list(errors.shape[1:])} columns, the profile names {len(roles)} roles: they must "
-            "be as many; measure again"
+            f"{column} has {list(errors.shape[1:])} columns, but the profile names {len(roles)} roles: "
+            "measure again"
         )
     return roles, errors
 
@@ -200,13 +200,13 @@ def cheapest(
     """The role with the fewest frames whose error is allowed, or the one with the smallest error.
 
     Args:
-        errors: `[heads in all, R]`.
-        roles: `R` candidates; of equally cheap ones the first is tried first.
+        errors: `[all heads, R]`.
+        roles: `R` candidates; of equally cheap ones the first is preferred.
         chunk: frames of a chunk.
-        error: what is allowed.
+        error: the allowed error.
 
     Returns:
-        A role per head, and how far some error of the head is from where it would be another, `[heads]`.
+        A role per head, and the distance of its errors from values that would change the role, `[heads]`.
     """
     order = sorted(range(len(roles)), key=lambda r: frames_kept(roles[r], chunk))
     errors, ordered = errors[:, order], [roles[r] for r in order]
@@ -217,13 +217,13 @@ def cheapest(
 
 
 def frames_kept(role: HeadRole, chunk: int) -> float:
-    """Frames kept beside a chunk; infinite without bound."""
+    """Stored frames, current chunk excluded; infinite if unbounded."""
     kept = role.capacity(chunk)
     return math.inf if kept is None else float(kept)
 
 
 def unrestricted(model: ModelFacts) -> HeadRole:
-    """Everything the window allows: what a head keeps where no candidate of an ablation is good enough."""
+    """The largest role the window allows, for heads for which no candidate of an ablation is good enough."""
     sink = min(model.chunk, model.window - model.chunk)
     recent = min(sink, model.window - model.chunk - sink)
     return Memory(sink, recent=recent).fit(model.window, model.chunk)
@@ -236,10 +236,10 @@ def _first(mask: Tensor) -> Tensor:
 
 
 def _distance(errors: Tensor, chosen: Tensor, none: Tensor, error: float) -> Tensor:
-    """How far some error of each head is from where another role would be chosen, `[n]`.
+    """Distance of each head's errors from values at which another role would be chosen, `[n]`.
 
-    A head that is satisfied: until its role's error exceeds `error`, or a cheaper one's comes down to it.
-    Another: until some role's error comes down to `error`, or another role's is the smallest.
+    If a role was allowed: until its error exceeds `error`, or the error of a cheaper role falls to `error`.
+    Otherwise: until some error falls to `error`, or another role has the smallest error.
     """
     column = torch.arange(errors.shape[1])
     own = errors.gather(1, chosen[:, None])[:, 0]

@@ -1,8 +1,8 @@
-"""Ours: every head gets the cheapest memory that hardly hurts what the whole model puts out.
+"""Ours: every head gets the cheapest role that hardly increases the error of the whole model.
 
-Reads what `ablate_heads` measured: one head at a time was restricted to each candidate role. A head for
-which none is good enough is a memory head and keeps what the window allows. The error that is allowed is
-our choice. One head is cut at a time: what heads can do only for each other is not seen.
+Uses the result of `ablate_heads`, which restricts one head at a time to each candidate role. If no candidate
+is good enough, the head becomes a memory head with as many frames as the window allows. The allowed error is
+our choice. Because one head is restricted at a time, effects of several heads together are not measured.
 """
 
 from __future__ import annotations

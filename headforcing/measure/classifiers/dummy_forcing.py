@@ -1,14 +1,14 @@
-"""Dummy Forcing (arXiv:2601.20499): sink, neighbour and dummy heads by where their attention goes.
+"""Dummy Forcing (arXiv:2601.20499): sink, neighbour and dummy heads by their attention mass.
 
-Known of its rule (its code, through our notes): the softmax mass on the first frame and on the frames
-between it and the own chunk, each as a share of all heads' mass there; what a head has at stake is the larger
-of the two; the heads with the least at stake, half of all, are dummies; of the rest, those with at least
-as much at stake in the first frame are sinks, the others neighbours. That is the assignment that keeps
-the most, if a sink keeps its first share, a neighbour its other one and a dummy neither: making a head a
-dummy loses what it has at stake, whatever the others are.
+What is known of its rule (its code, through our notes): take the softmax mass of a head on the first frame,
+and on the frames between it and the current chunk, each as a share of the mass of all heads there. The larger
+of the two shares is the stake of the head. The half of all heads with the smallest stakes are dummies; of the
+rest, those whose first-frame share is at least the other one are sinks, the others neighbours. This
+assignment keeps the largest total, if a sink keeps its first share, a neighbour its other share and
+a dummy neither.
 
-Our choices: shares by the sum over heads; means over all noisy passes of a profile, where the project
-measures anew in every video, in the clean pass of an early chunk; ties to the lower index.
+Our choices: shares by the sum over heads; means over all noisy passes of a profile (the project measures in
+every video, in the clean pass of an early chunk); ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def classify(profile: HeadProfile, *, num_dummy: int | None = None) -> Classific
 
     Args:
         profile: with the metric `attention_mass`.
-        num_dummy: heads that are dummies; `None`: half of all, rounded down.
+        num_dummy: number of dummies; `None`: half of all heads, rounded down.
 
     Raises:
-        OptionError: there are not as many heads.
+        OptionError: there are fewer heads.
         ProfileError: the masses were not measured.
     """
     noisy = profile.noisy
@@ -66,13 +66,13 @@ def _count(num_dummy: int | None, heads: int) -> int:
 
 
 def _shares(mass: Tensor) -> Tensor:
-    """Masses as shares of their sum; where there is none, nobody has a share."""
+    """Masses as shares of their sum; zeros if the sum is zero."""
     total = mass.sum()
     return mass / total if total > 0 else torch.zeros_like(mass)
 
 
 def _to_cut(stake: Tensor, order: Tensor, dummy: Tensor) -> Tensor:
-    """How far every head is from where it would be a dummy, or none any more."""
+    """Distance of every head's stake from the value at which it would become, or stop being, a dummy."""
     count = int(dummy.sum())
     if count in (0, len(order)):
         return torch.full_like(stake, torch.inf)  # no stake changes who is a dummy

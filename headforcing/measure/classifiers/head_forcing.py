@@ -1,7 +1,7 @@
-"""Head Forcing (arXiv:2605.14487): local, anchor and memory heads by where their attention goes.
+"""Head Forcing (arXiv:2605.14487): local, anchor and memory heads by their attention mass.
 
-Documented: the three roles, and that heads differ by the attention on the first frame, on the own chunk
-and between. Third party: the shares, 25 % anchors and then 20 % of the rest local. Inferred: that heads
+Documented: the three roles, and that heads differ by their attention on the first frame, on the current chunk
+and in between. Third party: the shares, 25 % anchors and then 20 % of the rest local. Inferred: that heads
 are ranked over all layers together, and that the first frame is one latent frame. Our choice: the rule
 `absolute`, in case the paper's thresholds are masses and not shares, and ties to the lower index.
 """
@@ -29,10 +29,10 @@ def classify(
 
     Args:
         profile: with the metric `attention_mass`.
-        anchor: share of all heads, rounded up, that are anchors: those with the most mass on the first
-            frame; for `absolute` the least such mass of an anchor.
-        local: share of the rest, rounded up, that is local: the most mass on the own chunk; for
-            `absolute` the least such mass of a local head.
+        anchor: share of all heads, rounded up, that are anchors, by mass on the first frame; for `absolute`
+            the smallest mass of an anchor.
+        local: share of the rest, rounded up, that are local, by mass on the current chunk; for `absolute` the
+            smallest mass of a local head.
         rule: `quantile` ranks heads, `absolute` compares masses.
 
     Raises:
@@ -63,18 +63,18 @@ def classify(
 
 
 def _ranked(score: Tensor, among: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """The top `part` of the heads `among`, rounded up, and how far every head is from the cut."""
+    """The top `part` of the heads `among`, rounded up, and the distance of every head from the cut."""
     rows = among.nonzero()[:, 0]
     order = rows[score[rows].argsort(descending=True, stable=True)]
     count = math.ceil(part * len(rows) - 1e-9)  # 0.07 * 100 is a little more than 7
     top = torch.zeros_like(among)
     top[order[:count]] = True
     if count in (0, len(rows)):
-        return top, torch.full_like(score, torch.inf)  # no score changes who is in
+        return top, torch.full_like(score, torch.inf)  # no score changes the result
     enter, leave = score[order[count - 1]], score[order[count]]
     return top, torch.where(top, score - leave, enter - score)
 
 
 def _above(score: Tensor, among: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """The heads `among` with a score of at least `least`, and how far every head is from it."""
+    """The heads `among` with a score of at least `least`, and the distance of every head from it."""
     return among & (score >= least), (score - least).abs()

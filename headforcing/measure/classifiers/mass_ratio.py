@@ -1,12 +1,13 @@
-"""Forcing-KV (arXiv:2605.09681): static heads look at what is near, dynamic heads look back.
+"""Forcing-KV (arXiv:2605.09681): static heads attend to recent frames, dynamic heads to older ones.
 
-Documented in its code: the mass on the own chunk and the last frame before it, over the mass on
-everything but the sink; at least 0.8 makes a head static. Its script drops one sink frame, its published
-map three: the metric's settings say which was measured. It measures one prompt; we take every noisy pass.
+Documented in its code: the mass on the current chunk and the last frame before it, over the mass on
+everything except the sink; at least 0.8 makes a head static. Its script excludes one sink frame, its
+published map three: the metric's settings say which was measured. It measures one prompt; we use
+every noisy pass.
 
-The roles are a translation. A static head keeps the first frame and the last one, as there. The middle
-of a dynamic head is there chosen per segment, by the similarity of co-located keys, after every chunk;
-ours are two whole episodic frames, chosen by how unlike their co-located keys are.
+The roles are an approximation. A static head stores the first frame and the last one, as in the source. For a
+dynamic head, the source selects pieces of frames by the similarity of co-located keys after every chunk; ours
+stores two whole episodic frames, selected by dissimilarity of co-located keys.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def classify(profile: HeadProfile, *, static: float = 0.8) -> Classification:
 
     Args:
         profile: with the metric `mass_ratio`.
-        static: least ratio of a static head.
+        static: smallest ratio of a static head.
 
     Raises:
         OptionError: the ratio is outside [0, 1].

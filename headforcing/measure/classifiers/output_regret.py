@@ -1,7 +1,7 @@
-"""Ours: every head gets the cheapest memory that hardly changes what it puts out.
+"""Ours: every head gets the cheapest role that hardly changes its output.
 
-The metric shows each head what each candidate role would keep and measures how much its output changes.
-No number here is from a paper: the error that is allowed, the 95th percentile over queries, and the mean
+The metric restricts each head to what each candidate role would store and measures how much its output
+changes. No number here is from a paper: the allowed error, the 95th percentile over queries, and the mean
 over passes are our choices.
 """
 
@@ -27,8 +27,8 @@ COLUMNS = ("p95", "mean")
 def classify(profile: HeadProfile, *, error: float = 0.1, by: str = "p95") -> Classification:
     """Labels by role, such as `local3` or `memory3+12+3`, from `output_regret`, over the noisy passes.
 
-    Candidates are tried from the fewest frames to the most; of equal ones the first in the profile's
-    list. A head that no candidate satisfies gets the one with the smallest error.
+    Candidates are tried from the fewest frames to the most; of equal ones the first in the profile's list. If
+    no candidate is good enough, the head gets the one with the smallest error.
 
     Args:
         profile: with the metric `output_regret`.

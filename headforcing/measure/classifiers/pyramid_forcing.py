@@ -1,13 +1,15 @@
 """Pyramid Forcing (arXiv:2605.13111): anchor, wave and veil heads by the sign and period of their logits.
 
-Known of its rule (paper and readme, through a third party): the series is the mean pre-softmax logit of
-the last query frame on every frame of the history; 80 % positive entries make an anchor, 80 % negative a
-veil; of the rest, a dominant period set against 6.4 frames makes a wave; who is left goes by mean logit.
-The period: first difference, mean removed, Hann window, rFFT, harmonics folded with decaying weights.
-Its calibration code is not public, so this is a re-implementation and need not give the shipped labels.
+What is known of its rule (paper and readme, through a third party): the series is the mean pre-softmax logit
+of the last query frame on every frame of the history; 80 % positive entries make an anchor, 80 % negative a
+veil; of the rest, a dominant period compared with 6.4 frames makes a wave; the remaining heads are labelled
+by their mean logit. The period: first difference, mean subtracted, Hann window, rFFT, harmonics added with
+decaying weights. Its calibration code is not public, so this is a re-implementation and may give other labels
+than the published ones.
 
 Our choices: weights 1/h of harmonics h = 1..3 (the paper's are unpublished); `<=` at 6.4 frames; powers
-are averaged over passes, where the paper votes over prompts; which passes count (see `classify`).
+are averaged over passes, while the paper votes over prompts; which passes count (see `classify`).
+Not `scipy.signal.periodogram`: here, series of different lengths share one spectrum, each with its window.
 
 The labels get the roles of its released configuration (`headforcing.roles.pyramid_forcing`).
 """
@@ -27,19 +29,19 @@ from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 GRID = 256
 """Points of the zero-padded Fourier transform; 6.4 frames are one of its periods."""
 WEIGHTS = (1.0, 1 / 2, 1 / 3)
-"""Of the harmonics h = 1, 2, 3 of a period."""
+"""Weights of the harmonics h = 1, 2, 3 of a period."""
 NAMES = ("anchor", "wave", "veil")
 
 
 def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4) -> Classification:
     """Labels `anchor`, `wave` or `veil` from `qk_logits`, over the noisy passes.
 
-    A pass counts for a head where the ages it saw are 1, 2, ..., n without a gap and n is at least two
-    periods, so that a gap cannot look like a wave and a wave can be told from a slope.
+    A pass counts for a head if it attended to the ages 1, 2, ..., n without a gap and n is at least two
+    periods, so that a gap does not look like a wave, and a wave can be distinguished from a slope.
 
     Args:
         profile: with the metric `qk_logits`.
-        polarity: least share of logits of one sign.
+        polarity: smallest share of logits with one sign.
         period: longest dominant period of a wave, in frames.
 
     Raises:
@@ -56,7 +58,7 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
     anchor, veil, wave = positive >= polarity, negative >= polarity, found <= period
     rest = torch.where(mean >= 0, 0, 2)
     code = torch.where(anchor, 0, torch.where(veil, 2, torch.where(wave, 1, rest)))
-    margins = [  # of every question asked, in order; a head stops at the first that is answered
+    margins = [  # of every test, in order; a head stops at the first test that decides
         as_margin((positive - polarity).abs(), positive),
         as_margin((negative - polarity).abs(), negative),
         as_margin((found - period).abs(), found).nan_to_num(1.0),
@@ -79,18 +81,18 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
 
 
 def dominant_period(series: Tensor) -> Tensor:
-    """The period, in frames, that a series repeats with.
+    """The dominant period of a series, in frames.
 
-    Among periods from two samples to as many as the longest series has differences; those above half of
-    that are poorly resolved. A spectrum does not know the direction of time, so oldest and newest first
-    give the same.
+    Periods range from two samples to the number of differences of the longest series; those above half of it
+    are poorly resolved. A spectrum does not depend on the direction of time, so the order may be oldest or
+    newest first.
 
     Args:
         series: `[n]`, or `[passes, heads, n]`, whose power is averaged over passes; NaN after the end
-            of a shorter series; a series of NaN does not count.
+            of a shorter series; a series of NaN is ignored.
 
     Returns:
-        `[]` or `[heads]` float64; NaN where a series is a straight line, which has no period.
+        `[]` or `[heads]` float64; NaN if a series is a straight line, which has no period.
     """
     if series.dim() == 1:
         return dominant_period(series[None, None])[0]
@@ -111,8 +113,8 @@ def dominant_period(series: Tensor) -> Tensor:
 def mean_power(waves: Tensor) -> Tensor:
     """Mean over passes of `|rfft(waves, GRID)| ** 2`, `[passes, heads, t] -> [heads, GRID / 2 + 1]`.
 
-    The power is a quadratic form in the samples, so their products are averaged once and transformed
-    once, instead of every pass.
+    The power is a quadratic form in the samples, so their products are averaged first and transformed once,
+    instead of once per pass.
     """
     rows = waves.permute(1, 2, 0).contiguous()  # [heads, t, passes]
     products = rows @ rows.mT / waves.shape[0]
@@ -123,7 +125,7 @@ def mean_power(waves: Tensor) -> Tensor:
 
 
 def _windowed(series: Tensor) -> Tensor:
-    """First differences without their mean under a Hann window of their own length, then zeros."""
+    """First differences minus their mean, times a Hann window of their length, then zeros."""
     steps = series.diff(dim=2)
     there = ~steps.isnan()
     length = there.sum(2)
@@ -136,7 +138,7 @@ def _windowed(series: Tensor) -> Tensor:
 
 
 def _contiguous(profile: HeadProfile, least: int) -> Tensor:
-    """Logits by age `[S, heads in all, A]`, NaN for passes that do not count."""
+    """Logits by age `[S, all heads, A]`, NaN for passes that do not count."""
     logits = profile.noisy["qk_logits.by_age"].flatten(1, 2)
     seen = logits.isfinite()
     count = seen.sum(2, keepdim=True)
@@ -145,8 +147,8 @@ def _contiguous(profile: HeadProfile, least: int) -> Tensor:
     if len(without):
         layer, head = divmod(int(without[0]), profile.shape[1])
         raise ProfileError(
-            f"no pass shows layer {layer}, head {head} the last {least} frames or more without a gap (the "
-            f"most seen by any is {int(count.max())}): measure chunks from frame {least} on, with the last "
-            f"frames in view, on a model whose window is at least {least + profile.facts.model.chunk} frames"
+            f"in no pass did layer {layer}, head {head} attend to the last {least} frames or more without a "
+            f"gap (the most of any head is {int(count.max())}): measure chunks from frame {least} on, with a "
+            f"history of last frames and a window of at least {least + profile.facts.model.chunk} frames"
         )
     return logits.masked_fill_(~counts[..., None], torch.nan)

@@ -1,8 +1,8 @@
-"""Metrics: what is measured of every head in one attention call. One file each; the folder is the list.
+"""Metrics: what is measured of every head in one attention call. One file each, found by listing the folder.
 
-A metric is shown a `Look`: where the heads of one layer look in one call, resolved by frame. The look
-streams over keys: per frame it keeps the log-sum-exp of the logits and their mean, never the attention
-matrix. It is computed once, whatever number of metrics reads it.
+A metric gets a `Look`: what the heads of one layer attend to in one call, per frame. It is computed in pieces
+over the keys: per frame it stores the log-sum-exp and the mean of the logits, never the attention matrix. It
+is computed once for all metrics.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from headforcing.attention.observation import Observation
 from headforcing.errors import named_module
 
 MAX_LOGITS = 1 << 24
-"""Most logits that are held at a time."""
+"""Largest number of logits in memory at a time."""
 
 
 class Look:
-    """Where the heads of one layer look in one call. All heads have one role while they are measured.
+    """What the heads of one layer attend to in one call. All heads have the same role while being measured.
 
     Args:
         seen: the call.
         window: frames the model was trained on.
-        rows: which queries to follow, `[Q]` token numbers inside the chunk; `None`: all.
+        rows: the queries to measure, `[Q]` token numbers inside the chunk; `None`: all.
 
     Attributes:
-        frames: absolute frame indices in view, own chunk last; `n` of them.
-        start: first frame of the own chunk.
-        chunk: frames of the own chunk, `F`.
-        sizes: keys of each frame in view; keys of no frame, such as padding, are left out.
-        even: whether every frame has a key per patch, and there are no others.
+        frames: absolute numbers of the attended frames, current chunk last; `n` of them.
+        start: first frame of the current chunk.
+        chunk: frames of the current chunk, `F`.
+        sizes: keys of each attended frame, without keys that belong to no frame, such as padding.
+        even: whether every frame has one key per patch, and there are no other keys.
     """
 
     def __init__(self, seen: Observation, window: int, rows: Tensor | None = None) -> None:
@@ -50,23 +50,23 @@ class Look:
 
     @property
     def history(self) -> int:
-        """Frames in view before the own chunk."""
+        """Attended frames before the current chunk."""
         return len(self.frames) - self.chunk
 
     def pick(self, x: Tensor) -> Tensor:
-        """The followed queries of `x [B, L, ...]`, `[B, Q, ...]`."""
+        """The measured queries of `x [B, L, ...]`, `[B, Q, ...]`."""
         return x if self.rows is None else x[:, self.rows]
 
     @functools.cached_property
     def query_frames(self) -> Tensor:
-        """Frame of the chunk, from 0, that each followed query belongs to, `[Q]`."""
+        """Frame of the chunk, from 0, of each measured query, `[Q]`."""
         q = self.seen.parts[0].q
         rows = torch.arange(q.shape[1], device=q.device) if self.rows is None else self.rows
         return rows // self.tokens_per_frame
 
     @functools.cached_property
     def share(self) -> Tensor:
-        """Share of the attention on each frame, mean over the followed queries, `[B, H, n]`."""
+        """Share of the attention on each frame, mean over the measured queries, `[B, H, n]`."""
         return self._by_frame[0].softmax(-1).mean(2)
 
     @property
@@ -75,7 +75,7 @@ class Look:
         return self._by_frame[1]
 
     def by_age(self, values: Tensor) -> Tensor:
-        """`[..., n]` by frame in view -> `[..., window - 1]` by age, NaN for frames not in view.
+        """`[..., n]` by attended frame -> `[..., window - 1]` by age, NaN for frames not attended to.
 
         The age of a frame is its distance to the start of the chunk; entry `a - 1` has age `a`.
         """
@@ -108,7 +108,7 @@ class Look:
 
 
 def _summed(q: Tensor, k: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and mean of the logits per frame of `k`, which has `sizes` keys of each."""
+    """Log-sum-exp and mean of the logits per frame of `k`, whose frames have `sizes` keys."""
     logits = q @ k.transpose(-1, -2)  # [B, H, Q, keys]
     mean = torch.cat([x.mean(-1) for x in _per_frame(logits, sizes)], -1)
     top = logits.amax(-1, keepdim=True)
@@ -117,19 +117,19 @@ def _summed(q: Tensor, k: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]
 
 
 def _per_frame(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """`[..., keys]` as `[..., frames, P]`, in as many parts as there are neighbours with other sizes."""
+    """`[..., keys]` as `[..., frames, P]`, one part per run of frames with equal sizes."""
     groups = [(size, len(list(alike))) for size, alike in itertools.groupby(sizes)]
     parts = x.split([size * count for size, count in groups], -1)
     return [part.unflatten(-1, group[::-1]) for part, group in zip(parts, groups, strict=True)]
 
 
 class Metric(ABC):
-    """Something to measure of every head. An instance serves one profile and may remember its videos."""
+    """Something to measure of every head. Use an instance for one profile only: it may have state."""
 
     name: ClassVar[str]
 
     def settings(self) -> dict[str, Any]:
-        """Its numbers, as JSON, kept with the profile; asked after `begin`."""
+        """Its parameters, as JSON, stored in the profile; called after `begin`."""
         return {}
 
     def begin(self, window: int, chunk: int) -> None:  # noqa: B027 - optional on purpose
@@ -140,7 +140,7 @@ class Metric(ABC):
 
     @abstractmethod
     def measure(self, look: Look) -> Mapping[str, Tensor]:
-        """What one call says about every head: `[B, H, ...]` by name, NaN where there is nothing to say."""
+        """The values of one call for every head: `[B, H, ...]` by name, NaN if undefined."""
 
 
 def find_metric(name: str) -> Metric:

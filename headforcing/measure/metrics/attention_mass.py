@@ -1,7 +1,7 @@
-"""Share of the attention on the first frame, the middle and the own chunk, and by frame age.
+"""Share of the attention on the first frame, the middle and the current chunk, and by frame age.
 
-That Head Forcing (arXiv:2605.14487, Fig. 3a) sorts heads by three attention proportions is documented;
-that "first" is one latent frame, that "own" is the chunk, and the mean over queries are inferred.
+Documented: Head Forcing (arXiv:2605.14487, Fig. 3a) sorts heads by three attention proportions. Inferred:
+that "first" is one latent frame, that "own" is the current chunk, and the mean over queries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headforcing.measure.metrics import Look, Metric
 class AttentionMass(Metric):
     """`first`, `middle`, `own` `[B, H]`, which add up to one, and `by_age` `[B, H, window - 1]`.
 
-    While the first frame of the video is not in view, `first` and `middle` are unknown.
+    If the first frame of the video is not attended to, `first` and `middle` are unknown.
     """
 
     name = "attention_mass"

@@ -1,8 +1,8 @@
-"""How much of the attention behind the sink falls on the own chunk and the frame before it.
+"""Attention on the current chunk and the frame before it, as a share of that on all frames after the sink.
 
 The statistic of Forcing-KV (arXiv:2605.09681), from its released script: the mass on the last four key
-frames, own chunk of three included, over the mass on all but the first frame. Its released head file
-says that three sink frames were left out, so that number is a setting.
+frames, including the current chunk of three, over the mass on all but the first frame. According to its
+released head file three sink frames were excluded, so that number is a parameter.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from headforcing.measure.metrics import Look, Metric
 
 
 class MassRatio(Metric):
-    """`ratio` `[B, H]` in [0, 1]; NaN where all frames behind the sink are recent.
+    """`ratio` `[B, H]` in [0, 1]; NaN if all frames after the sink are recent.
 
     Args:
-        recent: frames before the own chunk that count as recent.
+        recent: frames before the current chunk that count as recent.
         sink: first frames of the video that count as sink.
 
     Raises:
-        OptionError: a number is not a count of frames.
+        OptionError: a number is not a number of frames.
     """
 
     name = "mass_ratio"

@@ -1,9 +1,9 @@
-"""How much the output of a head changes when it sees only what a role would keep.
+"""How much the output of a head changes if it attends only to what a role would store.
 
-Ours. Every candidate role runs beside the model on a store of its own, fed with the same keys and
-values, so that it keeps, places and rotates exactly the frames it would after `apply_head_forcing`.
-The measure is local: what the change of one head does to later layers is not followed. It is also the
-dearest in memory: while it is measured, every candidate has a store, as large as if it were applied.
+Ours. Every candidate role has a store of its own with the same keys and values, so that it stores, positions
+and rotates exactly the frames it would after `apply_head_forcing`. The measure is local: it ignores the
+effect on later layers. It takes the most memory of all metrics: while it is measured, every candidate has a
+store of full size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headforcing.types import Chunk, Heads
 
 
 def candidates(window: int, chunk: int) -> tuple[HeadRole, ...]:
-    """Roles to choose from, cheapest first; the last keeps as much as the window allows. Our choice."""
+    """Candidate roles, cheapest first; the last stores as much as the window allows. Our choice."""
     room = window - chunk
     wanted: list[HeadRole] = [Local(0), Anchor(1), Local(1), Local(chunk), Anchor(chunk, chunk)]
     wanted += [Memory(chunk, kept - 2 * chunk, chunk) for kept in (room // 2, room) if kept > 2 * chunk]
@@ -39,9 +39,9 @@ def candidates(window: int, chunk: int) -> tuple[HeadRole, ...]:
 class OutputRegret(Metric):
     """`mean` and `p95` over the queries, `[B, H, R]`, of `|out of the role - out| / rms |out|`.
 
-    The reference is what the head puts out with the history it is measured with: inside the trained
-    range, the model as it was trained. Past it, the reference has forgotten frames that a role with
-    episodic memory still has, so that a difference is not always a loss.
+    The reference is the output of the head with `Protocol.history`: inside the trained range, the model as it
+    was trained. Past it, the reference has evicted frames that a role with episodic frames still stores, so a
+    difference is not always a loss.
 
     Args:
         roles: candidates, `R` of them; default: `candidates(window, chunk)`.
@@ -60,20 +60,23 @@ class OutputRegret(Metric):
     def begin(self, window: int, chunk: int) -> None:
         """See `Metric.begin`."""
         self.roles = tuple(role.fit(window, chunk) for role in self.roles or candidates(window, chunk))
-        if any(role.reads_per_query for role in self.roles):
-            raise OptionError("output_regret cannot follow roles that read per query frame: leave them out")
+        if any("query" in role.depends_on for role in self.roles):
+            raise OptionError(
+                "output_regret does not support roles that differ per query frame: leave them out"
+            )
         self._window = window
 
     def watch(self, seen: Observation) -> None:
         """See `Metric.watch`.
 
         Raises:
-            ProfileError: the host edits its cache, which candidates would have to follow.
+            ProfileError: the base model edits its cache, which candidates cannot follow.
         """
         if seen.edited:
             raise ProfileError(
-                f"output_regret: before frame {seen.call.start} the host edited its cache or ran frames "
-                "again (a new prompt, a new shot): measure on videos of one prompt, or leave this metric out"
+                f"output_regret: before frame {seen.call.start} the base model edited its cache or "
+                "recomputed frames (a new prompt, a new shot): measure videos with one prompt, or leave "
+                "this metric out"
             )
         if seen.timeline not in self._shadows:
             self._shadows[seen.timeline] = _Shadow(self.roles, seen, self._window)
@@ -83,13 +86,13 @@ class OutputRegret(Metric):
         """See `Metric.measure`.
 
         Raises:
-            ProfileError: a candidate cannot be told what the heads see.
+            ProfileError: the frames have different numbers of keys.
         """
         if not look.even:
             raise ProfileError(
                 f"output_regret: the {len(look.frames)} frames before and in the chunk at frame {look.start} "
-                f"have {look.sizes} keys of {look.seen.parts[0].k.shape[1]}, expected one per patch of the "
-                "chunk, and no others: leave this metric out, or choose other chunks, Protocol(starts=...)"
+                f"have {look.sizes} keys of {look.seen.parts[0].k.shape[1]}, expected one key per patch of "
+                "the chunk and no others: leave this metric out, or choose other chunks, Protocol(starts=...)"
             )
         out = look.pick(look.seen.out).float()  # [B, Q, H, D]
         scale = out.square().sum(-1).mean(1).sqrt().clamp_min(torch.finfo(out.dtype).tiny)  # [B, H]
@@ -100,7 +103,7 @@ class OutputRegret(Metric):
 
 
 class _Shadow:
-    """One layer's keys and values on one timeline, as every candidate role would keep them."""
+    """The stores of all candidate roles for one layer on one timeline."""
 
     def __init__(self, roles: Sequence[HeadRole], seen: Observation, window: int) -> None:
         count = seen.q.shape[3]
@@ -112,13 +115,13 @@ class _Shadow:
         self._last: Chunk | None = None
 
     def follow(self, chunk: Chunk) -> None:
-        """Notes a pass; what the last pass over a chunk wrote is what the roles are shown."""
+        """Records a pass; the stores get what the last pass over a chunk wrote."""
         if self._last is not None and self._last.start != chunk.start:
             self._write(self._last)
         self._last = chunk
 
     def outputs(self, look: Look) -> list[Tensor]:
-        """What the heads put out under every role, `[B, Q, H, D]` each."""
+        """The outputs of the heads with every role, `[B, Q, H, D]` each."""
         assert self._last is not None
         self._write(self._last)
         seen, found = look.seen, []

@@ -1,8 +1,8 @@
 """Mean logit before the softmax, of the last query frame on every history frame.
 
-The series over frame age from which Pyramid Forcing (arXiv:2605.13111) reads sign and period. From the
-paper, third-hand: logits before the softmax, last query frame, mean per frame. The logits here carry
-RoPE and the scale `1/sqrt(D)`; that is our choice and changes no sign but that of RoPE itself.
+The series over frame age from which Pyramid Forcing (arXiv:2605.13111) derives sign and period. From the
+paper, through a third party: logits before the softmax, last query frame, mean per frame. Our choice: the
+logits include RoPE and the scale `1/sqrt(D)`; only RoPE can change a sign.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Pictures of roles and profiles: `pip install 'headforcing[plot]'`.
 
-Every function takes data and, where it draws one picture, an optional matplotlib `ax`; it returns the
-axes it drew on and neither shows nor saves. Without `ax` it makes a figure of its own, `result.figure`,
-that pyplot does not know. Colours stay apart for colour-blind readers and belong to the name of a role.
+Every function takes data and, if it draws one picture, an optional matplotlib `ax`; it returns the axes it
+drew on and neither shows nor saves. Without `ax` it creates a figure, `result.figure`, that is not registered
+with pyplot. Colours can be distinguished by colour-blind readers and belong to the name of a role.
 """
 
 from importlib import import_module
@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from headforcing.measure.plots.drift import drift_curves, drift_panels
     from headforcing.measure.plots.frames import frames_kept
     from headforcing.measure.plots.grid import head_map
-    from headforcing.measure.plots.layers import roles_per_layer
+    from headforcing.measure.plots.shares import mass_scatter, roles_per_layer
     from headforcing.measure.plots.style import role_colours
     from headforcing.measure.plots.tradeoff import budget_curve
-    from headforcing.measure.plots.triangle import mass_scatter
 
 __all__ = [
     "budget_curve",

@@ -1,4 +1,4 @@
-"""Where attention goes as frames grow old, role by role."""
+"""Attention by the age of frames, role by role."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from headforcing.measure.plots import style
 from headforcing.measure.profile import HeadProfile
 
 WIDE = 30.0
-"""A log axis is used where the largest and the smallest median differ by more than this factor."""
+"""The axis is logarithmic if the largest and the smallest median differ by more than this factor."""
 
 
 def mass_by_age(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any:
-    """Share of the attention by age of the frame: one line per role, with the own chunk and frame 0.
+    """Share of the attention by age of the frame: one line per role, with the current chunk and frame 0.
 
     A head counts with its mean over the noisy passes. The line is the median over the heads of a role,
-    the band their quartiles. Frame 0 has its own marker and is left out of the line; the own chunk's
-    marker is the sum over its frames.
+    the band their quartiles. Frame 0 has its own marker and is left out of the line; the marker of
+    the current chunk is the sum over its frames.
 
     Args:
         profile: with the metric `attention_mass`.
@@ -30,14 +30,14 @@ def mass_by_age(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any
         ax: axes to draw on; default: those of a new figure.
 
     Raises:
-        ProfileError: the metric was not measured, nothing in it is a number, or the labels do not fit.
+        ProfileError: the metric was not measured, has only NaN, or the labels do not fit.
     """
     labels = np.array(style.fitting(profile, roles), dtype=object)
     profile = profile.noisy
-    ages = _without_first(profile)  # [layers, heads, A], up to the oldest that was seen
+    ages = _without_first(profile)  # [layers, heads, A], up to the oldest age measured
     own, first = (profile.mean(f"attention_mass.{name}").numpy() for name in ("own", "first"))
     if not np.isfinite(ages).any() and not np.isfinite(own).any():
-        raise ProfileError("attention_mass holds no number: measure passes with a history")
+        raise ProfileError("attention_mass has only NaN: measure passes with a history")
     names, last = style.ordered(labels.flat), ages.shape[-1]
     ax = style.axes_or_new(ax, 4.8, 3.0 + 0.18 * (len(names) // 5))
     lows, handles = [], []
@@ -61,7 +61,7 @@ def mass_by_age(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any
 
 
 def _without_first(profile: HeadProfile) -> NDArray[np.float64]:
-    """Mean mass by age over the passes, `[layers, heads, A]`, frame 0 and unseen old ages left out."""
+    """Mean mass by age over the passes, `[layers, heads, A]`, without frame 0 and ages never measured."""
     ages = profile["attention_mass.by_age"]
     if ages.ndim != 4:
         raise ProfileError(f"attention_mass.by_age has {ages.ndim} axes: expected [S, layers, heads, ages]")
@@ -73,7 +73,7 @@ def _without_first(profile: HeadProfile) -> NDArray[np.float64]:
 
 
 def _quartiles(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Quartiles over the heads, `[heads, A]` -> three of `[A]`; NaN where no head has a number."""
+    """Quartiles over the heads, `[heads, A]` -> three of `[A]`; NaN if no head has a value."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN stays NaN
         return tuple(np.nanquantile(values, (0.25, 0.5, 0.75), axis=0))
@@ -88,7 +88,7 @@ def _whisker(ax: Any, place: float, values: NDArray[np.float64], colour: str, ma
 
 
 def _scale(ax: Any, medians: NDArray[np.float64]) -> None:
-    """Logarithmic where the medians span decades, else from 0."""
+    """Logarithmic if the medians span decades, otherwise linear from 0."""
     seen = medians[np.isfinite(medians) & (medians > 0)]
     if len(seen) and seen.max() / seen.min() > WIDE:
         ax.set_yscale("log")
@@ -99,12 +99,12 @@ def _scale(ax: Any, medians: NDArray[np.float64]) -> None:
 
 
 def _plain(value: float, _: int) -> str:
-    """0.001 and not a power of ten; smaller than that, the power."""
+    """A tick label: `0.001` and larger as plain numbers, smaller ones as powers of ten."""
     return f"{value:g}" if value >= 1e-4 else f"{value:.0e}"
 
 
 def _ages_axis(ax: Any, last: int) -> None:
-    """Own chunk, ages and frame 0 along x, with gaps where the scale breaks."""
+    """Current chunk, ages and frame 0 along x, with gaps between them."""
     step = style.ticks(last + 1)[1] if last else 1
     ages = [1, *(age for age in range(step, last + 1, step) if age > 1)]
     ax.set_xticks([-1, *ages, last + 2], ["own\nchunk\n(sum)", *map(str, ages), "frame\n0"])

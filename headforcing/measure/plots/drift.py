@@ -1,4 +1,7 @@
-"""How quality drifts over a long video: curves of a measure by frame, with what chance does to them."""
+"""Quality over a long video: curves of a metric by frame, with bootstrap bands.
+
+Not `scipy.stats.bootstrap`: every frame uses the same draws of videos, even if some of its values are NaN.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from headforcing.measure.plots import style
 from headforcing.measure.plots.tradeoff import COLOURS
 
 STEP = 6
-"""Frames of one point, as many as two chunks of the models we know."""
+"""Frames per point, two chunks of the models we know."""
 RESAMPLES = 1000
 CONTROL = "#D55E00"
 
 Values = Mapping[str, ArrayLike]
-"""A measure by name, `[videos, frames]`, NaN where it was not taken."""
+"""A metric by name, `[videos, frames]`, NaN if it was not measured."""
 _Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -32,7 +35,7 @@ def drift_curves(values: Values, trained: int, ylabel: str, ax: Any = None) -> A
         ax: axes to draw on; default: those of a new figure.
 
     Raises:
-        ProfileError: there are no curves, too many for one picture, or something is no table.
+        ProfileError: there are no curves, too many for one picture, or a value is not a table.
     """
     curves = _curves(values)
     if len(curves) > len(COLOURS):
@@ -52,20 +55,20 @@ def drift_curves(values: Values, trained: int, ylabel: str, ax: Any = None) -> A
 def drift_panels(
     values: Values, trained: int, ylabel: str, controls: Values | None = None, control: str = "control"
 ) -> Any:
-    """One panel per name: its curve with its band, the others grey behind it, and a control dashed.
+    """One panel per name: its curve with its band, the others in grey, and a control dashed.
 
     Args:
         values: what was measured, by name.
         trained: frames that the model was trained on.
         ylabel: what was measured.
-        controls: a control by the name that it belongs to; names may lack one.
-        control: what the controls are, for the legend.
+        controls: controls by the name of their curve; not every curve needs one.
+        control: name of the controls in the legend.
 
     Returns:
         An array of axes, one per name.
 
     Raises:
-        ProfileError: there are no curves, a control belongs to nobody, or something is no table.
+        ProfileError: there are no curves, a control has no curve, or a value is not a table.
     """
     curves, against = _curves(values), _curves(controls) if controls else {}
     if strangers := against.keys() - curves.keys():
@@ -95,7 +98,7 @@ def drift_panels(
 
 
 def _curves(values: Values) -> dict[str, _Curve]:
-    """By name: the middle of every step, `[3, steps]` of mean, low and high, and all videos."""
+    """By name: the middle of every step, mean, low and high `[3, steps]`, and all videos."""
     if not values:
         raise ProfileError("there is nothing to draw: give at least one curve")
     return {name: _curve(name, np.asarray(table, dtype=np.float64)) for name, table in values.items()}
@@ -119,7 +122,7 @@ def _curve(name: str, table: NDArray[np.float64]) -> _Curve:
 
 
 def _nanmean(x: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Mean of what is known; NaN, without a warning, where nothing is."""
+    """Mean without NaN; NaN, without a warning, if there is nothing else."""
     known = np.isfinite(x)
     count = known.sum(axis)
     total = np.where(known, x, 0.0).sum(axis)
@@ -137,7 +140,7 @@ def _draw(ax: Any, curve: _Curve, look: Mapping[str, Any]) -> list[Any]:
 
 
 def _frame(ax: Any, trained: int, end: int, note: bool = True) -> None:
-    """Where the trained length ends."""
+    """Marks the end of the trained length."""
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlim(0, end)

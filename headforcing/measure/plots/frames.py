@@ -1,4 +1,4 @@
-"""Which frames each role keeps while a video grows, and where they sit for RoPE."""
+"""Which frames each role stores while a video grows, and at which RoPE positions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CHOSEN = "chosen by content"
 
 @dataclass(frozen=True)
 class Kept:
-    """What a role keeps when a chunk begins.
+    """The frames of a role when a chunk begins.
 
     Attributes:
         start: first frame of the chunk.
-        frames: frames kept, `None` where content decides which.
-        candidates: the frames among which content decides, `[first, last)`.
-        positions: RoPE position of every frame kept, own chunk last; none for a role that reads per query
-            frame, where every query frame has its own.
+        frames: stored frames, `None` for those selected by content.
+        candidates: the frames among which content selects, `[first, last)`.
+        positions: RoPE position of every stored frame, current chunk last; empty for a role that differs per
+            query frame.
     """
 
     start: int
@@ -39,17 +39,17 @@ class Kept:
 
     @property
     def chosen(self) -> int:
-        """How many frames content decides."""
+        """Number of frames selected by content."""
         return self.frames.count(None)
 
 
 def frames_kept(
     roles: RoleMap | Mapping[str, HeadRole], window: int, chunk: int, chunks: int, ax: Any = None
 ) -> Any:
-    """One panel per role: the frames it keeps beside every chunk, and at the end their RoPE positions.
+    """One panel per role: the frames it stores at every chunk, and their RoPE positions at the end.
 
-    The roles are driven as a store drives them. Where keys decide which frames stay, the picture does
-    not make some up: the frames they are chosen from are hatched, with how many of them stay.
+    The roles are called as a store calls them. If frames are selected by content, the candidates are hatched,
+    with the number of those selected.
 
     Args:
         roles: a role map, or roles by name.
@@ -62,7 +62,7 @@ def frames_kept(
         An array of axes, one per role.
 
     Raises:
-        RoleMapError: there is nothing to draw, or not one of the axes for each role.
+        RoleMapError: there is nothing to draw, or the number of axes differs from that of roles.
         WindowError: a role does not fit the window.
     """
     named = _named(roles)
@@ -74,7 +74,7 @@ def frames_kept(
     else:
         panels = np.atleast_1d(np.asarray(ax, dtype=object))
     if panels.shape != (len(named),):
-        raise RoleMapError(f"ax holds {list(panels.shape)} axes: expected one for each of {', '.join(named)}")
+        raise RoleMapError(f"ax has {list(panels.shape)} axes: expected one for each of {', '.join(named)}")
     colours = style.role_colours(named)
     for number, (name, panel) in enumerate(zip(named, panels, strict=True)):
         role = named[name].fit(window, chunk)
@@ -83,18 +83,18 @@ def frames_kept(
         _positions(panel, kept[-1], chunk, window, colours[name])
         panel.set_title(name, loc="left", fontweight="bold", fontsize=style.TEXT, color=style.INK)
         panel.set_title(f"{len(kept[-1].frames)} at the end", loc="right", fontsize=7, color=style.FAINT)
-        panel.set_xlabel("frame being made")
-        panel.set_ylabel("" if number else "frame kept")
+        panel.set_xlabel("current frame")
+        panel.set_ylabel("" if number else "stored frame")
         style.dress(panel)
     _name_own(panels[0], chunk * chunks)
     return panels
 
 
 def simulate(role: HeadRole, window: int, chunk: int, chunks: int) -> Iterator[Kept]:
-    """What a role keeps, chunk by chunk, without a model.
+    """The stored frames of a role, chunk by chunk, without a model.
 
     Args:
-        role: with its numbers filled in.
+        role: a role whose numbers are filled in.
         window: frames the model was trained on.
         chunk: frames of a chunk.
         chunks: chunks of the video.
@@ -106,19 +106,19 @@ def simulate(role: HeadRole, window: int, chunk: int, chunks: int) -> Iterator[K
         chosen = kept if isinstance(kept, Selection) else Selection(tuple(kept))
         frames = chosen.frames(table)
         own = tuple(range(start, start + chunk))
-        together = not role.reads_per_query  # else every query frame has positions of its own
-        positions = role.place((*frames, *own), chunk, window) if together else ()
+        together = "query" not in role.depends_on  # otherwise positions differ per query frame
+        positions = role.positions_of((*frames, *own), chunk, window) if together else ()
         yield Kept(start, frames, _between(frames, start), positions)
         known = (*frames, *own)
 
 
 def _blank(rows: Sequence[int]) -> Tensor:
-    """Keys that say nothing: how many frames are chosen does not depend on them, and only that is drawn."""
+    """Constant keys: the number of selected frames does not depend on them, and only that is drawn."""
     return torch.ones(1, len(rows), 1, 1, 1)
 
 
 def _between(frames: Sequence[int | None], start: int) -> tuple[int, int]:
-    """The frames that the chosen ones may be: after the known ones before them, before those after."""
+    """The candidates of selected frames: between the known frames before and after them."""
     if None not in frames:
         return start, start
     first = frames.index(None)
@@ -136,7 +136,7 @@ def _named(roles: RoleMap | Mapping[str, HeadRole]) -> dict[str, HeadRole]:
 
 
 def _panel(ax: Any, kept: Sequence[Kept], chunk: int, colour: str) -> None:
-    """Time across, frames up: kept frames in colour, the own chunk grey, candidates hatched."""
+    """Time across, frames up: stored frames in colour, the current chunk grey, candidates hatched."""
     from matplotlib.collections import PolyCollection
 
     end = len(kept) * chunk
@@ -147,8 +147,8 @@ def _panel(ax: Any, kept: Sequence[Kept], chunk: int, colour: str) -> None:
         for at in kept
         if at.chosen
     ]
-    ax.add_collection(PolyCollection(cells, facecolor=colour, lw=0, label="kept"))
-    ax.add_collection(PolyCollection(own, facecolor=OWN, lw=0, label="own chunk"))
+    ax.add_collection(PolyCollection(cells, facecolor=colour, lw=0, label="stored"))
+    ax.add_collection(PolyCollection(own, facecolor=OWN, lw=0, label="current chunk"))
     hatched = PolyCollection(among, facecolor=style.pale(colour, 0.85), lw=0, label=CHOSEN)
     hatched.set(hatch="////", edgecolor=style.pale(colour, 0.45))
     ax.add_collection(hatched)
@@ -170,10 +170,10 @@ def _panel(ax: Any, kept: Sequence[Kept], chunk: int, colour: str) -> None:
 
 
 def _name_own(ax: Any, end: int) -> None:
-    """Says along the diagonal what is grey."""
+    """Labels the grey cells along the diagonal."""
     turned = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
     middle = 0.36 * end
-    ax.text(middle, middle + 0.07 * end, "own chunk", fontsize=7, color=style.FAINT, **turned)
+    ax.text(middle, middle + 0.07 * end, "current chunk", fontsize=7, color=style.FAINT, **turned)
 
 
 def _quarter(end: int) -> list[int]:
@@ -187,7 +187,7 @@ def _box(left: float, low: float, width: float, height: float) -> list[tuple[flo
 
 
 def _positions(ax: Any, last: Kept, chunk: int, window: int, colour: str) -> None:
-    """A strip of the RoPE positions of the last chunk, in the corner of frames that are not made yet."""
+    """A strip with the RoPE positions of the last chunk, in the empty corner of future frames."""
     from matplotlib.collections import PolyCollection
 
     if not last.positions:

@@ -1,4 +1,4 @@
-"""The head map: which head of which layer has which role, and how sure that is."""
+"""The head map: which head of which layer has which role, with margins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headforcing.measure.classifiers import Labels
 from headforcing.measure.plots import style
 
 LEAST, MOST = 0.18, 0.92
-"""Side of the square of a head on the boundary, and of the surest head, as a share of its cell."""
+"""Side of the square of a head on the boundary, and of the head with the largest margin, in cells."""
 BAR, GAP = 0.5, 0.07
 """Height of the bars and their distance from the map, in inches."""
 BELOW, KEY = 0.4, 0.19
@@ -30,8 +30,8 @@ def head_map(
 
     Args:
         roles: a name for every head.
-        margin: `[layers, heads]`, distance of every head from the nearest change of label. A cell is
-            then pale, and the full square in it grows with the margin; a cross is a head without one.
+        margin: `[layers, heads]`, margin of every head. Cells are then pale, and the full square inside grows
+            with the margin; a cross is a head without a margin.
         ax: axes to draw on, with the legend below them; default: those of a new figure, with it above.
         per_layer: bars of heads per layer, above.
         per_head: bars of layers per head number, to the right.
@@ -63,8 +63,8 @@ def head_map(
     if per_layer:
         _bars(ax.inset_axes((0, 1 + GAP / inches[1], 1, BAR / inches[1]), sharex=ax), labels, across=True)
     if per_head:
-        beside = ax.inset_axes((1 + GAP / inches[0], 0, BAR / inches[0], 1), sharey=ax)
-        _bars(beside, tuple(zip(*labels, strict=True)), across=False)
+        aside = ax.inset_axes((1 + GAP / inches[0], 0, BAR / inches[0], 1), sharey=ax)
+        _bars(aside, tuple(zip(*labels, strict=True)), across=False)
     if own:
         style.legend_above(ax, handles, 1 + (GAP + BAR) * per_layer / inches[1])
     else:
@@ -75,11 +75,11 @@ def head_map(
     return ax
 
 
-def _own_axes(shape: tuple[int, int], handles: list[Any], above: float, beside: float, key: bool) -> Any:
-    """Axes in a figure of their own, laid out in inches so that cells are square."""
+def _own_axes(shape: tuple[int, int], handles: list[Any], above: float, aside: float, key: bool) -> Any:
+    """Axes in a new figure, laid out in inches so that cells are square."""
     layers, heads = shape
     cell = min(0.45, max(0.155, 6.0 / max(shape)))
-    left, low, right = 0.52, 0.46 + 0.16 * key, 0.1 + (beside + GAP + 0.1 if beside else 0.0)
+    left, low, right = 0.52, 0.46 + 0.16 * key, 0.1 + (aside + GAP + 0.1 if aside else 0.0)
     width = max(3.4, left + layers * cell + right)
     legend = 0.12 + 0.17 * -(-len(handles) // style.columns(handles, width - style.MARGIN))
     height = low + heads * cell + (above + GAP if above else 0.0) + legend
@@ -126,14 +126,14 @@ def _largest(margins: NDArray[np.float64]) -> float:
 
 
 def _key(margins: NDArray[np.float64]) -> str:
-    """What the squares and crosses mean."""
+    """The explanation of squares and crosses."""
     known = np.isfinite(margins)
     text = f"filled share of a cell: margin, full at {_largest(margins):.2g}" if known.any() else ""
     return "; ".join([text] * bool(text) + ["\N{MULTIPLICATION SIGN}: none"] * (not known.all()))
 
 
 def _bars(ax: Any, rows: Labels, *, across: bool) -> None:
-    """Stacked counts per row of labels: bars standing above the map, or lying beside it."""
+    """Stacked counts per row of labels: bars above the map, or at its side."""
     names = style.ordered(name for row in rows for name in row)
     base = np.zeros(len(rows))
     for name, colour in style.role_colours(names).items():

@@ -1,4 +1,4 @@
-"""Three shares of attention per head in a triangle (Head Forcing, arXiv:2605.14487, Fig. 3a)."""
+"""Shares of attention per head in a triangle, and roles per layer (arXiv:2605.14487, Fig. 3)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from headforcing.measure.plots import style
 from headforcing.measure.profile import HeadProfile
 
 PARTS = ("own", "first", "middle")
-TITLES = ("own chunk", "first frame", "frames between")
+TITLES = ("current chunk", "first frame", "frames between")
 CORNERS = np.array([(0.0, 0.0), (1.0, 0.0), (0.5, 3**0.5 / 2)])
 GRID = (0.2, 0.4, 0.6, 0.8)
 
 
 def mass_scatter(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> Any:
-    """One dot per head: its shares on the own chunk, the first frame and the frames between.
+    """One dot per head: its shares on the current chunk, the first frame and the frames between.
 
-    A head counts with its mean over the noisy passes where all three are known; a head without such a
-    pass has no dot, and the picture says how many those are.
+    The dot is the mean over the noisy passes in which all three are known; the picture says how many heads
+    have no such pass.
 
     Args:
         profile: with the metric `attention_mass`.
@@ -37,7 +37,7 @@ def mass_scatter(profile: HeadProfile, roles: style.Roles, ax: Any = None) -> An
     shares = _shares(profile.noisy)
     known = np.isfinite(shares).all(-1)
     names = style.ordered(labels.flat)
-    inside = ax is None and len(names) <= 4  # a figure of our own has room beside the tip
+    inside = ax is None and len(names) <= 4  # a new figure has space next to the tip
     ax = style.axes_or_new(ax, 3.7, 3.15 + (0 if inside else 0.07 * len(names)))
     _triangle(ax)
     handles = []
@@ -74,7 +74,7 @@ def _shares(profile: HeadProfile) -> NDArray[np.float64]:
 
 
 def _triangle(ax: Any) -> None:
-    """The frame: three edges, each with the scale of one share and its name."""
+    """The triangle: three edges, each with the scale and name of one share."""
     from matplotlib.patches import Polygon
 
     ax.add_patch(Polygon(CORNERS, closed=True, fc="none", ec=style.FAINT, lw=0.8, zorder=2))
@@ -88,18 +88,20 @@ def _triangle(ax: Any) -> None:
             end = share * here + (1 - share) * other
             ax.plot(*np.array([start, end]).T, color=style.RULE, lw=0.6, zorder=1)
             away = 11 * (start - end) / np.hypot(*(start - end))
-            _beside(ax, start, away, f"{share:.0%}", fontsize=7, color=style.FAINT)
+            _text_near(ax, start, away, f"{share:.0%}", fontsize=7, color=style.FAINT)
         along = here - low
         turn = (np.degrees(np.arctan2(along[1], along[0])) + 90) % 180 - 90
         text = f"{title} \N{RIGHTWARDS ARROW}" if along[0] > 0 else f"\N{LEFTWARDS ARROW} {title}"
         look = {"fontsize": style.TEXT, "color": style.INK, "rotation": turn}
-        _beside(ax, (here + low) / 2, 27 * outward, text, **look)
+        _text_near(ax, (here + low) / 2, 27 * outward, text, **look)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 0.89), aspect="equal")
     ax.set_axis_off()
 
 
-def _beside(ax: Any, where: NDArray[np.float64], away: NDArray[np.float64], text: str, **look: Any) -> None:
-    """Text at a distance in points, whatever the size of the axes."""
+def _text_near(
+    ax: Any, where: NDArray[np.float64], away: NDArray[np.float64], text: str, **look: Any
+) -> None:
+    """Text at a fixed distance in points."""
     ax.annotate(text, where, away, textcoords="offset points", ha="center", va="center", **look)
 
 

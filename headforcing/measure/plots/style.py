@@ -1,4 +1,4 @@
-"""What the pictures share: colours by role name, sizes of text, and axes that touch no global state."""
+"""Shared by the pictures: colours by role name, text sizes, and axes without global state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from headforcing.measure.profile import HeadProfile
 from headforcing.roles.maps.role_map import RoleMap
 
 Roles = RoleMap | Classification | Sequence[Sequence[str]]
-"""A name for every head: a role map, what a classifier said, or `labels[layer][head]`."""
+"""A name for every head: a role map, a classification, or `labels[layer][head]`."""
 
 SMALL, TICK, TEXT = 6.5, 8, 9
 MARGIN = 0.65
-"""Width of a figure that its legend leaves free, in inches."""
+"""Margin of a figure that a legend does not use, in inches."""
 INK, FAINT, RULE = "#222222", "#6B6B6B", "#DDDDDD"
 
 # Okabe and Ito's palette; the names of the methods we know come first, in the order of legends and stacks.
@@ -49,7 +49,7 @@ class PlotExtraError(HeadForcingError, ImportError):
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of its own, in inches, that pyplot does not know.
+    """A new figure, in inches, that is not registered with pyplot.
 
     Raises:
         PlotExtraError: matplotlib is not installed.
@@ -67,7 +67,7 @@ def axes_or_new(ax: Any, width: float, height: float) -> Any:
 
 
 def dress(ax: Any, *, grid: str = "") -> None:
-    """Text sizes, quiet spines, and a grid along `x` or `y` where wanted."""
+    """Sets text sizes, spines, and optionally a grid along `x` or `y`."""
     ax.tick_params(labelsize=TICK, colors=INK, width=0.6, length=2.5)
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -80,12 +80,12 @@ def dress(ax: Any, *, grid: str = "") -> None:
 
 
 def legend_above(ax: Any, handles: Sequence[Any], height: float = 1.0) -> None:
-    """A legend above the axes, its lower edge at `height` of their height, as wide as there is room."""
+    """A legend above the axes, with its lower edge at `height` times their height."""
     _legend(ax, handles, TICK, loc="lower left", bbox_to_anchor=(0.0, height))
 
 
 def legend_below(ax: Any, handles: Sequence[Any], down: float) -> None:
-    """A legend so many inches below the axes, in small letters where there is little room."""
+    """A legend `down` inches below the axes, in small letters if there is little space."""
     from matplotlib.transforms import ScaledTranslation
 
     place = ax.transAxes + ScaledTranslation(0, -down, ax.get_figure().dpi_scale_trans)
@@ -109,19 +109,19 @@ def _legend(ax: Any, handles: Sequence[Any], size: float, **place: Any) -> None:
 
 
 def room(ax: Any) -> float:
-    """Inches that a legend may be wide: those of the figure, or of axes that share one."""
+    """Largest width of a legend in inches: that of the figure, or of the axes if there are several."""
     figure = ax.get_figure()
     box = ax.get_window_extent() if len(figure.axes) > 1 else figure.bbox
     width = float(box.width) / float(figure.dpi)
     if len(figure.axes) == 1:
         return width - MARGIN
-    if figure.get_layout_engine() is not None:  # it will give the margins to the axes
+    if figure.get_layout_engine() is not None:  # it will add the margins to the axes
         width *= 0.9 / float(figure.subplotpars.right - figure.subplotpars.left)
     return width
 
 
 def columns(handles: Sequence[Any], width: float, size: float = TICK) -> int:
-    """How many columns of a legend fit beside each other in so many inches."""
+    """Number of legend columns that fit into a width in inches."""
     from matplotlib.textpath import TextPath
 
     texts = (TextPath((0, 0), handle.get_label(), size=size) for handle in handles)
@@ -136,7 +136,7 @@ def columns(handles: Sequence[Any], width: float, size: float = TICK) -> int:
 
 
 def swatches(names: Sequence[str], counts: dict[str, int] | None = None) -> list[Any]:
-    """A coloured square per role for a legend, with its number of heads where given."""
+    """A coloured square per role for a legend, with its number of heads if given."""
     from matplotlib.patches import Patch
 
     colours = role_colours(names)
@@ -154,7 +154,7 @@ def labels_of(roles: Roles) -> Labels:
     if isinstance(roles, RoleMap | Classification):
         rows = roles.labels
     elif isinstance(roles, str) or any(isinstance(row, str) for row in roles):
-        raise RoleMapError(f"{roles!r} are no labels[layer][head]: give one sequence of names per layer")
+        raise RoleMapError(f"{roles!r} is not labels[layer][head]: pass one sequence of names per layer")
     table = tuple(tuple(row) for row in rows)
     widths = sorted({len(row) for row in table})
     if len(widths) != 1 or not widths[0]:
@@ -163,7 +163,7 @@ def labels_of(roles: Roles) -> Labels:
 
 
 def fitting(profile: HeadProfile, roles: Roles) -> Labels:
-    """The labels, if they are for the heads of the profile.
+    """The labels, checked against the shape of the profile.
 
     Raises:
         ProfileError: they are for other layers or heads.
@@ -186,19 +186,19 @@ def numbers(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.shape != shape:
-        raise ProfileError(f"{name} is {list(array.shape)}: expected {list(shape)}, as the labels")
+        raise ProfileError(f"{name} is {list(array.shape)}: expected {list(shape)}, like the labels")
     return array
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Each name once: known roles first, then by name; the order of heads plays no part."""
+    """Each name once: known roles first, then by name, independent of the order of heads."""
     known = list(KNOWN)
     places = {name: known.index(_base(name)) if _base(name) in KNOWN else len(known) for name in names}
     return sorted(places, key=lambda name: (places[name], _natural(name), name))
 
 
 def role_colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour per role name, whatever the order.
+    """A colour per role name, independent of the order.
 
     Known roles have a colour of their own; variants such as `memory1+8+9` share it, in shades where one
     picture has several. Another name has a colour by its hash; where two in one picture would share it,
@@ -223,7 +223,7 @@ def role_colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def nth(name: str) -> int:
-    """A number that belongs to a role's name, for markers and dashes."""
+    """A number derived from a role's name, for markers and dashes."""
     known = list(KNOWN)
     return known.index(_base(name)) if _base(name) in KNOWN else zlib.crc32(name.encode())
 
@@ -235,7 +235,7 @@ def pale(colour: str, share: float = 0.72) -> str:
 
 
 def ticks(count: int) -> list[int]:
-    """Round numbers from 0 below `count`, about eight of them."""
+    """About eight round numbers from 0 to below `count`."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, *range(100, count + 200, 100)) if count <= 8 * step)
     return list(range(0, count, step))
 
@@ -253,7 +253,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _shade(colour: str, number: int, count: int) -> str:
-    """One of `count` shades of a colour, dark to light; the colour itself where it is the only one."""
+    """One of `count` shades of a colour, dark to light; the colour itself if there is only one."""
     change = 0.0 if count == 1 else -0.4 + 0.85 * number / (count - 1)
     if change >= 0:
         return pale(colour, change)

@@ -1,4 +1,4 @@
-"""What every budget of frames buys, and what was bought."""
+"""Total error by number of stored frames, and the result of budgets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
 def budget_curve(budgets: Budget | Mapping[str, Budget], ax: Any = None) -> Any:
-    """Total error against frames kept over all heads, as steps, with a dot for what each budget bought.
+    """Total error against stored frames over all heads, as steps, with a dot for each budget.
 
     Args:
-        budgets: one, or several by name; those with one curve share its line.
+        budgets: one, or several by name; those with the same curve share its line.
         ax: axes to draw on; default: those of a new figure.
 
     Raises:
@@ -50,6 +50,6 @@ def budget_curve(budgets: Budget | Mapping[str, Budget], ax: Any = None) -> Any:
 
 
 def _error(named: Mapping[str, Budget]) -> str:
-    """What is on the vertical axis."""
+    """The label of the vertical axis."""
     kinds = {str(budget.found.settings["by"]) for budget in named.values()}
     return f"total {kinds.pop()}" if len(kinds) == 1 else "total error"

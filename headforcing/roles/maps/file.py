@@ -3,6 +3,8 @@
 Strict JSON: data only, one schema, nothing ignored and nothing guessed. Its entries are `format`, `version`,
 `model`, `measurement`, `stability`, `notes`, `roles` (what the names mean), `layers` (a row of names per
 layer) and `hash`. Whoever writes one by hand may leave out all but `format`, `version`, `roles` and `layers`.
+
+Version 2 is written. Version 1, of 0.1.0, is read: there the clean window was a role around another one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from headforcing.errors import HeadForcingError, RoleMapError, module_names
 from headforcing.roles import HeadRole
@@ -23,6 +25,7 @@ from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.origin import Digest, Origin, Text, first_error
 
 FORMAT = "headforcing.role-map"
+VERSION = 2
 MAX_BYTES = 1 << 20
 """Largest role-map file that is read, checked before anything is parsed."""
 
@@ -41,11 +44,17 @@ class Content(NamedTuple):
     origin: Origin
 
 
+def _known(version: int) -> int:
+    if not 1 <= version <= VERSION:
+        raise ValueError(f"is {version}: expected 1 to {VERSION}; a newer file needs a newer headforcing")
+    return version
+
+
 class _Document(Origin):
     """The outer shape."""
 
     format: Literal["headforcing.role-map"]
-    version: Annotated[int, Field(ge=1, le=1)]
+    version: Annotated[int, AfterValidator(_known)]
     roles: Annotated[dict[Text, dict[str, Any]], Field(min_length=1, max_length=256)]
     layers: Annotated[list[list[str]], Field(min_length=1)]
     hash: Digest = ""
@@ -55,7 +64,7 @@ def document(content: Content) -> dict[str, Any]:
     """All entries as JSON values, `hash` last."""
     entries = {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         **content.origin.model_dump(mode="json"),
         "roles": {name: encode_role(role) for name, role in content.roles.items()},
         "layers": [list(row) for row in content.labels],
@@ -104,7 +113,10 @@ def decode(text: str | bytes, source: str) -> Content:
         raise RoleMapError(f"{source}: {first_error(error)}") from error
     except ValueError as error:
         raise RoleMapError(f"{source}: {error}") from error
-    roles = {name: decode_role(data, f"{source}: /roles/{name}") for name, data in found.roles.items()}
+    roles = {}
+    for name, data in found.roles.items():
+        where = f"{source}: /roles/{name}"
+        roles[name] = decode_role(_from_version_1(data, where) if found.version == 1 else data, where)
     if unused := set(roles) - {name for layer in found.layers for name in layer}:
         raise RoleMapError(f"{source}: /roles names {sorted(unused)}, which no head has")
     if found.hash and found.hash != (actual := content_hash(entries)):
@@ -150,15 +162,14 @@ def decode_role(data: dict[str, Any], where: str) -> HeadRole:
 
 
 _T = TypeVar("_T")
-_INSIDE: dict[str, Any] = {"update": EpisodicUpdate, "role": HeadRole}
-"""Entries that hold an object, and what it describes."""
 _JSON = {list: "array", dict: "object"}
 
 
 def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
     """Builds the subclass of `base` that `data["type"]` names from the other entries."""
     for entry, value in data.items():
-        if isinstance(value, list) or (isinstance(value, dict) and entry not in _INSIDE):
+        update = entry == "update" and base is HeadRole  # the one entry that may be an object
+        if isinstance(value, list) or (isinstance(value, dict) and not update):
             raise RoleMapError(f"{where}/{entry} is a JSON {_JSON[type(value)]}: expected a single value")
     fields = dict(data)
     name = fields.pop("type", None)
@@ -173,11 +184,8 @@ def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
     known = {f.name for f in dataclasses.fields(kinds[name])}
     if unknown := sorted(set(fields) - known):
         raise RoleMapError(f"{where} has unknown entries {unknown}: {name} has {sorted(known)}")
-    for entry, kind in _INSIDE.items():
-        if isinstance(fields.get(entry), dict) and where.endswith(f"/{entry}"):
-            raise RoleMapError(f"{where}/{entry} is an object inside another {entry}: expected one at most")
-        if isinstance(fields.get(entry), dict):
-            fields[entry] = _decode(kind, fields[entry], f"{where}/{entry}")
+    if isinstance(fields.get("update"), dict):
+        fields["update"] = _decode(EpisodicUpdate, fields["update"], f"{where}/update")
     try:
         built: _T = kinds[name](**fields)
         return built
@@ -185,12 +193,30 @@ def _decode(base: Callable[..., _T], data: dict[str, Any], where: str) -> _T:
         raise RoleMapError(f"{where}: {error}") from error
 
 
+def _from_version_1(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The entries of a role of version 1 as those of version 2.
+
+    Raises:
+        RoleMapError: it has a `clean_window`, or is a `CommitForcing` that was not right either.
+    """
+    if "clean_window" in data:
+        raise RoleMapError(f"{where} has unknown entries ['clean_window']: it belongs to version {VERSION}")
+    if data.get("type") != "CommitForcing":
+        return data
+    role, window = data.get("role"), data.get("window")
+    if not isinstance(role, dict) or role.get("type") == "CommitForcing" or type(window) is not int:
+        raise RoleMapError(f"{where}: expected a role of another kind in `role`, and a number in `window`")
+    if set(data) - {"type", "positions", "role", "window"} or data.get("positions", "compact") != "compact":
+        raise RoleMapError(f"{where}: expected `role` and `window` alone, positions are those of the role")
+    return {**_from_version_1(role, f"{where}/role"), "clean_window": window}
+
+
 def encode_role(value: HeadRole | EpisodicUpdate) -> dict[str, Any]:
     """Its class name as `type`, and every field."""
     entries: dict[str, Any] = {"type": type(value).__name__}
     for f in dataclasses.fields(value):
         entry = getattr(value, f.name)
-        entries[f.name] = encode_role(entry) if isinstance(entry, EpisodicUpdate | HeadRole) else entry
+        entries[f.name] = encode_role(entry) if isinstance(entry, EpisodicUpdate) else entry
     return entries
 
 

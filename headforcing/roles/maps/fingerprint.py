@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module, adapter: Adapter) -> str | None:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by dotted name; caches that a host registers are neither."""
+    """Parameters and persistent buffers by dotted name; caches that a base model registers are neither."""
     yield from module.named_parameters()
     for path, part in module.named_modules():
         for name, buffer in part._buffers.items():

@@ -208,6 +208,7 @@ def _failures(hub: Any) -> tuple[type[Exception], ...]:
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
         raise HubError("the Hub needs huggingface_hub: pip install 'headforcing[hub]'") from error

@@ -1,16 +1,16 @@
-"""Published memories by name: which roles they give to which heads, and how many heads of each there are.
+"""Published methods by name: their roles, and how many heads have which.
 
 One entry of `PRESETS` per method. Methods that treat all heads alike need nothing else; the others need a
-label for every head, which belongs to a checkpoint and has to be imported or measured. What a preset does
-not take over from its source, it says.
+label for every head, which belongs to a checkpoint and has to be imported or measured. The docstring of each
+says what was left out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
-from headforcing.roles.commit_forcing import CommitForcing
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.maps.preset import ALL, Preset, Roles
@@ -20,51 +20,52 @@ from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 
 def _everything(window: int, chunk: int) -> Roles:
-    """Every head keeps everything at its true position: the dense cache, growing."""
+    """Every head stores every frame at its true position: the dense KV cache, which grows."""
     return {ALL: Full()}
 
 
 def _rolled(window: int, chunk: int) -> Roles:
-    """Every head sees the last `window` frames: what the base model does past its training."""
+    """Every head attends to the last `window` frames: what the base model does once its window overflows."""
     return {ALL: SlidingWindow(window)}
 
 
 def _streaming_llm(window: int, chunk: int) -> Roles:
-    """Every head sees the first chunk and the last frames; on frames, where the source has tokens."""
+    """Every head attends to the first chunk and the last frames. The source counts tokens, here frames."""
     return {ALL: SlidingWindow(window, sink=chunk)}
 
 
 def _infinity_rope(window: int, chunk: int) -> Roles:
-    """Every head sees the first frame and the last five, own chunk included.
+    """Every head attends to the first frame and the last five, current chunk included.
 
-    Read in its released code: a window of 6 frames with a sink of 1, keys kept before RoPE and placed from 0
-    in every pass. Its flush at a new prompt keeps just these frames: `switch_prompt("continue")` here. Not
-    taken over: at its hard cut the first chunk of the new scene sits at 45 and after.
+    Read in its released code: a window of 6 frames with a sink of 1, keys stored before RoPE, positions
+    counted from 0 in every pass. Its KV flush at a new prompt keeps exactly these frames, which is
+    `switch_prompt("continue")` here. Not taken over: the hard cut, which moves the first chunk of the new
+    scene to position 45.
     """
     return {ALL: SlidingWindow(6, sink=1)}
 
 
 def _head_forcing(window: int, chunk: int) -> Roles:
-    """Local, anchor and memory heads; the paper does not say their numbers, `headforcing.roles` does."""
+    """Local, anchor and memory heads; the paper gives no numbers, those of `headforcing.roles` are ours."""
     return {"anchor": Anchor(), "local": Local(), "memory": Memory()}
 
 
 def _pyramid_forcing(window: int, chunk: int) -> Roles:
-    """Waves read by cycles, anchors every sixth frame, veils merged blocks.
+    """Waves attend to a cycle of frames, anchors to every sixth frame, veils to merged blocks.
 
     The numbers are those of its released configuration (code); `headforcing.roles.pyramid_forcing` says
-    which edges are our choice.
+    which details are our choice.
     """
     return {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
 
 
 def _dummy_forcing(window: int, chunk: int, context: int = 1) -> Roles:
-    """Sink heads see the first frame, neighbours the last chunks, dummies the last frame.
+    """Sink heads attend to the first frame, neighbours to the last chunks, dummies to the last frame.
 
-    Third party: these frames beside the own chunk, at their true positions. Not taken over: the project
-    labels heads anew in every video, after its first chunk, and keeps everything until then; here labels
-    are given and count from the first chunk on. Positions leave the range the model was trained on, as
-    they do there.
+    Third party: these frames in addition to the current chunk, at their true positions. Not taken over: the
+    project labels heads in every video, after its first chunk, and stores everything until then; here labels
+    are given and apply from the first chunk on. Positions leave the range the model was trained on, as in
+    the source.
     """
     return {
         "sink": Anchor(1, positions="absolute"),
@@ -74,38 +75,38 @@ def _dummy_forcing(window: int, chunk: int, context: int = 1) -> Roles:
 
 
 def _forcing_kv(window: int, chunk: int) -> Roles:
-    """Static heads see the first and the last frame, dynamic ones a frame's worth of moving pieces as well.
+    """Static heads attend to the first and the last frame, dynamic ones also to a frame's worth of patches.
 
-    Read in its released code, positions and sizes as there. Not taken over: heads are told apart after the
-    second chunk there, and see what static heads see until then, which is the same; the choice of pieces is
-    made per video of a batch, not for the first one.
+    The patches are those that moved most. Read in its released code, with its positions and sizes. Not taken
+    over: in the source, all heads behave as static until the second chunk, which makes no difference; and it
+    selects patches for the first video of a batch, here they are selected per video.
     """
     return {"static": Local(1, sink=1, positions="absolute"), "dynamic": Dynamic()}
 
 
 def _memrope(window: int, chunk: int) -> Roles:
-    """Every head sees first frames, a slow and a fast average of what left, and last frames.
+    """Every head attends to first frames, a slow and a fast average of evicted frames, and last frames.
 
     Read in its released code: 12 frames, 3 of them first ones, averages with weights 0.01 and 0.1. Not taken
-    over: averages per patch whose fast weight follows the motion, which are off there unless asked for.
+    over: averages per patch whose fast weight follows the motion, an option that is off by default there.
     """
     return {ALL: Averaging()}
 
 
 def _deep_forcing(window: int, chunk: int) -> Roles:
-    """Every head sees ten first frames, tokens that recent queries ask for, and last frames.
+    """Every head attends to ten first frames, tokens that recent queries attend to most, and last frames.
 
-    From the paper; the numbers are for its window of 21 frames and follow another window. Which edges are our
-    choice is said in `headforcing.roles.deep_forcing`: above all, queries are those of finished frames, where
-    the source takes the noisy chunk's as well.
+    From the paper; the numbers are for its window of 21 frames and are scaled for other windows.
+    `headforcing.roles.deep_forcing` says which details are our choice; above all, we use the queries of
+    finished frames only, where the source also uses those of the noisy chunk.
     """
     sink, recent, chosen = (max(1, part * window // 21) for part in (10, 4, 2))
     return {ALL: Participating(window, sink, recent, chosen)}
 
 
 _ALL_PRESETS = (
-    Preset("full", _everything, "the dense cache"),
-    Preset("sliding_window", _rolled, "the rolled cache of Self Forcing, arXiv:2506.08009"),
+    Preset("full", _everything, "the dense KV cache"),
+    Preset("sliding_window", _rolled, "the rolling cache of Self Forcing, arXiv:2506.08009"),
     Preset("streaming_llm", _streaming_llm, "arXiv:2309.17453"),
     Preset("infinity_rope", _infinity_rope, "arXiv:2511.20649"),
     Preset("memrope", _memrope, "arXiv:2603.12513"),
@@ -116,7 +117,7 @@ _ALL_PRESETS = (
         "arXiv:2605.14487",
         classifier="head_forcing",
         published={"anchor": 90, "local": 54, "memory": 216},
-        counted="25 % anchors, then 20 % of the rest local (third party); rounded up, 360 heads",
+        counted="25 % anchors, then 20 % of the rest local (third party), rounded up",
     ),
     Preset(
         "pyramid_forcing",
@@ -125,7 +126,7 @@ _ALL_PRESETS = (
         classifier="pyramid_forcing",
         importer="pyramid_forcing",
         published={"wave": 156, "anchor": 172, "veil": 32},
-        counted="counted in its published labels of Self Forcing",
+        counted="counted in its published labels for Self Forcing",
     ),
     Preset(
         "dummy_forcing",
@@ -142,7 +143,7 @@ _ALL_PRESETS = (
         classifier="mass_ratio",
         importer="forcing_kv",
         published={"static": 141, "dynamic": 219},
-        counted="counted in its published labels of Self Forcing, layer 0 static",
+        counted="counted in its published labels for Self Forcing, with layer 0 static",
         first_layer="static",
     ),
 )
@@ -152,7 +153,7 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL_PRESETS}
 
 
 def head_forcing(labels: Sequence[Sequence[str]]) -> RoleMap:
-    """Head Forcing with its default numbers; `labels[layer][head]` is `anchor`, `local` or `memory`.
+    """Head Forcing with our default numbers; `labels[layer][head]` is `anchor`, `local` or `memory`.
 
     Raises:
         RoleMapError: another label, or a malformed table.
@@ -175,10 +176,10 @@ def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: i
     Args:
         labels: a label for every head.
         chunk: frames of a chunk.
-        context: chunks that a neighbour sees, 1 there, 2 in its interactive mode.
+        context: chunks that a neighbour attends to; 1 in the source, 2 in its interactive mode.
 
     Raises:
-        RoleError: the number of frames is none.
+        RoleError: `chunk` or `context` is not a valid number.
         RoleMapError: another label, or a malformed table.
     """
     found = PRESETS["dummy_forcing"].labelled(labels, chunk=chunk)
@@ -190,7 +191,7 @@ def dummy_forcing(labels: Sequence[Sequence[str]], chunk: int = 3, *, context: i
 def forcing_kv(labels: Sequence[Sequence[str]]) -> RoleMap:
     """Forcing-KV with its released numbers; `labels[layer][head]` is `static` or `dynamic`.
 
-    The heads of layer 0 are static whatever their labels, as there.
+    The heads of layer 0 are static whatever their labels, as in the source.
 
     Raises:
         RoleMapError: another label, or a malformed table.
@@ -199,12 +200,13 @@ def forcing_kv(labels: Sequence[Sequence[str]]) -> RoleMap:
 
 
 def commit_forcing(roles: RoleMap, window: int) -> RoleMap:
-    """Any map with Commit Forcing: the clean pass of every head sees the newest frames only.
+    """Commit Forcing: in the clean pass every head attends to the newest frames only.
 
     Args:
-        roles: what is kept, and what denoising passes see.
-        window: newest frames that the clean pass sees, own chunk included; 3 to 21 in its released runs.
+        roles: the role map to change.
+        window: newest frames in the clean pass, current chunk included; 3 to 21 in its released runs.
     """
-    around = {role: CommitForcing(role, window) for role in roles.counts()}
-    layers = tuple(tuple(around[role] for role in layer) for layer in roles.layers)
+    layers = tuple(
+        tuple(dataclasses.replace(role, clean_window=window) for role in layer) for layer in roles.layers
+    )
     return RoleMap(layers, roles.origin, roles.labels)

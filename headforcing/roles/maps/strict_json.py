@@ -1,4 +1,7 @@
-"""JSON without surprises: no duplicate keys, no NaN, no infinity, a size cap before anything is parsed."""
+"""JSON without surprises: no duplicate keys, no NaN, no infinity, a size cap before anything is parsed.
+
+No package for canonical JSON (RFC 8785): it writes numbers in another form, so every hash would change.
+"""
 
 from __future__ import annotations
 

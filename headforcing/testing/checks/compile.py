@@ -1,4 +1,4 @@
-"""The check of what `torch.compile` makes of an applied model."""
+"""The check of `torch.compile` on a model with head forcing applied."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compiled_is_one_operator(kit: Kit) -> None:
         f"compiled attention raises {caught.error!r}: traced_call() may read no tensor, and must name "
         "all that output() writes"
     )
-    same(outs, kit.truth(frames), "compiled: answer() must return what output() does")
+    same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
 
 
 CHECKS: Sequence[Any] = (compiled_is_one_operator,)

@@ -1,4 +1,4 @@
-"""Checks of the host itself, with nothing applied: a broken host would blame the adapter for everything."""
+"""Checks of the `Host` itself, without head forcing: with a broken host every later check would fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headforcing.testing.kit import Kit, differences, same
 
 
 def host_repeats_itself(kit: Kit) -> None:
-    """Two untouched models make the same video, bit for bit."""
+    """Two unmodified models generate the same video, bit for bit."""
     frames, chunk = kit.host.frames, kit.host.chunk
     assert frames >= 3 * chunk, f"Host.frames is {frames}: expected three chunks of {chunk} or more"
     assert chunk < kit.host.dense <= frames, (
@@ -19,8 +19,8 @@ def host_repeats_itself(kit: Kit) -> None:
     same(kit.plain().video(frames), kit.truth(frames), hint)
 
 
-def host_hears_its_input(kit: Kit) -> None:
-    """Another draw is another output, and the past matters."""
+def host_depends_on_its_input(kit: Kit) -> None:
+    """The output depends on the draw and on the chunks before."""
     plain, chunk = kit.plain(), kit.host.chunk
     a, b = plain.passes(0, [0, 1])
     assert differences([a], [b]) is not None, (
@@ -32,30 +32,35 @@ def host_hears_its_input(kit: Kit) -> None:
         take.passes(0, [draw])
         later += take.passes(chunk, [0])
     assert differences(later[:1], later[1:]) is not None, (
-        "the second chunk does not depend on the first: are the caches passed to the model, are weights zero?"
+        "the second chunk does not depend on the first: are the caches passed to the model? are weights zero?"
     )
 
 
-def host_begins_anew(kit: Kit) -> None:
-    """An untouched model makes the same second video on used caches as on fresh ones."""
+def host_starts_again(kit: Kit) -> None:
+    """An unmodified model generates the same second video on used caches as on fresh ones."""
     take, frames = kit.plain(), kit.host.dense
     take.video(kit.host.frames, 20)
     kit.host.new_video(take.model, take.caches)
     hint = (
-        "this is the host, not the adapter: new_video() must do what the pipeline does before another video"
+        "this is the host, not the adapter: new_video() must do what the pipeline does before a second video"
     )
     same(take.video(frames), kit.truth(frames), hint)
 
 
-def weights_tell_apart(kit: Kit) -> None:
-    """Weights of attention are random, those of norms too: with all ones, two norms cannot be told apart."""
+def weights_are_random(kit: Kit) -> None:
+    """Attention weights are random, norms included: with all ones, a mix-up of two norms would not show."""
     for path, module in kit.sites(kit.host.model()):
         for name, weight in module.named_parameters():
             alike = weight.numel() > 1 and bool((weight == weight.flatten()[0]).all())
             assert not alike, (
-                f"{path}.{name} is {float(weight.flatten()[0]):g} everywhere, so that a norm which is "
-                "left out, or mistaken for another, may not show: Host.model() must randomise all weights"
+                f"{path}.{name} is {float(weight.flatten()[0]):g} everywhere, so a missing or swapped norm "
+                "may not show: Host.model() must randomise all weights"
             )
 
 
-CHECKS: Sequence[Any] = (host_repeats_itself, host_hears_its_input, host_begins_anew, weights_tell_apart)
+CHECKS: Sequence[Any] = (
+    host_repeats_itself,
+    host_depends_on_its_input,
+    host_starts_again,
+    weights_are_random,
+)

@@ -1,4 +1,4 @@
-"""Checks of the way out: the host's own cache, `remove()`, and memory that goes with its caches."""
+"""Checks of removal: the base model's own cache, `remove()`, and freeing our memory with its caches."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from headforcing.testing.snapshot import Snapshot, bits, snapshot
 
 
 def release_frees(kit: Kit) -> None:
-    """What `release` says it freed is what the host's caches hold less; caches keep their shapes."""
+    """The base model's caches shrink by the bytes that `release` reports, and tensors keep their shapes."""
     take = kit.forced()
     before, shapes = held_bytes(take.caches), _shapes(take)
     take.passes(0, (1, 0))
     assert take.handle is not None
     released = take.handle.status().released_bytes
     now = {path: shape for path, shape in _shapes(take).items() if path in shapes}
-    assert now == shapes, "release() changed the shape of the host's cache: pipelines read it"
+    assert now == shapes, "release() changed the shape of a cache tensor: pipelines read shapes"
     known = sum(leaf.untyped_storage().nbytes() for path, leaf in tensors(take) if path in shapes)
     apart = before - known - released
     slack = 64 * max(len(shapes), 1)
     assert abs(apart) <= slack, (
-        f"release() says {released} bytes, the host's caches shrank by {before - known}"
+        f"release() reports {released} bytes, the base model's caches shrank by {before - known}"
     )
     if not released:
-        raise Skipped("the adapter does not free the host's own cache (release)")
+        raise Skipped("the adapter does not free the base model's own cache (release)")
 
 
 def cache_comes_back(kit: Kit) -> None:
-    """After `remove()` the host's caches are allocated as at first, and nothing was written to them."""
+    """After `remove()` the base model's caches are as freshly allocated, and nothing was written to them."""
     take = kit.forced()
     fresh = {path: _facts(leaf) for path, leaf in tensors(take)}
     take.video(2 * kit.host.chunk)
     assert take.handle is not None
     if not take.handle.status().released_bytes:
-        raise Skipped("the adapter does not free the host's own cache (release)")
+        raise Skipped("the adapter does not free the base model's own cache (release)")
     take.handle.remove()
     now = {path: _facts(leaf) for path, leaf in tensors(take)}
     wrong = [path for path, facts in fresh.items() if now.get(path) != facts]
@@ -49,7 +49,7 @@ def cache_comes_back(kit: Kit) -> None:
 
 
 def remove_leaves_no_trace(kit: Kit) -> None:
-    """After `remove()` the model is the very same object by object, also when it is removed in mid-video."""
+    """After `remove()` every object of the model is the original one, also in the middle of a video."""
     take, untouched = kit.plain(), kit.plain()
     before, unmoved = snapshot(take.model), snapshot(untouched.model)
     handle = kit.apply(take.model, Local())
@@ -57,25 +57,27 @@ def remove_leaves_no_trace(kit: Kit) -> None:
         each.passes(0, (1, 0))
     handle.remove()
     handle.remove()
-    own = _moved(unmoved, snapshot(untouched.model))  # such as a prompt that the host caches on its modules
+    own = _moved(
+        unmoved, snapshot(untouched.model)
+    )  # such as a prompt that the base model caches on its modules
     changed = _without(before, own).diff(_without(snapshot(take.model), own))
     assert not changed, f"remove() left a trace: {changed[0]}"
 
 
 def host_works_after_remove(kit: Kit) -> None:
-    """After `remove()` the same model makes its own video again, bit for bit, on the same caches."""
+    """After `remove()` the model generates its original video again, bit for bit, on the same caches."""
     take = kit.forced(Local())
     take.video(kit.host.dense, 20)
     assert take.handle is not None
     take.handle.remove()
     kit.host.new_video(take.model, take.caches)
     take.handle = None
-    hint = "after remove() and a new video on the same caches: look at give_back()"
+    hint = "after remove() and a new video on the same caches: check give_back()"
     same(take.video(kit.host.frames), kit.truth(kit.host.frames), hint)
 
 
 def dropped_cache_is_freed(kit: Kit) -> None:
-    """When the pipeline drops its caches, our memory goes with them."""
+    """When the pipeline drops its caches, our KV cache is freed too."""
     if not kit.anchored:
         raise Skipped("calls carry no cache object")
     take = kit.forced()
@@ -84,7 +86,9 @@ def dropped_cache_is_freed(kit: Kit) -> None:
     take.caches = None
     gc.collect()
     alive = len(take.handle.status().streams)
-    assert alive == 0, "our memory outlives the host's caches: the memo (or the adapter) holds the anchor"
+    assert alive == 0, (
+        "our KV cache outlives the base model's: the memo (or the adapter) holds a reference to the anchor"
+    )
 
 
 def _moved(before: Snapshot, after: Snapshot) -> set[str]:

@@ -1,4 +1,4 @@
-"""Checks of what else happens to an applied model: copies, training, prompts, mistakes."""
+"""Checks of what users do with an applied model: copies, training, prompt switches, mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from headforcing.testing.snapshot import bits, snapshot
 
 
 def state_dict_unchanged(kit: Kit) -> None:
-    """The state dict of an applied model has the same names and the very same tensors."""
+    """The state dict of an applied model has the same names and the same tensor objects."""
     model = kit.host.model()
     before = {name: (id(tensor), bits(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
     kit.apply(model, Local())
@@ -37,39 +37,41 @@ def state_dict_unchanged(kit: Kit) -> None:
 
 
 def copy_is_independent(kit: Kit) -> None:
-    """A deep copy of an applied model, made in mid-video, is applied too and shares nothing."""
+    """A deep copy of an applied model, made in the middle of a video, is applied too and shares nothing."""
     take, frames = kit.forced(), kit.host.dense
     head = take.passes(0, (2, 1, 0))
     twin = copy.deepcopy(take.model)
     other = Take(kit, twin, kit.apply(twin, Full()), kit.host.caches(twin))
-    same(other.video(frames), kit.truth(frames), "a deep copy: what do the adapter and its memo hold?")
+    same(other.video(frames), kit.truth(frames), "a deep copy: what do the adapter and its memo refer to?")
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
     rest = take.video(frames, first=kit.host.chunk)
-    same([*head, *rest], kit.truth(frames), "the original after its copy was zeroed: something is shared")
+    same(
+        [*head, *rest], kit.truth(frames), "the original after its copy was set to zero: something is shared"
+    )
 
 
 def can_be_saved(kit: Kit) -> None:
-    """An applied model can be pickled whole wherever the untouched one can."""
+    """An applied model can be pickled if the unmodified one can."""
     with Caught() as plain:
         torch.save(kit.host.model(), io.BytesIO())
     if plain.error is not None:
-        raise Skipped(f"the untouched model cannot be pickled: {plain.error}")
+        raise Skipped(f"the unmodified model cannot be pickled: {plain.error}")
     with Caught() as forced:
         torch.save(kit.forced().model, io.BytesIO())
     assert forced.error is None, (
-        f"pickling fails ({forced.error}): the adapter must be made of plain attributes"
+        f"pickling fails ({forced.error}): the adapter must have plain attributes only"
     )
 
 
 def training_passes_through(kit: Kit) -> None:
-    """In training mode the original attention runs, and the video is the untouched model's."""
+    """In training mode the original attention runs, with the unmodified model's output."""
     _passes_through(kit, lambda take: take.model.train(), "in training mode")
 
 
 def gradients_pass_through(kit: Kit) -> None:
-    """With gradients the original attention runs, and every weight gets the gradient it gets untouched."""
+    """With gradients the original attention runs, and every weight gets its original gradient."""
     found = []
 
     def learn(take: Take) -> Tensor:
@@ -82,29 +84,29 @@ def gradients_pass_through(kit: Kit) -> None:
     _passes_through(kit, lambda take: take.model.requires_grad_(True), "with gradients", learn)
     plain, forced = found
     assert plain, (
-        "no weight gets a gradient from the untouched model: Host.call must not switch gradients off"
+        "no weight gets a gradient from the unmodified model: Host.call must not switch gradients off"
     )
     lost = sorted(plain.keys() - forced.keys())
     assert not lost, f"{lost[0]} gets no gradient: the adapter must not change the module"
     wrong = [name for name, grad in plain.items() if not torch.equal(grad, forced[name])]
-    assert not wrong, f"{wrong[0]} gets another gradient: the original forward must run as it is"
+    assert not wrong, f"{wrong[0]} gets another gradient: the original forward must run unchanged"
 
 
 def wrapped_layers_are_called(kit: Kit) -> None:
-    """Linear layers that are wrapped while applied, as LoRA does, are called and not read."""
+    """Linear layers that are wrapped after apply, as LoRA does, are called; their weights are not read."""
     outs, frames = [], 2 * kit.host.chunk
     for take in (kit.plain(), kit.forced()):
         if not _wrap(kit, take.model):
             raise Skipped("attention has no nn.Linear of its own")
         outs.append(take.video(frames))
     apart = differences(outs[0], kit.truth(frames))
-    assert apart is not None, "the wrapped layers change nothing in the untouched model"
+    assert apart is not None, "the wrapped layers change nothing in the unmodified model"
     hint = "with wrapped linear layers: call the module's sub-modules every time, never read their weights"
     same(outs[1], outs[0], hint)
 
 
 class _Wrapped(nn.Module):
-    """A layer of more than its weights."""
+    """A layer that computes more than its weights say."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -125,8 +127,8 @@ def _wrap(kit: Kit, model: nn.Module) -> int:
     return count
 
 
-def threads_do_not_meet(kit: Kit) -> None:
-    """Two models in two threads give the videos they give alone."""
+def threads_are_independent(kit: Kit) -> None:
+    """Two models in two threads generate the same videos as alone."""
     frames = kit.host.dense
     takes, outs, errors = [kit.forced(), kit.forced()], [list[Tensor](), list[Tensor]()], list[Exception]()
 
@@ -142,14 +144,12 @@ def threads_do_not_meet(kit: Kit) -> None:
         worker.join()
     assert not errors, f"in a thread: {errors[0]!r}"
     for number in (0, 1):
-        hint = (
-            "two models in two threads: does the adapter keep something on itself? Notes belong in the memo"
-        )
+        hint = "two models in two threads: does the adapter keep state on itself? State belongs in the memo"
         same(outs[number], kit.truth(frames, 20 * number), hint)
 
 
-def prompt_switch_is_heard(kit: Kit) -> None:
-    """Behind `switch_prompt` the next chunk is made with the new prompt, not with the cached projection."""
+def prompt_switch_takes_effect(kit: Kit) -> None:
+    """After `switch_prompt` the next chunk uses the new prompt, not the cached projection."""
     model = kit.host.model()
     with Caught() as caught:
         crosses = kit.adapter.cross_attentions(model)
@@ -158,56 +158,58 @@ def prompt_switch_is_heard(kit: Kit) -> None:
     assert caught.error is None, f"cross_attentions() raised {caught.error!r}"
     if crosses:
         assert len(crosses) == kit.host.layers, (
-            f"cross_attentions() names {len(crosses)} modules for {kit.host.layers} layers"
+            f"cross_attentions() returns {len(crosses)} modules for {kit.host.layers} layers"
         )
     outs = []
     for told in (True, False):
         take = kit.forced()
         take.video(kit.host.chunk)
         if not kit.host.switch_prompt(take.model, take.caches):
-            raise Skipped("the host has no prompts to switch (Host.switch_prompt)")
+            raise Skipped("the host has no prompts (Host.switch_prompt)")
         assert take.handle is not None
         if told:
             take.handle.switch_prompt("continue")
         outs.append(take.passes(kit.host.chunk, (1, 0)))
     if crosses:
         assert differences(*outs) is not None, (
-            "the new prompt changes nothing: forget_prompt() must make cross-attention project it anew"
+            "the new prompt changes nothing: forget_prompt() must make cross-attention project it again"
         )
 
 
 def skipped_chunk_refused(kit: Kit) -> None:
-    """A chunk that does not follow the one before is refused, and the video can go on."""
+    """A chunk that skips frames is refused, and the video can go on afterwards."""
     take, chunk = kit.forced(), kit.host.chunk
     outs = take.passes(0, (2, 1, 0))
     _raises(ChunkOrderError, lambda: take.passes(2 * chunk, [0]), "a chunk was skipped")
     outs += take.passes(chunk, (2, 1, 0))
-    hint = "after a refused chunk: read() and begins_video() must change nothing of the host's"
+    hint = "after a refused chunk: read() and begins_video() must not change the base model's cache"
     same(outs, kit.truth(2 * chunk), hint)
 
 
 def other_dtype_refused(kit: Kit) -> None:
-    """A model that changes its dtype in mid-video is refused: its memory has the old one."""
+    """A model whose dtype changes in the middle of a video is refused: its KV cache has the old dtype."""
     take, chunk = kit.forced(), kit.host.chunk
     take.passes(0, (1, 0))
     take.model.to(torch.bfloat16)
-    _raises(StreamShapeError, lambda: take.passes(chunk, [1]), "the dtype changed in mid-video")
+    _raises(StreamShapeError, lambda: take.passes(chunk, [1]), "the dtype changed in the middle of a video")
 
 
 def edited_cache_refused(kit: Kit) -> None:
-    """Counters of the host that something else moved are an `ExternalEditError`, and a reset helps."""
+    """Cache counters changed by something else are an `ExternalEditError`; after a reset it works again."""
     take, chunk = kit.forced(), kit.host.chunk
     before = {path: leaf.clone() for path, leaf in _whole(take)}
     take.passes(0, (1, 0))
     moved = [leaf for path, leaf in _whole(take) if path in before and not torch.equal(leaf, before[path])]
     if not moved:
-        raise Skipped("the host keeps no counters as tensors in its caches")
+        raise Skipped("the caches have no counters that are tensors")
     for leaf in moved:
         leaf.add_(1)
-    _raises(ExternalEditError, lambda: take.passes(chunk, [0]), "the host's counters were moved by one")
+    _raises(
+        ExternalEditError, lambda: take.passes(chunk, [0]), "the counters of the cache were changed by one"
+    )
     assert take.handle is not None
     take.handle.reset()  # as the message of the error says
-    hint = "after an edit and handle.reset(): forget() must drop what the memo says about counters"
+    hint = "after an edit and handle.reset(): forget() must clear what the memo says about counters"
     same(take.video(2 * chunk), kit.truth(2 * chunk), hint)
 
 
@@ -218,7 +220,7 @@ def failed_apply_leaves_no_trace(kit: Kit) -> None:
     _raises(
         (RoleMapError, HeadForcingError),
         lambda: kit.apply(model, [[Full()]] * (kit.host.layers + 1)),
-        "a role map of one layer too many was applied",
+        "a role map with one layer too many was applied",
     )
     changed = before.diff(snapshot(model))
     assert not changed, f"a failed apply changed {changed[0]}"
@@ -227,7 +229,7 @@ def failed_apply_leaves_no_trace(kit: Kit) -> None:
 def _passes_through(
     kit: Kit, change: Callable[[Take], object], what: str, work: Callable[[Take], Tensor] | None = None
 ) -> None:
-    """An applied model that trains or needs gradients does as the untouched one, and serves no call."""
+    """An applied model that trains or needs gradients behaves as the unmodified one and serves no call."""
     plain, forced = kit.plain(), kit.forced()
     outs = []
     for take in (plain, forced):
@@ -237,14 +239,14 @@ def _passes_through(
             with Caught() as caught:
                 outs.append(work(take) if work is not None else take.passes(0, [1])[-1])
         if caught.error is not None and take is plain:
-            raise Skipped(f"the untouched host raises {what}: {caught.error}")
+            raise Skipped(f"the unmodified model raises {what}: {caught.error}")
         assert caught.error is None, (
-            f"{what} the applied model raises {caught.error!r}, the untouched one not"
+            f"{what} the applied model raises {caught.error!r}, the unmodified one does not"
         )
     assert forced.handle is not None
     calls = forced.handle.status().calls
-    assert calls == 0, f"{what} {calls} calls were served: does read() return the x that the module gets?"
-    same(outs[1:], outs[:1], f"{what} the original forward must run as it is")
+    assert calls == 0, f"{what} {calls} calls were served: does read() return the x that the module receives?"
+    same(outs[1:], outs[:1], f"{what} the original forward must run unchanged")
 
 
 def _raises(kind: Any, work: Callable[[], object], what: str) -> None:
@@ -273,8 +275,8 @@ CHECKS: Sequence[Any] = (
     training_passes_through,
     gradients_pass_through,
     wrapped_layers_are_called,
-    threads_do_not_meet,
-    prompt_switch_is_heard,
+    threads_are_independent,
+    prompt_switch_takes_effect,
     skipped_chunk_refused,
     other_dtype_refused,
     edited_cache_refused,

@@ -1,4 +1,4 @@
-"""Checks of an applied model against the untouched one, bit for bit."""
+"""Checks of an applied model against the unmodified one, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ import torch
 from headforcing.roles import Full, Local
 from headforcing.testing.kit import Caught, Kit, Skipped, counters, differences, same
 
-LOOK = "look at project(), rotate() and output(), then at begins_video()"
-WINDOW = (
-    "if dense_parity passes: is Host.memory the window and sink of the host, at positions as it counts them?"
-)
+LOOK = "check project(), rotate() and output(), then begins_video()"
+WINDOW = "if dense_parity passes: does Host.memory have the base model's window, sink and positions?"
 
 
 def serves_every_layer(kit: Kit) -> None:
-    """One pass of an applied model is served in every layer, and none is passed on."""
+    """One pass of an applied model is served in every layer; none runs the original attention."""
     take = kit.forced()
     take.passes(0, [0])
     assert take.handle is not None
     status = take.handle.status()
     assert status.calls == kit.host.layers, (
-        f"{status.calls} of {kit.host.layers} layers were served, {status.bypassed} passed on: does read() "
-        "return None, or does the model call something else than the modules of attentions()?"
+        f"{status.calls} of {kit.host.layers} layers were served, {status.bypassed} bypassed: does read() "
+        "return None, or does the model call other modules than those of attentions()?"
     )
 
 
 def first_chunk(kit: Kit) -> None:
-    """With every head `Full()`, one pass over the first chunk is the untouched model's."""
-    same(kit.forced().passes(0, [0]), kit.plain().passes(0, [0]), "look at project(), rotate() and output()")
+    """With every head `Full()`, one pass over the first chunk gives the unmodified model's output."""
+    same(kit.forced().passes(0, [0]), kit.plain().passes(0, [0]), "check project(), rotate() and output()")
 
 
 def rewritten_chunk(kit: Kit) -> None:
-    """A chunk that is denoised in several passes is held once, as the last pass wrote it."""
+    """A chunk that is denoised in several passes is stored once, as the last pass wrote it."""
     draws = (3, 2, 1, 0)
     plain, forced = kit.plain(), kit.forced()
     expected = [out for start in (0, kit.host.chunk) for out in plain.passes(start, draws)]
@@ -42,15 +40,15 @@ def rewritten_chunk(kit: Kit) -> None:
     same(
         found,
         expected,
-        "does read() give every pass of a chunk the same start, does begins_video() stay False?",
+        "does read() return the same start in every pass of a chunk, and begins_video() False?",
     )
 
 
-def host_counts_on(kit: Kit) -> None:
-    """What the host counts in its caches moves as without head forcing, in every pass."""
+def counters_move(kit: Kit) -> None:
+    """The counters in the base model's caches have their original values after every pass."""
     plain, forced = kit.plain(), kit.forced()
     if not counters(plain.caches):
-        raise Skipped("the host's caches hold no counters")
+        raise Skipped("the base model's caches have no counters")
     for start in range(0, kit.host.frames, kit.host.chunk):
         for draws in ((1,), (0,)) if kit.anchored else ((1, 0),):
             plain.passes(start, draws)
@@ -58,13 +56,13 @@ def host_counts_on(kit: Kit) -> None:
             expected, found = counters(plain.caches), counters(forced.caches)
             wrong = [name for name, value in expected.items() if found.get(name) != value]
             assert not wrong, (
-                f"after a pass at frame {start} the cache says {wrong[0]} = {found.get(wrong[0])}, untouched "
-                f"it is {expected[wrong[0]]}: output() must move every counter that the original moves"
+                f"after a pass at frame {start} {wrong[0]} of the cache is {found.get(wrong[0])}, but "
+                f"{expected[wrong[0]]} originally: output() must update each counter the original updates"
             )
 
 
 def dense_parity(kit: Kit) -> None:
-    """With every head `Full()` the video is the untouched model's while that holds everything."""
+    """With every head `Full()` the video equals the unmodified model's until its window overflows."""
     same(kit.forced().video(kit.host.dense), kit.truth(kit.host.dense), LOOK)
 
 
@@ -75,7 +73,7 @@ def dense_parity_bf16(kit: Kit) -> None:
 
 
 def parity_through_eviction(kit: Kit) -> None:
-    """With heads that remember what the host remembers, the whole video is the untouched model's."""
+    """With the role that reproduces the base model, the whole video equals the unmodified model's."""
     _evicts(kit)
     frames = kit.host.frames
     same(kit.forced(kit.host.memory).video(frames), kit.truth(frames), WINDOW)
@@ -91,23 +89,25 @@ def parity_through_eviction_bf16(kit: Kit) -> None:
 
 
 def another_role_shows(kit: Kit) -> None:
-    """Control: with heads that forget, the video differs, so parity above could have failed."""
+    """Control: with heads that evict more, the video differs, so the parity checks can fail."""
     apart = differences(kit.forced(Local(recent=1)).video(kit.host.dense), kit.truth(kit.host.dense))
     assert apart is not None, (
-        "heads that keep one frame give the same video: does the model attend to the past?"
+        "heads that store one frame give the same video: does the model attend to the past?"
     )
 
 
 def single_frames(kit: Kit) -> None:
     """Chunks of one frame."""
     if not kit.host.single:
-        raise Skipped("the host runs no chunks of one frame (Host.single)")
+        raise Skipped("the host cannot run chunks of one frame (Host.single)")
     plain, forced = kit.plain(), kit.forced()
     starts = range(3)
     expected = [plain.passes(start, (1, 0), 1)[-1] for start in starts]
     found = [forced.passes(start, (1, 0), 1)[-1] for start in starts]
     same(
-        found, expected, "chunks of one frame: does read() take the frames from the call, not from the model?"
+        found,
+        expected,
+        "chunks of one frame: does read() count the frames of the call, not those of a configuration?",
     )
 
 
@@ -118,10 +118,10 @@ def batch_of_two(kit: Kit) -> None:
 
 
 def two_caches_in_turn(kit: Kit) -> None:
-    """Two timelines pass by pass, as with classifier-free guidance, are two videos alone."""
+    """Two timelines in alternation, as with classifier-free guidance, give the same videos as alone."""
     frames, chunk = kit.host.dense, kit.host.chunk
     first = kit.forced()
-    second = first.beside("second")
+    second = first.other("second")
     found: tuple[list[Any], list[Any]] = ([], [])
     for start in range(0, frames, chunk):
         if kit.anchored:
@@ -131,71 +131,69 @@ def two_caches_in_turn(kit: Kit) -> None:
         else:  # leaving a named stream ends the chunk
             found[0].extend(first.passes(start, (2, 1, 0)))
             found[1].extend(second.passes(start, (22, 21, 20)))
-    hint = (
-        "two caches in turn: is the anchor the object that belongs to one timeline, do notes go to the memo?"
-    )
+    hint = "two caches in turn: does the anchor belong to one timeline, and does all state go to the memo?"
     same(found[0], kit.truth(frames), hint)
     same(found[1], kit.truth(frames, 20), hint)
 
 
 def second_video(kit: Kit) -> None:
-    """A second and a third video on the same caches are those videos alone."""
+    """A second and a third video on the same caches equal the same videos on fresh caches."""
     take, chunk = kit.forced(), kit.host.chunk
     for draw, frames in ((0, kit.host.dense), (20, 2 * chunk), (40, chunk), (10, kit.host.dense)):
-        hint = f"{frames} frames behind other videos on the same caches: look at begins_video() and the memo"
+        hint = f"{frames} frames after other videos on the same caches: check begins_video() and the memo"
         same(take.video(frames, draw), kit.truth(frames, draw), hint)
         kit.host.new_video(take.model, take.caches)
 
 
 def video_after_reset(kit: Kit) -> None:
-    """After `handle.reset()` in the middle, a video from frame 0 is that video alone."""
+    """After `handle.reset()` in the middle of a video, a video from frame 0 equals one on fresh caches."""
     for renewed in (True, False):
         take = kit.forced()
         take.video(2 * kit.host.chunk, 20)
         assert take.handle is not None
         take.handle.reset()
-        if renewed:  # otherwise the counters of the host stand where they stood
+        if renewed:  # otherwise the counters of the cache keep their values
             kit.host.new_video(take.model, take.caches)
-        hint = "after handle.reset(): forget() must drop what the memo says about the host's counters"
+        hint = "after handle.reset(): forget() must clear what the memo says about the counters of the cache"
         same(take.video(kit.host.dense), kit.truth(kit.host.dense), hint)
 
 
 def inference_mode(kit: Kit) -> None:
-    """`torch.inference_mode` gives the same video, on caches made inside, which can be given back outside."""
+    """`torch.inference_mode` gives the same video; caches created inside can be given back outside."""
     frames = kit.host.dense
     with torch.inference_mode():
         take = kit.forced()
         found = take.video(frames)
     same(
-        [out.clone() for out in found], kit.truth(frames), "under inference_mode: are tensors' versions read?"
+        [out.clone() for out in found],
+        kit.truth(frames),
+        "under inference_mode: does the adapter read tensor versions?",
     )
     assert take.handle is not None
     with Caught() as caught:
         take.handle.remove()
     assert caught.error is None, (
-        f"remove() outside inference_mode raises {caught.error!r}: give_back() must write the host's tensors "
-        "in the mode they were made in, with torch.inference_mode(tensor.is_inference())"
+        f"remove() outside inference_mode raises {caught.error!r}: give_back() must write cache tensors in "
+        "the mode they were created in, with torch.inference_mode(tensor.is_inference())"
     )
 
 
 def autocast(kit: Kit) -> None:
-    """Under `torch.autocast` to bfloat16 the video is the untouched model's there."""
+    """Under `torch.autocast` to bfloat16 the video equals the unmodified model's under autocast."""
     frames, outs = kit.host.dense, []
     for take in (kit.plain(), kit.forced()):
         device = next(take.model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16), Caught() as caught:
             outs.append(take.video(frames))
         if caught.error is not None and take.handle is None:
-            raise Skipped(f"the untouched host does not run under autocast: {caught.error}")
+            raise Skipped(f"the unmodified model does not run under autocast: {caught.error}")
         if caught.error is not None:
             raise caught.error
-    same(
-        outs[1], outs[0], "under autocast: do project() and rotate() keep the dtypes that the host has there?"
-    )
+    same(outs[1], outs[0], "under autocast: do project() and rotate() return the base model's dtypes?")
 
 
 def budget_is_kept(kit: Kit) -> None:
-    """With heads that keep two frames, what is stored stops growing, and two frames are kept."""
+    """With roles that store two frames, the stored bytes stop growing, and two frames are stored."""
     take, chunk = kit.forced(Local(recent=1, sink=1)), kit.host.chunk
     assert take.handle is not None
     stored = []
@@ -204,19 +202,19 @@ def budget_is_kept(kit: Kit) -> None:
         stored.append(take.handle.status().stored_bytes)
     assert min(stored) > 0, "nothing is stored: does status() see the streams of this adapter?"
     assert len(set(stored[2:])) == 1, (
-        f"stored bytes per chunk are {stored}: constant from the third on expected"
+        f"stored bytes per chunk are {stored}: expected constant from the third on"
     )
     held = [frames for samples in take.handle.frames(0, 0) for frames in samples]
     start = kit.host.frames - chunk
-    last = kit.host.frames if not kit.anchored else start  # a named stream has ended its last chunk
+    last = kit.host.frames if not kit.anchored else start  # leaving a named stream commits its last chunk
     expected = [0, last - 1]
     assert held == [expected], (
-        f"a head that keeps the first and the last frame holds {held}, expected {expected}"
+        f"a head that stores the first and the last frame stores {held}, expected {expected}"
     )
 
 
 def positions_in_range(kit: Kit) -> None:
-    """Compact roles never leave the positions the model was trained on."""
+    """Positions of compact roles stay in the range the model was trained on."""
     take = kit.forced(Local(recent=1, sink=1))
     assert take.handle is not None
     window, seen = take.handle.status().window, set[int]()
@@ -229,20 +227,20 @@ def positions_in_range(kit: Kit) -> None:
     assert seen, "no attention call was seen"
     assert min(seen) >= 0, f"position {min(seen)} is below 0"
     assert max(seen) < window, (
-        f"position {max(seen)} is outside the window of {window} frames: look at window()"
+        f"position {max(seen)} is outside the window of {window} frames: check window()"
     )
 
 
 def _evicts(kit: Kit) -> None:
     if kit.host.memory == Full():
-        raise Skipped("the host holds everything (Host.memory is Full)")
+        raise Skipped("the base model stores everything (Host.memory is Full)")
 
 
 CHECKS: Sequence[Any] = (
     serves_every_layer,
     first_chunk,
     rewritten_chunk,
-    host_counts_on,
+    counters_move,
     dense_parity,
     dense_parity_bf16,
     parity_through_eviction,

@@ -1,4 +1,4 @@
-"""Checks of an adapter's answers, on a model that nothing is applied to."""
+"""Checks of an adapter's answers, on an unmodified model."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from headforcing.testing.kit import Kit, Skipped
 
 
 def fits(kit: Kit) -> None:
-    """`why_not` of the host's model is None."""
+    """`why_not` returns None for the host's model."""
     reason = kit.adapter.why_not(kit.host.model())
-    assert reason is None, f"why_not(model) says {reason!r} of the host's own model"
+    assert reason is None, f"why_not(model) returns {reason!r} for the host's own model"
 
 
 def refuses_foreign_models(kit: Kit) -> None:
-    """`why_not` of other models is a sentence, and `attentions` finds nothing in them."""
+    """`why_not` returns a sentence for other models, and `attentions` finds nothing in them."""
     transformer = nn.TransformerEncoderLayer(8, 2, 8)
     for model in (nn.Linear(2, 2), nn.Sequential(), transformer, nn.MultiheadAttention(8, 2)):
         kind, reason = type(model).__name__, kit.adapter.why_not(model)
         assert isinstance(reason, str), (
-            f"why_not({kind}) is {reason!r}: expected a sentence, it is not the host"
+            f"why_not({kind}) is {reason!r}: expected a sentence, this model does not fit"
         )
         assert reason.strip(), f"why_not({kind}) is empty: say what is missing"
         found = kit.sites(model)
         assert not found, (
-            f"attentions({kind}) yields {found[0][0]!r}: look for all that the host's layers have"
+            f"attentions({kind}) yields {found[0][0]!r}: test for everything the right layers have"
         )
 
 
 def known_by_structure(kit: Kit) -> None:
-    """A subclass with another name is known all the same: forks rename, and many share a name."""
+    """A subclass with another name is recognised: forks rename classes, and many classes share a name."""
     model = kit.host.model()
     for _, module in kit.sites(model):
         cls: Any = type(module)
         module.__class__ = type("Renamed", (cls,), {})
     reason = kit.adapter.why_not(model)
     assert reason is None, (
-        f"with the attention class renamed, why_not says {reason!r}: do not look at class names"
+        f"with the attention class renamed, why_not returns {reason!r}: do not test class names"
     )
 
 
 def other_signature_refused(kit: Kit) -> None:
-    """Attention that takes other arguments is refused: its calls would be misread."""
+    """Attention with another signature is refused: its calls would be misread."""
     model = kit.host.model()
     for _, module in kit.sites(model):
         cls: Any = type(module)
         module.__class__ = type("Changed", (cls,), {"forward": lambda self, x: x})
     assert kit.adapter.why_not(model) is not None, (
-        "why_not is None although forward takes (x) alone: compare parameter_names(module) with yours"
+        "why_not returns None although forward takes (x) alone: compare parameter_names(module)"
     )
 
 
@@ -70,12 +70,12 @@ def layers_found(kit: Kit) -> None:
     )
     wrong = [path for path, module in sites if model.get_submodule(path) is not module]
     assert not wrong, (
-        f"attentions() yields {wrong}, but other modules are there: yield names of named_modules()"
+        f"attentions() yields {wrong}, but these names lead to other modules: yield names of named_modules()"
     )
 
 
 def layers_in_order(kit: Kit) -> None:
-    """`attentions` yields the layers in the order in which a pass calls them, each once per pass."""
+    """`attentions` yields the layers in the order in which a pass calls them, once each."""
     take = kit.plain()
     found = [path for path, _ in kit.sites(take.model)]
     called = [path for path, _, _ in kit.calls(take, 0)]
@@ -85,7 +85,7 @@ def layers_in_order(kit: Kit) -> None:
 
 
 def heads_and_sizes(kit: Kit) -> None:
-    """`heads`, `window` and `chunk` are whole numbers that fit each other and the host."""
+    """`heads`, `window` and `chunk` are integers that agree with each other and with the host."""
     model = kit.host.model()
     shapes = {kit.adapter.heads(module) for _, module in kit.sites(model)}
     assert len(shapes) == 1, f"heads() differs between layers: {sorted(shapes)}"
@@ -99,55 +99,55 @@ def heads_and_sizes(kit: Kit) -> None:
         f"chunk() is {chunk}, the host's pipeline denoises {kit.host.chunk} together"
     )
     known = kit.host.window
-    assert known in (None, window), f"window() is {window}, the host was trained on {known} frames"
+    assert known in (None, window), f"window() is {window}, the model was trained on {known} frames"
     assert window >= chunk, (
         f"window() is {window} frames, less than a chunk of {chunk}: is it in another unit?"
     )
 
 
 def read_counts_frames(kit: Kit) -> None:
-    """`read` tells the first frame and the grid of every chunk, in frames and patches."""
+    """`read` returns the first frame and the grid of every chunk, in frames and patches."""
     take, chunk = kit.plain(), kit.host.chunk
     for start in (0, chunk, 2 * chunk):
-        for path, module, call in kit.calls(take, start, 1):  # a clean pass may run all chunks again
+        for path, module, call in kit.calls(take, start, 1):  # a clean pass may recompute all chunks
             assert call.start == start, (
-                f"{path}: read() says start {call.start} for a chunk at frame {start}: is "
+                f"{path}: read() returns start {call.start} for a chunk at frame {start}: is "
                 "it in frames, not in tokens or chunks?"
             )
             frames, height, width = call.grid
-            assert frames == chunk, f"{path}: read() says {frames} frames, the chunk has {chunk}"
+            assert frames == chunk, f"{path}: read() returns {frames} frames, the chunk has {chunk}"
             tokens = call.x.shape[1]
             assert frames * height * width == tokens, (
-                f"{path}: grid {call.grid} is not the {tokens} tokens of x"
+                f"{path}: grid {call.grid} does not match the {tokens} tokens of x"
             )
             assert call.x.dim() == 3, f"{path}: x is {tuple(call.x.shape)}, expected [B, L, C]"
             del module
 
 
 def anchor_is_the_timeline(kit: Kit) -> None:
-    """The anchor is the same object in every pass of a layer, and another one per layer and timeline."""
+    """The anchor is one object per layer and timeline, the same in every pass."""
     take = kit.plain()
     first = [call.anchor for _, _, call in kit.calls(take, 0)]
     if first[0] is None:
         raise Skipped("calls carry no cache object: users name the timeline with handle.stream()")
-    assert all(_can_be_referred_to(anchor) for anchor in first), (
-        f"the anchor is a {type(first[0]).__name__}, which cannot be referred to weakly, so our memory "
-        "could not go with it: take a tensor or an object in it, or put one of your own there"
+    assert all(_allows_weak_references(anchor) for anchor in first), (
+        f"the anchor is a {type(first[0]).__name__}, which allows no weak reference, so our KV "
+        "cache could not be freed with it: take a tensor inside it, or put an object of your own into it"
     )
     later = [call.anchor for _, _, call in kit.calls(take, kit.host.chunk)]
     assert all(a is b for a, b in zip(first, later, strict=True)), (
         "the anchor is another object in the next chunk: take one that lives as long as the video, not a view"
     )
-    beside = [call.anchor for _, _, call in kit.calls(take.beside("other"), 0)]
-    distinct = len({id(anchor) for anchor in (*first, *beside)})
+    others = [call.anchor for _, _, call in kit.calls(take.other("other"), 0)]
+    distinct = len({id(anchor) for anchor in (*first, *others)})
     assert distinct == 2 * len(first), (
-        "layers or timelines share an anchor, so their memories would mix: take an object of the layer's "
-        "own cache"
+        "layers or timelines share an anchor, so their KV caches would mix: take an object of the layer's "
+        "cache"
     )
 
 
 def uncached_calls_pass_through(kit: Kit) -> None:
-    """A call without a cache is none of ours: `read` returns None and the original runs."""
+    """For a call without a cache `read` returns None, and the original attention runs."""
     take = kit.plain()
     expected = kit.host.uncached(take.model)
     if expected is None:
@@ -163,28 +163,28 @@ def uncached_calls_pass_through(kit: Kit) -> None:
 
 
 def clock_tells_the_clean_pass(kit: Kit) -> None:
-    """`phase` says "commit" of clean passes and "denoise" of noisy ones."""
+    """`phase` tells the clean pass from noisy ones."""
     take = kit.plain()
     clock = kit.adapter.clock(take.model)
     if clock is None:
-        raise Skipped("clock() is None: roles that see less in the clean pass are refused")
+        raise Skipped("clock() returns None: roles that depend on the phase are refused")
     if type(kit.adapter).phase is Adapter.phase:
         raise AssertionError("the adapter has a clock but does not define phase()")
-    heard: list[str] = []
+    phases: list[str] = []
 
-    def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        heard.append(kit.adapter.phase(args, kwargs))
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        phases.append(kit.adapter.phase(args, kwargs))
 
-    hook = clock.register_forward_pre_hook(hear, with_kwargs=True)
+    hook = clock.register_forward_pre_hook(record, with_kwargs=True)
     take.passes(0, (2, 1, 0))
     hook.remove()
-    assert heard == ["denoise", "denoise", "commit"], (
-        f"two noisy passes and a clean one are {heard}: is the clock called once per pass, does phase() "
+    assert phases == ["denoise", "denoise", "clean"], (
+        f"two noisy passes and a clean one are {phases}: is the clock called once per pass? does phase() "
         "compare with the timestep of the clean pass?"
     )
 
 
-def _can_be_referred_to(anchor: object) -> bool:
+def _allows_weak_references(anchor: object) -> bool:
     try:
         weakref.ref(anchor)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Checks of what an adapter projects and how it rotates, against the host's own cache."""
+"""Checks of projection and rotation, against the base model's own cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headforcing.types import AttentionCall
 FAR = 5000
 """A frame far past any table."""
 ROUNDING = 1e-4
-"""What differs by less, relative to the largest, is computed alike but for its precision."""
+"""A relative difference below this is a matter of precision, not of a wrong formula."""
 
 
 def project_shapes(kit: Kit) -> None:
@@ -29,44 +29,44 @@ def project_shapes(kit: Kit) -> None:
 
 
 def values_are_the_hosts(kit: Kit) -> None:
-    """`project` returns the values that the host caches, bit for bit."""
-    for path, _, _, v, _, values in _beside_the_host(kit):
+    """`project` returns the values that the base model caches, bit for bit."""
+    for path, _, _, v, _, values in _with_cached(kit):
         assert torch.equal(v, values), (
-            f"{path}: the third of project() is not what the host caches as values: if one layer projects "
-            "all three, does it split heads first, or queries, keys and values?"
+            f"{path}: the values of project() are not those in the cache: if one layer projects all three, "
+            "does it split heads first, or queries, keys and values?"
         )
 
 
 def keys_are_the_hosts(kit: Kit) -> None:
-    """`project` returns the keys that the host caches, but for the rotation, which keeps their length."""
-    for path, _, k, _, keys, _ in _beside_the_host(kit):
+    """`project` returns the keys that the base model caches, compared by length, which RoPE keeps."""
+    for path, _, k, _, keys, _ in _with_cached(kit):
         mine, theirs = k.float().norm(dim=-1), keys.float().norm(dim=-1)
         assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4), (
-            f"{path}: keys of project() are not the host's, their lengths differ by up to "
+            f"{path}: the keys of project() are not those in the cache, their lengths differ by up to "
             f"{float((mine - theirs).abs().max()):.3g}: are q and k or their norms "
             "swapped, or is a norm missing?"
         )
 
 
 def rotation_is_the_hosts(kit: Kit) -> None:
-    """`rotate` at the chunk's own frames gives the keys that the host caches, bit for bit."""
-    for path, call, k, _, keys, _ in _beside_the_host(kit):
+    """`rotate` at the frames of the chunk gives the keys that the base model caches, bit for bit."""
+    for path, call, k, _, keys, _ in _with_cached(kit):
         turned = kit.adapter.rotate(k, call, range(call.start, call.start + call.grid[0]))
         apart = float((turned.double() - keys.double()).abs().max())
         hint = "is a step computed in another precision, or in another order?"
         if apart > ROUNDING * float(keys.abs().max()):
             hint = (
-                "positions off by one, height and width exchanged, another theta, neighbouring channels "
-                "turned together where the host pairs halves, or the other way round?"
+                "positions off by one, height and width exchanged, another theta, or neighbouring "
+                "channels paired where the base model pairs halves (or the reverse)?"
             )
         assert torch.equal(turned, keys), (
-            f"{path}: rotated keys of frames from {call.start} differ from the host's by up to "
+            f"{path}: rotated keys from frame {call.start} on differ from the cached ones by up to "
             f"{apart:.3g}: {hint}"
         )
 
 
 def rotation_is_per_frame(kit: Kit) -> None:
-    """`rotate` turns every frame on its own, at any positions in any order, and keeps the dtype."""
+    """`rotate` rotates every frame independently, at any positions in any order, and keeps the dtype."""
     _, module, call = kit.calls(kit.plain(), 0)[0]
     k = kit.adapter.project(module, call)[1]
     places = [2, 0, 7, 1][: k.shape[1]]
@@ -75,15 +75,15 @@ def rotation_is_per_frame(kit: Kit) -> None:
     for row, place in enumerate(places):
         alone = kit.adapter.rotate(k[:, row : row + 1], call, [place])
         assert torch.equal(together[:, row : row + 1], alone), (
-            f"a frame at position {place} is turned otherwise among others ({places}): use every given "
-            "position, not the first and a count"
+            f"a frame at position {place} is rotated differently when others are present ({places}): use "
+            "every given position, not the first and a count"
         )
     low = kit.adapter.rotate(k.bfloat16(), call, places)
-    assert low.dtype == torch.bfloat16, f"rotate() turns bfloat16 into {low.dtype}: return the dtype of x"
+    assert low.dtype == torch.bfloat16, f"rotate() converts bfloat16 to {low.dtype}: return the dtype of x"
 
 
 def rotation_is_relative(kit: Kit) -> None:
-    """Queries and keys moved by as many frames meet as before, so positions may restart."""
+    """Scores depend on the distance of query and key only, so positions may restart."""
     _, module, call = kit.calls(kit.plain(), 0)[0]
     q, k, _ = kit.adapter.project(module, call)
 
@@ -98,7 +98,7 @@ def rotation_is_relative(kit: Kit) -> None:
 
 
 def rotation_reaches_far(kit: Kit) -> None:
-    """`rotate` works far past the host's table, for roles that keep true positions in endless videos."""
+    """`rotate` works far past the base model's RoPE table, for roles with true positions in long videos."""
     _, module, call = kit.calls(kit.plain(), 0)[0]
     k = kit.adapter.project(module, call)[1][:, :1]
     turned = kit.adapter.rotate(k, call, [FAR])
@@ -107,12 +107,12 @@ def rotation_reaches_far(kit: Kit) -> None:
     assert torch.allclose(before, after, rtol=1e-3), f"rotate() at position {FAR} changes the length of keys"
     near = kit.adapter.rotate(k, call, [FAR - 1])
     assert not torch.equal(turned, near), (
-        f"positions {FAR - 1} and {FAR} are turned alike: is a table clamped?"
+        f"positions {FAR - 1} and {FAR} give the same rotation: is a table clamped?"
     )
 
 
 def rotation_of_merged_patches(kit: Kit) -> None:
-    """`rotate` with `patch=2` turns merged squares as their top left patch."""
+    """`rotate` with `patch=2` rotates merged squares as their top left patch."""
     if "patch" not in inspect.signature(kit.adapter.rotate).parameters:
         raise Skipped("rotate() takes no patch: roles that merge patches are refused")
     _, module, call = kit.calls(kit.plain(), 0)[0]
@@ -123,21 +123,23 @@ def rotation_of_merged_patches(kit: Kit) -> None:
     corners = torch.arange(height * width).view(height, width)[::2, ::2].flatten()
     expected = kit.adapter.rotate(k, call, [3])[:, :, corners]
     found = kit.adapter.rotate(k[:, :, corners], call, [3], 2)
-    assert torch.equal(found, expected), "rotate(patch=2) is not the rotation of every second patch both ways"
+    assert torch.equal(found, expected), (
+        "rotate(patch=2) is not the rotation of every second patch in both directions"
+    )
 
 
-def _beside_the_host(kit: Kit) -> list[tuple[str, AttentionCall, Tensor, Tensor, Tensor, Tensor]]:
-    """Path, call, keys and values of `project` and of the host's cache, for every layer of two chunks."""
+def _with_cached(kit: Kit) -> list[tuple[str, AttentionCall, Tensor, Tensor, Tensor, Tensor]]:
+    """Path, call, keys and values of `project` and of the base model's cache, per layer of two chunks."""
     take, found = kit.plain(), []
     for start in (0, kit.host.chunk):
         for layer, (path, module, call) in enumerate(kit.calls(take, start)):
             pair = kit.host.cached(take.model, take.caches, layer)
             if pair is None:
-                raise Skipped("the host does not show its cache (Host.cached): parity must do")
+                raise Skipped("Host.cached is not defined; the parity checks cover this")
             _, k, v = kit.adapter.project(module, call)
             heads = tuple(pair[0].shape[2:])
             assert heads == kit.adapter.heads(module), (
-                f"{path}: heads() says {kit.adapter.heads(module)} (heads, head dim), the host caches {heads}"
+                f"{path}: heads() returns {kit.adapter.heads(module)} (heads, head dim), the cache {heads}"
             )
             keys, values = (x[:, -call.x.shape[1] :].reshape(k.shape) for x in pair)
             found.append((path, call, k, v, keys.clone(), values.clone()))

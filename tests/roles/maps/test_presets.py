@@ -28,7 +28,7 @@ def seen(role, start, window=21):
         frames = tuple(known[row] for row in role.retain(table))
         own = tuple(range(begin, begin + CHUNK))
         known = (*frames, *own)
-    return known, role.place(known, CHUNK, window)
+    return known, role.positions_of(known, CHUNK, window)
 
 
 def the_role(name):

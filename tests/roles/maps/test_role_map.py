@@ -14,6 +14,7 @@ from headforcing.roles.episodic import ThresholdFifo
 from headforcing.roles.maps.file import MAX_BYTES
 from headforcing.roles.maps.origin import Measurement, ModelFacts, Origin
 from headforcing.testing.strategies import roles
+from tests.examples import examples
 
 GOOD = RoleMap(
     ((Local(), Anchor(), Memory(1, 8, 9)), (Memory(), Full(), Local(0))),
@@ -75,7 +76,7 @@ BAD = {
     "wrong format": broken(format="other"),
     "version is text": broken(version="1"),
     "version is true": broken(version=True),
-    "future version": broken(version=2),
+    "future version": broken(version=3),
     "extra entry": broken(extra=1),
     "no roles": broken(roles={}),
     "unused role": broken(roles={**json.loads(GOOD.to_json())["roles"], "spare": {"type": "Local"}}),
@@ -98,7 +99,7 @@ BAD = {
     "unknown name": broken(layers=[["local9"]]),
     "ragged": broken(layers=[["memory1", "memory2"], ["memory1"]]),
     "a number for a name": broken(layers=[[1]]),
-    "duplicate keys": GOOD.to_json().replace('"version": 1,', '"version": 1, "version": 1,'),
+    "duplicate keys": GOOD.to_json().replace('"version": 2,', '"version": 2, "version": 2,'),
     "NaN": GOOD.to_json().replace('"seed": 3', '"seed": NaN'),
     "infinite": GOOD.to_json().replace('"seed": 3', '"seed": 1e999'),
     "endless integer": GOOD.to_json().replace('"seed": 3', '"seed": ' + "9" * 10_000),
@@ -136,7 +137,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(["format", "version", "roles", "layers", "notes", "stability", "other"]), JSON)
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 def test_a_document_with_one_entry_replaced_is_accepted_only_when_it_is_right(entry, value):
     document = json.loads(GOOD.to_json())
     document[entry] = value

@@ -4,8 +4,9 @@ Three layouts are in use: an object whose `layers` is a list of records or an ob
 such an object without a header; and a bare list of records. Every layer must be there and name every head
 once: the project's own reader drops what it does not understand and makes missing layers all dynamic.
 
-The labels get the roles of its preset (`headforcing.roles.maps.presets`). Labels of layer 0 are taken as they stand;
-the project never uses them, all its heads are static there: `PRESETS["forcing_kv"].labelled(map.labels)`.
+The labels get the roles of its preset (`headforcing.roles.maps.presets`). Labels of layer 0 are taken as they
+stand; the project never uses them, all its heads are static there:
+`PRESETS["forcing_kv"].labelled(map.labels)`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rooms: keys of all roles of a layer are one piece of memory, and so are their values, head by head."""
+"""Buffers: keys of all roles of a layer are one piece of memory, and so are their values, head by head."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor
 from headforcing.roles import Full, HeadRole, Local, Memory
 from headforcing.roles.pyramid_forcing import Wave
 from headforcing.stores import KVStore
-from headforcing.stores.bank import gathered
-from headforcing.stores.buffers import Size, cut, front, joined
+from headforcing.stores.buffers import Size, cut, front, gathered, joined
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
 from headforcing.testing.strategies import GRID, frame_tensor, queries, roles
@@ -38,44 +37,44 @@ def segments(x: Tensor) -> list[tuple[int, int]]:
     return found
 
 
-def with_front(room: Tensor, place: int) -> Tensor:
-    """A room as one slot per token, those in front of its frames included."""
-    return joined(front(room, place), room.flatten(1, 2)).unsqueeze(2)
+def with_front(buffer: Tensor, place: int) -> Tensor:
+    """A buffer as one slot per token, those in front of its frames included."""
+    return joined(front(buffer, place), buffer.flatten(1, 2)).unsqueeze(2)
 
 
-def check_rooms(rooms: Sequence[Tensor]) -> None:
+def check_buffers(buffers: Sequence[Tensor]) -> None:
     """Head by head, side by side, the longest first, in one storage with nothing else."""
-    assert len({room.untyped_storage() for room in rooms}) == 1
-    starts = [(room.storage_offset(), -room.shape[1]) for room in rooms if room.numel()]
+    assert len({buffer.untyped_storage() for buffer in buffers}) == 1
+    starts = [(buffer.storage_offset(), -buffer.shape[1]) for buffer in buffers if buffer.numel()]
     assert sorted(starts) == sorted(starts, key=lambda start: start[::-1])
     at = 0
-    for first, count in sorted(part for room in rooms for part in segments(room) if part[1]):
+    for first, count in sorted(part for buffer in buffers for part in segments(buffer) if part[1]):
         assert first == at
         at += count
-    assert at * rooms[0].element_size() == rooms[0].untyped_storage().nbytes()
+    assert at * buffers[0].element_size() == buffers[0].untyped_storage().nbytes()
 
 
 @given(sizes, frame_sizes, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_rooms_are_cut_side_by_side(sizes: Any, frame: Any, dtype: torch.dtype) -> None:
+def test_buffers_are_cut_side_by_side(sizes: Any, frame: Any, dtype: torch.dtype) -> None:
     batch, tokens, dim = frame
-    rooms = cut(sizes, frame, torch.empty(0, dtype=dtype))
-    assert [tuple(room.shape) for room in rooms] == [(batch, s, tokens, h, dim) for s, h, _ in sizes]
-    assert {room.dtype for room in rooms} == {dtype}
-    check_rooms([with_front(room, size.front) for room, size in zip(rooms, sizes, strict=True)])
+    buffers = cut(sizes, frame, torch.empty(0, dtype=dtype))
+    assert [tuple(buffer.shape) for buffer in buffers] == [(batch, s, tokens, h, dim) for s, h, _ in sizes]
+    assert {buffer.dtype for buffer in buffers} == {dtype}
+    check_buffers([with_front(buffer, size.front) for buffer, size in zip(buffers, sizes, strict=True)])
 
 
 @given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 3), frame_sizes, st.integers(1, 3), st.booleans())
-def test_tokens_in_front_of_a_room_are_read_with_it(
+def test_tokens_in_front_of_a_buffer_are_read_with_it(
     slots: int, place: int, spare: int, frame: Any, heads: int, elsewhere: bool
 ) -> None:
-    (room,) = cut([Size(slots, heads, place + spare)], frame, torch.empty(0))
-    room.copy_(torch.randn(room.shape))
-    before, frames = front(room, place).copy_(torch.randn(())), room.flatten(1, 2)
+    (buffer,) = cut([Size(slots, heads, place + spare)], frame, torch.empty(0))
+    buffer.copy_(torch.randn(buffer.shape))
+    before, frames = front(buffer, place).copy_(torch.randn(())), buffer.flatten(1, 2)
     if elsewhere:
         before = before.clone()
     both = joined(before, frames)
     assert torch.equal(both, torch.cat([before, frames], 1))
-    in_place = both.untyped_storage() == room.untyped_storage()
+    in_place = both.untyped_storage() == buffer.untyped_storage()
     assert in_place == (not elsewhere)
 
 
@@ -90,11 +89,11 @@ def test_tokens_that_do_not_adjoin_are_copied() -> None:
 
 @given(st.lists(st.integers(0, 8), unique=True).map(sorted), frame_sizes, st.integers(1, 3))
 def test_slots_are_gathered_head_by_head(slots: list[int], frame: Any, heads: int) -> None:
-    (room,) = cut([Size(9, heads)], frame, torch.empty(0))
-    room.copy_(torch.randn(room.shape))
-    copy = gathered(room, slots)
-    assert torch.equal(copy, room[:, slots])
-    check_rooms([copy])
+    (buffer,) = cut([Size(9, heads)], frame, torch.empty(0))
+    buffer.copy_(torch.randn(buffer.shape))
+    copy = gathered(buffer, slots)
+    assert torch.equal(copy, buffer[:, slots])
+    check_buffers([copy])
 
 
 def store_of(row: Sequence[HeadRole], kind: type[KVStore] = RingStore) -> Any:
@@ -118,12 +117,12 @@ def write(store: Any, frames: range, batch: int = 1, dtype: torch.dtype = torch.
     ]
 
 
-def rooms_of(store: Any) -> dict[str, list[Tensor]]:
-    """Rooms by name, tokens in front of frames included."""
+def buffers_of(store: Any) -> dict[str, list[Tensor]]:
+    """Buffers by name, tokens in front of frames included."""
     found: dict[str, list[Tensor]] = {}
     for bank in store._banks.values():
-        for name, room in bank.rooms.items():
-            found.setdefault(name, []).append(with_front(room, bank.front(name, PATCHES)))
+        for name, buffer in bank.buffers.items():
+            found.setdefault(name, []).append(with_front(buffer, bank.front(name, PATCHES)))
     return found
 
 
@@ -137,32 +136,32 @@ def test_all_heads_of_a_layer_are_reached_in_one_piece_of_memory(row: Any, lengt
     for length in lengths:
         views = write(store, range(start, start + length), batch)
         start += length
-        rooms = rooms_of(store)
-        for some in rooms.values():
-            check_rooms(some)
-        assert len(rooms["raw"]) == len(rooms["v"]) == len(store.heads)
-        storages = {room.untyped_storage() for some in rooms.values() for room in some}
-        assert len(storages) == len(rooms), "keys, rotated keys and values apart"
+        buffers = buffers_of(store)
+        for some in buffers.values():
+            check_buffers(some)
+        assert len(buffers["raw"]) == len(buffers["v"]) == len(store.heads)
+        storages = {buffer.untyped_storage() for some in buffers.values() for buffer in some}
+        assert len(storages) == len(buffers), "keys, rotated keys and values apart"
         for view in views:
             for x in (view.k, view.v):
                 segments(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_whole_view_is_a_slice_of_the_rooms(dtype: torch.dtype) -> None:
+def test_a_whole_view_is_a_slice_of_the_buffers(dtype: torch.dtype) -> None:
     store = store_of([Local(1), Memory(1, 2, 2), Local(1), Local(3)])
     for start in range(0, 12 * CHUNK, CHUNK):
         views = write(store, range(start, start + CHUNK), dtype=dtype)
-        rooms = rooms_of(store)
-        assert {view.k.untyped_storage() for view in views} == {rooms["rotated"][0].untyped_storage()}
-        assert {view.v.untyped_storage() for view in views} == {rooms["v"][0].untyped_storage()}
+        buffers = buffers_of(store)
+        assert {view.k.untyped_storage() for view in views} == {buffers["rotated"][0].untyped_storage()}
+        assert {view.v.untyped_storage() for view in views} == {buffers["v"][0].untyped_storage()}
 
 
 def addresses(store: Any) -> list[int]:
     return [x.data_ptr() for bank in store._banks.values() for x in bank.tensors()]
 
 
-def test_rooms_stay_over_chunks_videos_and_resets() -> None:
+def test_buffers_stay_over_chunks_videos_and_resets() -> None:
     store = store_of([Local(1), Memory(1, 2, 2), Wave(period=3, cap=2)])
     for start in range(0, 12 * CHUNK, CHUNK):
         write(store, range(start, start + CHUNK))
@@ -176,7 +175,7 @@ def test_rooms_stay_over_chunks_videos_and_resets() -> None:
         assert (addresses(store), store.nbytes()) == before
 
 
-def test_a_role_without_capacity_moves_all_rooms_and_the_history_with_them() -> None:
+def test_a_role_without_capacity_moves_all_buffers_and_the_history_with_them() -> None:
     row = [Local(2), Full(), Memory(1, 2, 2)]
     store, moves, last = store_of(row), 0, None
     for start in range(0, 64, CHUNK):
@@ -188,10 +187,10 @@ def test_a_role_without_capacity_moves_all_rooms_and_the_history_with_them() -> 
         whole = frame_tensor(range(start + CHUNK), 0, 1, len(row), PATCHES)
         assert torch.equal(views[1].k, whole[:, :, :, 1:2])
         moves, last = moves + (addresses(store) != last), addresses(store)
-    assert moves <= 6, "its room doubles"
+    assert moves <= 6, "its buffer doubles"
 
 
-def test_another_batch_leaves_nothing_of_the_rooms_before() -> None:
+def test_another_batch_leaves_nothing_of_the_buffers_before() -> None:
     store = store_of([Local(2), Full()])
     for start in range(0, 8 * CHUNK, CHUNK):
         write(store, range(start, start + CHUNK), batch=2)
@@ -201,7 +200,7 @@ def test_another_batch_leaves_nothing_of_the_rooms_before() -> None:
     assert store.nbytes() == other.nbytes()
 
 
-def test_memory_that_runs_out_while_rooms_are_made_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_while_buffers_are_made_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of([Local(2), Full()])
     write(store, range(CHUNK))
     held, made = store._banks[Full()].slots(*[torch.zeros(1, 1, PATCHES, 2, DIM)] * 2), []
@@ -213,7 +212,7 @@ def test_memory_that_runs_out_while_rooms_are_made_loses_nothing(monkeypatch: py
         return cut(sizes, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("headforcing.stores.banked.cut", full)
+        patch.setattr("headforcing.stores.buffered.cut", full)
         with pytest.raises(torch.OutOfMemoryError):
             write(store, range(CHUNK, 2 * CHUNK))
     assert store._banks[Full()].slots(*[torch.zeros(1, 1, PATCHES, 2, DIM)] * 2) == held
@@ -226,10 +225,10 @@ def test_memory_that_runs_out_while_rooms_are_made_loses_nothing(monkeypatch: py
 
 
 class Apart(RotatedBank):
-    """Makes its own room."""
+    """Makes its own buffers."""
 
-    def move(self, rooms: Any) -> None:
-        super().move({name: room.clone() for name, room in rooms.items()})
+    def move(self, buffers: Any) -> None:
+        super().move({name: buffer.clone() for name, buffer in buffers.items()})
 
 
 def test_a_role_with_memory_of_its_own_is_found() -> None:
@@ -237,11 +236,11 @@ def test_a_role_with_memory_of_its_own_is_found() -> None:
     store._banks[Local(1)] = Apart(Local(1), store.heads[Local(1)])
     write(store, range(CHUNK))
     with pytest.raises(AssertionError):
-        check_rooms(rooms_of(store)["v"])
+        check_buffers(buffers_of(store)["v"])
 
 
 @pytest.mark.parametrize(
-    "rooms",
+    "buffers",
     [
         lambda flat: [flat[:6].view(1, 3, 1, 1, 2), flat[8:].view(1, 4, 1, 1, 2)],
         lambda flat: [flat[:6].view(1, 3, 1, 1, 2), flat[6:].view(1, 5, 1, 1, 2)],
@@ -249,6 +248,6 @@ def test_a_role_with_memory_of_its_own_is_found() -> None:
     ],
     ids=["a hole", "the longest last", "token by token"],
 )
-def test_rooms_that_lie_otherwise_are_found(rooms: Any) -> None:
+def test_buffers_that_lie_otherwise_are_found(buffers: Any) -> None:
     with pytest.raises(AssertionError):
-        check_rooms(rooms(torch.zeros(16)))
+        check_buffers(buffers(torch.zeros(16)))
