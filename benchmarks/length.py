@@ -98,7 +98,7 @@ def slope(x: Values, y: Values) -> Any:
 
 
 def linear(case: Case, args: argparse.Namespace, deadline: Deadline) -> list[dict[str, Any]]:
-    """Seconds per chunk by the frames that are kept, own chunk included; a row per size."""
+    """Seconds per chunk by the frames that are kept, the current chunk included; a row per size."""
     options = {"store": args.store}
     chosen = [
         Variant(f"{frames} frames", [window_of(frames)] * case.heads, case, args.backend, options)

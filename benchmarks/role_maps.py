@@ -42,7 +42,7 @@ from headforcing.roles.maps.presets import pyramid_forcing
 from headforcing.roles.maps.role_map import RoleMap
 
 BUDGETS = (4, 9)
-"""Frames kept per head, mean over the heads; the own chunk comes on top."""
+"""Frames kept per head, mean over the heads; the current chunk comes on top."""
 DRAWS = 3
 STABILITY_DRAWS = 50
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)

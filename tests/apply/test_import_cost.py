@@ -14,12 +14,11 @@ import headforcing as hf
 hf.apply_head_forcing
 assert "torch._dynamo" not in sys.modules, "by importing"
 
-from headforcing.roles.commit_forcing import CommitForcing
 from tests.hosts.rig import Rig
 
 rig = Rig(9)
 caches = rig.caches()
-handle = hf.apply_head_forcing(rig.model, CommitForcing(hf.Memory(), 6))
+handle = hf.apply_head_forcing(rig.model, hf.Memory(clean_window=6))
 rig.video(caches, 2)
 handle.switch_prompt("smooth")
 rig.video(caches, 2, first=2)

@@ -548,8 +548,9 @@ class SwitchMachine(RuleBasedStateMachine):
                 assert torch.allclose(values, torch.stack(means), atol=1e-5), "averages are of this scene"
             else:
                 frames = [*past.scene, *(past.outlived if isinstance(role, Participating) else ())]
+                assert frames, "so are pieces"
                 known = torch.cat([past.content(frame) for frame in frames])
-                assert all((known == token).flatten(1).all(1).any() for token in values), "so are pieces"
+                assert all((known == token).flatten(1).all(1).any() for token in values)
 
     @invariant()
     def marks_hold_what_they_name_and_no_more(self) -> None:
@@ -631,7 +632,7 @@ def the_first_switch_asked_for_counts(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_mark_forgets_episodic_frames(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Memory, "recalls", property(lambda self: ("sink", "recent")))
+    patch.setattr("headforcing.stores.scenes.recalled", lambda role: ("sink", "recent"))
 
 
 def frames_run_again_stay(patch: pytest.MonkeyPatch) -> None:
