@@ -53,8 +53,7 @@ def test_type_checkers_follow_a_path_entry(tmp_path):
     (tmp_path / "user.py").write_text(
         "import headforcing as hf\n"
         "from headforcing.demo import demo_model\n"
-        "from headforcing.integrations.self_forcing import SelfForcing\n"
-        "hf.apply_head_forcing(demo_model(), hf.Full(), adapter=SelfForcing()).absent\n"
+        "hf.apply_head_forcing(demo_model(), hf.Full()).absent\n"
     )
     answer = subprocess.run(
         [sys.executable, "-m", "mypy", "user.py"],
@@ -64,7 +63,7 @@ def test_type_checkers_follow_a_path_entry(tmp_path):
         env=os.environ | {"MYPYPATH": str(ROOT)},
     )
     assert answer.stdout.splitlines() == [
-        'user.py:4: error: "HeadForcing" has no attribute "absent"  [attr-defined]',
+        'user.py:3: error: "HeadForcing" has no attribute "absent"  [attr-defined]',
         "Found 1 error in 1 file (checked 1 source file)",
     ]
 
