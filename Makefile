@@ -1,4 +1,4 @@
-# Every target sets up what it needs: python3 and make are enough to start.
+# Every target sets up what it requires: python3 and make are enough to start.
 #
 # On Linux the default torch wheel brings CUDA. For the much smaller CPU build:
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test

@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # The adapters are in the top-level folder `integrations/` and are installed as `headforcing.integrations`. An
-# editable installation does without the mapping, which needs an import hook that no type checker follows:
+# editable installation does without the mapping, which requires an import hook that no type checker follows:
 # it adds this folder to the path, and headforcing/__init__.py finds the adapters.
 MAPPED = {} if "editable_wheel" in sys.argv else {"headforcing.integrations": "integrations"}
 PACKAGES = [*find_packages(str(Path(__file__).parent), include=["headforcing", "headforcing.*"]), *MAPPED]

@@ -1,6 +1,6 @@
 """How many kernels one self-attention layer launches in a pass, and how often it reads its host's counters.
 
-Counted, not timed, on the `meta` device: it needs no accelerator, and what it says of one depends on no
+Counted, not timed, on the `meta` device: it requires no accelerator, and what it says of one depends on no
 machine. A launch is an operator that returns no view and does more than take memory; a rotation by RoPE of
 ours, and softmax attention per call, are one each, as on an accelerator. Counters that lie on the device, as
 upstream has them, are a sync each time they are read. Projections and norms are in it, the check for NaN,

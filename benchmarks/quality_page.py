@@ -56,7 +56,7 @@ LIMITS = """## What this does not show
 * One model of 1.5 M parameters, one training run, a synthetic world of 24×24 pixels. Intervals cover videos,
   not training runs, and say nothing about large models.
 * The prompt contains the camera position. Real models do not get it.
-* Background PSNR needs a ground truth, which exists only here. It does not measure what people see.
+* Background PSNR requires a ground truth, which exists only here. It does not measure what people see.
 * With 16 tokens per frame the length of the cache hardly changes the speed, so no speed is reported here.
 * The numbers of the roles were chosen on other seeds of the same two scenarios.
 * The labels (by ablation) and the numbers of the roles are ours: this is not a test of the paper's own

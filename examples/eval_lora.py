@@ -180,7 +180,7 @@ def evaluate(options: argparse.Namespace, team: Team) -> None:
     model.eval()
     checkpoint = eval_files.weights_hash(model)
     attention = handle = foreign = None
-    if roles is not None:  # the model's own cache needs no adapter
+    if roles is not None:  # the model's own cache requires no adapter
         attention = fingerprint(model, find_adapter(model))
         handle, foreign = apply_roles(model, roles, options.strict)
     applied = None if handle is None else handle.roles.hash

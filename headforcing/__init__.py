@@ -1,4 +1,4 @@
-"""Head Forcing: every attention head of an AR video diffusion model gets the memory its role needs.
+"""Head Forcing: every attention head of an AR video diffusion model gets the memory that fits its role.
 
     >>> import headforcing as hf
     >>> from headforcing.demo import demo_model, demo_roles

@@ -36,11 +36,11 @@ class RoleMapMismatchError(RoleMapError):
 
 
 class ProfileError(HeadForcingError, ValueError):
-    """A profile, or the file it comes from, is malformed, or lacks what a classifier needs."""
+    """A profile, or the file it comes from, is malformed, or lacks what a classifier requires."""
 
 
 class WindowError(HeadForcingError, ValueError):
-    """A role, or a chunk, needs more frames than the model was trained on."""
+    """A role, or a chunk, requires more frames than the model was trained on."""
 
 
 class AlreadyAppliedError(HeadForcingError, RuntimeError):
@@ -52,7 +52,7 @@ class PatchedModuleError(HeadForcingError, RuntimeError):
 
 
 class StreamActiveError(HeadForcingError, RuntimeError):
-    """Something that needs a quiet model was asked for while a call or an explicit stream is open."""
+    """Something that requires a quiet model was asked for while a call or an explicit stream is open."""
 
 
 class StreamError(HeadForcingError, RuntimeError):

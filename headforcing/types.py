@@ -182,7 +182,7 @@ class AttentionCall:
         anchor: the object whose life is the life of the timeline (for Self Forcing the key tensor
             of the cache); `None` where the base model has no cache object.
         arguments: the original call by parameter name, for the adapter.
-        phase: which pass this is, where some role needs it.
+        phase: which pass this is, where some role requires it.
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the host runs these frames again, as behind a new prompt.
         emptied: whether nothing of the past is beside the frames that run again.

@@ -91,7 +91,7 @@ class AnyFlowFAR(Adapter):
                 "remove head forcing to use it, or restore the former one with set_processor()"
             )
         if getattr(processor, "_parallel_config", None) is not None:
-            raise PatchedModuleError("head forcing needs all tokens of a call: undo enable_parallelism()")
+            raise PatchedModuleError("head forcing requires all tokens of a call: undo enable_parallelism()")
         arguments = {**dict.fromkeys(CALL), **dict(zip(CALL, args)), **kwargs}  # noqa: B905
         cache, flag, x = (arguments[name] for name in ("kv_cache", "kv_cache_flag", "hidden_states"))
         if cache is None:

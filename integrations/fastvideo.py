@@ -67,7 +67,7 @@ class FastVideo(CountingWan):
     def traced_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> TracedCall | None:
-        """See `Adapter.traced_call`; like `x` of the call, what needs gradients."""
+        """See `Adapter.traced_call`; like `x` of the call, what requires gradients."""
         traced = super().traced_call(module, args, kwargs)
         if traced is None:
             return None

@@ -279,7 +279,7 @@ def _unknown(path: str, attention: Any) -> str | None:
         hint = "restore the original with set_processor(), or do not use head forcing"
         return f"{path} has the processor {kind.__name__}, which head forcing would not call: {hint}"
     if getattr(attention.processor, "_parallel_config", None) is not None:
-        return f"{path} works in parallel, but head forcing needs all tokens: undo enable_parallelism()"
+        return f"{path} works in parallel, but head forcing requires all tokens: undo enable_parallelism()"
     return None
 
 

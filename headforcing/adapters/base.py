@@ -63,7 +63,7 @@ class Adapter(ABC):
     ) -> AttentionCall | None:
         """The call in our words; `None` where it has no cache and belongs to the original forward.
 
-        What `rotate` needs of the module, it finds in the call's `arguments`: put it there.
+        What `rotate` requires of the module, it finds in the call's `arguments`: put it there.
         """
 
     @abstractmethod

@@ -48,7 +48,7 @@ def apply_head_forcing(
     replace: bool = False,
     strict: bool = False,
 ) -> HeadForcing:
-    """Gives every attention head of a model the memory its role needs.
+    """Gives every attention head of a model the memory that fits its role.
 
     Everything is checked before anything is changed: a call that fails leaves the model untouched.
     No cache is allocated until the model runs.
@@ -79,7 +79,7 @@ def apply_head_forcing(
         UnsupportedModelError: no adapter fits, or the model does not say a number that is needed.
         RoleMapError: the roles are malformed, do not fit the model, or, with `strict`, are not known to
             be measured on it.
-        WindowError: a role needs more frames than the model was trained on.
+        WindowError: a role requires more frames than the model was trained on.
         AlreadyAppliedError: other roles are applied, and `replace` is false.
         PatchedModuleError: something else has replaced `forward` on an attention module.
         OptionError: an option has a value that does not exist, or the backend calls what is not installed.

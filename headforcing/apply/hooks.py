@@ -17,7 +17,7 @@ from headforcing.attention import compile as traced
 from headforcing.attention.activity import Activity
 from headforcing.attention.layer_state import LayerState
 from headforcing.errors import StreamError, UnsupportedModelError
-from headforcing.roles.base import needs_phase
+from headforcing.roles.base import reads_phase
 from headforcing.roles.maps.role_map import RoleMap
 
 
@@ -69,7 +69,7 @@ def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: a role depends on the phase, and nobody knows it.
     """
-    asking = [role for role in roles.counts() if needs_phase(role)]
+    asking = [role for role in roles.counts() if reads_phase(role)]
     if asking and adapter.clock(model) is None:
         raise UnsupportedModelError(
             f"{asking[0]} sees other frames in the clean pass, but {adapter.name} cannot tell which pass of "
@@ -80,7 +80,7 @@ def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:
 def add_phase_hook(model: nn.Module, roles: RoleMap, adapter: Adapter, activity: Activity) -> None:
     """Puts the hook in, where a role depends on the phase."""
     clock = adapter.clock(model)
-    if clock is not None and any(map(needs_phase, roles.counts())):
+    if clock is not None and any(map(reads_phase, roles.counts())):
         activity.phase_hook = True
         clock.register_forward_pre_hook(PhaseHook(adapter, activity), with_kwargs=True)
 

@@ -136,7 +136,7 @@ class Activity:
         """Counts a call that went to the original forward although it had a cache; warns once."""
         if not self.bypassed:
             warnings.warn(
-                "head forcing is inactive while the model trains or needs gradients: the original "
+                "head forcing is inactive while the model trains or requires gradients: the original "
                 "attention ran. Call model.eval() and use torch.no_grad() to switch it on",
                 stacklevel=4,
             )

@@ -24,7 +24,7 @@ from headforcing.types import AttentionCall, Chunk
 
 
 class HeadForcingMixin(nn.Module):
-    """Gives every head of a self-attention module the memory its role needs."""
+    """Gives every head of a self-attention module the memory that fits its role."""
 
     _headforcing: LayerState
 
@@ -51,7 +51,7 @@ class HeadForcingMixin(nn.Module):
         state = self._headforcing
         adapter = state.options.adapter
         call = adapter.read(self, args, kwargs)
-        if call is None or needs_grad(self, call.x):
+        if call is None or tracks_gradients(self, call.x):
             return self._original(call, args, kwargs)
         *past, last = adapter.split(self, call)
         if not past:
@@ -88,7 +88,7 @@ class HeadForcingMixin(nn.Module):
             if call.anchor is not None and call.anchor in state.streams:
                 raise StreamActiveError(
                     f"layer {state.layer}: this cache holds a head-forced video, but the model now trains "
-                    "or needs gradients: use model.eval() and torch.no_grad(), or another cache"
+                    "or requires gradients: use model.eval() and torch.no_grad(), or another cache"
                 )
             state.activity.bypass()
         return super().forward(*args, **kwargs)
@@ -106,7 +106,7 @@ class HeadForcingMixin(nn.Module):
         if state.activity.prompt_hooks:
             pass  # read so that dynamo guards on it: graphs from before the prompt hooks are recompiled
         call = adapter.traced_call(self, args, kwargs)
-        if call is None or needs_grad(self, call.like) or not traced.fits(call.arguments):
+        if call is None or tracks_gradients(self, call.like) or not traced.fits(call.arguments):
             return traced.serve_between_graphs(self, args, kwargs)
         return adapter.answer(*traced.attend(state.key, state.activity.order, call))
 
@@ -148,7 +148,7 @@ def _with_phase(call: AttentionCall, stream: Stream, state: LayerState) -> Atten
     return dataclasses.replace(call, phase=phase)
 
 
-def needs_grad(module: nn.Module, x: Tensor) -> bool:
+def tracks_gradients(module: nn.Module, x: Tensor) -> bool:
     """Whether a call belongs to training, which head forcing leaves to the original forward."""
     if module.training:
         return True

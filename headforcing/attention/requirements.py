@@ -92,9 +92,9 @@ class Requirements:
         if (dims := self.head_dims) is not None and case.head_dim not in dims:
             return f"it takes {dims[0]} to {dims[-1]} channels per head, a multiple of {dims.step}"
         if case.device == "cuda" and self.capability and (case.capability or (0, 0)) < self.capability:
-            return f"it needs an NVIDIA GPU of compute capability {_dotted(self.capability)} or higher"
+            return f"it requires an NVIDIA GPU of compute capability {_dotted(self.capability)} or higher"
         if case.device == "cuda" and self.flash_built and not case.flash_built:
-            return "it needs FlashAttention, and this PyTorch was built without it: install one that has it"
+            return "it requires FlashAttention, but this PyTorch was built without it: install another build"
         return self.missing()
 
     def check(self, name: str, parts: Sequence[Part]) -> None:

@@ -86,7 +86,7 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
     """Exits with code 2 if a library is missing, and names the extra that installs it."""
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        fail(f"{what} needs {', '.join(missing)}: pip install 'headforcing[{extra}]'")
+        fail(f"{what} requires {', '.join(missing)}: pip install 'headforcing[{extra}]'")
 
 
 def print_json(value: Any) -> None:

@@ -39,7 +39,7 @@ def measured_map(
     Raises:
         RoleMapError: a label has no role.
         RoleMapMismatchError: the labels are for another model.
-        WindowError: a role needs more frames than the model was trained on.
+        WindowError: a role requires more frames than the model was trained on.
     """
     facts = profile.facts.model
     if (len(found.labels), len(found.labels[0])) != profile.shape:

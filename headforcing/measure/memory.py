@@ -21,7 +21,7 @@ from torch import Tensor
 from headforcing.errors import OptionError, RoleMapMismatchError, StreamShapeError
 from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole, SlidingWindow
-from headforcing.roles.base import needs_phase
+from headforcing.roles.base import reads_phase
 from headforcing.roles.compressed import nbytes
 from headforcing.roles.maps.preset import Preset
 from headforcing.roles.maps.role_map import RoleMap
@@ -243,7 +243,7 @@ def simulate(
         kept = _kept(held)
         attended = tuple(_attended(held, role, "denoise") for role, _ in counts)
         for role, _ in counts:
-            if needs_phase(role):
+            if reads_phase(role):
                 _attended(held, role, "clean")  # a store may hold what the last pass attended to
         found.append(Moment(held.nbytes(), min(kept, _kept(held)), attended))
     return found[chunks // 2 :]

@@ -113,7 +113,7 @@ class HeadRole(ABC):
             chunk: frames of the longest chunk the model will be given.
 
         Raises:
-            WindowError: the role with the current chunk needs more than `window` frames, or the clean pass
+            WindowError: the role with the current chunk requires more than `window` frames, or the clean pass
                 would not see all of the chunk.
         """
         if self.clean_window is not None and self.clean_window < chunk:
@@ -147,7 +147,7 @@ def sees_compressed(role: HeadRole, phase: Phase) -> bool:
     return role.clean_window is None or phase == "denoise"
 
 
-def needs_phase(role: HeadRole) -> bool:
+def reads_phase(role: HeadRole) -> bool:
     """Whether the base model has to tell which pass is the clean one."""
     return role.clean_window is not None or "phase" in role.depends_on
 

@@ -34,7 +34,7 @@ def scheme_positions(
         window: frames the model was trained on; `clamped` stays in `[0, window)`.
 
     Raises:
-        RoleError: the scheme needs to know every frame, but some were chosen by content.
+        RoleError: the scheme has to know every frame, but some were chosen by content.
     """
     if scheme == "compact":
         return tuple(range(len(frames)))
@@ -43,7 +43,7 @@ def scheme_positions(
     known = [frame for frame in frames if frame is not None]
     if len(known) != len(frames):
         raise RoleError(
-            f"positions={scheme!r} needs the index of every frame, but {len(frames) - len(known)} of "
+            f"positions={scheme!r} requires the index of every frame, but {len(frames) - len(known)} of "
             f"{len(frames)} frames were chosen by content: use positions='compact'"
         )
     return tuple(known) if scheme == "absolute" else _clamped(known, chunk, window)

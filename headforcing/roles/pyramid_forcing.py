@@ -76,7 +76,7 @@ class _Clamped(HeadRole):
     ) -> tuple[int, ...]:
         known = [frame for frame in frames if frame is not None]
         if query is None or len(known) < len(frames):
-            raise RoleError(f"{type(self).__name__} needs the index of every frame, and the query frame")
+            raise RoleError(f"{type(self).__name__} requires the index of every frame, and the query frame")
         near, origin = known[len(known) - chunk] - self.recent, self._origin(query)
         return tuple(frame - origin if frame >= near else 0 for frame in known)
 

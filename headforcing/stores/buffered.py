@@ -7,7 +7,7 @@ upstream.
 A role has buffers for `capacity + chunk` frames. Keys before RoPE of all roles of a layer share one
 allocation, values another one, and so on; see `headforcing.stores.buffers`. They are made when the first
 chunk comes and stay where they are, also for the next video. All of them move, with their contents, when a
-role without a capacity or a longer chunk needs more, or when a role needs less from now on because
+role without a capacity or a longer chunk requires more, or when a role requires less from now on because
 compressed tokens took the place of some frames.
 """
 

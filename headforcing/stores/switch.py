@@ -47,7 +47,7 @@ class Switch:
             if given and self.mode != mode:
                 raise OptionError(f"{what} goes with mode {mode!r}: got mode {self.mode!r}")
             if not given and self.mode == mode != "cut":
-                raise OptionError(f"mode {mode!r} needs {what}: pass {what}=...")
+                raise OptionError(f"mode {mode!r} requires {what}: pass {what}=...")
         if wrong := [tier for tier in self.keep if tier not in LASTING]:
             raise OptionError(f"keep has {wrong}: expected some of {', '.join(LASTING)}")
         if type(self.frames) is not int or self.frames < 0:

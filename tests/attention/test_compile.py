@@ -1,7 +1,7 @@
 """torch.compile: an applied model is one graph, however long, deep and mixed.
 
 What a graph looks like shows before code is generated, so the backends here are `eager` and `aot_eager`;
-Inductor is asked once, in a slow test. Models have as few layers as a claim needs: tracing takes longest.
+Inductor is asked once, in a slow test. Models have as few layers as a claim requires: tracing takes longest.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "p
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
 at_length = pytest.mark.parametrize("chunks", [30, pytest.param(1000, marks=pytest.mark.slow)])
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU with CUDA")
 
 
 @pytest.fixture(autouse=True)

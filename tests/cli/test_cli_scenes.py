@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from headforcing.cli import app
 
-pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
+pytest.importorskip("imageio_ffmpeg", reason="requires the extra demo")
 
 pytestmark = pytest.mark.xdist_group("headforcing scenes")  # makes its videos once
 RUN = CliRunner()

@@ -45,7 +45,7 @@ def test_other_presets_are_the_same_for_all_heads(name):
 
 
 def test_the_demo_uses_the_labels():
-    pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
+    pytest.importorskip("imageio_ffmpeg", reason="requires the extra demo")
     from headforcing.demo.show import show
 
     config = demo_model().config

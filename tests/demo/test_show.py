@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("imageio_ffmpeg", reason="needs the extra demo")
+pytest.importorskip("imageio_ffmpeg", reason="requires the extra demo")
 
 from headforcing import Anchor, Local, Memory, RoleMap
 from headforcing.demo.contest.compare import make_scene

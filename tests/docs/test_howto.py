@@ -19,7 +19,7 @@ from tests.hosts import find_host
 
 FOLDER = ROOT / "docs" / "how-to"
 REASON = re.compile(
-    r'notest="needs (a checkout|the weights); tests/docs/test_howto\.py runs it on a (stand-in|tiny model)"'
+    r'notest="requires (a checkout|the weights); tests/docs/test_howto.py runs it on a (stand-in|tiny model)"'
 )
 CHUNKS = 2
 """Made of a video before the first lines and after each."""

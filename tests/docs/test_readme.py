@@ -75,8 +75,8 @@ def test_the_site_can_read_the_fences_of_a_page(page):
 
 
 def test_only_a_reason_spares_a_fence():
-    assert run_python('```python notest="needs a GPU"\n1 / 0\n```\n', "page") == 0
-    assert run_python('```{.python notest="needs a GPU"}\n1 / 0\n```\n', "page") == 0
+    assert run_python('```python notest="requires a GPU"\n1 / 0\n```\n', "page") == 0
+    assert run_python('```{.python notest="requires a GPU"}\n1 / 0\n```\n', "page") == 0
     assert run_python('```{.python title="a"}\n1\n```\n', "page") == 1
     with pytest.raises(ZeroDivisionError):
         run_python('```python notest=""\n1 / 0\n```\n', "page")

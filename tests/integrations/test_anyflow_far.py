@@ -36,7 +36,7 @@ from tests.hosts.anyflow_far import AnyFlowFARHost
 diffusers: Any = pytest.importorskip(
     "diffusers", minversion="0.42", reason="AnyFlow FAR came with diffusers 0.42"
 )
-pytest.importorskip("transformers", reason="the pipeline of AnyFlow FAR needs transformers")
+pytest.importorskip("transformers", reason="the pipeline of AnyFlow FAR requires transformers")
 
 HEADS, LAYERS = 2, 2
 SMALL = {"num_attention_heads": HEADS, "attention_head_dim": 16, "num_layers": LAYERS, "ffn_dim": 32}

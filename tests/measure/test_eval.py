@@ -20,8 +20,8 @@ from headforcing.errors import HeadForcingError, RoleMapMismatchError
 from headforcing.measure.evaluation import MANIFEST, VIDEOS, make_jobs, read_entries
 from headforcing.roles import Local
 
-pytest.importorskip("accelerate", reason="the example needs accelerate")
-pytest.importorskip("imageio_ffmpeg", reason="the example writes mp4, which needs the extra demo")
+pytest.importorskip("accelerate", reason="the example requires accelerate")
+pytest.importorskip("imageio_ffmpeg", reason="the example writes mp4, which requires the extra demo")
 
 pytestmark = pytest.mark.xdist_group("eval")  # makes its videos once
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "eval_lora.py"

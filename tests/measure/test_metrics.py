@@ -213,8 +213,8 @@ def test_planted_heads_regret_what_they_looked_at():
     roles = (Local(0), Anchor(1), Local(1), Memory(1, 5, 3))
     regret = follow(OutputRegret(roles), lambda start, at, seed: planted(start, 40.0, at, seed), (0, 3, 6, 9))
     error = regret["p95"][0]
-    needs = {"first": {1, 3}, "own": {0, 1, 2, 3}, "middle": {3}, "previous": {2, 3}}
-    for head, fine in enumerate(needs.values()):
+    enough = {"first": {1, 3}, "own": {0, 1, 2, 3}, "middle": {3}, "previous": {2, 3}}
+    for head, fine in enumerate(enough.values()):
         for role in range(len(roles)):
             assert (float(error[head, role]) < 1e-6) == (role in fine), (head, role)
     assert bool((regret["mean"] <= regret["p95"] + 1e-5).all())

@@ -256,7 +256,7 @@ def test_memory_that_is_not_said_is_found(store: Any) -> None:
 # On a GPU -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU with CUDA")
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_is_said_is_what_cuda_holds(name: str, store: str) -> None:

@@ -63,7 +63,7 @@ def checkout_of(repository: str) -> Path:
         pytest.skip(f"{VARIABLE} has no checkout of {repository} at {checkout}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"{repository} needs packages that are not installed: {', '.join(missing)}")
+        pytest.skip(f"{repository} requires packages that are not installed: {', '.join(missing)}")
     return checkout.resolve()
 
 

@@ -1,4 +1,4 @@
-"""What is run: scenarios, policies and cases, as plain data that needs no framework."""
+"""What is run: scenarios, policies and cases, as plain data that requires no framework."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ REQUIREMENTS = Requirements(
     head_dims=range(8, 257, 8),
     capability=(8, 0),
     function="flash_attn:flash_attn_varlen_func",
-    remedy="pip install 'headforcing[flash-attn]', which needs CUDA",
+    remedy="pip install 'headforcing[flash-attn]', which requires CUDA",
 )
 
 

@@ -58,7 +58,7 @@ def entrant(name: str, config: DemoConfig) -> Entrant:
         OptionError: it is neither.
         RoleMapError: the file is not a role map.
         RoleMapMismatchError: the map is for another model.
-        WindowError: a role needs more frames than the demo was trained on.
+        WindowError: a role requires more frames than the demo was trained on.
     """
     if name in PRESETS:
         found = demo_preset(name, config.window, config.chunk)

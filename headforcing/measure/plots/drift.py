@@ -61,7 +61,7 @@ def drift_panels(
         values: what was measured, by name.
         trained: frames that the model was trained on.
         ylabel: what was measured.
-        controls: controls by the name of their curve; not every curve needs one.
+        controls: controls by the name of their curve; not every curve requires one.
         control: name of the controls in the legend.
 
     Returns:

@@ -46,7 +46,7 @@ class Content(NamedTuple):
 
 def _known(version: int) -> int:
     if not 1 <= version <= VERSION:
-        raise ValueError(f"is {version}: expected 1 to {VERSION}; a newer file needs a newer headforcing")
+        raise ValueError(f"is {version}: expected 1 to {VERSION}; a newer file requires a newer headforcing")
     return version
 
 
@@ -131,7 +131,7 @@ def decode(text: str | bytes, source: str) -> Content:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file of roles, at most one byte more than any such file needs.
+    """The content of a file of roles, at most one byte more than any such file requires.
 
     Raises:
         RoleMapError: it cannot be read.

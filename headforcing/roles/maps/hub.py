@@ -211,5 +211,5 @@ def _hub() -> Any:
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
-        raise HubError("the Hub needs huggingface_hub: pip install 'headforcing[hub]'") from error
+        raise HubError("the Hub requires huggingface_hub: pip install 'headforcing[hub]'") from error
     return huggingface_hub

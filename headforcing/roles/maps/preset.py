@@ -11,7 +11,7 @@ from headforcing.roles.maps.origin import Origin
 from headforcing.roles.maps.role_map import RoleMap
 
 Roles = Mapping[str, HeadRole]
-"""What the labels of a preset mean; a preset that needs no labels has the one label `all`."""
+"""What the labels of a preset mean; a preset that requires no labels has the one label `all`."""
 ALL = "all"
 
 

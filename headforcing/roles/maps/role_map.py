@@ -99,7 +99,7 @@ class RoleMap:
 
         Raises:
             RoleMapMismatchError: the model has other layers or heads.
-            WindowError: a role needs more frames than the model was trained on.
+            WindowError: a role requires more frames than the model was trained on.
         """
         if self.shape != (layers, heads):
             raise RoleMapMismatchError(

@@ -18,7 +18,7 @@ def parse(text: str | bytes, max_bytes: int) -> Any:
         ValueError: it is larger than `max_bytes`, or anything at all is wrong with it.
     """
     if len(text) > max_bytes:
-        raise ValueError(f"larger than {max_bytes} bytes, which no such file needs")
+        raise ValueError(f"larger than {max_bytes} bytes, which no such file requires")
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(

@@ -229,7 +229,7 @@ def failed_apply_leaves_no_trace(kit: Kit) -> None:
 def _passes_through(
     kit: Kit, change: Callable[[Take], object], what: str, work: Callable[[Take], Tensor] | None = None
 ) -> None:
-    """An applied model that trains or needs gradients behaves as the unmodified one and serves no call."""
+    """An applied model that trains or requires gradients behaves as the unmodified one and serves no call."""
     plain, forced = kit.plain(), kit.forced()
     outs = []
     for take in (plain, forced):

@@ -142,5 +142,5 @@ def test_version_2_has_no_role_around_another() -> None:
 
 @pytest.mark.parametrize("version", [3, 99])
 def test_a_later_version_is_refused_with_what_to_do(version: int) -> None:
-    with pytest.raises(RoleMapError, match=f"here: .*{version}.* a newer file needs a newer headforcing"):
+    with pytest.raises(RoleMapError, match=f"here: .*{version}.* a newer file requires a newer headforcing"):
         RoleMap.from_json(document(INNER, version), "here")

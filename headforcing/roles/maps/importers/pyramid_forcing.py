@@ -29,7 +29,7 @@ def read(content: bytes, source: str) -> Imported:
         RoleMapError: anything at all is wrong with it.
     """
     if len(content) > MAX_BYTES:
-        raise RoleMapError(f"{source}: larger than {MAX_BYTES} bytes, which no such file needs")
+        raise RoleMapError(f"{source}: larger than {MAX_BYTES} bytes, which no such file requires")
     try:
         text = content.decode("ascii")
     except UnicodeDecodeError as error:
