@@ -68,7 +68,7 @@ class ChunkOrderError(StreamError, ValueError):
 
 
 class ExternalEditError(StreamError):
-    """The host's cache was changed from outside in a way no adapter knows."""
+    """The base model's KV cache was changed from outside in a way no adapter knows."""
 
 
 class NonFiniteKVError(StreamError, ArithmeticError):

@@ -184,11 +184,11 @@ class AttentionCall:
         arguments: the original call by parameter name, for the adapter.
         phase: which pass this is, where some role requires it.
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
-            the host runs these frames again, as behind a new prompt.
-        emptied: whether nothing of the past is beside the frames that run again.
-        rolling: whether the host denoises several chunks at once; see `Chunk`.
-        shift: how far the host moves these frames on the temporal axis, in frames.
-        heads: whose queries or keys are rotated, for hosts that turn every head otherwise; `None`: all.
+            the base model recomputes these frames, as after a new prompt (KV recache).
+        emptied: whether the base model kept nothing but the recomputed frames.
+        rolling: whether the base model denoises several chunks at once; see `Chunk`.
+        shift: how far the base model moves these frames on the temporal axis, in frames.
+        heads: whose queries or keys are rotated, where a model rotates heads differently; `None`: all.
         rotary_cache: rotation factors of the RoPE table, for all roles of this call; see `rope.rotate`.
     """
 

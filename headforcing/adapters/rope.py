@@ -181,7 +181,7 @@ def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
     parts, table_dtype = [], table.real.dtype
     for whole, group in itertools.groupby(positions, lambda position: isinstance(position, int)):
         if not whole:
-            angles = [torch.full((), place, dtype=table_dtype, device=table.device) for place in group]
+            angles = [torch.full((), position, dtype=table_dtype, device=table.device) for position in group]
             parts.append(_factors(table, torch.stack(angles)))  # made where they are: nothing to wait for
             continue
         for start, stop in runs([int(position) for position in group]):

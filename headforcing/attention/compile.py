@@ -114,7 +114,7 @@ def _taken_apart(value: Any, written: list[Tensor]) -> tuple[str, list[Tensor], 
 
 
 def _template(value: Any, parts: tuple[list[Any], ...]) -> str:
-    """A value as JSON, written by hand because a compiler follows; tensors and numbers by their place."""
+    """A value as JSON, written by hand because a compiler follows; tensors and numbers by their index."""
     if isinstance(value, dict):
         return "{" + ",".join([f'"{key}":{_template(item, parts)}' for key, item in value.items()]) + "}"
     if isinstance(value, list | tuple):
@@ -128,16 +128,16 @@ def _template(value: Any, parts: tuple[list[Any], ...]) -> str:
         return f'"{value}"'
     written, tensors, numbers, floats = parts
     if isinstance(value, Tensor):
-        return _place(value, written, tensors)
+        return _index_of(value, written, tensors)
     kind, held = ("float", floats) if isinstance(value, float) else ("number", numbers)
     held.append(value)
     return f'["{kind}",{len(held) - 1}]'
 
 
-def _place(x: Tensor, written: list[Tensor], tensors: list[Tensor]) -> str:
-    for place, known in enumerate(written):
+def _index_of(x: Tensor, written: list[Tensor], tensors: list[Tensor]) -> str:
+    for index, known in enumerate(written):
         if known is x:
-            return f'["written",{place}]'
+            return f'["written",{index}]'
     kind = "complex" if x.is_complex() else "tensor"  # inductor passes over operators given complex ones
     tensors.append(torch.view_as_real(x) if x.is_complex() else x)
     return f'["{kind}",{len(tensors) - 1}]'
@@ -227,10 +227,10 @@ def _together(node: Any, parts: Mapping[str, list[Any]]) -> Any:
         return {key: _together(item, parts) for key, item in node.items()}
     if not isinstance(node, list):
         return node
-    kind, place, *items = node
+    kind, index, *items = node
     if kind == "complex":
-        return torch.view_as_complex(parts["tensor"][place])
+        return torch.view_as_complex(parts["tensor"][index])
     if kind in parts:
-        return parts[kind][place]
+        return parts[kind][index]
     values = [_together(item, parts) for item in items]
     return values if kind == "list" else tuple(values)

@@ -76,7 +76,7 @@ def check_finished(stream: Stream, layer: int) -> None:
     if pending is not None and stream.unfinished:
         raise StreamError(
             f"layer {layer}: frames {pending.start}..{pending.stop - 1} are denoised at once, and their "
-            "first chunk had no clean pass yet: call commit() behind it, or leave it to the next window"
+            "first chunk had no clean pass yet: call commit() right after it, or leave it to the next window"
         )
 
 

@@ -61,10 +61,10 @@ def check(
         what, driver = _pair(target, host, adapter)
         with progress(quiet=quiet or as_json) as tell:
 
-            def told(done: int, total: int, name: str) -> None:
+            def step(done: int, total: int, name: str) -> None:
                 tell(type(driver).__name__, done, total)
 
-            report = check_adapter(what, driver, only=names, stop=stop, progress=told)
+            report = check_adapter(what, driver, only=names, stop=stop, progress=step)
     if as_json:
         print_json({**dataclasses.asdict(report), "ok": report.ok})
     else:

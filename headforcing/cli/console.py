@@ -130,15 +130,15 @@ def progress(*, quiet: bool) -> Iterator[Tell]:
 
 def _plain_lines() -> Tell:
     """Four lines per stage; every few seconds if the total is unknown."""
-    told = time.monotonic()
+    printed = time.monotonic()
 
     def tell(stage: str, done: int, total: int | None) -> None:
-        nonlocal told
+        nonlocal printed
         if total is not None:
             if done * 4 // max(total, 1) > (done - 1) * 4 // max(total, 1):
                 typer.echo(f"{stage}: {done}/{total}", err=True)
-        elif time.monotonic() - told > QUIET_SECONDS:
-            told = time.monotonic()
+        elif time.monotonic() - printed > QUIET_SECONDS:
+            printed = time.monotonic()
             typer.echo(f"{stage}: {done}", err=True)
 
     return tell

@@ -88,14 +88,14 @@ def profile(options: Options) -> None:
         seconds = time.perf_counter() - started
     with clean_errors():
         found.save(options.out)
-    told = _summary(found, options.out, seconds)
+    summary = _summary(found, options.out, seconds)
     if options.as_json:
-        print_json(told)
+        print_json(summary)
     else:
         from headforcing.cli.tables import facts_table
 
-        files, follow = told.pop("files"), told.pop("next")
-        print_parts(facts_table("profile", told))
+        files, follow = summary.pop("files"), summary.pop("next")
+        print_parts(facts_table("profile", summary))
         typer.echo("\n".join([*files, f"next: {follow}"]))
 
 
@@ -128,11 +128,11 @@ def _measure(options: Options, request: _Request) -> HeadProfile:
 
     with progress(quiet=options.quiet or options.as_json) as tell, importable_here():
 
-        def told(done: int, total: int | None, text: str) -> None:
+        def step(done: int, total: int | None, text: str) -> None:
             tell(text, done, total)
 
         if options.target is None:
-            return _profile_demo(options, request.metrics, told)
+            return _profile_demo(options, request.metrics, step)
         model, run = load_target(options.target)
         check_call("run", run, () if request.prompts is None else request.prompts[:1])
         return profile_heads(
@@ -142,11 +142,11 @@ def _measure(options: Options, request: _Request) -> HeadProfile:
             prompts=request.prompts,
             protocol=Protocol(starts=request.starts, queries=options.queries, seed=options.seed or 0),
             base_model=options.base_model,
-            progress=told,
+            progress=step,
         )
 
 
-def _profile_demo(options: Options, metrics: list[str], told: Progress) -> HeadProfile:
+def _profile_demo(options: Options, metrics: list[str], progress: Progress) -> HeadProfile:
     from headforcing.demo.profiled import SEED, VIDEOS, profile_demo
 
     return profile_demo(
@@ -154,7 +154,7 @@ def _profile_demo(options: Options, metrics: list[str], told: Progress) -> HeadP
         seed=SEED if options.seed is None else options.seed,
         long=options.long,
         metrics=metrics,
-        progress=told,
+        progress=progress,
     )
 
 

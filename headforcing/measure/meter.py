@@ -213,10 +213,10 @@ def _checked(metric: Metric, look: Look) -> Mapping[str, Tensor]:
         isinstance(value, Tensor) and value.shape[:2] == shape for value in found.values()
     )
     if not fine or not found:
-        told: object = type(found).__name__
+        given: object = type(found).__name__
         if isinstance(found, Mapping):
-            told = {name: list(getattr(value, "shape", ())) for name, value in found.items()}
+            given = {name: list(getattr(value, "shape", ())) for name, value in found.items()}
         raise ProfileError(
-            f"metric {metric.name} returned {told}: expected tensors [B, H, ...] = {[*shape, '...']} by name"
+            f"metric {metric.name} returned {given}: expected tensors [B, H, ...] = {[*shape, '...']} by name"
         )
     return found

@@ -33,7 +33,7 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
 
 
 def allows_gaps() -> bool:
-    """Whether rows behind the end of a sequence may hold anything, as in buffers that are not full yet.
+    """Whether rows after the end of a sequence may hold anything, as in buffers that are not full yet.
 
     FlashAttention-2, PyTorch's own, clears them. FlashAttention-3 and 4, which may be activated in its place,
     multiply them by zero, and a `NaN` stays one: https://github.com/Dao-AILab/flash-attention/issues/2374

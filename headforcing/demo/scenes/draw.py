@@ -34,7 +34,7 @@ class Tale:
         videos: `[T, 24, 24, 3]` by mode; the first two are shown side by side.
         held: frames stored by the head with the largest memory, by mode.
         alike: correlation of every returning scene with its first appearance, by mode.
-        told: the metrics as text, by mode.
+        summary: the metrics as text, by mode.
         headline: the large line.
         byline: the small line.
         fps: frames per second.
@@ -44,7 +44,7 @@ class Tale:
     videos: Mapping[str, Pixels]
     held: Mapping[str, Held]
     alike: Mapping[str, Mapping[int, float]]
-    told: Mapping[str, str]
+    summary: Mapping[str, str]
     headline: str
     byline: str
     fps: int
@@ -141,7 +141,7 @@ def draw_sheet(tale: Tale) -> Any:
     for row, mode in enumerate(tale.videos):
         top = SHEET_TOP + row * ROW
         draw.text((32, top + 36), mode, INK, font(20, "bold"), anchor="ls")
-        for number, line in enumerate(tale.told[mode].split("\n")):
+        for number, line in enumerate(tale.summary[mode].split("\n")):
             draw.text((32, top + 62 + 20 * number), line, FAINT, font(14), anchor="ls")
     return image
 

@@ -203,7 +203,7 @@ def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> 
         videos={each.mode: pixels(each.video) for each in played},
         held={each.mode: by_size(each.memories)[0] for each in played},
         alike=found,
-        told={
+        summary={
             row.mode: f"return  {number(row.returned)}\nleak  {number(row.leaked)}" for row in report.modes
         },
         headline=f"{len(script.prompts)} prompts in one video",
@@ -212,7 +212,7 @@ def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> 
     )
 
 
-def told(row: ModeRow) -> str:
+def summary(row: ModeRow) -> str:
     """The metrics of one mode as text, for the sheet."""
     return f"return {number(row.returned)}\nleak {number(row.leaked)}\nwithin {number(row.halves)}"
 
@@ -241,18 +241,18 @@ def write(
 ) -> None:
     """Writes the files; the JSON report also has the stored frames, chunk by chunk."""
     script = Script(request.prompts, request.chunks)
-    told, paths = tale(report, script, played, who), {name: request.out / name for name in FILES}
+    story, paths = tale(report, script, played, who), {name: request.out / name for name in FILES}
     held = {each.mode: {memory.name: memory.held for memory in each.memories} for each in played}
     document = json.dumps({"made_by": MADE_BY, **report.to_dict(), "stored_frames": held})
 
     def drawn() -> Iterable[Pixels]:
-        for index, frame in enumerate(draw_video(told)):
+        for index, frame in enumerate(draw_video(story)):
             progress("drawing", index + 1, script.frames)
             yield frame
 
     replace_file(paths[REPORT], lambda path: path.write_text(document + "\n", "utf-8"))
     replace_file(paths["scenes.mp4"], lambda path: write_mp4(path, drawn(), SIZE, show.FPS))
-    replace_file(paths["scenes_sheet.png"], lambda path: draw_sheet(told).save(path))
+    replace_file(paths["scenes_sheet.png"], lambda path: draw_sheet(story).save(path))
     replace_file(paths["timeline.png"], lambda path: timeline(script, played[0], who).savefig(path))
     replace_file(paths["modes.png"], lambda path: modes(script, played).savefig(path))
 

@@ -217,7 +217,7 @@ def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
 
 
 def write(
-    out: Path, report: Report, told: Story, held: tuple[Held, ...], progress: Progress
+    out: Path, report: Report, story: Story, held: tuple[Held, ...], progress: Progress
 ) -> tuple[str, ...]:
     """Writes the files and returns their absolute paths."""
     paths = {name: (out / name).resolve() for name in FILES}
@@ -225,14 +225,14 @@ def write(
     document = {"made_by": MADE_BY, **dataclasses.replace(report, files=files).to_dict()}
     replace_file(paths[REPORT], lambda path: path.write_text(json.dumps(document, indent=2) + "\n", "utf-8"))
 
-    def told_frames() -> Iterable[Pixels]:
-        for index, frame in enumerate(draw.draw_video(told)):
-            progress("drawing", index + 1, told.frames)
+    def drawn_frames() -> Iterable[Pixels]:
+        for index, frame in enumerate(draw.draw_video(story)):
+            progress("drawing", index + 1, story.frames)
             yield frame
 
-    replace_file(paths["demo.mp4"], lambda path: write_mp4(path, told_frames(), draw.SIZE, FPS))
-    replace_file(paths["contact_sheet.png"], lambda path: draw.draw_sheet(told).save(path))
-    title = f"Stored frames of one head per role, over {told.frames} frames"
+    replace_file(paths["demo.mp4"], lambda path: write_mp4(path, drawn_frames(), draw.SIZE, FPS))
+    replace_file(paths["contact_sheet.png"], lambda path: draw.draw_sheet(story).save(path))
+    title = f"Stored frames of one head per role, over {story.frames} frames"
     replace_file(paths["memory.png"], lambda path: plots.draw_memory(held, CHUNK, title).savefig(path))
     return files
 

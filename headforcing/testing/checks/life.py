@@ -161,13 +161,13 @@ def prompt_switch_takes_effect(kit: Kit) -> None:
             f"cross_attentions() returns {len(crosses)} modules for {kit.host.layers} layers"
         )
     outs = []
-    for told in (True, False):
+    for switched in (True, False):
         take = kit.forced()
         take.video(kit.host.chunk)
         if not kit.host.switch_prompt(take.model, take.caches):
             raise Skipped("the host has no prompts (Host.switch_prompt)")
         assert take.handle is not None
-        if told:
+        if switched:
             take.handle.switch_prompt("continue")
         outs.append(take.passes(kit.host.chunk, (1, 0)))
     if crosses:
