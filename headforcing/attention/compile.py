@@ -18,13 +18,12 @@ import functools
 import itertools
 import json
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from headforcing.errors import StreamError, StreamShapeError
@@ -63,12 +62,6 @@ def counter() -> Tensor:
     """What every operator of a model writes, so that a graph leaves none out and keeps their order."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.long, device="cpu")
-
-
-@_disable_dynamo  # torch.compiler.disable would import the whole compiler with this module
-def between_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function outside of graphs."""
-    return function(*args, **kwargs)
 
 
 # Under the compiler -----------------------------------------------------------------------------------

@@ -48,10 +48,10 @@ from headforcing.stores.ring import RingStore
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.switch import Switch
 from headforcing.testing import snapshot
-from headforcing.testing.strategies import frame_tensor, queries
 from headforcing.types import Chunk, Heads
 from tests.examples import examples
 from tests.hosts.rig import Caches, Rig
+from tests.strategies import frame_tensor, queries
 
 WINDOW, CHUNK = 12, 4
 GRID = (2, 2)

@@ -35,9 +35,9 @@ from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.stores import STORES, store_class
 from headforcing.testing import snapshot
-from headforcing.testing.strategies import frame_tensor, queries
 from headforcing.types import Chunk, Heads, KVView
 from tests.hosts.rig import Caches, Rig
+from tests.strategies import frame_tensor, queries
 
 WINDOW, CHUNK = 12, 4
 

@@ -15,8 +15,8 @@ from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.attention.ragged import CallLayout, attend_ragged, index_tensors, key_rows, ragged_layout
 from headforcing.attention.requirements import Requirements
 from headforcing.testing.backends import ARRANGEMENTS, Arrangement, Group, budget_of
-from headforcing.testing.strategies import arrangements
 from headforcing.types import Heads, runs
+from tests.strategies import arrangements
 
 # A kernel that does by other means what the real ones do, and refuses what those refuse or misread.
 

@@ -12,7 +12,7 @@ from headforcing.cli import app
 from headforcing.cli.fit import parse_bytes
 from headforcing.errors import OptionError
 from headforcing.measure.budget import COLUMNS, fit_budget
-from headforcing.testing.profiles import random_profile
+from tests.profiles import random_profile
 
 RUN = CliRunner()
 

@@ -17,7 +17,7 @@ from headforcing.demo.profiled import profile_demo
 from headforcing.errors import ForeignRolesWarning, OptionError, RoleMapError
 from headforcing.roles.maps.fingerprint import fingerprint
 from headforcing.roles.maps.presets import PRESETS
-from headforcing.testing.profiles import random_profile
+from tests.profiles import random_profile
 
 LABELLED = [name for name, preset in PRESETS.items() if preset.labels_needed()]
 

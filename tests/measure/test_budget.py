@@ -27,8 +27,8 @@ from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.maps.file import encode_role
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.pyramid_forcing import Strided, Veil
-from headforcing.testing.profiles import permuted, profile_of, random_profile
 from tests.examples import examples
+from tests.profiles import permuted, profile_of, random_profile
 
 ROLES = (Local(1), Local(3), Anchor(3, 3), Memory(3, 3, 3), Memory(3, 12, 3))
 KEPT = (1, 3, 6, 9, 18)

@@ -28,9 +28,9 @@ from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.episodic import ThresholdFifo, Uniform
 from headforcing.roles.maps.file import encode_role
 from headforcing.roles.pyramid_forcing import Wave
-from headforcing.testing.profiles import CANDIDATES, permuted, profile_of, random_profile
-from headforcing.testing.strategies import roles
 from tests.examples import examples
+from tests.profiles import CANDIDATES, permuted, profile_of, random_profile
+from tests.strategies import roles
 
 NAMES = ("dummy_forcing", "head_forcing", "mass_ratio", "output_regret", "pyramid_forcing")
 

@@ -17,7 +17,7 @@ from headforcing.measure.compare import compare_labels
 from headforcing.measure.labels import all_one, inverted, measured_map, random, shuffled_within_layer
 from headforcing.roles import Anchor, Full, Local, Memory
 from headforcing.roles.maps.role_map import RoleMap
-from headforcing.testing.profiles import random_profile
+from tests.profiles import random_profile
 
 ROLES = {"anchor": Anchor(), "local": Local(), "memory": Memory()}
 

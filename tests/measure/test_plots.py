@@ -24,8 +24,8 @@ from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWind
 from headforcing.roles.maps.origin import ModelFacts
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores.reference import ReferenceStore
-from headforcing.testing.profiles import random_profile
 from headforcing.types import Chunk, Heads
+from tests.profiles import random_profile
 
 matplotlib = pytest.importorskip("matplotlib")
 np = pytest.importorskip("numpy")

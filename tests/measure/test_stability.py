@@ -22,7 +22,7 @@ from headforcing.measure.compare import compare_labels
 from headforcing.measure.labels import measured_map
 from headforcing.measure.stability import stability
 from headforcing.measure.stability_report import StabilityReport
-from headforcing.testing.profiles import profile_of, random_profile
+from tests.profiles import profile_of, random_profile
 
 LAYERS, HEADS, PROMPTS, STARTS, STEPS = 6, 8, 12, 2, 2
 ROWS = PROMPTS * STARTS * STEPS

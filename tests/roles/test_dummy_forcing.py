@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from headforcing.errors import OptionError
 from headforcing.measure.classifiers import dummy_forcing
 from headforcing.roles.maps.presets import PRESETS
-from headforcing.testing.profiles import profile_of, random_profile
+from tests.profiles import profile_of, random_profile
 
 KEEPS = {"sink": 0, "neighbour": 1, "dummy": None}
 

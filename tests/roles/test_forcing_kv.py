@@ -21,8 +21,8 @@ from headforcing.roles.forcing_kv import Dynamic, Pieces
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import STORES, store_class
-from headforcing.testing.strategies import frame_tensor
 from headforcing.types import Chunk, Heads
+from tests.strategies import frame_tensor
 
 GRID, PATCHES, DIM, WINDOW = (4, 3), 12, 4, 24
 

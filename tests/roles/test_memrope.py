@@ -20,8 +20,8 @@ from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.memrope import Averages, Averaging
 from headforcing.stores import STORES, store_class
-from headforcing.testing.strategies import frame_tensor
 from headforcing.types import Chunk, Heads
+from tests.strategies import frame_tensor
 
 PATCHES, HEADS, DIM, WINDOW = 3, 2, 4, 21
 

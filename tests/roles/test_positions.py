@@ -12,7 +12,7 @@ from headforcing.roles.base import bounded
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.positions import BOUNDED, SCHEMES, scheme_positions
-from headforcing.testing.strategies import kinds, roles
+from tests.strategies import kinds, roles
 
 WINDOW = 21
 

@@ -17,8 +17,8 @@ from headforcing.stores import KVStore
 from headforcing.stores.buffers import Size, cut, front, gathered, joined
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
-from headforcing.testing.strategies import GRID, frame_tensor, queries, roles
 from headforcing.types import Chunk, Heads
+from tests.strategies import GRID, frame_tensor, queries, roles
 
 WINDOW, CHUNK, PATCHES, DIM = 12, 4, GRID[0] * GRID[1], 4
 sizes = st.lists(

@@ -28,9 +28,9 @@ from headforcing.stores.buffers import joined
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
-from headforcing.testing.strategies import GRID, kinds, queries
 from headforcing.types import Chunk, Encode, FrameTable, Heads, Phase, Truncation
 from tests.planted import with_banks
+from tests.strategies import GRID, kinds, queries
 
 WINDOW, CHUNK, DIM = 12, 4, 12
 PATCHES = GRID[0] * GRID[1]

@@ -41,10 +41,10 @@ from headforcing.stores import STORES, KVStore, store_class
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
-from headforcing.testing.strategies import GRID, frame_tensor, kinds, queries, roles
 from headforcing.types import Chunk, FrameTable, Heads, Phase
 from tests.examples import examples
 from tests.planted import with_banks
+from tests.strategies import GRID, frame_tensor, kinds, queries, roles
 
 WINDOW, CHUNK = 12, 4
 PATCHES = GRID[0] * GRID[1]

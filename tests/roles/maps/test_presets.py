@@ -11,9 +11,9 @@ import headforcing as hf
 from headforcing.errors import RoleError, RoleMapError, WindowError, module_names
 from headforcing.measure.classifiers import find_classifier
 from headforcing.roles.maps.presets import PRESETS, dummy_forcing, head_forcing, pyramid_forcing
-from headforcing.testing.profiles import random_profile
 from headforcing.types import FrameTable
 from tests.hosts.rig import Rig
+from tests.profiles import random_profile
 
 CHUNK = 3
 

@@ -13,8 +13,8 @@ from headforcing.errors import RoleMapError, RoleMapMismatchError
 from headforcing.roles.episodic import ThresholdFifo
 from headforcing.roles.maps.file import MAX_BYTES
 from headforcing.roles.maps.origin import Measurement, ModelFacts, Origin
-from headforcing.testing.strategies import roles
 from tests.examples import examples
+from tests.strategies import roles
 
 GOOD = RoleMap(
     ((Local(), Anchor(), Memory(1, 8, 9)), (Memory(), Full(), Local(0))),

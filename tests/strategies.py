@@ -1,4 +1,4 @@
-"""Hypothesis strategies for roles and tensors, for our tests and for tests of new roles and stores."""
+"""Hypothesis strategies for roles, and tensors that say which frame they are of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic profiles, for our tests and for tests of new classifiers."""
+"""Synthetic profiles, to test classifiers with."""
 
 from __future__ import annotations
 
