@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -20,3 +21,9 @@ torch.set_num_threads(1)  # two busy cores and a barrier per operator would wait
 
 # They run real repositories: see tests/upstream/conftest.py.
 collect_ignore_glob = [] if os.environ.get("HEADFORCING_UPSTREAM") else ["upstream/*"]
+
+
+def pytest_collection_finish() -> None:
+    """Leak checks walk what tests make, not the million objects of imported modules, which stay anyway."""
+    gc.collect()
+    gc.freeze()

@@ -46,9 +46,7 @@ def test_every_benchmark_runs(tmp_path):
     """One run for all of it, because it takes half a minute: `all.py --quick`."""
     pytest.importorskip("matplotlib", reason="every benchmark draws a picture")
     command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--device", "cpu", "--threads", "1"]
-    answer = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False, timeout=240
-    )
+    answer = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for word in ("backend", "store ring", "device cpu", "float32", "12 chunks"):
         assert word in answer.stdout
@@ -175,7 +173,7 @@ def test_softmax_attention_is_left_out_on_both_sides_and_then_back(bench):
 
 
 @given(frames=st.integers(4, 21), heads=st.integers(1, 12))
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(6, nightly=300), deadline=None)
 def test_streaming_llm_is_its_own_equal(bench, frames, heads):
     """At the bytes and at the frames of a window there is that window."""
     mixes, measuring = bench("mixes"), bench("measuring")
@@ -235,7 +233,7 @@ def no_time(bench, monkeypatch, folder, name):
 
 
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 4))
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(20, nightly=400), deadline=None)
 def test_the_file_has_every_case_that_was_measured(bench, tmp_path_factory, count, last, breaks):
     """Also when the time is over behind some, and when one breaks down: those before it are not lost."""
     reporting, folder = bench("reporting"), tmp_path_factory.mktemp("reported")

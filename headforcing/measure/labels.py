@@ -144,6 +144,7 @@ def _flat(found: Classification) -> list[str]:
 
 def _frames(role: HeadRole) -> float:
     """Stored frames; infinite for an unbounded role, or one that takes the rest of the window."""
-    open_ended = any(getattr(role, f.name) is None for f in dataclasses.fields(role))
+    numbers = {f.name for f in dataclasses.fields(role)} - {"clean_window"}
+    open_ended = any(getattr(role, name) is None for name in numbers)
     kept = None if open_ended else role.capacity(0)
     return math.inf if kept is None else float(kept)

@@ -422,7 +422,7 @@ def test_a_map_of_another_model_is_not_drawn_over_a_profile(folder, tmp_path):
     options = ["--profile", folder / "profile.safetensors", "--out", out]
     assert refused(run("plot", other, *options), "1 layers x 1 heads")
     assert not out.exists()
-    assert refused(run("plot", other, other, "--out", out), "one name")
+    assert refused(run("plot", other, other, "--out", out), "the same name")
 
 
 def test_a_missing_drawing_library_is_named(folder, monkeypatch):

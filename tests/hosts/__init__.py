@@ -5,10 +5,13 @@ from __future__ import annotations
 from headforcing.errors import module_names, named_class
 from headforcing.testing.host import Host
 
+SHARED = ("rig", "standin")
+"""What several hosts are built from."""
+
 
 def host_names() -> tuple[str, ...]:
     """Adapters that have a host here."""
-    return module_names(__name__)
+    return tuple(name for name in module_names(__name__) if name not in SHARED)
 
 
 def find_host(name: str) -> Host:

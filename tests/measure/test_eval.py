@@ -42,7 +42,7 @@ def make():
         if mine and os.environ["TROUBLE"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if mine and os.environ["TROUBLE"] == "sleep":
-            time.sleep(120)
+            time.sleep(600)
         place = PALETTES[hashlib.sha256(prompt.encode()).digest()[0] % 4]
         words = parse_prompt(f"{place} clear fast disc red").expand(1, 2, -1)
         return pipeline.generate(words, generator=generator)
@@ -139,7 +139,7 @@ def team(size, place, out, *more, folders=None, target=None, **trouble):
     try:
         patient = [process for rank, process in enumerate(processes) if trouble.get("TROUBLE") != "sleep"]
         patient = patient or processes[:1]
-        errors = [process.communicate(timeout=120)[1] for process in patient]
+        errors = [process.communicate()[1] for process in patient]
         return [process.returncode for process in patient], errors
     finally:
         for process in processes:
@@ -186,9 +186,7 @@ def test_accelerate_launch_on_two_processes_makes_the_same(serial, place, tmp_pa
         *command(place, out, "--cpu"),
     ]
     line = [sys.executable, "-m", "accelerate.commands.launch", *launch]
-    told = subprocess.run(
-        line, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
-    )
+    told = subprocess.run(line, cwd=place, env=environment(place), capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert "on 2 processes" in told.stdout
     assert content(out) == serial
