@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from demo_training.columns import returning_columns
 from pruning import kind_of, pruning_table
 from quality_page import page
 from rich.console import Console
@@ -32,7 +33,6 @@ from headforcing.demo.contest.compare import (
     GIVEN_CHUNKS,
     Policy,
     make_scene,
-    returning_columns,
     roll,
     summarise,
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import TypeVar
 
 
 class HeadForcingError(Exception):
@@ -83,9 +82,6 @@ class InactiveLayerWarning(UserWarning):
     """A layer that has roles was never called, though others were."""
 
 
-_T = TypeVar("_T")
-
-
 def named_module(package: str, name: str) -> ModuleType:
     """The module `name` of a package whose modules are the choices.
 
@@ -97,18 +93,6 @@ def named_module(package: str, name: str) -> ModuleType:
         kind = package.rpartition(".")[2].removesuffix("s")
         raise OptionError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}")
     return importlib.import_module(f"{package}.{name}")
-
-
-def named_class(package: str, name: str, base: type[_T]) -> type[_T]:
-    """The first subclass of `base` that the module `name` of a package defines.
-
-    Raises:
-        OptionError: there is no such module; the message lists those there are.
-    """
-    module = named_module(package, name)
-    members = (value for value in vars(module).values() if isinstance(value, type))
-    found = [cls for cls in members if issubclass(cls, base) and cls.__module__ == module.__name__]
-    return found[0]
 
 
 def module_names(package: str) -> tuple[str, ...]:

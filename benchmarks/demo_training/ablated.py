@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headforcing.demo.contest.compare import returning_columns
 from headforcing.demo.model.model import DemoModel, demo_model
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.model.threads import one_thread
@@ -17,6 +16,7 @@ from headforcing.measure.profile import HeadProfile
 from headforcing.measure.profiler import Protocol
 from headforcing.roles import Anchor, Local
 
+from .columns import returning_columns
 from .examples import Sampler
 
 VIDEOS = 64

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from .examples import (
     base_examples,
     finetune_examples,
 )
+from .model import init_weights, predict_all
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Trainer:
 
     def __init__(self, model: DemoModel, sampler: Sampler, out: Path, compiled: bool) -> None:
         self.model, self.sampler, self.out = model, sampler, out
-        self.predict: Predict = torch.compile(model.predict_all) if compiled else model.predict_all
+        self.predict: Predict = partial(torch.compile(predict_all) if compiled else predict_all, model)
 
     def run(self, stage: Stage, steps: int, log_every: int = 50, save_every: int = 500) -> None:
         """Train for `steps`; the model ends with the averaged weights."""
@@ -97,7 +99,7 @@ class Trainer:
     def _predict_eagerly(self, clean: Tensor, noisy: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """The prediction for regeneration, without compiling it a second time."""
         with torch.autocast(clean.device.type, dtype=torch.bfloat16):
-            return self.model.predict_all(clean, noisy, t, prompts)
+            return predict_all(self.model, clean, noisy, t, prompts)
 
     def _step(self, example: Example, stage: Stage, groups: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
         """One update; the errors by kind of chunk."""
@@ -165,7 +167,7 @@ def main() -> None:
     device = torch.device(given.device)
     config = DemoConfig(dim=given.dim, layers=given.layers)
     model = DemoModel(config)
-    model.init_weights(torch.Generator().manual_seed(given.seed))
+    init_weights(model, torch.Generator().manual_seed(given.seed))
     if given.init:
         model.load_weights(given.init)
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,7 @@ class Options:
     ] = True
     draws: Annotated[int, typer.Option(min=1, help="Number of resamples.")] = 200
     control: Annotated[
-        str | None,
-        typer.Option(help=f"Write a control instead of the map: {', '.join(CONTROLS)}."),
+        str | None, typer.Option(help=f"Write a control instead of the map: {', '.join(CONTROLS)}.")
     ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of the control and of the resampling.")] = 0
     as_json: AsJson = False

@@ -31,8 +31,7 @@ class Options:
     """The options of the command."""
 
     prompt: Annotated[
-        str | None,
-        typer.Option(help='For example "sea clear fast disc red". [default: drawn from the seed]'),
+        str | None, typer.Option(help='For example "sea clear fast disc red". [default: drawn from the seed]')
     ] = None
     seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")] = 15.0
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scene and the noise.")] = 0

@@ -164,7 +164,7 @@ def _notes(rows: list[MemoryEstimate], size: ModelSize, options: Options) -> str
     lines = [
         f"{size.layers} layers x {size.heads} heads x {size.head_dim} channels, {size.grid[0]}x{size.grid[1]}"
         f" = {size.tokens_per_frame} tokens per frame, {size.itemsize} bytes each, {streams}"
-        f"store {options.store}.",
+        f"store {options.store}."
     ]
     if ours.attended is None:
         lines.append(f"{ours.name} stores every frame: its memory grows with the video.")

@@ -27,7 +27,7 @@ class Options:
         list[str] | None,
         typer.Option(
             help='The prompt of one scene, such as "sea clear slow disc red"; repeat it for every scene. '
-            "A repeated prompt is a scene that returns. [default: six scenes, A B C A D B]",
+            "A repeated prompt is a scene that returns. [default: six scenes, A B C A D B]"
         ),
     ] = None
     chunks: Annotated[int, typer.Option(min=2, max=200, help="Chunks of 3 frames per scene.")] = 8

@@ -69,12 +69,7 @@ class HeadRole(ABC):
         return range(len(table))
 
     def positions_of(
-        self,
-        frames: Sequence[int | None],
-        chunk: int,
-        window: int,
-        query: int | None = None,
-        gap: int = 0,
+        self, frames: Sequence[int | None], chunk: int, window: int, query: int | None = None, gap: int = 0
     ) -> tuple[int, ...]:
         """Temporal RoPE position of every visible frame, current chunk last.
 

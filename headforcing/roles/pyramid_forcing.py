@@ -67,12 +67,7 @@ class _Clamped(HeadRole):
         return self.recent + chunk - 1
 
     def positions_of(
-        self,
-        frames: Sequence[int | None],
-        chunk: int,
-        window: int,
-        query: int | None = None,
-        gap: int = 0,
+        self, frames: Sequence[int | None], chunk: int, window: int, query: int | None = None, gap: int = 0
     ) -> tuple[int, ...]:
         known = [frame for frame in frames if frame is not None]
         if query is None or len(known) < len(frames):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headforcing as hf
+from benchmarks.demo_training.columns import returning_columns
 from headforcing.demo.contest.compare import (
     GIVEN_CHUNKS,
     Policy,
@@ -17,7 +18,6 @@ from headforcing.demo.contest.compare import (
     known_columns,
     make_scene,
     paired_difference,
-    returning_columns,
     roll,
     summarise,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.demo_training.model import predict_all
 from headforcing.demo.model.attention import grid_phases, rotate
 from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.model.pipeline import DemoPipeline
@@ -37,7 +38,7 @@ def test_the_cached_path_equals_teacher_forcing(model, clip):
     video, prompts = clip
     noisy = torch.randn(video.shape, generator=seeded(2))
     levels = torch.rand(2, CHUNKS, generator=seeded(3))
-    dense = model.predict_all(video, noisy, levels.repeat_interleave(3, 1), prompts)
+    dense = predict_all(model, video, noisy, levels.repeat_interleave(3, 1), prompts)
     pipeline = DemoPipeline(model)
     pipeline._prepare(2, CHUNKS)
     for index in range(CHUNKS):

@@ -151,7 +151,6 @@ def test_metrics_are_perfect_on_the_truth_and_notice_what_is_wrong():
     assert metrics.sprite_identity(truth.background, scene, 40).nanmean() == 0
     assert abs(metrics.speed_ratio(truth.video, scene, 40).nanmean() - 1) < 0.05
     assert metrics.speed_ratio(frozen, scene, 40).nanmean() == 0
-    assert metrics.ghost_share(truth.video, scene, 40).mean() < 0.005
 
 
 def test_unseen_columns_are_not_judged():

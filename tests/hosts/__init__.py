@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headforcing.errors import module_names, named_class
+from headforcing.errors import module_names, named_module
 from headforcing.testing.host import Host
 
 SHARED = ("rig", "standin")
@@ -20,4 +20,6 @@ def find_host(name: str) -> Host:
     Raises:
         OptionError: there is none; the message lists those there are.
     """
-    return named_class(__name__, name, Host)()  # type: ignore[type-abstract]
+    module = named_module(__name__, name)
+    kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Host))
+    return next(kind for kind in kinds if kind.__module__ == module.__name__)()

@@ -221,11 +221,7 @@ def compete(
 
 
 def _rolled(
-    model: DemoModel,
-    roles: RoleMap,
-    setting: Setting,
-    seeds: Sequence[int],
-    tell: Callable[..., None],
+    model: DemoModel, roles: RoleMap, setting: Setting, seeds: Sequence[int], tell: Callable[..., None]
 ) -> Rollout:
     scene = make_scene(seeds, setting.chunks, camera=setting.camera)
     policy = Policy("", roles)

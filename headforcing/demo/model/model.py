@@ -1,7 +1,7 @@
 """The demo model: a small causal video DiT with Self Forcing's calling convention.
 
 The pipeline owns the per-layer cache dicts and calls the model chunk by chunk. The model predicts
-the clean video; it is trained by flow matching on two copies of a video at once (`predict_all`).
+the clean video; it is trained by flow matching on two copies of a video at once.
 """
 
 from __future__ import annotations
@@ -100,28 +100,6 @@ class DemoModel(nn.Module):
         self.blocks = nn.ModuleList(DemoBlock(config) for _ in range(config.layers))
         self.head = nn.Linear(dim, pixels)
         self.freqs = rope_table(config)
-        self.init_weights(torch.Generator().manual_seed(0))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Weights to start training from: every block is the identity and the output is zero."""
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                std = parameter.shape[1] ** -0.5
-                nn.init.normal_(parameter, std=std, generator=generator)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-        for table in (self.position_embedding, self.text_position):
-            nn.init.normal_(table, std=0.02, generator=generator)
-        nn.init.normal_(self.text_embedding.weight, std=0.5, generator=generator)
-        zeros = [self.head.weight, self.time_projection.weight]
-        for block in self._blocks():
-            zeros += [block.self_attn.o.weight, block.cross_attn.o.weight]
-            zeros += list(block.ffn[2].parameters())
-            nn.init.zeros_(block.modulation)
-            block.modulation.data[[2, 5]] = 1.0
-        for weight in zeros:
-            nn.init.zeros_(weight)
 
     def randomize(self, generator: torch.Generator) -> DemoModel:
         """Redraw every weight, so that an untrained model depends on all of its inputs."""
@@ -182,25 +160,6 @@ class DemoModel(nn.Module):
         levels = t[:, None].expand(-1, frames) if t.ndim == 1 else t
         tokens = self._run(self._embed(x), levels, context, frames, kv_cache, crossattn_cache, current_start)
         return self._pixels(tokens)
-
-    def predict_all(self, clean: Tensor, noisy: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Predict every chunk of a video from its noisy self and the clean chunks before it.
-
-        Args:
-            clean: context `[B, 3, F, 24, 24]`.
-            noisy: what is predicted from, same shape.
-            t: noise levels of the noisy copy, `[B, F]`.
-            context: word ids `[B, chunks, W]`.
-
-        Returns:
-            `[B, 3, F, 24, 24]`.
-        """
-        frames = clean.shape[2]
-        tokens = self._embed(torch.cat([clean, noisy], 2))
-        levels = torch.cat([torch.zeros_like(t), t], 1)
-        both = context.repeat(1, 2, 1)
-        tokens = self._run(tokens, levels, both, frames, None, None, 0)
-        return self._pixels(tokens[:, tokens.shape[1] // 2 :])
 
     def _embed(self, x: Tensor) -> Tensor:
         """Tokens `[B, F·P, C]` of frames `[B, 3, F, 24, 24]`."""

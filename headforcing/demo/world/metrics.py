@@ -20,7 +20,6 @@ OPEN_SHARE = 0.8
 CURTAIN_SHARE = 0.6
 COLOUR_RADIUS = 0.35
 MIN_SATURATION = 0.35
-GHOST_SATURATION = 0.5
 VISIBLE_PIXELS = 15
 SPRITE_PIXELS = (12, 75)
 STRIDE = 3
@@ -82,14 +81,6 @@ def speed_ratio(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
     ratio = (moved / true).masked_fill(~usable, torch.nan).nanmean(-1)
     blank = ratio.new_full((ratio.shape[0], STRIDE), torch.nan)
     return torch.cat([blank, ratio], 1)
-
-
-def ghost_share(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
-    """Share of the pixels, in [0, 1], as saturated as a sprite but without the colour of one."""
-    matches = _matches(_unit(video), _truth(video, scene, start))
-    known = (matches & _exists(scene)[..., None, None]).any(2)
-    ghosts = (_saturation(_unit(video)) > GHOST_SATURATION) & ~known
-    return ghosts.flatten(2).float().mean(-1)
 
 
 def _truth(video: Tensor, scene: Scene, start: int) -> Rendering:

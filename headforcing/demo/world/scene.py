@@ -219,10 +219,7 @@ def _sprite_cover(shape: Tensor, centre: Tensor) -> Tensor:
     grid = torch.arange(VIEW, device=centre.device) + 0.5
     right = grid - centre[..., 0, None, None]
     down = grid[:, None] - centre[..., 1, None, None]
-    across, along = (
-        right.abs().expand(*down.shape[:-1], VIEW),
-        down.abs().expand(*down.shape[:-1], VIEW),
-    )
+    across, along = (right.abs().expand(*down.shape[:-1], VIEW), down.abs().expand(*down.shape[:-1], VIEW))
     arm_across = torch.maximum(across - 1.1 * RADIUS, along - 0.38 * RADIUS)
     arm_along = torch.maximum(along - 1.1 * RADIUS, across - 0.38 * RADIUS)
     distances = [

@@ -70,11 +70,7 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
         "pyramid_forcing",
         table([NAMES[number] for number in code.tolist()], profile.shape[1]),
         running.gather(0, asked[None])[0].view(profile.shape),
-        {
-            "anchor": Strided(),
-            "wave": Wave(),
-            "veil": Veil(),
-        },
+        {"anchor": Strided(), "wave": Wave(), "veil": Veil()},
         settings,
         ("qk_logits",),
     )

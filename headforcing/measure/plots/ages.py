@@ -107,7 +107,7 @@ def _ages_axis(ax: Any, last: int) -> None:
     """Current chunk, ages and frame 0 along x, with gaps between them."""
     step = style.ticks(last + 1)[1] if last else 1
     ages = [1, *(age for age in range(step, last + 1, step) if age > 1)]
-    ax.set_xticks([-1, *ages, last + 2], ["own\nchunk\n(sum)", *map(str, ages), "frame\n0"])
+    ax.set_xticks([-1, *ages, last + 2], ["current\nchunk\n(sum)", *map(str, ages), "frame\n0"])
     ax.set_xlim(-2, last + 3)
     for edge in (0, last + 1):
         ax.axvline(edge, color=style.RULE, lw=0.8, zorder=0)

@@ -15,11 +15,7 @@ from headforcing.roles.maps.importers import Imported
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 LABELS = {"-1": "wave", "1": "anchor", "2": "veil"}
-ROLES = {
-    "wave": Wave(),
-    "anchor": Strided(),
-    "veil": Veil(),
-}
+ROLES = {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
 
 
 def read(content: bytes, source: str) -> Imported:
