@@ -42,6 +42,7 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs(tmp_path):
     """One run for all of it, because it takes half a minute: `all.py --quick`."""
     pytest.importorskip("matplotlib", reason="every benchmark draws a picture")
@@ -233,7 +234,7 @@ def no_time(bench, monkeypatch, folder, name):
 
 
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 4))
-@settings(max_examples=examples(20, nightly=400), deadline=None)
+@settings(max_examples=examples(10, nightly=400), deadline=None)
 def test_the_file_has_every_case_that_was_measured(bench, tmp_path_factory, count, last, breaks):
     """Also when the time is over behind some, and when one breaks down: those before it are not lost."""
     reporting, folder = bench("reporting"), tmp_path_factory.mktemp("reported")

@@ -700,7 +700,8 @@ def test_none_of_them_makes_another_model_ours(peft: Any, accelerate: Any, rig: 
 # torch's own wrappers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [pytest.param("they come first", marks=pytest.mark.slow), "we come first"])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["they come first", "we come first"])
 def test_a_compiled_model_compiles_nothing_more_once_it_is_warm(first: str) -> None:
     """The attention itself runs eagerly, so the graphs are those around it."""
     counter_class = pytest.importorskip("torch._dynamo.testing").CompileCounter

@@ -656,9 +656,9 @@ def test_the_state_machine_catches_a_planted_bug(
     plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    quick = settings(SETTINGS, phases=[Phase_.generate], report_multiple_bugs=False)
+    many = settings(SETTINGS, max_examples=1000, phases=[Phase_.generate], report_multiple_bugs=False)
     with pytest.raises((AssertionError, RuntimeError, IndexError, StreamError, RoleError, WindowError)):
-        run_state_machine_as_test(SwitchMachine, settings=quick)
+        run_state_machine_as_test(SwitchMachine, settings=many)
 
 
 # Stores, case by case -------------------------------------------------------------------------------

@@ -158,6 +158,7 @@ def test_inductor(name: str) -> None:
     torch.testing.assert_close(got, eager_passes(name, 4), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_counters_of_the_base_model_go_on() -> None:
     """Functionalised, what is written is copied and written back: the same counters and the same bits."""
     rigs = [Rig(9, layers=1), Rig(9, layers=1)]
@@ -174,6 +175,7 @@ def test_counters_of_the_base_model_go_on() -> None:
 # What else happens to a compiled model ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_new_video_guidance_and_passes_without_the_compiler() -> None:
     """Two caches in turns, a second video on one of them, and eager passes between compiled ones."""
     outs = []
@@ -197,7 +199,7 @@ def test_new_video_guidance_and_passes_without_the_compiler() -> None:
 ACTIONS = ("again", "again", "next", "next", "other cache", "new video", "reset", "commit")
 
 
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(12, nightly=250), deadline=None)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=4, max_size=16))
 def test_any_course_of_videos_is_the_one_without_a_compiler(actions: list[str]) -> None:
     made = [course(rig, handle, actions) for rig, handle in both_rigs()]
@@ -252,7 +254,8 @@ def test_the_phase_is_noted_inside_the_graph(compiler: str) -> None:
     assert graphs() > 0
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_autocast(backend: str) -> None:
     """A graph runs where autocast is off; the operator switches it on again."""
     outs = []
@@ -267,6 +270,7 @@ def test_autocast(backend: str) -> None:
     torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0 if backend == "eager" else 0.05)
 
 
+@pytest.mark.slow
 def test_inference_mode() -> None:
     outs = []
     for own in (None, "aot_eager"):
@@ -280,6 +284,7 @@ def test_inference_mode() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_serves_itself() -> None:
     rig = Rig(9, layers=1)
     apply(rig.model)
@@ -341,6 +346,7 @@ def test_attention_that_is_compiled_can_be_copied_and_saved() -> None:
     assert all(torch.equal(a, b) for a, b in zip(twin.video(twin.caches(), 2), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_applied_in_inference_mode_and_compiled_outside_of_it() -> None:
     rig = Rig(9, layers=1)
     with torch.inference_mode():

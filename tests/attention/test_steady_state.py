@@ -64,7 +64,18 @@ BESIDE: dict[str, HeadRole] = {
 EVERY_ROLE = (*ROLES.values(), Anchor(1))  # the heads of the anchor role are not neighbours
 ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "every role": EVERY_ROLE}
 FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "participating", "every role")]
-each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+PYRAMID = {"wave": (Wave(), Wave()), "strided": (Strided(), Strided()), "veil": (Veil(patch=1), Wave())}
+
+
+def rows(*tables: dict[str, Any]) -> Any:
+    """One test per row; roles that "every role" has in one layer are alone in the long run only."""
+    alone = dict.fromkeys(ROLES, pytest.mark.slow)
+    named = {name: row for table in tables for name, row in table.items()}
+    found = [pytest.param(row, id=name, marks=alone.get(name, ())) for name, row in named.items()]
+    return pytest.mark.parametrize("row", found)
+
+
+each_row, every_row = rows(ROWS), rows(ROWS, PYRAMID)
 both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
 at_length = pytest.mark.parametrize("chunks", [30, pytest.param(1000, marks=pytest.mark.slow)])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU with CUDA")
@@ -333,10 +344,6 @@ def check_history_is_rotated_once_per_chunk(layer: Layer, turns: Turns) -> None:
 @each_row
 def test_no_operator_depends_on_data(row, store):
     check_no_operator_depends_on_data(Layer(row, store=store))
-
-
-PYRAMID = {"wave": (Wave(), Wave()), "strided": (Strided(), Strided()), "veil": (Veil(patch=1), Wave())}
-every_row = pytest.mark.parametrize("row", [*ROWS.values(), *PYRAMID.values()], ids=[*ROWS, *PYRAMID])
 
 
 @both_stores

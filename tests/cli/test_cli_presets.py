@@ -115,7 +115,7 @@ ROWS = {
 PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 
 
-@pytest.mark.parametrize("store", ["lean", "ring"])
+@pytest.mark.parametrize("store", [pytest.param("lean", marks=pytest.mark.slow), "ring"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
@@ -242,6 +242,7 @@ def test_dummy_forcing_has_no_mean_because_its_split_is_not_published():
     assert "not published" in row["counted"]
 
 
+@pytest.mark.slow
 def test_single_frames():
     row = row_of(told("--chunk", 1), "pyramid_forcing")
     assert [role["attended"] for role in row["roles"]] == [7, 9, 5.9375]

@@ -220,6 +220,7 @@ def test_a_pipeline_of_diffusers_is_evaluated_with_roles_and_without(place, tmp_
     assert [name for name in videos if ours[name] == theirs[name]] == []
 
 
+@pytest.mark.slow
 def test_after_a_process_died_resume_makes_the_rest(serial, place, tmp_path):
     out = tmp_path / "out"
     codes, errors = team(2, place, out, TROUBLE="die", TROUBLE_RANK="1")

@@ -90,7 +90,13 @@ def test_every_pass_is_a_row(model):
     assert [name for name in METRICS if name in profile.facts.metrics] == list(METRICS)
 
 
-@pytest.mark.parametrize("metrics", [["attention_mass"], list(METRICS)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        pytest.param(["attention_mass"], id="one", marks=pytest.mark.slow),
+        pytest.param(list(METRICS), id="all"),
+    ],
+)
 def test_measuring_changes_no_bit_and_draws_no_random_numbers(model, metrics):
     own, videos = make(model, 12), []
     state = torch.random.get_rng_state()
@@ -234,6 +240,7 @@ def test_only_the_chunks_asked_for_are_measured(model):
     assert torch.equal(some.clean, every.clean[keep])
 
 
+@pytest.mark.slow
 def test_some_queries_estimate_all(model):
     every = profile_heads(model, lambda: make(model))
     few = [profile_heads(model, lambda: make(model), protocol=Protocol(queries=8, seed=s)) for s in (0, 0, 1)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, Encode, FrameTable, Heads, Phase, Truncation
+from tests.examples import examples
 from tests.planted import with_banks
 from tests.strategies import GRID, kinds, queries
 
@@ -258,6 +259,7 @@ def check_it_reads_the_same(row: Sequence[HeadRole], seed: int, steps: int, *oth
             dice.choice(ACTS)(side)
 
 
+@settings(max_examples=examples(50))
 @given(st.lists(beside(), min_size=1, max_size=4), st.integers(0, 2**20), st.integers(1, 20))
 def test_every_store_reads_the_same(row: list[HeadRole], seed: int, steps: int) -> None:
     check_it_reads_the_same(row, seed, steps, store_class("lean"), store_class("ring"))

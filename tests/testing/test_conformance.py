@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,7 +30,13 @@ def test_every_adapter_in_the_folder_has_a_host() -> None:
     assert set(host_names()) == {adapter.name for adapter in adapters()}
 
 
-@pytest.mark.parametrize("name", host_names())
+OF_DIFFUSERS = ("anyflow_far", "sana_wm")
+"""Real classes, slower than stand-ins."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in OF_DIFFUSERS else ()) for n in host_names()]
+)
 def test_every_adapter_in_the_folder_passes(name: str) -> None:
     host = find_host(name)
     if (missing := host.missing()) is not None:
@@ -40,6 +47,7 @@ def test_every_adapter_in_the_folder_passes(name: str) -> None:
     assert {r.name for r in report.results if r.outcome == "skipped"} == host.unconcerned
 
 
+@pytest.mark.slow
 def test_self_forcing_passes_without_a_sink_and_with_the_adapter_given() -> None:
     check_adapter(SelfForcing(), SelfForcingHost(sink=0)).raise_if_failed()
 
@@ -384,12 +392,20 @@ BUGS: list[tuple[type[Adapter], str]] = [
 ]
 
 
-def sit(bug: type[Adapter]) -> Report:
+def sit(bug: type[Adapter], only: Sequence[str] | None = None) -> Report:
     hosts: dict[Any, type[Host]] = {CausVid: CausVidHost, LongLive: LongLiveHost}
     host = next((host for kind, host in hosts.items() if issubclass(bug, kind)), SelfForcingHost)
-    return check_adapter(bug(), host(), stop=True)
+    return check_adapter(bug(), host(), only=only, stop=True)
 
 
+@pytest.mark.parametrize(("bug", "named"), BUGS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_bug_is_found_by_its_check(bug: type[Adapter], named: str) -> None:
+    (result,) = sit(bug, only=[named]).results
+    assert result.outcome == "failed"
+    assert len(result.reason) > 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("bug", "named"), BUGS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_kit_names_the_check_that_finds_a_bug(bug: type[Adapter], named: str) -> None:
     report = sit(bug)
