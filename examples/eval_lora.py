@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import evaluation as eval_files
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ import headforcing as hf
 from headforcing.adapters.base import find_adapter
 from headforcing.cli.profile import load_target
 from headforcing.errors import ForeignRolesWarning, HeadForcingError, OptionError
-from headforcing.measure import evaluation as eval_files
 from headforcing.roles.maps.fingerprint import fingerprint
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.strict_json import canonical, digest, pretty

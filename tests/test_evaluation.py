@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.evaluation import MANIFEST, VIDEOS, make_jobs, read_entries
 from headforcing import RoleMap
 from headforcing.demo import demo_model, demo_roles
 from headforcing.errors import HeadForcingError, RoleMapMismatchError
-from headforcing.measure.evaluation import MANIFEST, VIDEOS, make_jobs, read_entries
 from headforcing.roles import Local
 
 pytest.importorskip("accelerate", reason="the example requires accelerate")
 pytest.importorskip("imageio_ffmpeg", reason="the example writes mp4, which requires the extra demo")
 
 pytestmark = pytest.mark.xdist_group("eval")  # makes its videos once
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "eval_lora.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "eval_lora.py"
 PROMPTS = ["", "\u05e9\u05dc\u05d5\u05dd \U0001f600\n../../etc/passwd", "." * 300, "twice", "twice"]
 TARGET = """
 import hashlib, os, signal, time
@@ -107,8 +107,9 @@ def here(place, out, *more, **target):
 
     spec = importlib.util.spec_from_file_location("eval_lora", SCRIPT)
     script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(script)
         patch.chdir(place)
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(sys, "argv", [str(SCRIPT), *command(place, out, *more, **target)])

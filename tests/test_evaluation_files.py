@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import evaluation as ef
 from headforcing.errors import OptionError
-from headforcing.measure import evaluation as ef
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*-[0-9a-f]{12}-[0-9]{5}\.mp4")
 ODD = [
