@@ -16,11 +16,10 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +42,12 @@ SAYS = {
     "cli": "commands",
     "": "public names",
 }
+COLUMN = {
+    **{"cli": 1, "": 0, "demo": 1, "testing": 2, "integrations": 3, "measure": 0, "apply": 1},
+    **{"attention": 1, "attention.backends": 2, "roles.maps": 0, "stores": 1},
+    **{"roles": 1, "adapters": 3, "types": 1, "errors": 2},
+}
+"""Where a folder stands on its floor, so that no arrow runs behind another one."""
 UP = ("attention.backends", "attention")  # the data that backends are given
 CALL = {  # the way of one attention call: what happens where, numbered in order
     "attention": "1 forward",
@@ -95,12 +100,10 @@ def needed(found: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
 def draw() -> None:
     """Writes the picture."""
     floors, found = edges()
-    figure, ax = plt.subplots(figsize=(10, 1.25 * len(floors)), layout="constrained")
-    place: dict[str, tuple[float, float]] = {}
-    for height, names in enumerate(floors):
-        for index, name in enumerate(names):
-            place[name] = ((index + 0.5) / len(names) * 10, height * 1.25)
-    for name, (x, y) in place.items():
+    figure = Figure(figsize=(10, 1.25 * len(floors)), layout="constrained")
+    ax = figure.subplots()
+    middle = {n: (2.5 * COLUMN[n] + 1.25, 1.25 * height) for height, ns in enumerate(floors) for n in ns}
+    for name, (x, y) in middle.items():
         called = CALL.get(name, "")
         box = FancyBboxPatch(
             (x - 1.08, y - 0.3), 2.16, 0.6, boxstyle="round,pad=0.02,rounding_size=0.1", zorder=3,
@@ -112,25 +115,19 @@ def draw() -> None:
         ax.text(x, y - 0.02, SAYS.get(name, ""), ha="center", va="center", fontsize=7, zorder=4)
         ax.text(x, y - 0.19, called, ha="center", va="center", fontsize=7, color="#a04000", zorder=4)
     for here, there in needed(found):
-        arrow(ax, place[here], place[there], 0.6 + 0.12 * found[here, there] ** 0.5)
+        arrow(ax, middle[here], middle[there], 0.6 + 0.12 * found[here, there] ** 0.5)
     ax.set(xlim=(0, 10), ylim=(-0.5, 1.25 * (len(floors) - 1) + 0.5))
     ax.axis("off")
     matplotlib.rcParams.update({"svg.hashsalt": "headforcing", "svg.fonttype": "none"})
     figure.savefig(PICTURE, metadata={"Date": None, "Description": shown(found)})
 
 
-def arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float], width: float) -> None:
-    """Draws an arrow between two boxes, beside those on its way."""
+def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], width: float) -> None:
+    """Draws an arrow between two boxes, from edge to edge."""
     (x0, y0), (x1, y1) = start, end
-    if y0 == y1:
-        side = 1.1 if x1 > x0 else -1.1
-        a, b, bend = (x0 + side, y0), (x1 - side, y1), 0.0
-    else:
-        down = -0.33 if y0 > y1 else 0.33
-        a, b = (x0, y0 + down), (x1, y1 - down)
-        bend = 0.25 if abs(y0 - y1) > 1.3 and abs(x0 - x1) < 0.5 else 0.0
+    across, down = (1.1 if x1 > x0 else -1.1, 0.0) if y0 == y1 else (0.0, -0.33)
     style = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#98a2ac", "zorder": 2}
-    ax.add_patch(FancyArrowPatch(a, b, lw=width, connectionstyle=f"arc3,rad={bend}", **style))
+    ax.add_patch(FancyArrowPatch((x0 + across, y0 + down), (x1 - across, y1 - down), lw=width, **style))
 
 
 def shown(found: Counter[tuple[str, str]]) -> str:

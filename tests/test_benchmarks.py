@@ -173,6 +173,11 @@ def test_softmax_attention_is_left_out_on_both_sides_and_then_back(bench):
     assert all(side.run(0).any() for side in sides)
 
 
+def test_the_picture_of_the_folders_shows_the_imports_that_there_are(bench):
+    pytest.importorskip("matplotlib", reason="it is drawn with matplotlib")
+    assert bench("import_graph").is_current(), "python benchmarks/import_graph.py draws it anew"
+
+
 @given(frames=st.integers(4, 21), heads=st.integers(1, 12))
 @settings(max_examples=examples(6, nightly=300), deadline=None)
 def test_streaming_llm_is_its_own_equal(bench, frames, heads):
