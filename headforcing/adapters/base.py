@@ -1,4 +1,4 @@
-"""The questions a base model must answer, and where the answers are found.
+"""`Adapter`, the interface to one base model, and `find_adapter`, which finds the one that fits.
 
 An adapter is one file in `integrations/`. It knows its base model's interface and nothing of roles, stores or
 backends. It recognises a model by signatures and structure, never by a class name: in this field

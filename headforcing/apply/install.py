@@ -12,9 +12,9 @@ from headforcing.apply.handle import HeadForcing
 from headforcing.apply.hooks import add_phase_hook
 from headforcing.apply.sites import Site, is_own, sites_of
 from headforcing.attention.activity import Activity
-from headforcing.attention.guards import check_runs
 from headforcing.attention.layer_state import LayerState, Options
 from headforcing.attention.module import patched_class, with_class
+from headforcing.attention.skipped import check_runs
 from headforcing.errors import PatchedModuleError
 
 

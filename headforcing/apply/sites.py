@@ -1,4 +1,4 @@
-"""Where the attention modules of a model sit, and what belongs there when head forcing is out."""
+"""The places of the attention modules in a model, their originals, and checks before these return."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headforcing.attention.backends import Attend, find_backend
-from headforcing.attention.guards import layers_named
 from headforcing.attention.layer_state import LayerState
+from headforcing.attention.skipped import layers_named
 from headforcing.attention.stream import Stream
 from headforcing.roles import HeadRole
 

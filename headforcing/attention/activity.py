@@ -1,4 +1,4 @@
-"""What happens in an applied model: calls, passes, and what is checked when a chunk begins."""
+"""Counters that all layers share, and the checks when a chunk begins: NaN, skipped layers, their order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from headforcing.attention.compile import counter
-from headforcing.attention.guards import check_complete, check_runs, warn_of_idle
 from headforcing.attention.observation import Observer
+from headforcing.attention.skipped import check_complete, check_runs, warn_of_idle
 from headforcing.attention.stream import PassId, Stream
 from headforcing.stores import KVStore
 from headforcing.types import Phase

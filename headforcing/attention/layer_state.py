@@ -1,4 +1,4 @@
-"""What an applied model carries: options, and the state of every layer with its streams."""
+"""The state of one layer, which is `_headforcing` on the module, and the options of all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole data flow of one attention call, on one screen.
+"""The whole data flow of one attention call, on one screen: `HeadForcingMixin._head_forced`.
 
 `HeadForcingMixin` is put in front of the class of a base model's self-attention module. It keeps one
 attribute on the module, `_headforcing`, the state of the layer.

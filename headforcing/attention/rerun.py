@@ -1,4 +1,4 @@
-"""Frames that the base model computes again in one call after a prompt switch (KV recache)."""
+"""KV recache: which of the recomputed frames are stored, and where the queries of the others sit."""
 
 from __future__ import annotations
 

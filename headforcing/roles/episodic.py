@@ -1,4 +1,4 @@
-"""Which frame leaves a full episodic memory.
+"""Update rules of the role `Memory`: which frame leaves a full episodic memory.
 
 Head Forcing has "dynamic episodic updates" (arXiv:2605.14487, abstract); that novelty drives them is
 third-party knowledge, and every rule here is our choice.

@@ -1,4 +1,4 @@
-"""What holds the frames of one role in one layer: the question every store answers in its own way."""
+"""A bank: the history of one role in one layer, and its part of the pending chunk; a kind per store."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_fi
 from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
-from headforcing.stores.switch import Shifts, Switch
+from headforcing.stores.shifts import Shifts
+from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, Edit, Encode, Grid, Heads, KVView, Phase, Pin
 
 

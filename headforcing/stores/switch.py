@@ -1,13 +1,11 @@
-"""Prompt switches: what happens to the KV cache when the prompt of a running video changes."""
+"""The request for a prompt switch; `headforcing.stores.scenes` carries it out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from headforcing.errors import OptionError
-from headforcing.roles.positions import TRUE, PositionScheme
 from headforcing.types import Tier
 
 Mode = Literal["continue", "smooth", "cut", "recall", "recache"]
@@ -62,36 +60,3 @@ class Switch:
     def restarts(self) -> bool:
         """Whether time restarts."""
         return self.mode in ("cut", "recall")
-
-
-class Shifts:
-    """How far the base model moved the frames of a video on the temporal axis, shot by shot."""
-
-    def __init__(self) -> None:
-        self._shots: list[tuple[int, float]] = []  # first frame, shift
-
-    def note(self, start: int, shift: float) -> None:
-        """The frames from `start` on are moved by `shift`."""
-        while self._shots and self._shots[-1][0] >= start:
-            self._shots.pop()
-        if shift != (self._shots[-1][1] if self._shots else 0):
-            self._shots.append((start, shift))
-
-    def moved(
-        self, positions: Sequence[float], frames: Sequence[int | None], scheme: PositionScheme
-    ) -> tuple[float, ...]:
-        """Positions as the base model shifts them, for frames as it counts them; the current chunk is last.
-
-        True positions move with their shot, adjoining ones with the chunk, others stay in range.
-        """
-        if not self._shots or scheme not in TRUE:
-            return tuple(positions)
-        shifts = [self._of(frame if scheme == "absolute" else frames[-1]) for frame in frames]
-        return tuple(position + shift for position, shift in zip(positions, shifts, strict=True))
-
-    def clear(self) -> None:
-        """A new video."""
-        self._shots.clear()
-
-    def _of(self, frame: int | None) -> float:
-        return next((s for start, s in reversed(self._shots) if frame is not None and frame >= start), 0)

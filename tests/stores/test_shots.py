@@ -30,7 +30,8 @@ from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided
 from headforcing.stores import STORES, KVStore, store_class
-from headforcing.stores.switch import Shifts, Switch
+from headforcing.stores.shifts import Shifts
+from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, Heads, Pin, Truncation
 from tests.hosts.longlive import LongLiveHost
 from tests.hosts.longlive2 import LongLive2Host, LongLive2Model

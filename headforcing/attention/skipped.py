@@ -1,4 +1,4 @@
-"""Attention that is skipped stores nothing: what may skip it, and how that is noticed."""
+"""Finds layers and passes whose attention was skipped (caches of diffusers, a replaced forward)."""
 
 from __future__ import annotations
 
