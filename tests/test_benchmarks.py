@@ -479,6 +479,7 @@ def test_launches_are_counted_and_views_are_not(bench):
     assert (seen.launches, seen.reads) == (3, 1)
 
 
+@pytest.mark.slow
 def test_no_memory_reads_the_counters_of_the_host_and_one_role_launches_what_dense_does(bench):
     launches = bench("launches")
     found = {name: launches.counted(row, (2, 6), "ring") for name, row in launches.rows().items()}

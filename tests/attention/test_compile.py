@@ -240,7 +240,8 @@ def course(rig: Rig, handle: hf.HeadForcing, actions: list[str]) -> list[Tensor]
     return outs
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_the_phase_is_noted_inside_the_graph(compiler: str) -> None:
     roles = (PHASED, Local())
     outs = []

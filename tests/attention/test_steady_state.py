@@ -77,6 +77,9 @@ def rows(*tables: dict[str, Any]) -> Any:
 
 each_row, every_row = rows(ROWS), rows(ROWS, PYRAMID)
 both_stores = pytest.mark.parametrize("store", [RingStore, LeanStore], ids=["ring", "lean"])
+lean_at_length = pytest.mark.parametrize(
+    "store", [RingStore, pytest.param(LeanStore, marks=pytest.mark.slow)], ids=["ring", "lean"]
+)
 at_length = pytest.mark.parametrize("chunks", [30, pytest.param(1000, marks=pytest.mark.slow)])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU with CUDA")
 
@@ -346,7 +349,7 @@ def test_no_operator_depends_on_data(row, store):
     check_no_operator_depends_on_data(Layer(row, store=store))
 
 
-@both_stores
+@lean_at_length
 @every_row
 def test_no_data_is_read_and_none_crosses_devices(row, store, monkeypatch):
     with verdicts_left_out(monkeypatch) as checked:
@@ -355,7 +358,7 @@ def test_no_data_is_read_and_none_crosses_devices(row, store, monkeypatch):
     assert checked == list(range(0, layer.start - CHUNK, CHUNK)), "one check for NaN per commit"
 
 
-@both_stores
+@lean_at_length
 @pytest.mark.parametrize("row", FIXED, ids=lambda row: str(row[0]))
 def test_every_chunk_is_the_same_work(row, store):
     check_work_is_constant(Layer(row, store=store))
@@ -428,7 +431,7 @@ def test_no_tensor_stays_in_the_lean_store(chunks):
 
 
 @at_length
-@both_stores
+@lean_at_length
 @pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
 def test_nothing_stays_of_what_is_kept_beside_frames(role, store, chunks):
     layer = Layer([role, role], passes=2, addresses=store is RingStore, store=store)

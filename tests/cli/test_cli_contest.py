@@ -52,6 +52,7 @@ def test_presets_and_files_compete(report, folder):
         assert (folder / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_table_has_the_controls(folder):
     answer = run("streaming_llm", "forcing_kv", *SHORT, "--equal-bytes", "--out", folder / "out")
     assert answer.exit_code == 0, answer.output

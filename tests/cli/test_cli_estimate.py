@@ -100,6 +100,7 @@ def test_a_real_layer_stores_and_attends_to_what_was_said(case):
     assert said.attended == sum(attended) / len(attended)
 
 
+@pytest.mark.slow
 def test_a_real_model_of_several_layers_stores_and_releases_what_was_said():
     rig = Rig(window=21)
     roles = hf.RoleMap(((Wave(), Veil(), Local(1), Memory()), (Anchor(1), Anchor(1), Veil(), Wave())))

@@ -21,6 +21,7 @@ from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.memrope import Averages, Averaging
 from headforcing.stores import STORES, store_class
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 from tests.strategies import frame_tensor
 
 PATCHES, HEADS, DIM, WINDOW = 3, 2, 4, 21
@@ -132,6 +133,7 @@ def test_frames_that_a_chunk_takes_back_are_not_averaged(role, steps, store):
     check_averages(role, steps, store, batch=2)
 
 
+@settings(max_examples=examples(30))
 @given(averagings(), st.integers(1, 4), st.integers(0, 9))
 def test_all_stores_see_the_same_bit_for_bit(role, chunk, seed):
     heads = {role: Heads(range(HEADS), HEADS)}

@@ -130,6 +130,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
 CONFIG = DemoConfig(dim=64, layers=2)
 
 
+@pytest.mark.slow
 def test_a_model_with_waves_matches_attention_written_out():
     """Every query frame on its own, against a softmax over the frames of the definition."""
     model = DemoModel(CONFIG).randomize(torch.Generator().manual_seed(0)).eval().requires_grad_(False)

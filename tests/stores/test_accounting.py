@@ -139,7 +139,9 @@ def test_what_is_said_is_what_the_allocator_holds(name: str, store: str, chunks:
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("chunks", [1, 3, FULL_AFTER])
+@pytest.mark.parametrize(
+    "chunks", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(FULL_AFTER, marks=pytest.mark.slow)]
+)
 def test_so_it_is_before_the_memory_is_full(chunks: int, store: str) -> None:
     row = [*row_of("head_forcing"), *row_of("pyramid_forcing")]
     check_said_is_held(row, store, lambda video: video.run(chunks))

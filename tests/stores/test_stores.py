@@ -413,7 +413,7 @@ def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
     check()
 
 
-SETTINGS = settings(stateful_step_count=20, max_examples=examples(60, nightly=2000))
+SETTINGS = settings(stateful_step_count=20, max_examples=examples(40, nightly=2000))
 
 
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)

@@ -439,6 +439,7 @@ class Unanchored(LongLive):
         return call and dataclasses.replace(call, anchor=None)
 
 
+@pytest.mark.slow
 def test_timelines_that_have_no_object_are_named_by_the_kit() -> None:
     report = check_adapter(Unanchored(), LongLiveHost())
     report.raise_if_failed()
