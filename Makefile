@@ -11,7 +11,8 @@ READY := $(VENV)/.installed-$(EXTRAS)
 READY_DOCS := $(VENV)/.installed-docs
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --durations=10
 
-# What torch.compile made is kept between runs of the tests.
+# Dozens of tests start a process: what Python compiled is kept, and what torch.compile made as well.
+unexport PYTHONDONTWRITEBYTECODE
 TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export TORCHINDUCTOR_CACHE_DIR
 
