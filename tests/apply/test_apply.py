@@ -354,7 +354,7 @@ def test_replaced_roles_begin_with_an_empty_memory(rig: Rig) -> None:
 
 @pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_cycles_leave_no_tensor_and_no_object_of_ours(rig: Rig, cycles: int) -> None:
-    def census() -> tuple[int, int]:
+    def alive() -> tuple[int, int]:
         gc.collect()
         objects = gc.get_objects()
         ours = sum(str(type(o).__module__).startswith("headforcing.") for o in objects)
@@ -368,7 +368,7 @@ def test_many_cycles_leave_no_tensor_and_no_object_of_ours(rig: Rig, cycles: int
             if cycle % (cycles // 5) == 0:
                 rig.video(rig.caches(), 2)
         if cycle in (1, cycles - 1):
-            counts.append(census())
+            counts.append(alive())
     assert counts[0] == counts[1]
     assert before.diff(snapshot(rig.model)) == []
 

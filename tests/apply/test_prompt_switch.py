@@ -89,7 +89,7 @@ Content = Callable[[Frame], Tensor]
 
 
 class Past:
-    """What one role holds of one sample, beside whole frames as well."""
+    """What one role holds of one sample, compressed tokens included."""
 
     def __init__(self, role: HeadRole, content: Content) -> None:
         self.role, self.content = role, content
@@ -886,7 +886,7 @@ def test_smooth_keeps_first_and_episodic_frames_and_recall_brings_a_scene_back()
 # Running frames again -------------------------------------------------------------------------------
 
 ALL: list[HeadRole] = [Full(), Anchor(), SlidingWindow(21, positions="absolute"), Memory(1, 8, 8)]
-"""Roles that hold everything for twenty-one frames, or never need what they let go."""
+"""Roles that hold everything for twenty-one frames, or never attend to what they evict."""
 
 
 def test_running_frames_again_is_a_run_in_which_the_first_version_never_happened() -> None:

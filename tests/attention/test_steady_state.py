@@ -60,7 +60,7 @@ BESIDE: dict[str, HeadRole] = {
     "averages": Averaging(WINDOW),
     "participating": Participating(WINDOW, sink=3, recent=3, chosen=1),
 }
-"""Roles that keep something beside whole frames."""
+"""Roles that have a compressed history."""
 EVERY_ROLE = (*ROLES.values(), Anchor(1))  # the heads of the anchor role are not neighbours
 ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "every role": EVERY_ROLE}
 FIXED = [row for name, row in ROWS.items() if name not in ("memory, uniform", "participating", "every role")]
@@ -251,7 +251,7 @@ def check_work_is_constant(layer: Layer) -> None:
     assert rewrites[1:] == rewrites[:-1]
 
 
-def census() -> tuple[int, int]:
+def alive() -> tuple[int, int]:
     """Tensors alive, and the bytes of their storages, each counted once."""
     tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
     storages = [x.untyped_storage() for x in tensors]
@@ -264,9 +264,9 @@ def check_no_tensor_stays(layer: Layer, chunks: int) -> None:
     gc.collect()
     gc.disable()
     try:
-        stored, buffers, before = layer.handle.status().stored_bytes, set(layer.buffers), census()
+        stored, buffers, before = layer.handle.status().stored_bytes, set(layer.buffers), alive()
         layer.run(chunks)
-        after = census()
+        after = alive()
     finally:
         gc.enable()
     assert after == before, "tensors, bytes"

@@ -218,7 +218,7 @@ def test_pyramid_forcing_over_its_published_heads():
 
 
 def test_forcing_kv_over_its_published_heads():
-    """Without the own chunk 3.22 frames are stored: a frame more per dynamic head than is published."""
+    """Without the current chunk 3.22 frames are stored: a frame more per dynamic head than is published."""
     row = row_of(told(), "forcing_kv")
     assert {role["label"]: role["attended"] for role in row["roles"]} == {"static": 5, "dynamic": 6}
     assert {role["label"]: role["stored"] for role in row["roles"]} == {"static": 5, "dynamic": 7}

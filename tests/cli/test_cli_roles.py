@@ -37,7 +37,7 @@ MASS = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8], [0.1, 0.6, 0.3]])  # firs
 
 
 def tiny_profile(prompts=6, noise=0.01):
-    """Heads that plainly look at the first frame, at the own chunk, or in between."""
+    """Heads that plainly look at the first frame, at the current chunk, or in between."""
     generator = torch.Generator().manual_seed(0)
     index = torch.cartesian_prod(torch.arange(prompts), torch.tensor([9, 12, 15]), torch.arange(3))
     prompt, start, step = index.unbind(1)

@@ -40,7 +40,7 @@ class Rig:
     Two rigs made alike are equal bit for bit, so one can be patched and the other not.
 
     Args:
-        window: frames the model attends, own chunk included; -1 for all.
+        window: frames the model attends, current chunk included; -1 for all.
         sink: first frames that are never evicted.
         dtype: dtype of the weights and the noise.
         layers: blocks of the model.

@@ -167,13 +167,13 @@ def test_the_checks_find_planted_bugs(monkeypatch):
     def no_hull(profile, *, frames):
         monkeypatch.setattr(module, "lower_envelope", sorted)
         found = fit_budget(profile, frames=frames)
-        monkeypatch.setattr(module, "lower_envelope", hull)
+        monkeypatch.setattr(module, "lower_envelope", envelope)
         return found
 
     def upside_down(profile, *, frames):
         return fit_budget(profile, frames=max(3, 54 - frames))
 
-    steps, hull = maths._steps, module.lower_envelope
+    steps, envelope = maths._steps, module.lower_envelope
     profile = profile_with(ERRORS)
     for check, planted, given_ in (
         (check_within, spends_one_more, (profile, 4)),

@@ -241,7 +241,7 @@ def test_regret_is_the_change_of_the_output(seed):
 
     def make(start, timeline, step):
         k, v = history[:, :, : start + 3].clone()
-        if step:  # a noisy pass: other keys and values for the own chunk
+        if step:  # a noisy pass: other keys and values for the current chunk
             k[:, -3:], v[:, -3:] = noise[:, :, start : start + 3]
         q = 0.3 * history[0][:, start : start + 3] + 1
         return observation(q, k, v, range(start + 3), start, timeline=timeline)

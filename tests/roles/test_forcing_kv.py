@@ -360,7 +360,7 @@ def test_a_model_with_dynamic_heads_matches_attention_written_out():
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("chunks", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_bytes_stay_bounded_and_a_reset_forgets(store, chunks):
-    """Held: a first and a last frame, the own chunk, pieces, and a copy of the last frame.
+    """Held: a first and a last frame, the current chunk, pieces, and a copy of the last frame.
 
     In `ring` also rotated keys, and pieces once more, in front of frames.
     """

@@ -77,12 +77,12 @@ def everything(past: Past, query: int) -> Sees:
 
 
 def last_of_window(past: Past, query: int) -> Sees:
-    """The last 21 frames, the own chunk among them."""
+    """The last 21 frames, the current chunk among them."""
     return Sees([f for f in past.frames if f >= past.start + past.chunk - 21])
 
 
 def sink_and_last(sink: int, window: int) -> Rule:
-    """The first frames, and the last ones: so many in all, the own chunk among them."""
+    """The first frames, and the last ones: so many in all, the current chunk among them."""
 
     def rule(past: Past, query: int) -> Sees:
         first = past.start + past.chunk - (window - sink)
@@ -97,7 +97,7 @@ def streaming(past: Past, query: int) -> Sees:
 
 
 def infinity_rope(past: Past, query: int) -> Sees:
-    """Frame 0, and five frames that end with the own chunk: the last two, for a chunk of three."""
+    """Frame 0, and five frames that end with the current chunk: the last two, for a chunk of three."""
     behind = {3: 2, 1: 4}[past.chunk]
     return Sees(sorted({0, *past.frames[-behind:]} & set(past.frames)))
 
@@ -276,7 +276,7 @@ def shown(role: HeadRole, chunk: int, store: Any, chunks: int = CHUNKS) -> Itera
                     assert torch.equal(view.k, view.v), "keys and values are of the same frames"
                     assert torch.equal(view.v[0, held:, :, 0], own[0, :, :, 0])
                 else:
-                    assert torch.equal(view.k[:, held:], k), "the own chunk as this pass wrote it"
+                    assert torch.equal(view.k[:, held:], k), "the current chunk as this pass wrote it"
                     assert torch.equal(view.v[:, held:], v)
                     assert torch.equal(view.k[:, :held], view.v[:, :held])
                 frames = (64 * view.v[0, :held, 0, 0, 0]).tolist()
@@ -519,7 +519,7 @@ def test_the_pieces_of_forcing_kv_at_frame_sixty():
 
 
 def means(name: str, what: str, heads: Mapping[str, int] | None = None) -> float:
-    """Mean over the published heads of what a role stores or sees, own chunk of three included."""
+    """Mean over the published heads of what a role stores or sees, current chunk of three included."""
     preset = PRESETS[name]
     heads = dict(heads or preset.published)
     roles = preset.roles(WINDOW, 3)
@@ -541,7 +541,7 @@ def test_the_published_means_of_pyramid_forcing():
 
 
 def test_the_published_means_of_forcing_kv():
-    """2.61 stored frames are published without the own chunk; a copy of the last one comes on top here."""
+    """2.61 stored frames are published, without the current chunk; here comes a copy of the last one."""
     assert PRESETS["forcing_kv"].published == {"static": 141, "dynamic": 219}
     assert means("forcing_kv", "attended") == pytest.approx(5.61, abs=0.005)
     copies = 219 / 360
@@ -563,7 +563,7 @@ def test_the_published_means_of_forcing_kv():
     ],
 )
 def test_the_table_of_frames_stored_and_seen(name, label, stored, attended):
-    """Stored without the own chunk of three, seen with it; 29 and 11 frames are published with it."""
+    """Stored without the current chunk of three, seen with it; 29 and 11 frames are published with it."""
     assert means(name, "stored", {label: 1}) == pytest.approx(stored + 3, abs=0.001)  # averages: 2 tokens
     assert means(name, "attended", {label: 1}) == attended
 

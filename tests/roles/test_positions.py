@@ -19,7 +19,7 @@ WINDOW = 21
 
 @st.composite
 def views(draw):
-    """A history that fits the window, any distance in the past, and an own chunk."""
+    """A history that fits the window, any distance in the past, and a current chunk."""
     chunk = draw(st.integers(1, 6))
     now = draw(st.integers(0, 10**6))
     held = draw(st.integers(0, min(WINDOW - chunk, now)))
@@ -63,7 +63,7 @@ def test_what_counts_ranks_works_without_knowing_the_frames():
 
 
 def places_beside(role: HeadRole, now: int) -> list[int]:
-    """Places that what a role keeps beside whole frames may take before a chunk that begins at `now`."""
+    """Places that compressed tokens may take before a chunk that begins at `now`."""
     if isinstance(role, Dynamic):
         return [0, 3] if now >= 9 + role.sink else [0]
     if isinstance(role, Averaging):

@@ -171,7 +171,7 @@ def most(row: Sequence[HeadRole], store: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "full"])
 def test_the_lean_store_holds_what_the_roles_keep(name: str) -> None:
-    """The most that they keep, as whole frames and beside them, own chunk included."""
+    """The most that they keep, as whole frames and beside them, current chunk included."""
     kept, lean, ring = (most(row_of(name), store) for store in ("reference", "lean", "ring"))
     assert all(one <= 1.05 * other for one, other in zip(lean, kept, strict=True))
     assert all(one < other for one, other in zip(lean, ring, strict=True))

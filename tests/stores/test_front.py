@@ -1,4 +1,4 @@
-"""What roles keep beside whole frames, read as attention reads both: every store beside the reference."""
+"""Compressed tokens and whole frames, read as attention reads both: every store beside the reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def encode(x: Tensor, positions: Sequence[float], patch: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Blinking(HeadRole):
-    """Another role that sees less in some passes, and in all of them what is kept beside whole frames."""
+    """Another role that sees less in some passes, and compressed tokens in all of them."""
 
     role: HeadRole = Local(1)  # noqa: RUF009 - frozen
     blind: Phase = "clean"
@@ -114,7 +114,7 @@ class Curious(Veil):
 
 
 def beside() -> st.SearchStrategy[HeadRole]:
-    """Roles that keep something beside whole frames, alone or in another one."""
+    """Roles that have a compressed history, alone or in another one."""
     plain = st.one_of(*BESIDE, st.builds(Curious, st.integers(0, 2), said=st.sampled_from([None, CHUNK, 9])))
     cut = st.builds(
         lambda role, newest: replace(role, clean_window=newest), plain, st.integers(CHUNK, WINDOW)

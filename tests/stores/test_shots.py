@@ -257,7 +257,7 @@ def test_shifts_forget_a_chunk_that_is_written_again() -> None:
     assert shifts.moved([3, 4], [3, 4], "absolute") == (3, 4)
     shifts.note(6, 4)
     assert shifts.moved([5, 6], [5, 6], "absolute") == (5, 10)
-    assert shifts.moved([5, 6], [2, 6], "adjoining") == (9, 10), "all with the own chunk"
+    assert shifts.moved([5, 6], [2, 6], "adjoining") == (9, 10), "all with the current chunk"
     assert shifts.moved([0, 1], [2, 6], "compact") == (0, 1), "in range"
     shifts.clear()
     assert shifts.moved([6], [6], "absolute") == (6,)

@@ -142,7 +142,7 @@ class Definition:
         ]
 
     def check_beside(self, values: torch.Tensor | None, start: int, keys: Any) -> None:
-        """Values `[m, Hr, D]` that are seen beside whole frames; a value is its key with another sign."""
+        """Values `[m, Hr, D]` of compressed tokens; a value is its key with another sign."""
         role = self.role
         if isinstance(role, Veil) and role.blocks:
             complete = [b for b in range(0, start, role.block) if b + role.block <= start][-role.blocks :]

@@ -19,7 +19,7 @@ CHUNK = 3
 
 
 def seen(role, start, window=21):
-    """Frames and positions of the chunk that begins at `start`, own chunk last."""
+    """Frames and positions of the chunk that begins at `start`, current chunk last."""
     known = ()
     for begin in range(0, start + CHUNK, CHUNK):
         table = FrameTable(
