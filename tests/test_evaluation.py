@@ -256,6 +256,7 @@ def test_processes_with_different_role_maps_stop_at_once(place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_video_is_made_again(serial, place, tmp_path):
     out = tmp_path / "out"
     for name, kept in serial.items():

@@ -575,7 +575,7 @@ SETTINGS = settings(stateful_step_count=12, max_examples=examples(100))
 @pytest.mark.parametrize("store", FAST_STORES, ids=lambda store: store.__name__)
 def test_no_frame_of_a_flushed_scene_is_ever_seen_again(store: type[KVStore]) -> None:
     machine = type("Machine", (SwitchMachine,), {"store": store})
-    fewer = settings(SETTINGS, max_examples=examples(60))
+    fewer = settings(SETTINGS, max_examples=examples(30, nightly=600))
     run_state_machine_as_test(machine, settings=fewer)
 
 

@@ -199,7 +199,7 @@ def test_new_video_guidance_and_passes_without_the_compiler() -> None:
 ACTIONS = ("again", "again", "next", "next", "other cache", "new video", "reset", "commit")
 
 
-@settings(max_examples=examples(12, nightly=250), deadline=None)
+@settings(max_examples=examples(6, nightly=250), deadline=None)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=4, max_size=16))
 def test_any_course_of_videos_is_the_one_without_a_compiler(actions: list[str]) -> None:
     made = [course(rig, handle, actions) for rig, handle in both_rigs()]
@@ -495,7 +495,7 @@ def recorded(rig: Rig, role: HeadRole) -> dict[str, tuple[Any, ...]]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["attend", "note_phase"])
+@pytest.mark.parametrize("name", [pytest.param("attend", marks=pytest.mark.slow), "note_phase"])
 def test_opcheck(name: str) -> None:
     """PyTorch's own examination: what is written is declared, shapes are as promised, graphs agree."""
     rig = Rig(9, layers=1)

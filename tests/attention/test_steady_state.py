@@ -365,7 +365,11 @@ def test_every_chunk_is_the_same_work(row, store):
 
 
 @at_length
-@pytest.mark.parametrize("row", [ROWS["memory, uniform"], EVERY_ROLE], ids=["uniform", "every role"])
+@pytest.mark.parametrize(
+    "row",
+    [ROWS["memory, uniform"], pytest.param(EVERY_ROLE, marks=pytest.mark.slow)],
+    ids=["uniform", "every role"],
+)
 def test_a_memory_spread_over_time_moves_other_rows_each_chunk_but_never_more_than_it_holds(row, chunks):
     layer = Layer(row).run(WARM_UP)
     firsts, rewrites = [], []

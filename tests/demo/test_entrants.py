@@ -83,6 +83,7 @@ def test_shuffles_keep_the_numbers_of_roles(name):
     assert scattered(roles, 1) == scattered(roles, 1) != anywhere
 
 
+@pytest.mark.slow
 def test_controls_have_the_frames_and_the_bytes():
     kinds = {name: [one.kind for one in controls(entrant(name, CONFIG), CONFIG)] for name in PRESETS}
     assert kinds["full"] == kinds["streaming_llm"] == []

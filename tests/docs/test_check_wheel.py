@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.docs.pages import ROOT, commands, imports
 
 CHECK: dict[str, Any] = runpy.run_path(str(ROOT / ".ci" / "check_wheel.py"))
@@ -56,6 +58,7 @@ def test_no_line_lives_on_what_another_one_imported(tmp_path: Path) -> None:
     assert left.endswith("exit code 3")
 
 
+@pytest.mark.slow
 def test_commands_that_fail_are_told_from_those_that_say_what_they_lack(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def make():\n    return undefined\n")
     shown = [

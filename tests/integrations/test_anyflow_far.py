@@ -229,6 +229,7 @@ def test_the_reference_with_nothing_hidden_is_the_pipeline(plain: Tensor) -> Non
     assert apart(play(model), plain) < CLOSE
 
 
+@pytest.mark.slow
 def test_it_is_equal_in_a_second_video_in_batches_with_guidance_and_behind_given_frames() -> None:
     model = made()
     given = {"video_latents": torch.randn(1, 3, 4, 8, 16, generator=torch.Generator().manual_seed(3))}
@@ -315,6 +316,7 @@ def test_lora_of_diffusers_counts_before_and_after_apply(first: str, plain: Tens
     assert torch.equal(play(model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("first", ["offload", "head forcing"])
 def test_group_offload_is_the_same_with_it(kind: str, first: str, plain: Tensor) -> None:

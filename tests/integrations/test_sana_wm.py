@@ -26,7 +26,6 @@ from headforcing.errors import (
 from headforcing.integrations import sana_wm
 from headforcing.integrations.sana_wm import SanaWM
 from headforcing.roles import Full, HeadRole, Local, SlidingWindow
-from headforcing.stores import STORES
 from headforcing.testing import check_adapter, check_names, snapshot
 from tests.hosts.sana_wm import DIFFUSERS, FPS, GRID, TOKENS, SanaWMHost
 
@@ -110,7 +109,9 @@ def model() -> Any:
 
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("store", sorted(STORES))
+@pytest.mark.parametrize(
+    "store", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("lean", "reference")), "ring"]
+)
 def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.dtype, store: str) -> None:
     model = made(rope, gated, dtype)
     expected = refined(model)

@@ -405,6 +405,7 @@ def test_the_size_of_the_demo_is_that_of_its_model():
 ROW = (Local(1), Memory(3, 12, 3), Memory(3, 12, 3), Anchor(3, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row", [ROW, (SlidingWindow(21),) * 4, (SlidingWindow(6, sink=1),) * 4], ids=["mixed", "window", "six"]
 )

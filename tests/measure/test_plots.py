@@ -199,7 +199,15 @@ def test_margins_that_say_nothing_are_drawn(fill):
 SHORT = ["local0", "local3", "anchor3+3", "memory3+3+3", "memory3+12+3", "anchor1"]
 
 
-@pytest.mark.parametrize("name", ["head_map", "bars", "margin", "roles_per_layer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head_map",
+        pytest.param("bars", marks=pytest.mark.slow),
+        "margin",
+        pytest.param("roles_per_layer", marks=pytest.mark.slow),
+    ],
+)
 def test_pictures_fit_into_somebodys_grid(name):
     from matplotlib.figure import Figure
 

@@ -141,6 +141,7 @@ def test_a_head_with_equal_keys_looks_everywhere_alike(model):
     torch.testing.assert_close(profile["attention_mass.first"][:, 1, 1], 1 / (past + 3), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_layers_are_told_by_module_not_by_call_order(model):
     straight = profile_heads(model, lambda: make(model))
 

@@ -301,6 +301,7 @@ def test_an_old_choice_would_be_found():
 # In a model ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_with_dynamic_heads_matches_attention_written_out():
     model = DemoModel(DemoConfig(dim=64, layers=3)).randomize(torch.Generator().manual_seed(0))
     model = model.eval().requires_grad_(False)

@@ -320,7 +320,7 @@ def check_complete(presets: Mapping[str, Preset]) -> None:
     assert labels == set(RULES)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", [pytest.param("reference", marks=pytest.mark.slow), "lean", "ring"])
 @pytest.mark.parametrize("chunk", LENGTHS)
 @pytest.mark.parametrize(("name", "label"), RULES)
 def test_every_head_of_every_preset_sees_what_its_rule_says(name, label, chunk, store):

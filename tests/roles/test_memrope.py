@@ -119,11 +119,13 @@ def averagings(draw: Any, longest: int = 4) -> Averaging:
 alone = st.tuples(st.integers(1, 4), st.just(0))
 
 
+@settings(max_examples=examples(40))
 @given(averagings(), st.lists(alone, min_size=8, max_size=14), st.sampled_from(sorted(STORES)))
 def test_averages_are_those_of_the_rule(role, steps, store):
     check_averages(role, steps, store)
 
 
+@settings(max_examples=examples(40))
 @given(
     averagings(),
     st.lists(st.tuples(st.integers(2, 4), st.integers(0, 1)), min_size=8, max_size=12),

@@ -312,6 +312,7 @@ def test_merged_patches_are_rotated_where_the_top_left_one_is():
     assert torch.equal(rope.rotate(x[:, :, corners], table, [3, 5], *GRID, patch=2), whole[:, :, corners])
 
 
+@pytest.mark.slow
 def test_a_model_with_veils_matches_attention_written_out():
     model = DemoModel(CONFIG).randomize(torch.Generator().manual_seed(0)).eval().requires_grad_(False)
     role, table = Veil(), [[Veil(), Veil(), Local(2), Wave()]] * 2

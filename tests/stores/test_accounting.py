@@ -131,7 +131,9 @@ def row_of(name: str) -> list[HeadRole]:
     return [roles[head % len(roles)] for head in range(HEADS)]
 
 
-@pytest.mark.parametrize("store", [pytest.param("reference", marks=pytest.mark.slow), "lean", "ring"])
+@pytest.mark.parametrize(
+    "store", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("lean", "reference")), "ring"]
+)
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("chunks", [FULL_AFTER + 1, pytest.param(4 * FULL_AFTER, marks=pytest.mark.slow)])
 def test_what_is_said_is_what_the_allocator_holds(name: str, store: str, chunks: int) -> None:

@@ -30,12 +30,12 @@ def test_every_adapter_in_the_folder_has_a_host() -> None:
     assert set(host_names()) == {adapter.name for adapter in adapters()}
 
 
-OF_DIFFUSERS = ("anyflow_far", "sana_wm")
-"""Real classes, slower than stand-ins."""
+FAST = ("self_forcing", "longlive2", "fastvideo")
+"""A kind each: counters, shots, no counters. `tests/integrations/test_parity.py` runs all of them."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in OF_DIFFUSERS else ()) for n in host_names()]
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in host_names()]
 )
 def test_every_adapter_in_the_folder_passes(name: str) -> None:
     host = find_host(name)
@@ -455,6 +455,7 @@ class Spare(CausVidHost):
     cached, uncached, switch_prompt = Host.cached, Host.uncached, Host.switch_prompt  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_what_a_host_cannot_do_is_skipped_with_a_reason() -> None:
     report = check_adapter(None, Spare())
     report.raise_if_failed()
