@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import settings
 
 CI = 100
-"""Examples of a property that names no number in `make test`."""
+"""The unit of the counts in the tests; see tests/conftest.py."""
 
 
 def examples(count: int, nightly: int = 0) -> int:
-    """`count` in `make test`, ten times as many (at least `nightly`) in `make test-all`, a fifth in `dev`."""
+    """Six tenths of `count` in `make test`, ten times `count` (at least `nightly`) in `make test-all`."""
     full = settings.default.max_examples
     return max(1, count * full // CI, nightly if full > CI else 0)

@@ -640,14 +640,14 @@ def frames_run_again_stay(patch: pytest.MonkeyPatch) -> None:
 
 
 PLANTED = [
-    smooth_keeps_recent_frames,
+    pytest.param(smooth_keeps_recent_frames, marks=pytest.mark.slow),
     a_cut_does_not_restart_time,
-    recall_returns_another_mark,
+    pytest.param(recall_returns_another_mark, marks=pytest.mark.slow),
     a_switch_takes_effect_at_once,
     compressed_histories_outlive_a_switch,
     the_first_switch_asked_for_counts,
     a_mark_forgets_episodic_frames,
-    frames_run_again_stay,
+    pytest.param(frames_run_again_stay, marks=pytest.mark.slow),
 ]
 
 
