@@ -37,10 +37,10 @@ setup-docs: $(READY_DOCS) ## install what builds the documentation into .venv
 demo: $(READY) ## run the embedded demo into runs/demo
 	$(BIN)/headforcing demo --out runs/demo
 
-test: $(READY) ## the fast tests: 7 minutes on two cores
+test: $(READY) ## the fast tests: about ten minutes on two cores
 	$(PYTEST) -m 'not slow'
 
-test-all: $(READY) ## every test with ten times the examples: an hour on two cores
+test-all: $(READY) ## every test, with ten times the examples: hours on two cores
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 7200
 
 check: $(READY) ## lint, format and types
