@@ -1,7 +1,8 @@
 """How many bytes the keys and values of a model take, and how many frames are attended, before it is loaded.
 
 There is one way to count: the real store runs through a long video. For bytes its chunks have the real size,
-on the `meta` device, where tensors have a shape and no numbers; for frames they have one head of one channel.
+on the `meta` device where they are large: tensors there have a shape and no numbers. For frames they have one
+head of one channel.
 Nothing is known here of any role.
 """
 
@@ -33,6 +34,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 """Types by the bytes of a number."""
 CHUNKS = 40
 """Chunks of a simulated video, at least; the second half is counted."""
+SMALL = 1 << 16
+"""Largest number of elements in the keys of a chunk for which the CPU is faster than `meta`."""
 GRID = (12, 12)
 """Patches where only frames are counted: squares of 2, 3, 4 and 6 divide it, and sixths of a frame."""
 Counts = tuple[tuple[HeadRole, int], ...]
@@ -214,9 +217,7 @@ def dense(size: ModelSize, streams: int = 1) -> MemoryEstimate:
 
 
 @functools.lru_cache(maxsize=256)
-def simulate(
-    counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS, device: str = "meta"
-) -> list[Moment]:
+def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) -> list[Moment]:
     """One layer of so many heads per role, chunk by chunk through the second half of a long video.
 
     Args:
@@ -224,7 +225,6 @@ def simulate(
         size: of the model.
         store: name of the store.
         chunks: of the video; more where the window asks for more.
-        device: of the tensors; small ones are faster on the CPU than on `meta`.
 
     Raises:
         OptionError: there is no such store, a role cannot compress frames of this grid, or there is no type
@@ -236,7 +236,7 @@ def simulate(
         _check_grid(role, size.grid)
     held, chunks = _empty(counts, size, store), max(chunks, -(-4 * size.window // size.chunk))
     shape = (1, size.chunk, size.tokens_per_frame, sum(count for _, count in counts), size.head_dim)
-    found = []
+    device, found = "cpu" if math.prod(shape) <= SMALL else "meta", []
     for start in range(0, chunks * size.chunk, size.chunk):
         q, k, v = (torch.zeros(shape, dtype=DTYPES[size.itemsize], device=device) for _ in "qkv")
         held.write(Chunk(start, k, v, size.grid, q))
@@ -323,7 +323,7 @@ def _one_cycle(role: HeadRole, size: ModelSize) -> list[Moment]:
         OptionError: it does not, within a third of what was counted.
     """
     for chunks in (CHUNKS, 4 * CHUNKS):
-        found = simulate(((role, 1),), size, "ring", chunks, "cpu")
+        found = simulate(((role, 1),), size, "ring", chunks)
         for cycle in range(1, len(found) // 3 + 1):
             if found[cycle:] == found[:-cycle]:
                 return found[-cycle:]
