@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.adapters.base import Memo
-from headforcing.adapters.host_cache import alive, mark, untouched
+from headforcing.adapters.host_cache import alive, untouched, version_of
 from headforcing.adapters.wan import CALL
 from headforcing.adapters.wan_counted import INDICES, DeferringWan
 from headforcing.errors import ExternalEditError, UnsupportedModelError
@@ -93,8 +93,8 @@ class LongLive2(DeferringWan):
         frame, cache = call.tokens_per_frame, call.arguments["kv_cache"]
         if "left" in memo:
             found.append(Truncation(memo["left"] // frame))
-        marks, before = memo.get("pins", ((), None))
-        if marks and all(untouched(cache[name], left) for name, left in zip(PINS, marks, strict=True)):
+        versions, before = memo.get("pins", ((), None))
+        if versions and all(untouched(cache[name], seen) for name, seen in zip(PINS, versions, strict=True)):
             return found
         memo["now"] = start, length = tuple(int(cache[name]) for name in PINS)
         if before in (None, memo["now"]):
@@ -118,7 +118,7 @@ class LongLive2(DeferringWan):
         if evicted and length and start > sink * call.tokens_per_frame:
             cache[PINS[0]].sub_(evicted)
             start -= evicted
-        memo["pins"] = ([mark(cache[name]) for name in PINS], (start, length))
+        memo["pins"] = ([version_of(cache[name]) for name in PINS], (start, length))
         return super().output(module, out, call, memo)
 
     def cross_attentions(self, model: nn.Module) -> list[nn.Module]:

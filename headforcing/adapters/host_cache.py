@@ -1,4 +1,4 @@
-"""The tensors of a base model's own cache: their memory while we are in, and whether somebody edited them.
+"""The tensors of a base model's own cache: their memory while head forcing is in, and edits from outside.
 
 What is noted about them holds them weakly, for the timeline dies with the base model's cache.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Mark = tuple["weakref.ref[Tensor]", int | None]
-"""A tensor as it was when we left it: which one, and how often it was edited."""
+TensorVersion = tuple["weakref.ref[Tensor]", int | None]
+"""A tensor as it was when last seen: which one, and how often it was edited."""
 
 
 def free(tensors: Sequence[Tensor], memo: MutableMapping[str, Any]) -> int:
@@ -43,14 +43,14 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def mark(tensor: Tensor) -> Mark:
+def version_of(tensor: Tensor) -> TensorVersion:
     """How a tensor is now."""
     return weakref.ref(tensor), version(tensor)
 
 
-def untouched(tensor: Tensor, mark: Mark) -> bool:
-    """Whether a tensor is as it was marked; of inference tensors that is not known."""
-    known, edits = mark
+def untouched(tensor: Tensor, seen: TensorVersion) -> bool:
+    """Whether a tensor is as it was last seen; of inference tensors that is not known."""
+    known, edits = seen
     return known() is tensor and edits is not None and version(tensor) == edits
 
 
@@ -62,6 +62,6 @@ def _restorage(tensor: Tensor, source: Tensor) -> None:
 
 
 def _exclusive_bytes(tensor: Tensor) -> int:
-    """Bytes that are free when the tensor lets go; a slice of a larger allocation frees none."""
+    """Bytes that are free when the tensor gives up its memory; a slice of a larger allocation frees none."""
     size: int = tensor.untyped_storage().nbytes()
     return size if size == tensor.numel() * tensor.element_size() else 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.adapters.base import Memo
-from headforcing.adapters.host_cache import alive, mark, untouched, version
+from headforcing.adapters.host_cache import alive, untouched, version, version_of
 from headforcing.adapters.wan import WanAdapter
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall, TracedCall
@@ -58,7 +58,7 @@ class CountingWan(WanAdapter):
         if "ends" not in memo:
             return None
         indices = [call.arguments["kv_cache"][name] for name in INDICES]
-        if all(untouched(index, left) for index, left in zip(indices, memo["marks"], strict=True)):
+        if all(untouched(index, left) for index, left in zip(indices, memo["versions"], strict=True)):
             return None
         return tuple(int(index.item()) for index in indices)
 
@@ -68,7 +68,7 @@ class CountingWan(WanAdapter):
         indices = [call.arguments["kv_cache"][name] for name in INDICES]
         for index, value in zip(indices, memo["ends"], strict=True):
             index.fill_(value)
-        memo["marks"] = [mark(index) for index in indices]
+        memo["versions"] = [version_of(index) for index in indices]
         return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
@@ -91,12 +91,12 @@ class CountingWan(WanAdapter):
     def forget(self, memo: Memo) -> None:
         """Drops what was noted about the indices."""
         memo.pop("ends", None)
-        memo.pop("marks", None)
+        memo.pop("versions", None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for the indices, too: a cache nothing was written to."""
         super().give_back(anchor, memo)
-        for index in alive(known for known, _ in memo.get("marks", ()) if "freed" in memo):
+        for index in alive(known for known, _ in memo.get("versions", ()) if "freed" in memo):
             with torch.inference_mode(index.is_inference()):
                 index.zero_()
 
@@ -121,7 +121,9 @@ class DeferringWan(CountingWan):
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects, and says where the cache ends; the model has nothing to write, it only counts."""
         y = super().output(module, out, call, memo)
-        memo["marks"] = [(index, edits if edits is None else edits + 1) for index, edits in memo["marks"]]
+        memo["versions"] = [
+            (index, edits if edits is None else edits + 1) for index, edits in memo["versions"]
+        ]
         memo["keys"] = version(call.arguments["kv_cache"]["k"])
         return y, (*memo["ends"], None)
 

@@ -2,8 +2,7 @@
 
 There is one way to count: the real store runs through a long video. For bytes its chunks have the real size,
 on the `meta` device where they are large: tensors there have a shape and no numbers. For frames they have one
-head of one channel.
-Nothing is known here of any role.
+head of one channel. Nothing is known here of any role.
 """
 
 from __future__ import annotations
