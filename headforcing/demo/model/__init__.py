@@ -1,1 +1,0 @@
-"""The video model of the demo and its pipeline, with the interface of Self Forcing."""

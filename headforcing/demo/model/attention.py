@@ -1,4 +1,4 @@
-"""Attention of the demo model: RoPE, Self Forcing's rolling KV cache, and teacher forcing.
+"""Attention of the demo model: RoPE, and Self Forcing's rolling KV cache.
 
 From the outside `DemoCausalSelfAttention` looks like `CausalWanSelfAttention` (arXiv:2506.08009):
 linear `q, k, v, o`, RMS norms over the full dim, complex-pair 3-D RoPE, keys rotated before they
@@ -7,15 +7,17 @@ are cached.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as functional
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
-from headforcing.demo.world.camera import CHUNK, PATCH, VIEW
+from headforcing.demo.model.autoencoder import CHANNELS
+from headforcing.demo.world.camera import CHUNK, GRID
 
 Cache = dict[str, Tensor]
 CrossCache = dict[str, Tensor | bool]
@@ -25,30 +27,26 @@ CrossCache = dict[str, Tensor | bool]
 class DemoConfig:
     """Sizes of the demo model; `window` is the number of frames it is trained on."""
 
-    dim: int = 128
+    dim: int = 192
     layers: int = 6
-    heads: int = 4
+    heads: int = 6
     mlp_ratio: int = 3
-    patch: int = PATCH
+    channels: int = CHANNELS
+    grid: tuple[int, int] = GRID
     chunk: int = CHUNK
     window: int = 21
     rope_rows: int = 1024
 
     @property
-    def grid(self) -> int:
-        """Patches along one side of a frame."""
-        return VIEW // self.patch
-
-    @property
     def tokens_per_frame(self) -> int:
-        """Patches of one frame."""
-        return self.grid**2
+        """Latents of one frame."""
+        return math.prod(self.grid)
 
 
 def rope_table(config: DemoConfig) -> Tensor:
     """Unit complex numbers `[rows, head_dim / 2]`, complex128; columns for time, height, width.
 
-    The temporal base is 1e4, the spatial base 100: on a 4x4 grid more frequencies are of use.
+    The temporal base is 1e4, the spatial base 100: on a 4x5 grid more frequencies are of use.
     """
     pairs = config.dim // config.heads // 2
     space = pairs // 3
@@ -84,20 +82,9 @@ def rotate(x: Tensor, phases: Tensor) -> Tensor:
     return torch.view_as_real(pairs * phases[:, None]).flatten(-2).to(x.dtype)
 
 
-def _rotate_fast(x: Tensor, phases: Tensor) -> Tensor:
-    """The same in the dtype of `x`: differentiable and quick, for training."""
-    cos, sin = (part.to(x.dtype)[:, None] for part in (phases.real, phases.imag))
-    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over `[B, H, L, D]`; written out on the CPU, where SDPA's backward is slow."""
-    if q.is_cuda or not torch.is_grad_enabled():
-        return functional.scaled_dot_product_attention(q, k, v)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    out: Tensor = scores.softmax(-1).to(v.dtype) @ v
-    return out
+    """Attention over `[B, H, L, D]`."""
+    return functional.scaled_dot_product_attention(q, k, v)
 
 
 class RMSNorm(nn.Module):
@@ -158,10 +145,10 @@ class DemoCausalSelfAttention(nn.Module):
             seq_lens: `[B]` long, tokens of each row; unused.
             grid_sizes: `[B, 3]` long on the CPU: frames, height, width.
             freqs: complex128 phases, see `rope_table`.
-            block_mask: unused; the training path is chunk-causal by itself.
+            block_mask: unused; without a cache attention is chunk-causal by itself.
             kv_cache: `{"k", "v"}` of `[B, tokens, H, D]` and one-element long tensors
-                `{"global_end_index", "local_end_index"}`, changed in place. None: training, where
-                `x` is a whole video, or a clean and a noisy copy of it one after the other.
+                `{"global_end_index", "local_end_index"}`, changed in place. None: `x` is a
+                whole video, and every chunk attends to itself and those before it.
             current_start: absolute index of the first token.
             cache_start: unused.
 
@@ -175,10 +162,10 @@ class DemoCausalSelfAttention(nn.Module):
         v = self.v(x).view(shape)
         start = current_start // (height * width)
         phases = grid_phases(freqs, (frames, height, width), start)
+        q, k = rotate(q, phases).type_as(v), rotate(k, phases).type_as(v)
         if kv_cache is None:
-            out = self._teacher_forced(q, k, v, phases, height * width)
+            out = self._by_chunk(q, k, v, height * width)
         else:
-            q, k = rotate(q, phases).type_as(v), rotate(k, phases).type_as(v)
             sink_tokens = self.sink_size * height * width
             keys, values = self._append(kv_cache, k, v, current_start, sink_tokens)
             out = attend(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
@@ -214,27 +201,13 @@ class DemoCausalSelfAttention(nn.Module):
         seen = slice(max(0, local_end - self.max_attention_size), local_end)
         return cache["k"][:, seen], cache["v"][:, seen]
 
-    def _teacher_forced(
-        self, q: Tensor, k: Tensor, v: Tensor, phases: Tensor, tokens_per_frame: int
-    ) -> Tensor:
-        """Chunk-causal attention of a whole video; a noisy copy attends to the clean chunks before it.
-
-        The two copies share their past, so each chunk of both is one call: 4 times less work than
-        one call with a mask over everything.
-        """
-        streams = q.shape[1] // phases.shape[0]
-        phases = phases.repeat(streams, 1)
-        q, k = _rotate_fast(q, phases), _rotate_fast(k, phases)
-        sizes = {"s": streams, "l": self.num_frame_per_block * tokens_per_frame}
-        q, k, v = (rearrange(x, "b (s n l) h d -> n s b h l d", **sizes) for x in (q, k, v))
-        outs = []
-        for chunk in range(q.shape[0]):
-            past = (repeat(x[:chunk, 0], "n b h l d -> s b h (n l) d", s=streams) for x in (k, v))
-            keys, values = (
-                torch.cat([old, own[chunk]], 3).flatten(0, 1) for old, own in zip(past, (k, v), strict=True)
-            )
-            outs.append(attend(q[chunk].flatten(0, 1), keys, values))
-        return rearrange(torch.stack(outs), "n (s b) h l d -> b (s n l) h d", s=streams)
+    def _by_chunk(self, q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
+        """Chunk-causal attention of a whole video, `[B, L, H, D]`."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        size = self.num_frame_per_block * tokens_per_frame
+        ends = range(size, q.shape[2] + 1, size)
+        outs = [attend(q[:, :, end - size : end], k[:, :, :end], v[:, :, :end]) for end in ends]
+        return torch.cat(outs, 2).transpose(1, 2)
 
 
 class DemoCrossAttention(nn.Module):

@@ -1,7 +1,8 @@
 """The demo model: a small causal video DiT with Self Forcing's calling convention.
 
-The pipeline owns the per-layer cache dicts and calls the model chunk by chunk. The model predicts
-the clean video; it is trained by flow matching on two copies of a video at once.
+It works on the latents of `autoencoder.py`. The pipeline owns the per-layer cache dicts and calls the model
+chunk by chunk. The model predicts the clean latents. Every token is told which part of the town it shows: that
+follows from the camera's words in the prompt, as a ray does from a camera's pose.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +30,13 @@ from headforcing.demo.model.attention import (
     DemoCrossAttention,
     rope_table,
 )
-from headforcing.demo.world.words import PROMPT_WORDS, WORDS
+from headforcing.demo.world.camera import CELL, PAN
+from headforcing.demo.world.words import MOTIONS, POSES, PROMPT_WORDS, WORD_ID, WORDS
 
 TIME_FEATURES = 64
+PLACE_RATES = 20
+PLACE_PERIOD = 192
+"""Pixels after which the features of a place repeat; more than the town is wide."""
 
 
 class Layout(NamedTuple):
@@ -89,16 +94,17 @@ class DemoModel(nn.Module):
         super().__init__()
         self.config = config = config or DemoConfig()
         self.num_frame_per_block = config.chunk
-        pixels, dim = 3 * config.patch**2, config.dim
-        self.patch_embedding = nn.Linear(pixels, dim)
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.channels, dim)
         self.position_embedding = nn.Parameter(torch.zeros(config.tokens_per_frame, dim))
+        self.place_embedding = nn.Linear(2 * PLACE_RATES, dim)
         self.text_embedding = nn.Embedding(len(WORDS), dim)
         self.text_position = nn.Parameter(torch.zeros(PROMPT_WORDS, dim))
         self.text_summary = nn.Linear(dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(TIME_FEATURES, dim), nn.SiLU())
         self.time_projection = nn.Linear(dim, 6 * dim)
         self.blocks = nn.ModuleList(DemoBlock(config) for _ in range(config.layers))
-        self.head = nn.Linear(dim, pixels)
+        self.head = nn.Linear(dim, config.channels)
         self.freqs = rope_table(config)
 
     def randomize(self, generator: torch.Generator) -> DemoModel:
@@ -142,10 +148,10 @@ class DemoModel(nn.Module):
         crossattn_cache: Sequence[CrossCache] | None = None,
         current_start: int = 0,
     ) -> Tensor:
-        """Predict the clean video.
+        """Predict the clean latents.
 
         Args:
-            x: noisy frames `[B, 3, F, 24, 24]`.
+            x: noisy latents `[B, 48, F, 4, 5]`.
             t: noise levels in [0, 1], `[B]` or `[B, F]`; 0 is clean, 1 is noise.
             context: word ids `[B, W]`, or `[B, chunks, W]` with one prompt per chunk of `x`.
             kv_cache: one dict per layer, changed in place (`DemoCausalSelfAttention.forward`).
@@ -154,50 +160,14 @@ class DemoModel(nn.Module):
             current_start: absolute index of the first token of `x`.
 
         Returns:
-            `[B, 3, F, 24, 24]`.
+            `[B, 48, F, 4, 5]`.
         """
         frames = x.shape[2]
         levels = t[:, None].expand(-1, frames) if t.ndim == 1 else t
-        tokens = self._run(self._embed(x), levels, context, frames, kv_cache, crossattn_cache, current_start)
-        return self._pixels(tokens)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        """Tokens `[B, F·P, C]` of frames `[B, 3, F, 24, 24]`."""
-        size = self.config.patch
-        patches = rearrange(x, "b c f (h p) (w q) -> b f (h w) (c p q)", p=size, q=size)
-        tokens: Tensor = self.patch_embedding(patches)
-        return (tokens + self.position_embedding.to(tokens.dtype)).flatten(1, 2)
-
-    def _pixels(self, tokens: Tensor) -> Tensor:
-        """Frames `[B, 3, F, 24, 24]` of tokens `[B, F·P, C]`."""
-        size, grid = self.config.patch, self.config.grid
-        pixels: Tensor = rearrange(
-            self.head(_norm(tokens)),
-            "b (f h w) (c p q) -> b c f (h p) (w q)",
-            **{"h": grid, "w": grid, "p": size, "q": size},
-        )
-        return pixels
-
-    def _run(
-        self,
-        tokens: Tensor,
-        levels: Tensor,
-        context: Tensor,
-        frames: int,
-        kv_cache: Sequence[Cache] | None,
-        crossattn_cache: Sequence[CrossCache] | None,
-        current_start: int,
-    ) -> Tensor:
-        """All blocks on tokens `[B, L, C]`, noise levels `[B, F]` and prompts."""
         prompts = context if context.ndim == 3 else context[:, None]
-        words = self.text_embedding(prompts) + self.text_position  # [B, n, W, C]
-        summary = self.text_summary(words.sum(2))
-        summary = summary.repeat_interleave(levels.shape[1] // summary.shape[1], 1)
-        hidden = self.time_embedding(_time_features(levels).to(summary.dtype)) + summary
-        shifts = rearrange(self.time_projection(hidden), "b f (six c) -> b f six c", six=6)
-        words = words.flatten(0, 1)
-        grid = self.config.grid
-        grid_sizes = torch.tensor([[frames, grid, grid]]).expand(tokens.shape[0], -1)
+        tokens = self._embed(x, prompts)
+        shifts, words = self._condition(levels, prompts)
+        grid_sizes = torch.tensor([[frames, *self.config.grid]]).expand(tokens.shape[0], -1)
         seq_lens = torch.full((tokens.shape[0],), tokens.shape[1])
         if self.freqs.device != tokens.device:
             self.freqs = self.freqs.to(tokens.device)
@@ -212,7 +182,33 @@ class DemoModel(nn.Module):
                 None if crossattn_cache is None else crossattn_cache[index],
                 current_start,
             )
-        return tokens
+        return self._latents(tokens)
+
+    def _embed(self, x: Tensor, prompts: Tensor) -> Tensor:
+        """Tokens `[B, F·P, C]` of latents `[B, 48, F, 4, 5]` and prompts `[B, n, W]`."""
+        tokens: Tensor = self.patch_embedding(rearrange(x, "b c f h w -> b f h w c"))
+        height, width = self.config.grid
+        places = _places(prompts, x.shape[2] // prompts.shape[1], width).to(tokens.dtype)
+        tokens = tokens + self.place_embedding(places)[:, :, None]
+        position = self.position_embedding.to(tokens.dtype).view(height, width, -1)
+        return (tokens + position).flatten(1, 3)
+
+    def _latents(self, tokens: Tensor) -> Tensor:
+        """Latents `[B, 48, F, 4, 5]` of tokens `[B, F·P, C]`."""
+        height, width = self.config.grid
+        latents: Tensor = rearrange(
+            self.head(_norm(tokens)), "b (f h w) c -> b c f h w", **{"h": height, "w": width}
+        )
+        return latents
+
+    def _condition(self, levels: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Modulation `[B, F, 6, C]` and words `[B·n, W, C]` of noise levels `[B, F]` and prompts `[B, n, W]`."""
+        words = self.text_embedding(prompts) + self.text_position
+        summary = self.text_summary(words.sum(2))
+        summary = summary.repeat_interleave(levels.shape[1] // summary.shape[1], 1)
+        hidden = self.time_embedding(_time_features(levels).to(summary.dtype)) + summary
+        shifts = rearrange(self.time_projection(hidden), "b f (six c) -> b f six c", six=6)
+        return shifts, words.flatten(0, 1)
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as fp16 safetensors, with the configuration in the metadata."""
@@ -223,6 +219,7 @@ class DemoModel(nn.Module):
         """Read what `save_weights` wrote; the configurations must be equal."""
         with safe_open(path, framework="pt") as file:
             config = DemoConfig(**json.loads(file.metadata()["config"]))
+            config = replace(config, grid=tuple(config.grid))
             if config != self.config:
                 raise ValueError(f"{path} has {config}, this model is {self.config}")
             names = list(file.keys())
@@ -235,6 +232,16 @@ def _time_features(levels: Tensor) -> Tensor:
     half = TIME_FEATURES // 2
     rates = 100 * torch.exp(-math.log(1000.0) * torch.arange(half, device=levels.device) / half)
     angles = levels.float()[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def _places(prompts: Tensor, frames: int, width: int) -> Tensor:
+    """Features `[B, n · frames, width, 2 · PLACE_RATES]` of the town's columns that tokens show."""
+    pose, motion = prompts[..., -2] - WORD_ID[POSES[0]], prompts[..., -1] - WORD_ID[MOTIONS[1]]
+    time, across = (torch.arange(size, device=prompts.device) for size in (frames, width))
+    column = (CELL * pose[..., None] + PAN * motion[..., None] * time).flatten(1)[..., None] + CELL * across
+    rates = torch.arange(1, PLACE_RATES + 1, device=prompts.device) * (2 * math.pi / PLACE_PERIOD)
+    angles = column[..., None] * rates
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 

@@ -1,93 +1,159 @@
 """Metrics of a generated demo video, against the ground truth of its scene.
 
-Every function takes `video` `[B, 3, T, 24, 24]` in [-1, 1], its `Scene` and the absolute index `start` of its
+Every function takes `video` `[B, 3, T, 48, 60]` in [-1, 1], its `Scene` and the absolute index `start` of its
 first frame, and returns one value per video and frame, `[B, T]`, so that policies can be compared video by
 video. NaN means that there is nothing to measure in this frame; average with `nanmean`.
 
-There is no PSNR of whole frames: the phase of a sprite's path drifts within some twenty frames, and a sprite
-at another place is not an error. PSNR is not a library's because it is that of masked pixels.
+What flies and what drives is judged by what it is, not by where: its place drifts within some twenty frames,
+and another place is not an error. PSNR is not a library's because it is that of masked pixels.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
-from headforcing.demo.world.camera import VIEW
-from headforcing.demo.world.scene import Rendering, Scene, render
+from headforcing.demo.world import paint
+from headforcing.demo.world.camera import CELL, CHUNK, SLOTS, WIDTH
+from headforcing.demo.world.scene import Scene, render
+from headforcing.demo.world.sprites import LANDMARKS
+from headforcing.demo.world.words import AIR, COLOURS
 
-OPEN_SHARE = 0.8
-CURTAIN_SHARE = 0.6
-COLOUR_RADIUS = 0.35
-MIN_SATURATION = 0.35
-GHOST_SATURATION = 0.5
-VISIBLE_PIXELS = 15
-SPRITE_PIXELS = (12, 75)
-STRIDE = 3
+ALIKE = 0.03
+"""Most mean squared error, in [0, 1], at which a picture still counts as that of a thing."""
+SHOWN = 0.8
+"""Share of what flies that has to be in front of the landmarks to be judged."""
+SEARCHED = (range(10), range(39, 43))
+"""Rows at which what flies and what drives may begin."""
+LANDMARK_ROWS = slice(4, 38)
+AT_ONCE = 256
+"""Pictures that are compared at a time."""
 
 
 def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Tensor | None = None) -> Tensor:
-    """PSNR of the texture in dB, over the best pixels of each frame.
+    """PSNR of the town in dB.
 
-    Sprites and curtain hide a part of the texture, and their position is not evaluated. So each frame is
-    scored on its best 80 % of pixels, 60 % if the scene has a curtain.
+    Left out are the pixels of what flies and drives, where it truly is and where the video shows it.
 
     Args:
-        video: `[B, 3, T, 24, 24]` in [-1, 1].
+        video: `[B, 3, T, 48, 60]` in [-1, 1].
         scene: its scene.
         start: absolute index of the first frame.
-        columns: `[B, T, 24]` bool, evaluate only these columns of the view, for example
-            `scene.camera.seen(num_chunks)`; there is no ground truth for what a video invents. Frames
+        columns: `[B, T, 60]` bool, evaluate only these columns of the view, for example
+            `scene.camera.returning(num_chunks)`; there is no ground truth for what a video invents. Frames
             without any such column are NaN.
     """
-    truth = _truth(video, scene, start).background
-    errors = ((_unit(video) - _unit(truth)) ** 2).mean(1)  # [B, T, 24, 24]
-    if columns is None:
-        judged = torch.ones_like(errors, dtype=torch.bool)
-    else:
-        judged = columns[:, :, None].expand_as(errors)
-    ranked = errors.masked_fill(~judged, torch.inf).flatten(2).sort(-1).values
-    share = torch.where(scene.curtain == 1, CURTAIN_SHARE, OPEN_SHARE)[:, None]
-    count = (share * judged.flatten(2).sum(-1)).long()  # [B, T]
-    best = torch.arange(ranked.shape[-1], device=video.device) < count[..., None]
-    error = ranked.masked_fill(~best, 0.0).sum(-1) / count
+    frames = _frames(video, start)
+    truth = render(scene, frames)
+    judged = ~truth.moving.any(2) & ~_moving(video, scene, frames)
+    if columns is not None:
+        judged &= columns[:, :, None]
+    errors = (_unit(video) - _unit(truth.background)).square().mean(1)  # [B, T, 48, 60]
+    error = (errors * judged).sum((2, 3)) / judged.sum((2, 3))
     return -10 * torch.log10(error + 1e-8)
 
 
-def sprite_identity(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
-    """Share of the visible sprites that have the right colour and about the right size.
+def landmarks_recognised(
+    video: Tensor, scene: Scene, start: int = 0, *, slots: Tensor | None = None
+) -> Tensor:
+    """Share of the landmarks in full view that are what they should be, in kind and colour.
 
-    A sprite counts as visible if the ground truth shows at least 15 of its pixels; frames without a
-    visible sprite are NaN.
+    The picture in a slot is compared with every landmark of the vocabulary in every colour, at the true place in
+    the true light. The nearest has to be the true one, and near enough.
+
+    Args:
+        video: see `background_psnr`.
+        scene: see `background_psnr`.
+        start: see `background_psnr`.
+        slots: `[B, T, SLOTS]` bool, evaluate only these; by default all. Gaps are not evaluated.
     """
-    truth = _truth(video, scene, start)
-    shown = _matches(_unit(truth.video), truth).flatten(3).sum(-1) >= VISIBLE_PIXELS
-    asked = shown & _exists(scene)  # [B, T, 2]
-    found = _found(_matches(_unit(video), truth))
-    return (asked & found).sum(-1) / asked.sum(-1).float().masked_fill(~asked.any(-1), torch.nan)
+    frames = _frames(video, start)
+    empty = replace(
+        scene,
+        kind=torch.full_like(scene.kind, len(LANDMARKS)),
+        verge=torch.zeros_like(scene.verge),
+    )
+    behind, image = _unit(render(empty, frames).background), _unit(video)
+    judged = ~render(scene, frames).moving.any(2) & ~_moving(video, scene, frames)
+    wishes, offset = scene.wishes(frames // CHUNK), scene.camera.offset(frames)
+    right = torch.full((len(video), len(frames), SLOTS), torch.nan, device=video.device)
+    left = CELL * torch.arange(SLOTS, device=video.device) - offset[..., None]  # [B, T, SLOTS]
+    asked = (left >= 0) & (left <= WIDTH - CELL) & (scene.kind < len(LANDMARKS))[:, None]
+    if slots is not None:
+        asked &= slots
+    for places in asked.nonzero().split(AT_ONCE):
+        b, t, slot = places.unbind(1)
+        columns = left[b, t, slot][:, None] + torch.arange(CELL, device=video.device)
+        light = wishes[b, t]
+        tiles = paint.landmarks().to(video.device)[light[:, 0], light[:, 1], : len(LANDMARKS)]
+        front = paint.verges().to(video.device)[light[:, 0], light[:, 1], scene.verge[b, slot]]
+        options = torch.where(tiles[..., 3:] > 0, tiles[..., :3], _cut(behind, b, t, columns)[:, None, None])
+        front = front[:, None, None]
+        options = torch.where(front[..., 3:] > 0, front[..., :3], options)  # [N, kinds, colours, 48, CELL, 3]
+        error = (options - _cut(image, b, t, columns)[:, None, None]).square().mean(-1)
+        counted = judged[b[:, None], t[:, None], :, columns].transpose(1, 2)[:, None, None]
+        error, counted = error[..., LANDMARK_ROWS, :], counted[..., LANDMARK_ROWS, :]
+        mean = ((error * counted).sum((-1, -2)) / counted.sum((-1, -2))).flatten(1)
+        nearest = mean.min(1)
+        true = scene.kind[b, slot] * len(COLOURS) + scene.colour[b, slot]
+        right[b, t, slot] = ((nearest.indices == true) & (nearest.values < ALIKE)).float()
+    return right.nanmean(2)
 
 
-def speed_ratio(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
-    """Speed of the sprites over their true mean speed: 0 is frozen, 1 is right.
+def actors_recognised(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
+    """Share of what should fly and drive that is there, with the right shape and colour, anywhere.
 
-    Measured over a distance of three frames, if a sprite is found in both; otherwise, and in the first three
-    frames, NaN. Two sprites are averaged. The video must have more than three frames.
+    What flies is judged where the truth shows it mostly uncovered.
     """
-    truth = _truth(video, scene, start)
-    matches = _matches(_unit(video), truth)
-    found = _found(matches) & _exists(scene)  # [B, T, 2]
-    moved = _travel(_centroid(matches))
-    usable = found[:, STRIDE:] & found[:, :-STRIDE]
-    true = _travel(truth.sprite_centre).mean(1, keepdim=True).clamp(min=1e-3)
-    ratio = (moved / true).masked_fill(~usable, torch.nan).nanmean(-1)
-    blank = ratio.new_full((ratio.shape[0], STRIDE), torch.nan)
-    return torch.cat([blank, ratio], 1)
+    frames = _frames(video, start)
+    truth, wishes = render(scene, frames), scene.wishes(frames // CHUNK)
+    found = []
+    for thing in range(2):
+        kind, colour = wishes[..., 2 + 2 * thing], wishes[..., 3 + 2 * thing]
+        whole = paint.actors().to(video.device)[0, _actor(kind, thing), 0, 0, ..., 3].sum((-1, -2))
+        asked = (kind > 0) & (truth.moving[:, :, thing].sum((-1, -2)) >= SHOWN * whole)
+        right = torch.full(kind.shape, torch.nan, device=video.device)
+        for time in wishes[..., 0][asked].unique().tolist():
+            b, t = (asked & (wishes[..., 0] == time)).nonzero(as_tuple=True)
+            pictures = paint.actors().to(video.device)[time, _kinds(thing)]  # [kinds, colours, 2, h, w, 4]
+            nearest = _search(video[b, :, t], pictures.flatten(0, 2), thing).flatten(2).amin(2).min(1)
+            true = (kind[b, t] - 1) * len(COLOURS) + colour[b, t]
+            right[b, t] = ((nearest.indices // 2 == true) & (nearest.values < ALIKE)).float()
+        found.append(right)
+    return torch.stack(found, -1).nanmean(-1)
 
 
-def _truth(video: Tensor, scene: Scene, start: int) -> Rendering:
-    """The ground truth of a video."""
-    frames = torch.arange(start, start + video.shape[2], device=video.device)
-    return render(scene, frames)
+def sharpness(video: Tensor, scene: Scene, start: int = 0) -> Tensor:
+    """Mean difference of neighbouring pixels over that of the ground truth: below 1 is blurred."""
+    truth = render(scene, _frames(video, start)).video
+    return _edges(video) / _edges(truth)
+
+
+def returned_slots(scene: Scene, num_chunks: int, away: int, given: int) -> Tensor:
+    """The slots that the first `given` chunks showed and that are back after at least `away` frames.
+
+    Returns:
+        `[B, T, SLOTS]` bool, true where all of the slot is in view.
+    """
+    wanted = (scene.camera.absence(num_chunks) >= away) & known_columns(scene, num_chunks, given)
+    columns = scene.camera.columns(num_chunks)
+    town = torch.zeros(*columns.shape[:2], SLOTS * CELL, dtype=torch.bool, device=columns.device)
+    return town.scatter(2, columns, wanted).unflatten(-1, (SLOTS, CELL)).all(-1)
+
+
+def known_columns(scene: Scene, num_chunks: int, given: int) -> Tensor:
+    """The columns of the view that the first `given` chunks showed, `[B, T, WIDTH]` bool."""
+    columns = scene.camera.columns(num_chunks)
+    town = torch.zeros(len(columns), SLOTS * CELL, dtype=torch.bool, device=columns.device)
+    town.scatter_(1, columns[:, : given * CHUNK].flatten(1), True)
+    return town[:, None].expand(-1, columns.shape[1], -1).gather(2, columns)
+
+
+def _frames(video: Tensor, start: int) -> Tensor:
+    return torch.arange(start, start + video.shape[2], device=video.device)
 
 
 def _unit(video: Tensor) -> Tensor:
@@ -95,39 +161,66 @@ def _unit(video: Tensor) -> Tensor:
     return ((video + 1) / 2).clamp(0, 1)
 
 
-def _exists(scene: Scene) -> Tensor:
-    """Which sprites a scene has, `[B, 1, 2]` bool."""
-    return torch.stack([torch.ones_like(scene.two), scene.two], -1)[:, None] == 1
+def _edges(video: Tensor) -> Tensor:
+    """`[B, T]`."""
+    return video.diff(dim=3).abs().mean((1, 3, 4)) + video.diff(dim=4).abs().mean((1, 3, 4))
 
 
-def _saturation(image: Tensor) -> Tensor:
-    """Largest minus smallest channel, `[B, T, 24, 24]`."""
-    return image.amax(1) - image.amin(1)
+def _cut(image: Tensor, b: Tensor, t: Tensor, columns: Tensor) -> Tensor:
+    """Columns `[N, CELL]` of frames of `[B, 3, T, 48, 60]`, `[N, 48, CELL, 3]`."""
+    return image.permute(0, 2, 3, 4, 1)[b[:, None], t[:, None], :, columns].transpose(1, 2)
 
 
-def _matches(image: Tensor, truth: Rendering) -> Tensor:
-    """Pixels of each sprite's colour, `[B, T, 2, 24, 24]` bool, of an image in [0, 1]."""
-    colours = truth.sprite_colour.permute(0, 3, 1, 2)[..., None, None]  # [B, 3, T, 2, 1, 1]
-    distance = (image[:, :, :, None] - colours).square().sum(1).sqrt()
-    return (distance < COLOUR_RADIUS) & (_saturation(image) > MIN_SATURATION)[:, :, None]
+def _actor(kind: Tensor, thing: int) -> Tensor:
+    """The index into `paint.actors` of what flies, or of what drives."""
+    return torch.where(kind > 0, kind + thing * (len(AIR) - 1), 0)
 
 
-def _found(matches: Tensor) -> Tensor:
-    """Sprites of about the right size, `[B, T, 2]` bool."""
-    pixels = matches.flatten(3).sum(-1)
-    return (pixels > SPRITE_PIXELS[0]) & (pixels < SPRITE_PIXELS[1])
+def _kinds(thing: int) -> slice:
+    """What flies, or drives, among `paint.actors`."""
+    first = 1 + thing * (len(AIR) - 1)
+    return slice(first, first + 2)
 
 
-def _centroid(matches: Tensor) -> Tensor:
-    """Mean x and y of the matching pixels, `[B, T, 2, 2]`."""
-    grid = torch.arange(VIEW, device=matches.device) + 0.5
-    weight = matches.float()
-    total = weight.flatten(3).sum(-1).clamp(min=1)
-    across, down = (weight * grid).flatten(3).sum(-1), (weight * grid[:, None]).flatten(3).sum(-1)
-    return torch.stack([across, down], -1) / total[..., None]
+def _search(frames: Tensor, pictures: Tensor, thing: int) -> Tensor:
+    """How far pictures of something that flies, or drives, are from frames, wherever they may be.
+
+    Args:
+        frames: `[N, 3, 48, 60]` in [-1, 1].
+        pictures: `[P, height, width, 4]`.
+        thing: 0 for what flies, 1 for what drives.
+
+    Returns:
+        `[N, P, rows, 60]`, mean squared error in [0, 1] over a picture's pixels, by its upper left corner; large
+        where a part of it would be outside.
+    """
+    height, width = pictures.shape[1:3]
+    rows = SEARCHED[thing]
+    image = functional.pad(_unit(frames), (0, width - 1, 0, height - 1), value=1e2)
+    image = image[..., rows.start : rows.stop + height - 1, :]
+    ink = pictures.permute(0, 3, 1, 2)
+    cover = ink[:, 3:].expand(-1, 3, -1, -1)
+    shade = ink[:, :3] * cover
+    error = functional.conv2d(image.square(), cover) - 2 * functional.conv2d(image, shade)
+    error = error + shade.square().sum((1, 2, 3))[:, None, None]
+    return error / cover.sum((1, 2, 3))[:, None, None]
 
 
-def _travel(path: Tensor) -> Tensor:
-    """Distance over three frames, `[B, T - 3, 2]`, of a path `[B, T, 2, 2]`."""
-    step = path[:, STRIDE:] - path[:, :-STRIDE]
-    return step.square().sum(-1).sqrt()
+def _moving(video: Tensor, scene: Scene, frames: Tensor) -> Tensor:
+    """The pixels where the video shows what should fly and drive, `[B, T, 48, 60]` bool."""
+    wishes = scene.wishes(frames // CHUNK)
+    shown = torch.zeros(*wishes.shape[:2], *video.shape[-2:], dtype=torch.bool, device=video.device)
+    for thing in range(2):
+        looks = wishes[..., [0, 2 + 2 * thing, 3 + 2 * thing]]
+        for time, kind, colour in looks.flatten(0, 1).unique(dim=0).tolist():
+            if not kind:
+                continue
+            b, t = (looks == looks.new_tensor([time, kind, colour])).all(-1).nonzero(as_tuple=True)
+            pictures = paint.actors().to(video.device)[time, _kinds(thing)][kind - 1, colour]
+            error = _search(video[b, :, t], pictures, thing)
+            best = error.flatten(1).min(1)
+            back, down, across = torch.unravel_index(best.indices, error.shape[1:])
+            cover = (pictures[back, ..., 3] > 0) & (best.values < ALIKE)[:, None, None]
+            n, y, x = cover.nonzero(as_tuple=True)
+            shown[b[n], t[n], SEARCHED[thing].start + down[n] + y, across[n] + x] = True
+    return shown

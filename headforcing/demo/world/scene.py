@@ -1,46 +1,34 @@
-"""The demo world: 24x24 videos in closed form, so that ground truth exists at any frame.
+"""The demo world: a little pixel-art town in closed form, so that ground truth exists at any frame.
 
-A video is a smooth random texture, one or two bouncing sprites and, sometimes, a dark curtain that
-sweeps over everything. The texture is a strip twice as wide as the view, and a camera pans over it:
-two pixels per frame, one patch per chunk. So content enters, leaves and returns, which tests the
-memory. Sprites and curtain are in view coordinates.
+A town is a row of slots with a landmark in each, under clouds and in front of hills. The vocabulary is small,
+the arrangements are without end. A camera pans over it, so content enters, leaves and returns, which tests the
+memory. Something may fly behind the landmarks and something may drive in front of them, both in view
+coordinates. Every chunk has its own prompt (see `words.py`): the same town can be seen by day or by night, in
+summer or in winter. A prompt does not say what stands where; that has to be remembered.
 
-Every chunk has its own prompt: nine words (see `words.py`) and an end mark. The last two words are
-the camera pose, so a model knows where it looks and only has to remember what is there.
-
-Videos are `[B, 3, T, 24, 24]` float32 in [-1, 1]; `frames` are absolute frame indices.
+Videos are `[B, 3, T, 48, 60]` float32 in [-1, 1]; `frames` are absolute frame indices.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
-from headforcing.demo.world.camera import CHUNK, STRIP, VIEW, CameraSchedule, Draw
-from headforcing.demo.world.words import COLOURS, CURTAINS, PALETTES, POSES, SHAPES, SPEEDS, WORD_ID
-from headforcing.demo.world.words import PROMPT_WORDS as PROMPT_WORDS
-from headforcing.demo.world.words import WORDS as WORDS
-from headforcing.demo.world.words import format_prompt as format_prompt
-from headforcing.demo.world.words import parse_prompt as parse_prompt
+from headforcing.demo.world import paint
+from headforcing.demo.world.camera import CELL, CHUNK, GROUND, HEIGHT, SLOTS, TOWN, WIDTH, CameraSchedule, Draw
+from headforcing.demo.world.sprites import CLOUDS, LANDMARKS, VERGES
+from headforcing.demo.world.words import AIR, COLOURS, MOTIONS, POSES, ROAD, SEASONS, TIMES, WORD_ID
 
-RADIUS = 3.3
-CURTAIN_WIDTH = 7.0
-CURTAIN_SHADE = 0.10
-NEVER = 10**6
-
-_PALETTE_RGB = ((0.62, 0.52, 0.38), (0.34, 0.46, 0.60), (0.36, 0.50, 0.36), (0.50, 0.38, 0.50))
-_COLOUR_RGB = (
-    (0.95, 0.10, 0.10),
-    (0.10, 0.90, 0.15),
-    (0.12, 0.20, 1.00),
-    (1.00, 0.92, 0.10),
-    (0.95, 0.10, 0.90),
-    (0.10, 0.92, 0.95),
-)
+CHOICES = (TIMES, SEASONS, AIR, COLOURS, ROAD, COLOURS)
+"""What a prompt asks for, in the order of its words."""
+RIDGES = (20, 25, 30, 35)
+"""Rows of the hills' line at the edges of slots."""
+GRASS_TOP, GRASS_EDGE, DASH_ROW, SNOW_LINE, HILL_FOOT = 36, 37, 44, 27, 31
+ROAD_FOOT = 47
+BOB = (0, 1, 2, 1)
+"""Rows that what flies goes up and down, one per chunk."""
 
 
 @dataclass(frozen=True)
@@ -48,60 +36,48 @@ class Scene:
     """Everything that defines a batch of videos; see `sample_scene`.
 
     Attributes:
-        palette, curtain, fast, two: `[B]` long: texture palette; 0/1 switches.
-        texture: `[B, 4, 5, 9]` control points: three colour channels and one of brightness.
-        curtain_start, curtain_speed: `[B]` pixels, pixels per frame.
-        shape, colour: `[B, 2, 2]` long: sprite, then before/after the prompt switch.
-        tint: `[B, 2, 3]` hue jitter of each sprite.
-        position, velocity: `[B, 2, 2]` sprite, then x and y, at frame 0 (pixels per frame).
-        switch: `[B]` long, the chunk of the prompt switch (`NEVER`: none).
+        asked: `[B, N, 6]` long, per chunk an index into each of `CHOICES`; the last chunk stays. The colour of
+            nothing has no meaning.
+        kind: `[B, SLOTS]` long, the landmark in each slot; the number of landmarks is a gap.
+        colour: `[B, SLOTS]` long, of the landmarks.
+        cloud, verge: `[B, SLOTS]` long.
+        ridge: `[B, SLOTS + 1]` long, heights of the hills, an index into `RIDGES`.
+        start: `[B, 2]` long, column at frame 0 of what flies and what drives.
+        speed: `[B, 2]` long, pixels per frame.
+        row: `[B]` long, of what flies.
         camera: position of the view.
     """
 
-    palette: Tensor
-    curtain: Tensor
-    fast: Tensor
-    two: Tensor
-    texture: Tensor
-    curtain_start: Tensor
-    curtain_speed: Tensor
-    shape: Tensor
+    asked: Tensor
+    kind: Tensor
     colour: Tensor
-    tint: Tensor
-    position: Tensor
-    velocity: Tensor
-    switch: Tensor
+    cloud: Tensor
+    verge: Tensor
+    ridge: Tensor
+    start: Tensor
+    speed: Tensor
+    row: Tensor
     camera: CameraSchedule
 
     def to(self, device: torch.device | str) -> Scene:
         """The same scene on another device."""
         return Scene(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def sprites(self, chunks: Tensor) -> tuple[Tensor, Tensor]:
-        """Shape and colour ids, each `[B, T, 2]`, that the prompts of the chunks `[T]` ask for."""
-        after = (chunks[None] >= self.switch[:, None])[..., None]
-        pair = (self.shape, self.colour)
-        shape, colour = (torch.where(after, ids[:, None, :, 1], ids[:, None, :, 0]) for ids in pair)
-        return shape, colour
+    def wishes(self, chunks: Tensor) -> Tensor:
+        """What the prompts of the chunks `[T]` ask for, `[B, T, 6]`; see `asked`."""
+        return self.asked[:, chunks.clamp(max=self.asked.shape[1] - 1)]
 
     def prompts(self, chunks: Tensor) -> Tensor:
         """Prompt word ids `[B, T, PROMPT_WORDS]` of the chunks `[T]`."""
-        shape, colour = self.sprites(chunks)
-        pose, motion = self.camera.at(chunks)
-        two = self.two[:, None] == 1
-        columns = [
-            (self.palette[:, None] + WORD_ID[PALETTES[0]]).expand_as(pose),
-            (self.curtain[:, None] + WORD_ID[CURTAINS[0]]).expand_as(pose),
-            (self.fast[:, None] + WORD_ID[SPEEDS[0]]).expand_as(pose),
-            shape[..., 0] + WORD_ID[SHAPES[0]],
-            colour[..., 0] + WORD_ID[COLOURS[0]],
-            torch.where(two, shape[..., 1] + WORD_ID[SHAPES[0]], WORD_ID["none"]),
-            torch.where(two, colour[..., 1] + WORD_ID[COLOURS[0]], WORD_ID["none"]),
-            pose + WORD_ID[POSES[0]],
-            motion + WORD_ID["still"],
-            torch.full_like(pose, WORD_ID["<end>"]),
+        words = [
+            wish + WORD_ID[names[0]]
+            for wish, names in zip(self.wishes(chunks).unbind(-1), CHOICES, strict=True)
         ]
-        return torch.stack(columns, -1)
+        for thing in (2, 4):
+            empty = self.wishes(chunks)[..., thing] == 0
+            words[thing + 1] = torch.where(empty, WORD_ID["none"], words[thing + 1])
+        pose, motion = self.camera.at(chunks)
+        return torch.stack([*words, pose + WORD_ID[POSES[0]], motion + WORD_ID[MOTIONS[1]]], -1)
 
 
 def sample_scene(
@@ -110,10 +86,8 @@ def sample_scene(
     *,
     num_chunks: int = 7,
     camera: CameraSchedule | None = None,
-    curtain_share: float = 0.5,
-    two_share: float = 0.5,
     switch_share: float = 0.35,
-    pan_share: float = 0.6,
+    pan_share: float = 0.9,
 ) -> Scene:
     """Draw a batch of scenes on the CPU.
 
@@ -122,37 +96,31 @@ def sample_scene(
         generator: a CPU generator, the only source of randomness.
         num_chunks: the range in which the prompt switches and the drawn camera moves.
         camera: use this schedule; by default one is drawn (`CameraSchedule.sample`).
-        curtain_share: share of the videos with a curtain.
-        two_share: share with two sprites.
-        switch_share: share where a sprite changes shape or colour at a chunk.
+        switch_share: share of the videos in which one word of the prompt changes at a chunk.
         pan_share: share of the drawn cameras that move.
     """
     draw = Draw(batch, generator)
-    fast = draw.integer(2)
-    speed = torch.where(fast == 1, 1.15, 0.5)[:, None] * (0.9 + 0.2 * draw.uniform(2))
-    angle = 2 * math.pi * draw.uniform(2)
-    shape, colour, two = draw.integer(4, 2), draw.integer(6, 2), draw.uniform() < two_share
-    colour[:, 1] = (colour[:, 0] + 1 + draw.integer(5)) % 6
-    shapes, colours = shape[..., None].repeat(1, 1, 2), colour[..., None].repeat(1, 1, 2)
-    index, which = torch.arange(batch), draw.integer(2) * two
-    by_shape, turn = draw.integer(2), 1 + draw.integer(3)
-    shapes[index, which, 1] = (shapes[index, which, 1] + by_shape * turn) % 4
-    colours[index, which, 1] = (colours[index, which, 1] + (1 - by_shape) * turn) % 6
-    switches = draw.uniform() < switch_share
+    things = draw.choice((0.2, 0.4, 0.4), 2)
+    first = [draw.integer(len(TIMES)), draw.integer(len(SEASONS))]
+    first += [things[:, 0], draw.integer(len(COLOURS)), things[:, 1], draw.integer(len(COLOURS))]
+    before = torch.stack(first, 1)
+    sizes = torch.tensor([len(names) for names in CHOICES])
+    turn = (1 + draw.uniform(len(CHOICES)) * (sizes - 1)).long()
+    which = torch.arange(len(CHOICES)) == draw.integer(len(CHOICES), 1)
+    after = torch.where(which, (before + turn) % sizes, before)
+    switch = torch.where(draw.uniform() < switch_share, 1 + draw.integer(max(num_chunks - 1, 1)), num_chunks)
+    late = torch.arange(num_chunks) >= switch[:, None]
+    kind = draw.integer(len(LANDMARKS), SLOTS)
     return Scene(
-        palette=draw.integer(4),
-        curtain=(draw.uniform() < curtain_share).long(),
-        fast=fast,
-        two=two.long(),
-        texture=draw.normal(4, 5, 9),
-        curtain_start=draw.uniform() * (VIEW - CURTAIN_WIDTH),
-        curtain_speed=(0.7 + 0.4 * draw.uniform()) * draw.sign(),
-        shape=shapes,
-        colour=colours,
-        tint=(draw.uniform(2, 3) - 0.5) * 0.16,
-        position=RADIUS + (VIEW - 2 * RADIUS) * draw.uniform(2, 2),
-        velocity=speed[..., None] * torch.stack([angle.cos(), angle.sin()], -1),
-        switch=torch.where(switches, 1 + draw.integer(max(num_chunks - 1, 1)), NEVER),
+        asked=torch.where(late[..., None], after[:, None], before[:, None]),
+        kind=torch.where(draw.uniform(SLOTS) < 0.05, len(LANDMARKS), kind),
+        colour=draw.integer(len(COLOURS), SLOTS),
+        cloud=draw.integer(len(CLOUDS), SLOTS),
+        verge=draw.integer(len(VERGES), SLOTS),
+        ridge=draw.integer(len(RIDGES), SLOTS + 1),
+        start=draw.integer(2 * WIDTH, 2),
+        speed=1 + draw.integer(2, 2),
+        row=draw.integer(7),
         camera=camera or CameraSchedule.sample(batch, num_chunks, generator, pan_share=pan_share),
     )
 
@@ -162,80 +130,130 @@ class Rendering:
     """A rendered batch and its ground truth.
 
     Attributes:
-        video: `[B, 3, T, 24, 24]` in [-1, 1].
-        background: the same without sprites and curtain: the strip as the camera sees it.
-        sprite_colour: `[B, T, 2, 3]` in [0, 1].
-        sprite_centre: `[B, T, 2, 2]` x and y in pixels.
-        curtain: `[B, T, 24, 24]` opacity.
+        video: `[B, 3, T, 48, 60]` in [-1, 1].
+        background: the same without what moves: the town as the camera sees it.
+        moving: `[B, T, 2, 48, 60]` bool, the pixels that show what flies, and what drives.
     """
 
     video: Tensor
     background: Tensor
-    sprite_colour: Tensor
-    sprite_centre: Tensor
-    curtain: Tensor
-
-
-def strip(scene: Scene) -> Tensor:
-    """The whole texture, `[B, 3, 24, 48]` in [0, 1]."""
-    size = (VIEW, STRIP)
-    field = functional.interpolate(scene.texture, size=size, mode="bilinear", align_corners=True)
-    base = field.new_tensor(_PALETTE_RGB)[scene.palette][..., None, None]
-    return (base + 0.16 * field[:, 3:] + 0.05 * field[:, :3]).clamp(0.08, 0.85)
+    moving: Tensor
 
 
 def render(scene: Scene, frames: Tensor) -> Rendering:
     """Draw the absolute frames `[T]` (long, any order) of a scene, on the scene's device."""
-    frames = frames.to(scene.palette.device)
-    columns = scene.camera.offset(frames)[..., None] + torch.arange(VIEW, device=frames.device)
-    index = columns[:, None, :, None].expand(-1, 3, -1, VIEW, -1)  # [B, 3, T, 24, 24]
-    background = strip(scene)[:, :, None].expand(-1, -1, len(frames), -1, -1).gather(-1, index)
-    shape, colour = scene.sprites(frames // CHUNK)
-    rgb = background.new_tensor(_COLOUR_RGB)[colour] + scene.tint[:, None]
-    rgb = rgb.clamp(0, 1)  # [B, T, 2, 3]
-    times = frames.float()
-    path = scene.position[:, None] + scene.velocity[:, None] * times[:, None, None]
-    centre = _bounce(path, RADIUS, VIEW - RADIUS)  # [B, T, 2, 2]
-    image = background
-    for sprite in range(2):
-        cover = _sprite_cover(shape[:, :, sprite], centre[:, :, sprite])
-        cover = (cover * (scene.two[:, None, None, None] if sprite else 1))[:, None]
-        ink = rgb[:, :, sprite].transpose(1, 2)[..., None, None]
-        image = image * (1 - cover) + ink * cover
-    curtain = _curtain_cover(scene, times)
-    image = image * (1 - curtain[:, None]) + CURTAIN_SHADE * curtain[:, None]
-    return Rendering(image * 2 - 1, background * 2 - 1, rgb, centre, curtain)
+    device = scene.kind.device
+    frames = frames.to(device)
+    wishes = scene.wishes(frames // CHUNK)
+    columns = scene.camera.offset(frames)[..., None] + torch.arange(WIDTH, device=device)
+    size = (*columns.shape[:2], HEIGHT, WIDTH)
+    background = torch.empty(*size, 3, device=device)
+    video, moving = torch.empty_like(background), torch.empty(*size, 2, dtype=torch.bool, device=device)
+    looks = wishes[..., 0] * len(SEASONS) + wishes[..., 1]
+    for look in looks.unique().tolist():
+        video_of, frame_of = (looks == look).nonzero(as_tuple=True)
+        videos, place = video_of.unique(return_inverse=True)
+        time, season = divmod(look, len(SEASONS))
+        back, front = town(scene, videos, time, season)
+        seen = columns[video_of, frame_of]
+        far, near = (layer[place[:, None], :, seen].transpose(1, 2) for layer in (back, front))
+        far = _over(paint.skies().to(device)[time].expand(len(seen), -1, -1, -1), far)
+        flying, driving = _actors(scene, video_of, frames[frame_of], wishes[video_of, frame_of])
+        background[video_of, frame_of] = _over(far, near)
+        video[video_of, frame_of] = _over(_over(_over(far, flying), near), driving)
+        hidden = (flying[..., 3] > 0) & (near[..., 3] == 0) & (driving[..., 3] == 0)
+        moving[video_of, frame_of] = torch.stack([hidden, driving[..., 3] > 0], -1)
+    return Rendering(
+        video.permute(0, 4, 1, 2, 3) * 2 - 1,
+        background.permute(0, 4, 1, 2, 3) * 2 - 1,
+        moving.permute(0, 1, 4, 2, 3),
+    )
 
 
-def _bounce(path: Tensor, low: float, high: float) -> Tensor:
-    """Reflect an endless straight path at two walls."""
-    width = high - low
-    phase = torch.remainder(path - low, 2 * width)
-    return low + torch.where(phase > width, 2 * width - phase, phase)
+def town(scene: Scene, videos: Tensor, time: int, season: int) -> tuple[Tensor, Tensor]:
+    """The whole town of the videos `[N]` in one light: clouds, and all that is nearer.
+
+    Returns:
+        Two layers `[N, 48, TOWN, 4]` in [0, 1]: red, green, blue, cover.
+    """
+    device = scene.kind.device
+    kind, colour, cloud, verge = (
+        part[videos] for part in (scene.kind, scene.colour, scene.cloud, scene.verge)
+    )
+    land = _land(scene.ridge[videos], time, season)
+    tiles = paint.landmarks().to(device)[time, season][kind, colour]
+    verges = paint.verges().to(device)[time, season][verge]
+    for layer in (tiles, verges):
+        side = _wide(layer)
+        land = torch.where(side[..., 3:] > 0, side, land)
+    return _wide(paint.clouds().to(device)[time][cloud]), land
 
 
-def _sprite_cover(shape: Tensor, centre: Tensor) -> Tensor:
-    """Opacity `[B, T, 24, 24]` of shapes `[B, T]` at centres `[B, T, 2]`, anti-aliased."""
-    grid = torch.arange(VIEW, device=centre.device) + 0.5
-    right = grid - centre[..., 0, None, None]
-    down = grid[:, None] - centre[..., 1, None, None]
-    across, along = (right.abs().expand(*down.shape[:-1], VIEW), down.abs().expand(*down.shape[:-1], VIEW))
-    arm_across = torch.maximum(across - 1.1 * RADIUS, along - 0.38 * RADIUS)
-    arm_along = torch.maximum(along - 1.1 * RADIUS, across - 0.38 * RADIUS)
-    distances = [
-        (across.square() + along.square()).sqrt() - RADIUS,
-        torch.maximum(across, along) - 0.88 * RADIUS,
-        across + along - 1.3 * RADIUS,
-        torch.minimum(arm_across, arm_along),
-    ]
-    index = shape[None, ..., None, None].expand(1, *across.shape)
-    return (0.5 - torch.stack(distances).gather(0, index)[0]).clamp(0, 1)
+def _land(ridge: Tensor, time: int, season: int) -> Tensor:
+    """Hills, grass and road, `[N, 48, TOWN, 4]`, from heights `[N, SLOTS + 1]`."""
+    light = torch.tensor(paint.LIGHT[time], device=ridge.device)
+
+    def ink(colour: tuple[float, ...]) -> Tensor:
+        return torch.tensor(colour, device=ridge.device) * light
+
+    rows = torch.arange(HEIGHT, device=ridge.device)[:, None]
+    across = torch.arange(TOWN, device=ridge.device)
+    height = torch.tensor(RIDGES, device=ridge.device)[ridge].float()
+    share = (across % CELL) / CELL
+    line = height[:, across // CELL] * (1 - share) + height[:, across // CELL + 1] * share
+    line = line.round()[:, None]  # [N, 1, TOWN]
+    image = torch.zeros(len(ridge), HEIGHT, TOWN, 4, device=ridge.device)
+    upper, lower = paint.HILLS[season]
+    layers = (
+        (rows >= line, upper),
+        ((rows >= line) & (rows >= HILL_FOOT), lower),
+        ((rows >= line) & (rows < line + 3) & (line < SNOW_LINE), paint.SNOW),
+        (rows >= GRASS_TOP, tuple(0.94 * part for part in paint.GRASS[season])),
+        (rows >= GRASS_EDGE, paint.GRASS[season]),
+        (rows >= paint.KERB, paint.ASPHALT),
+        ((rows == DASH_ROW) & (across % CELL < CELL // 2), paint.DASH),
+    )
+    for where, colour in layers:
+        full = torch.cat([ink(colour), light.new_ones(1)])
+        image = torch.where(where.expand(len(ridge), HEIGHT, TOWN)[..., None], full, image)
+    return image
 
 
-def _curtain_cover(scene: Scene, times: Tensor) -> Tensor:
-    """Opacity `[B, T, 24, 24]` of the curtain at the times `[T]`."""
-    path = scene.curtain_start[:, None] + scene.curtain_speed[:, None] * times
-    left = _bounce(path, 0.0, VIEW - CURTAIN_WIDTH)[..., None]
-    grid = torch.arange(VIEW, device=times.device) + 0.5
-    edges = (grid + 0.5 - left).clamp(0, 1) * (left + CURTAIN_WIDTH - grid + 0.5).clamp(0, 1)
-    return (edges * scene.curtain[:, None, None])[:, :, None].expand(-1, -1, VIEW, -1)
+def _actors(scene: Scene, videos: Tensor, frames: Tensor, wishes: Tensor) -> list[Tensor]:
+    """What flies and what drives, each `[N, 48, 60, 4]`, at frames `[N]` of videos `[N]`."""
+    device = videos.device
+    atlas = paint.actors().to(device)
+    sizes = torch.tensor([paint.actor_size(kind) for kind in range(atlas.shape[1])], device=device)
+    rows, columns = torch.arange(HEIGHT, device=device)[:, None], torch.arange(WIDTH, device=device)
+    bob = torch.tensor(BOB, device=device)[frames // CHUNK % len(BOB)]
+    found = []
+    for thing, (kind, colour) in enumerate(((2, 3), (4, 5))):
+        shape = wishes[:, kind]
+        shape = torch.where(shape > 0, shape + thing * (len(AIR) - 1), 0)
+        high, wide = sizes[shape].unbind(-1)
+        path = scene.start[videos, thing] + scene.speed[videos, thing] * frames
+        left, back = _bounce(path, WIDTH - wide)
+        top = torch.where(torch.tensor(thing == 0, device=device), scene.row[videos] + bob, ROAD_FOOT - high)
+        down, across = rows - top[:, None, None], columns - left[:, None, None]
+        picked = atlas[wishes[:, 0], shape, wishes[:, colour], back]  # [N, height, width, 4]
+        inside = (down >= 0) & (down < atlas.shape[4]) & (across >= 0) & (across < atlas.shape[5])
+        place = (down.clamp(0, atlas.shape[4] - 1), across.clamp(0, atlas.shape[5] - 1))
+        drawn = picked[torch.arange(len(videos), device=device)[:, None, None], place[0], place[1]]
+        found.append(drawn * inside[..., None])
+    return found
+
+
+def _bounce(path: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Reflect endless straight paths between 0 and `high`; and whether they lead back, 0 or 1."""
+    phase = torch.remainder(path, 2 * high)
+    return torch.where(phase > high, 2 * high - phase, phase), (phase >= high).long()
+
+
+def _over(below: Tensor, above: Tensor) -> Tensor:
+    """Colours `[..., 3]` under a layer `[..., 4]` whose cover is 0 or 1."""
+    return torch.where(above[..., 3:] > 0, above[..., :3], below)
+
+
+def _wide(tiles: Tensor) -> Tensor:
+    """Tiles `[N, SLOTS, 48, CELL, 4]` side by side."""
+    return tiles.transpose(1, 2).flatten(2, 3)

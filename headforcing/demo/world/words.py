@@ -1,6 +1,6 @@
 """The words of the demo world: one prompt per chunk, parsed from text.
 
-A prompt is nine words and an end mark; the last two words are the camera pose.
+A prompt is eight words; the last two are the camera pose.
 """
 
 from __future__ import annotations
@@ -10,74 +10,62 @@ from torch import Tensor
 
 from headforcing.demo.world.camera import MAX_POSE
 
-PALETTES = ("sand", "sea", "forest", "dusk")
-CURTAINS = ("clear", "curtain")
-SPEEDS = ("slow", "fast")
-SHAPES = ("disc", "square", "diamond", "cross")
-COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+TIMES = ("day", "dusk", "night")
+SEASONS = ("summer", "autumn", "winter")
+AIR = ("calm", "balloon", "plane")
+ROAD = ("quiet", "car", "bus")
+COLOURS = ("red", "blue", "yellow", "green", "white", "purple")
 POSES = tuple(f"at{pose}" for pose in range(MAX_POSE + 1))
 MOTIONS = ("left", "still", "right")
-WORDS = ("<end>", "none", *PALETTES, *CURTAINS, *SPEEDS, *SHAPES, *COLOURS, *POSES, *MOTIONS)
-PROMPT_WORDS = 10
+WORDS = ("none", *TIMES, *SEASONS, *AIR, *ROAD, *COLOURS, *POSES, *MOTIONS)
+PROMPT_WORDS = 8
 
 WORD_ID = {word: index for index, word in enumerate(WORDS)}
-
-
-def _expect(words: list[str], index: int, allowed: tuple[str, ...], what: str) -> str:
-    """`words[index]`, checked against the allowed words.
-
-    Raises:
-        ValueError: it is not allowed.
-    """
-    got = words[index] if index < len(words) else "nothing"
-    if got not in allowed:
-        raise ValueError(
-            f"word {index + 1} of the prompt: got {got!r}, expected the {what}: one of {', '.join(allowed)}"
-        )
-    return got
 
 
 def parse_prompt(text: str) -> Tensor:
     """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long.
 
-    The order is: texture, curtain, speed, shape, colour; then, optionally, a second shape and
-    colour; then, optionally, the camera's position and motion (default: `at2 still`).
+    The order is: time of day, season, what flies and its colour, what drives and its colour; then, optionally,
+    the camera's position and motion (default: `at3 still`). `calm` and `quiet` have no colour.
 
     Args:
-        text: for example `"sea clear fast disc red"` or `"dusk curtain slow cross blue disc red
-            at0 right"`.
+        text: for example `"day summer balloon red car blue"` or `"night winter calm bus white at0 right"`.
 
     Raises:
         ValueError: a word is missing, unknown or out of place; the message names the allowed ones.
 
-    >>> parse_prompt("sea clear fast disc red").tolist()
-    [3, 6, 9, 10, 14, 1, 1, 22, 26, 0]
+    >>> parse_prompt("day summer calm car blue").tolist()
+    [1, 4, 7, 0, 11, 14, 22, 28]
     """
     given = text.split()
-    slots = [(PALETTES, "texture"), (CURTAINS, "curtain"), (SPEEDS, "speed")]
-    slots += [(SHAPES, "shape"), (COLOURS, "colour")]
-    words = [_expect(given, index, allowed, what) for index, (allowed, what) in enumerate(slots)]
-    index = len(words)
-    if index < len(given) and given[index] not in POSES:
-        words.append(_expect(given, index, SHAPES + POSES, "second shape or camera position"))
-        words.append(_expect(given, index + 1, COLOURS, "second colour"))
-        index += 2
-    else:
-        words += ["none", "none"]
-    if index < len(given):
-        words.append(_expect(given, index, POSES, "camera position"))
-        words.append(_expect(given, index + 1, MOTIONS, "camera motion"))
-        index += 2
+    place = 0
+
+    def take(allowed: tuple[str, ...], what: str) -> str:
+        nonlocal place
+        got = given[place] if place < len(given) else "nothing"
+        if got not in allowed:
+            raise ValueError(
+                f"word {place + 1} of the prompt: got {got!r}, expected the {what}: one of {', '.join(allowed)}"
+            )
+        place += 1
+        return got
+
+    words = [take(TIMES, "time of day"), take(SEASONS, "season")]
+    for kinds, what in ((AIR, "thing that flies"), (ROAD, "thing that drives")):
+        words.append(take(kinds, what))
+        words.append("none" if words[-1] == kinds[0] else take(COLOURS, f"colour of the {words[-1]}"))
+    if place < len(given):
+        words += [take(POSES, "camera position"), take(MOTIONS, "camera motion")]
     else:
         words += [POSES[MAX_POSE // 2], "still"]
-    if index != len(given):
+    if place != len(given):
         raise ValueError(
-            f"the prompt has {len(given)} words, expected at most {index}: remove {' '.join(given[index:])!r}"
+            f"the prompt has {len(given)} words, expected {place}: remove {' '.join(given[place:])!r}"
         )
-    return torch.tensor([WORD_ID[word] for word in [*words, "<end>"]])
+    return torch.tensor([WORD_ID[word] for word in words])
 
 
 def format_prompt(ids: Tensor) -> str:
     """The text of one prompt `[PROMPT_WORDS]`: the inverse of `parse_prompt`."""
-    words = [WORDS[int(index)] for index in ids]
-    return " ".join(word for word in words if word not in ("none", "<end>"))
+    return " ".join(WORDS[int(index)] for index in ids if WORDS[int(index)] != "none")
