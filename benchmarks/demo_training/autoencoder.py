@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headforcing.demo.model.autoencoder import Autoencoder
+from headforcing.demo.world.camera import CHUNK
 from headforcing.demo.world.scene import render, sample_scene
 
 from .training import Training
@@ -27,6 +28,8 @@ LOTS = 8
 """Lots that a step picks its frames from."""
 NOISE = 0.12
 """Most noise in the latents, of deviation 1: what a generator leaves."""
+MOVING = 4.0
+"""Weight of the pixels of what moves: they are few, small, and can be anywhere."""
 SETTLE = 0.05
 """Share of a batch in the running mean and deviation of the latents."""
 
@@ -38,19 +41,23 @@ class Frames:
         self._training = training
         self._lot = functools.lru_cache(maxsize=LOTS + 1)(self._rendered)
 
-    def _rendered(self, number: int) -> Tensor:
+    def _rendered(self, number: int) -> tuple[Tensor, Tensor]:
         scene = sample_scene(VIDEOS, self._training.draws(-1 - number), num_chunks=CHUNKS)
-        video = render(scene, torch.arange(3 * CHUNKS)).video
-        return video.permute(0, 2, 3, 4, 1).flatten(0, 1)
+        rendering = render(scene, torch.arange(CHUNK * CHUNKS))
+        return rendering.video.permute(0, 2, 3, 4, 1).flatten(0, 1), rendering.moving.any(2).flatten(0, 1)
 
-    def batch(self, step: int, draws: torch.Generator) -> Tensor:
-        """`[FRAMES, 48, 60, 3]`."""
+    def batch(self, step: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Frames `[FRAMES, 48, 60, 3]` and the pixels of what moves, `[FRAMES, 48, 60]` bool."""
         newest = step // REUSED
-        pool = torch.cat([self._lot(number) for number in range(max(0, newest - LOTS + 1), newest + 1)])
-        return pool[torch.randint(len(pool), (FRAMES,), generator=draws)]
+        lots = [self._lot(number) for number in range(max(0, newest - LOTS + 1), newest + 1)]
+        frames, moving = (torch.cat(parts) for parts in zip(*lots, strict=True))
+        picked = torch.randint(len(frames), (FRAMES,), generator=draws)
+        return frames[picked], moving[picked]
 
 
-def loss(model: Autoencoder, frames: Tensor, draws: torch.Generator, frozen: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(
+    model: Autoencoder, frames: Tensor, moving: Tensor, draws: torch.Generator, frozen: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Squared and absolute error of pixels, and of the differences of neighbouring pixels, which are edges."""
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
         raw = model.raw(frames).float()
@@ -67,9 +74,11 @@ def loss(model: Autoencoder, frames: Tensor, draws: torch.Generator, frozen: boo
     error = painted - frames
     across, down = error.diff(dim=2), error.diff(dim=1)
     edges = across.square().mean() + down.square().mean()
-    squared = error.square().mean()
-    total = squared + 0.1 * error.abs().mean() + 0.3 * edges
-    return total, {"psnr": -10 * torch.log10(squared.detach() / 4)}
+    weight = torch.where(moving, MOVING, 1.0)[..., None]
+    total = (weight * (error.square() + 0.1 * error.abs())).mean() / weight.mean() + 0.3 * edges
+    squared = error.detach().square().mean(-1)
+    psnr = {name: -10 * torch.log10(squared[of].mean() / 4) for name, of in (("still", ~moving), ("moving", moving))}
+    return total, psnr
 
 
 def main() -> None:
@@ -97,7 +106,7 @@ def main() -> None:
         model, matrices, given.out, steps=given.steps, rate=given.rate, hold=0.3, average=0.998, seed=given.seed
     )
     frames = Frames(training)
-    training.run(lambda step, draws: loss(model, frames.batch(step, draws), draws, bool(given.decoder)))
+    training.run(lambda step, draws: loss(model, *frames.batch(step, draws), draws, bool(given.decoder)))
 
 
 if __name__ == "__main__":

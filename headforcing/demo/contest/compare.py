@@ -27,19 +27,17 @@ from headforcing.demo.contest.intervals import paired_difference as paired_diffe
 from headforcing.demo.contest.intervals import summarise as summarise
 from headforcing.demo.model.model import DemoModel
 from headforcing.demo.model.pipeline import ChunkCallback, DemoPipeline
-from headforcing.demo.world.camera import CHUNK, VIEW, CameraSchedule
-from headforcing.demo.world.metrics import background_psnr, speed_ratio, sprite_identity
-from headforcing.demo.world.scene import Scene, render, sample_scene
-from headforcing.demo.world.words import (
-    COLOURS,
-    CURTAINS,
-    PALETTES,
-    POSES,
-    SHAPES,
-    SPEEDS,
-    WORDS,
-    parse_prompt,
+from headforcing.demo.world.camera import CHUNK, CameraSchedule
+from headforcing.demo.world.metrics import (
+    actors_recognised,
+    background_psnr,
+    known_columns,
+    landmarks_recognised,
+    returned_slots,
+    sharpness,
 )
+from headforcing.demo.world.scene import Scene, asked_by, render, sample_scene
+from headforcing.demo.world.words import POSES, parse_prompt
 from headforcing.errors import AlreadyAppliedError
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.role_map import RoleMap
@@ -47,10 +45,8 @@ from headforcing.roles.maps.role_map import RoleMap
 DEFAULT_CHUNKS = 80
 """240 frames, more than eleven times the trained length."""
 
-GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 6}
-"""Rendered chunks to start from; they show the whole texture except two columns, which are not evaluated."""
-
-_FAST = 1.15 / 0.5  # how much faster "fast" sprites are than "slow" ones
+GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 8}
+"""Rendered chunks to start from; where the camera pans, they show the whole town."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,13 @@ class Rollout:
 
     Attributes:
         policy: what the heads stored.
-        video: `[B, 3, T, 24, 24]` in about [-1, 1], given frames included.
-        psnr: of the background columns that the given frames showed, in dB, `[B, T]`; NaN in the given
-            frames, and if there is nothing to measure.
-        identity: share of the sprites with the right colour and size, `[B, T]`, NaN as for `psnr`.
-        motion: speed of the sprites over their true mean speed, `[B, T]`, NaN as for `psnr`.
+        video: `[B, 3, T, 48, 60]` in [-1, 1], given frames included.
+        psnr: of the town's columns that the given frames showed, in dB, `[B, T]`; NaN in the given frames, and
+            if there is nothing to measure.
+        landmarks: share of the landmarks recognised, `[B, T]`, NaN as for `psnr`; where the camera pans, of those
+            that are back after a whole window.
+        actors: share of what flies and drives recognised, `[B, T]`, NaN as for `psnr`.
+        sharpness: relative to the truth, `[B, T]`, NaN as for `psnr`.
         seconds: wall time of the generation.
         stored_bytes: keys and values stored at the end, counted from the tensors.
         attended_frames: mean over all heads at the end, current chunk included.
@@ -90,8 +88,9 @@ class Rollout:
     policy: Policy
     video: Tensor
     psnr: Tensor
-    identity: Tensor
-    motion: Tensor
+    landmarks: Tensor
+    actors: Tensor
+    sharpness: Tensor
     seconds: float
     stored_bytes: int
     attended_frames: float
@@ -104,14 +103,13 @@ def make_scene(
     camera: Literal["still", "pan"],
     prompt: str | None = None,
 ) -> Scene:
-    """One scene per seed, independent of the batch; without curtain and prompt switch.
+    """One scene per seed, independent of the batch; without prompt switch.
 
     Args:
         seeds: one per video.
         num_chunks: chunks in which the camera moves.
-        camera: `still`, or `pan`: the camera leaves the left half of the strip, stays away for 42
-            frames and more (twice the trained window), returns, and so on.
-        prompt: `parse_prompt` text without camera words; textures, paths and tints stay those of the seeds.
+        camera: `still`, or `pan`: to the far end of the town and back, again and again, with stops.
+        prompt: `parse_prompt` text without camera words; towns and paths stay those of the seeds.
 
     Raises:
         ValueError: the prompt is malformed or names a camera position.
@@ -121,7 +119,7 @@ def make_scene(
         still = camera == "still"
         schedule = CameraSchedule.still(1) if still else CameraSchedule.periodic(1, num_chunks)
         generator = torch.Generator().manual_seed(seed)
-        scenes.append(sample_scene(1, generator, camera=schedule, curtain_share=0.0, switch_share=0.0))
+        scenes.append(sample_scene(1, generator, num_chunks=1, camera=schedule, switch_share=0.0))
     scene = _batch(scenes)
     return scene if prompt is None else _with_words(scene, prompt)
 
@@ -151,8 +149,8 @@ def roll(
         AlreadyAppliedError: head forcing is applied to the model.
         ValueError: the numbers of seeds and videos differ.
     """
-    if len(seeds) != len(scene.palette):
-        raise ValueError(f"{len(scene.palette)} videos, but {len(seeds)} seeds: expected one seed per video")
+    if len(seeds) != len(scene.kind):
+        raise ValueError(f"{len(scene.kind)} videos, but {len(seeds)} seeds: expected one seed per video")
     device = model.patch_embedding.weight.device
     chunks = torch.arange(num_chunks, device=device)
     scene, recorder = scene.to(device), _Recorder(model.config.layers)
@@ -172,18 +170,7 @@ def roll(
             seconds = time.perf_counter() - started
             status = None if handle is None else handle.status()
             stored, attended = _held(pipeline, status, recorder, num_chunks * CHUNK)
-    return Rollout(policy, video, *_measure(video, scene, given_chunks), seconds, stored, attended)
-
-
-def known_columns(camera: CameraSchedule, num_chunks: int, given_chunks: int) -> Tensor:
-    """The columns of the view that the given chunks showed, which can be evaluated, `[B, T, 24]` bool."""
-    offset = camera.offset(torch.arange(num_chunks * CHUNK, device=camera.pose.device))
-    columns = offset[..., None] + torch.arange(VIEW, device=offset.device)
-    if not given_chunks:
-        return torch.zeros_like(columns, dtype=torch.bool)
-    shown = offset[:, : given_chunks * CHUNK]
-    left, right = shown.amin(1)[:, None, None], shown.amax(1)[:, None, None] + VIEW
-    return (columns >= left) & (columns < right)
+    return Rollout(policy, video, *_measure(video, scene, given_chunks, model.config.window), seconds, stored, attended)
 
 
 class SeededPipeline(DemoPipeline):
@@ -235,11 +222,16 @@ def _held(
     return stored, float(frames if pipeline.window == -1 else min(pipeline.window, frames))
 
 
-def _measure(video: Tensor, scene: Scene, given_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """PSNR, identity and motion, each `[B, T]`; the given frames are not evaluated."""
-    columns = known_columns(scene.camera, video.shape[2] // CHUNK, given_chunks)
-    psnr = background_psnr(video, scene, columns=columns)
-    values = (psnr, sprite_identity(video, scene), speed_ratio(video, scene))
+def _measure(video: Tensor, scene: Scene, given_chunks: int, window: int) -> tuple[Tensor, ...]:
+    """PSNR, landmarks, actors and sharpness, each `[B, T]`; the given frames are not evaluated."""
+    chunks = video.shape[2] // CHUNK
+    away = window if bool((scene.camera.motion != 0).any()) else 0
+    values = (
+        background_psnr(video, scene, columns=known_columns(scene, chunks, given_chunks)),
+        landmarks_recognised(video, scene, slots=returned_slots(scene, chunks, away, given_chunks)),
+        actors_recognised(video, scene),
+        sharpness(video, scene),
+    )
     for value in values:
         value[:, : given_chunks * CHUNK] = torch.nan
     return values
@@ -262,25 +254,5 @@ def _with_words(scene: Scene, prompt: str) -> Scene:
     """The scene with the words of a prompt instead of the random ones."""
     if set(prompt.split()) & set(POSES):
         raise ValueError(f"camera=... sets the camera, leave its position out of {prompt!r}")
-    words = [WORDS[int(index)] for index in parse_prompt(prompt)]
-    palette, curtain, speed, *sprites = words[:7]
-    two = sprites[2] != "none"
-
-    def same(value: int) -> Tensor:
-        return torch.full_like(scene.palette, value)
-
-    shape, colour = scene.shape.clone(), scene.colour.clone()
-    for sprite in range(1 + two):
-        shape[:, sprite] = SHAPES.index(sprites[2 * sprite])
-        colour[:, sprite] = COLOURS.index(sprites[2 * sprite + 1])
-    fast = same(SPEEDS.index(speed))
-    return replace(
-        scene,
-        palette=same(PALETTES.index(palette)),
-        curtain=same(CURTAINS.index(curtain)),
-        fast=fast,
-        two=same(int(two)),
-        shape=shape,
-        colour=colour,
-        velocity=scene.velocity * _FAST ** (fast - scene.fast).float()[:, None, None],
-    )
+    asked = asked_by(parse_prompt(prompt))
+    return replace(scene, asked=asked.expand(len(scene.kind), 1, -1))

@@ -1,4 +1,4 @@
-"""Chunk-by-chunk generation with Self Forcing's cache handling.
+"""Chunk-by-chunk generation with Self Forcing's cache handling: text to latents to frames.
 
 The pipeline owns one cache dict per layer. It allocates them once and starts another video by
 replacing the index tensors, so stale keys stay in place, as upstream.
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from headforcing.demo.model.attention import Cache, CrossCache
+from headforcing.demo.model.autoencoder import Autoencoder, autoencoder
 from headforcing.demo.model.model import DemoModel
-from headforcing.demo.world.camera import VIEW
 
-NOISE_LEVELS = (1.0, 0.857, 0.667, 0.4)
+NOISE_LEVELS = (1.0, 0.9, 0.75, 0.5, 0.25)
 
 ChunkCallback = Callable[[int, Tensor], None]
 
@@ -27,14 +27,23 @@ class DemoPipeline:
         model: the model; its `local_attn_size` and `sink_size` are set to `window` and `sink`.
         window: frames in the cache, current chunk included; -1 keeps every frame.
         sink: first frames that are never evicted.
+        decoder: turns latents into frames; default: the one in the package.
 
     Attributes:
         kv_cache: one dict per layer, see `DemoCausalSelfAttention.forward`; empty before first use.
         crossattn_cache: one dict per layer.
     """
 
-    def __init__(self, model: DemoModel, *, window: int | None = None, sink: int = 0) -> None:
+    def __init__(
+        self,
+        model: DemoModel,
+        *,
+        window: int | None = None,
+        sink: int = 0,
+        decoder: Autoencoder | None = None,
+    ) -> None:
         self.model = model
+        self.decoder = decoder or autoencoder(model.patch_embedding.weight.device)
         self.window = model.config.window if window is None else window
         self.sink = sink
         if self.window != -1 and self.window < sink + model.config.chunk:
@@ -63,20 +72,20 @@ class DemoPipeline:
             prompts: word ids `[B, chunks, W]`, one prompt per chunk; the last one is repeated.
             num_chunks: chunks to generate; default: one per prompt.
             generator: source of the noise, drawn once per chunk on the generator's device.
-            first_chunk: clean frames to start from, `[B, 3, 3, 24, 24]`, or several chunks of them.
+            first_chunk: clean frames to start from, `[B, 3, 3, 48, 60]`, or several chunks of them.
             callback: called with the index and the clean frames of every finished chunk.
 
         Returns:
-            `[B, 3, T, 24, 24]` in about [-1, 1].
+            `[B, 3, T, 48, 60]` in [-1, 1].
         """
         batch, total = prompts.shape[0], num_chunks or prompts.shape[1]
         like = self.model.patch_embedding.weight
         prompts = prompts.to(like.device)
         self._prepare(batch, total)
         chunk, chunks = self.model.config.chunk, []
-        given = () if first_chunk is None else torch.split(first_chunk, chunk, 2)
+        given = () if first_chunk is None else self.decoder.encode(first_chunk.to(like)).split(chunk, 2)
         for index in range(total):
-            size = (batch, 3, chunk, VIEW, VIEW)
+            size = (batch, self.model.config.channels, chunk, *self.model.config.grid)
             noise = torch.randn(size, generator=generator, device=generator.device).to(like)
             if index >= prompts.shape[1]:
                 context = prompts[:, -1]
@@ -84,18 +93,18 @@ class DemoPipeline:
                 context = prompts[:, index]
                 for cross in self.crossattn_cache:
                     cross["is_init"] = False
-            clean = given[index].to(like) if index < len(given) else self._denoise(noise, context, index)
+            clean = given[index] if index < len(given) else self._denoise(noise, context, index)
             self._predict(clean, 0.0, context, index)
-            chunks.append(clean)
+            chunks.append(self.decoder.decode(clean))
             if callback is not None:
-                callback(index, clean)
+                callback(index, chunks[-1])
         return torch.cat(chunks, 2)
 
     def _denoise(self, sample: Tensor, context: Tensor, index: int) -> Tensor:
-        """Euler steps from noise to a clean chunk."""
+        """Euler steps from noise to the latents of a chunk."""
         targets = (*NOISE_LEVELS[1:], 0.0)
         for level, target in zip(NOISE_LEVELS, targets, strict=True):
-            clean = self._predict(sample, level, context, index).clamp(-1.2, 1.2)
+            clean = self._predict(sample, level, context, index)
             sample = clean + target / level * (sample - clean)
         return sample
 

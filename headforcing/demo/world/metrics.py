@@ -29,8 +29,6 @@ SHOWN = 0.8
 SEARCHED = (range(10), range(39, 43))
 """Rows at which what flies and what drives may begin."""
 LANDMARK_ROWS = slice(4, 38)
-AT_ONCE = 256
-"""Pictures that are compared at a time."""
 
 
 def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Tensor | None = None) -> Tensor:
@@ -84,20 +82,20 @@ def landmarks_recognised(
     asked = (left >= 0) & (left <= WIDTH - CELL) & (scene.kind < len(LANDMARKS))[:, None]
     if slots is not None:
         asked &= slots
-    for places in asked.nonzero().split(AT_ONCE):
-        b, t, slot = places.unbind(1)
+    for time, season in wishes[..., :2].flatten(0, 1).unique(dim=0).tolist():
+        lit = (wishes[..., 0] == time) & (wishes[..., 1] == season)
+        b, t, slot = (asked & lit[..., None]).nonzero(as_tuple=True)
         columns = left[b, t, slot][:, None] + torch.arange(CELL, device=video.device)
-        light = wishes[b, t]
-        tiles = paint.landmarks().to(video.device)[light[:, 0], light[:, 1], : len(LANDMARKS)]
-        front = paint.verges().to(video.device)[light[:, 0], light[:, 1], scene.verge[b, slot]]
-        options = torch.where(tiles[..., 3:] > 0, tiles[..., :3], _cut(behind, b, t, columns)[:, None, None])
-        front = front[:, None, None]
-        options = torch.where(front[..., 3:] > 0, front[..., :3], options)  # [N, kinds, colours, 48, CELL, 3]
-        error = (options - _cut(image, b, t, columns)[:, None, None]).square().mean(-1)
-        counted = judged[b[:, None], t[:, None], :, columns].transpose(1, 2)[:, None, None]
-        error, counted = error[..., LANDMARK_ROWS, :], counted[..., LANDMARK_ROWS, :]
-        mean = ((error * counted).sum((-1, -2)) / counted.sum((-1, -2))).flatten(1)
-        nearest = mean.min(1)
+        tiles = paint.landmarks().to(video.device)[time, season, : len(LANDMARKS)]
+        front = paint.verges().to(video.device)[time, season][scene.verge[b, slot]]
+        error = _tile_errors(
+            _cut(image, b, t, columns),
+            _cut(behind, b, t, columns),
+            tiles.flatten(0, 1)[:, LANDMARK_ROWS],
+            front[:, LANDMARK_ROWS],
+            _cut(judged[:, None].float(), b, t, columns)[..., 0],
+        )
+        nearest = error.min(1)
         true = scene.kind[b, slot] * len(COLOURS) + scene.colour[b, slot]
         right[b, t, slot] = ((nearest.indices == true) & (nearest.values < ALIKE)).float()
     return right.nanmean(2)
@@ -167,8 +165,31 @@ def _edges(video: Tensor) -> Tensor:
 
 
 def _cut(image: Tensor, b: Tensor, t: Tensor, columns: Tensor) -> Tensor:
-    """Columns `[N, CELL]` of frames of `[B, 3, T, 48, 60]`, `[N, 48, CELL, 3]`."""
-    return image.permute(0, 2, 3, 4, 1)[b[:, None], t[:, None], :, columns].transpose(1, 2)
+    """Columns `[N, CELL]` of frames of `[B, C, T, 48, 60]`, `[N, rows, CELL, C]`."""
+    return image.permute(0, 2, 3, 4, 1)[b[:, None], t[:, None], LANDMARK_ROWS, columns].transpose(1, 2)
+
+
+def _tile_errors(image: Tensor, behind: Tensor, tiles: Tensor, front: Tensor, judged: Tensor) -> Tensor:
+    """Mean squared error of every tile, painted between what is behind it and what is in front.
+
+    Args:
+        image, behind: `[N, rows, CELL, 3]` in [0, 1].
+        tiles: `[K, rows, CELL, 4]`.
+        front: `[N, rows, CELL, 4]`.
+        judged: `[N, rows, CELL]`, 1 or 0.
+
+    Returns:
+        `[N, K]`.
+    """
+    free = judged * (front[..., 3] == 0)
+    bare = torch.where(front[..., 3:] > 0, front[..., :3], behind)
+    missed = (image - bare).square().sum(-1)  # [N, rows, CELL], where there is no tile
+    without = (judged * missed).flatten(1).sum(1)
+    cover, ink = tiles[..., 3].flatten(1), (tiles[..., :3] * tiles[..., 3:]).flatten(1)
+    change = free * (image.square().sum(-1) - missed)
+    error = without[:, None] + change.flatten(1) @ cover.mT - 2 * (free[..., None] * image).flatten(1) @ ink.mT
+    error = error + free.flatten(1) @ (tiles[..., :3].square().sum(-1) * tiles[..., 3]).flatten(1).mT
+    return error / (3 * judged.flatten(1).sum(1))[:, None]
 
 
 def _actor(kind: Tensor, thing: int) -> Tensor:

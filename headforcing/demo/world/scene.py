@@ -27,8 +27,10 @@ RIDGES = (20, 25, 30, 35)
 """Rows of the hills' line at the edges of slots."""
 GRASS_TOP, GRASS_EDGE, DASH_ROW, SNOW_LINE, HILL_FOOT = 36, 37, 44, 27, 31
 ROAD_FOOT = 47
+STRIDE = 2
+"""Pixels: what moves is at a multiple of it, in both directions."""
 BOB = (0, 1, 2, 1)
-"""Rows that what flies goes up and down, one per chunk."""
+"""Strides that what flies goes up and down, one entry per chunk."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,17 @@ def sample_scene(
         cloud=draw.integer(len(CLOUDS), SLOTS),
         verge=draw.integer(len(VERGES), SLOTS),
         ridge=draw.integer(len(RIDGES), SLOTS + 1),
-        start=draw.integer(2 * WIDTH, 2),
-        speed=1 + draw.integer(2, 2),
-        row=draw.integer(7),
+        start=STRIDE * draw.integer(WIDTH, 2),
+        speed=STRIDE * (1 + draw.integer(2, 2)),
+        row=STRIDE * draw.integer(3),
         camera=camera or CameraSchedule.sample(batch, num_chunks, generator, pan_share=pan_share),
     )
+
+
+def asked_by(words: Tensor) -> Tensor:
+    """What a prompt `[..., PROMPT_WORDS]` asks for, `[..., 6]`: the inverse of `Scene.prompts`."""
+    firsts = torch.tensor([WORD_ID[names[0]] for names in CHOICES], device=words.device)
+    return (words[..., : len(CHOICES)] - firsts).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,7 @@ def _actors(scene: Scene, videos: Tensor, frames: Tensor, wishes: Tensor) -> lis
     atlas = paint.actors().to(device)
     sizes = torch.tensor([paint.actor_size(kind) for kind in range(atlas.shape[1])], device=device)
     rows, columns = torch.arange(HEIGHT, device=device)[:, None], torch.arange(WIDTH, device=device)
-    bob = torch.tensor(BOB, device=device)[frames // CHUNK % len(BOB)]
+    bob = STRIDE * torch.tensor(BOB, device=device)[frames // CHUNK % len(BOB)]
     found = []
     for thing, (kind, colour) in enumerate(((2, 3), (4, 5))):
         shape = wishes[:, kind]
