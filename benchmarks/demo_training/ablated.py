@@ -1,4 +1,4 @@
-"""Videos on which cutting a head of the demo model shows: drifted context, and columns that come back."""
+"""Videos on which cutting a head of the demo model shows: drifted context, and slots that come back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from headforcing.demo.model.model import DemoModel, demo_model
 from headforcing.demo.model.pipeline import DemoPipeline
 from headforcing.demo.model.threads import one_thread
-from headforcing.demo.world.camera import CHUNK
+from headforcing.demo.world.camera import CELL, CHUNK
 from headforcing.demo.world.scene import render, sample_scene
 from headforcing.measure.ablation import ablate_heads
 from headforcing.measure.meter import Progress
@@ -16,12 +16,11 @@ from headforcing.measure.profile import HeadProfile
 from headforcing.measure.profiler import Protocol
 from headforcing.roles import Anchor, Local
 
-from .columns import returning_columns
-from .examples import Sampler
+from .transformer import corrupt
 
 VIDEOS = 64
 SEED = 3000
-LEVELS = (1.0, 0.857, 0.667)
+LEVELS = (1.0, 0.9, 0.75)
 CUTS = (Local(CHUNK), Anchor(CHUNK, CHUNK))
 
 
@@ -35,11 +34,11 @@ def ablate_demo(
 ) -> HeadProfile:
     """Ablates the demo model: one head at a time keeps the last chunk only, or the first and the last.
 
-    The error is that on columns that were seen before but not in the last chunk: only they need a past.
+    The error is that of latents that were seen before but not in the last chunk: only they need a past.
 
     Args:
         model: the demo model; default: with the weights of the package.
-        videos: how many; those without a returning column say nothing.
+        videos: how many; those where nothing returns say nothing.
         seed: of scenes, drift and noise.
         progress: see `ablate_heads`.
     """
@@ -65,38 +64,38 @@ class HeldOut:
     """
 
     def __init__(self, model: DemoModel, videos: int, seed: int) -> None:
-        self.model = model
-        sampler = Sampler(videos, seed, torch.device("cpu"), model.config)
-        chunks = sampler.chunks
-        scene = sample_scene(videos, sampler.scenes, num_chunks=chunks, pan_share=1.0)
+        self.model, self.pipeline = model, _OnePass(model)
+        draws = torch.Generator().manual_seed(seed)
+        chunks = model.config.window // CHUNK
+        scene = sample_scene(videos, draws, num_chunks=chunks, pan_share=1.0)
         frames = torch.arange(model.config.window)
         self.prompts = scene.prompts(frames[:chunks])
-        self.video = render(scene, frames).video
-        self.context = sampler.corrupt(self.video)
-        self.noise = sampler.normal(*self.video.shape)
-        columns = {
-            "seen": scene.camera.seen(chunks),
-            "returning": returning_columns(scene.camera, chunks, CHUNK),
+        with torch.no_grad():
+            self.latents = self.pipeline.decoder.encode(render(scene, frames).video)
+        self.context = corrupt(self.latents, draws)
+        self.noise = torch.randn(self.latents.shape, generator=draws)
+        self.judged = {
+            name: scene.camera.returning(chunks, away).unflatten(-1, (-1, CELL)).all(-1)[:, None, :, None]
+            for name, away in (("seen", 0), ("returning", CHUNK))
         }
-        self.judged = {name: seen[:, None, :, None].expand_as(self.video) for name, seen in columns.items()}
 
     @torch.no_grad()
     def errors(self) -> dict[str, Tensor]:
-        """Mean squared error per video, `[B]`, on columns `seen` before, and on `returning` ones.
+        """Mean squared error per video, `[B]`, of latents `seen` before, and of `returning` ones.
 
-        Returning columns were seen before, but not in the last chunk. NaN: the video has none.
+        Returning latents were seen before, but not in the last chunk. NaN: the video has none.
         """
         made = [self._predict(level) for level in LEVELS]
-        error = torch.stack([(one - self.video).square() for one in made]).mean(0)
+        error = torch.stack([(one - self.latents).square() for one in made]).mean(0)
         return {
             name: error.where(judged, torch.nan).flatten(1).nanmean(1) for name, judged in self.judged.items()
         }
 
     def _predict(self, level: float) -> Tensor:
-        """Every chunk from its noisy self and the drifted context before it, `[B, 3, F, 24, 24]`."""
-        pipeline, made = _OnePass(self.model), []
-        pipeline.begin(self.video.shape[0])
-        noisy = (1 - level) * self.video + level * self.noise
+        """Every chunk from its noisy self and the drifted context before it, `[B, 48, F, 4, 5]`."""
+        pipeline, made = self.pipeline, []
+        pipeline.begin(len(self.latents))
+        noisy = (1 - level) * self.latents + level * self.noise
         parts = zip(noisy.split(CHUNK, 2), self.context.split(CHUNK, 2), strict=True)
         for index, (sample, past) in enumerate(parts):
             made.append(pipeline.chunk(index, sample, level, self.prompts[:, index]))

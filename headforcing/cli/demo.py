@@ -13,7 +13,7 @@ from headforcing.cli.console import AsJson, clean_errors, examples, print_report
 
 EXAMPLES = examples(
     "demo --seconds 60",
-    'demo --prompt "sea clear fast disc red" --camera still --out still',
+    'demo --prompt "night winter balloon red bus blue" --camera still --out still',
     "demo --preset pyramid_forcing --out preset",
 )
 DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
@@ -31,7 +31,7 @@ class Options:
     """The options of the command."""
 
     prompt: Annotated[
-        str | None, typer.Option(help='For example "sea clear fast disc red". [default: drawn from the seed]')
+        str | None, typer.Option(help='For example "night winter balloon red bus blue". [default: drawn from the seed]')
     ] = None
     seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")] = 15.0
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scene and the noise.")] = 0

@@ -1,8 +1,8 @@
 """The embedded demo: a synthetic world, a small trained video model, its pipeline and metrics.
 
     >>> from headforcing.demo import DemoPipeline, parse_prompt
-    >>> parse_prompt("sea clear fast disc red").shape
-    torch.Size([10])
+    >>> parse_prompt("day summer balloon red car blue").shape
+    torch.Size([8])
 
 The tools for comparing policies are in `headforcing.demo.contest.compare`, training in
 `benchmarks/demo_training`; neither is imported here.

@@ -73,17 +73,19 @@ class Result:
         of: for a control, the name of its entrant; otherwise `None`.
         psnr: of the background in dB, `[videos, frames]`, NaN if not measured; for random controls the mean
             over the draws.
-        identity: share of the sprites with the right colour and size, as for `psnr`.
+        landmarks: share of the landmarks recognised when they are back, as for `psnr`.
+        actors: share of what flies and drives recognised, as for `psnr`.
         stored: stored frames in a long video, mean over heads; `None` is every frame.
         attended: attended frames in a noisy pass, mean over heads; `None` is every frame.
         stored_bytes: keys and values of one video, counted from the tensors.
-        video: of the first seed, `[3, frames, 24, 24]`.
+        video: of the first seed, `[3, frames, 48, 60]`.
     """
 
     entrant: Entrant
     of: str | None
     psnr: Tensor
-    identity: Tensor
+    landmarks: Tensor
+    actors: Tensor
     stored: float | None
     attended: float | None
     stored_bytes: int
@@ -127,6 +129,10 @@ class Contest:
         """Late PSNR."""
         return bootstrap_interval(self._late(result.psnr))
 
+    def recognised(self, result: Result) -> Interval:
+        """Late share of landmarks."""
+        return bootstrap_interval(self._late(result.landmarks))
+
     def ahead(self, result: Result, other: Result) -> Interval:
         """Difference of late PSNR between two results, paired by video."""
         return paired_difference(self._late(result.psnr), self._late(other.psnr))
@@ -161,10 +167,12 @@ class Contest:
             "attended_frames": result.attended,
             "stored_bytes": result.stored_bytes,
             "psnr_late": _interval(self.ended(result)),
+            "landmarks_late": _interval(self.recognised(result)),
             "minus_first": None if result is first else _interval(self.ahead(result, first)),
             "entrant_minus_this": None if own is None else _interval(self.ahead(own, result)),
             "psnr_late_by_seed": _numbers(late),
-            "identity_late_by_seed": _numbers(self._late(result.identity)),
+            "landmarks_late_by_seed": _numbers(self._late(result.landmarks)),
+            "actors_late_by_seed": _numbers(self._late(result.actors)),
             "psnr_by_frame": _numbers(result.psnr.nanmean(0)),
             "roles": [[list(row) for row in draw.labels] for draw in result.entrant.draws],
         }
@@ -233,11 +241,15 @@ def _result(
 ) -> Result:
     """The result from the rollouts of every draw, batch by batch."""
     first = draws[0]
+
+    def mean(metric: str) -> Tensor:
+        drawn = [torch.cat([getattr(made, metric) for made in batches]) for batches in draws]
+        return torch.stack(drawn).mean(0)
+
     return Result(
         one,
         of,
-        torch.stack([torch.cat([made.psnr for made in batches]) for batches in draws]).mean(0),
-        torch.stack([torch.cat([made.identity for made in batches]) for batches in draws]).mean(0),
+        *(mean(metric) for metric in ("psnr", "landmarks", "actors")),
         stored_frames(one.roles, config),
         attended_frames(one.roles, config),
         round(sum(made.stored_bytes for made in first) / len(setting.seeds)),

@@ -159,6 +159,6 @@ def _size(config: DemoConfig) -> ModelSize:
         config.dim // config.heads,
         window=config.window,
         chunk=config.chunk,
-        grid=(config.grid, config.grid),
+        grid=config.grid,
         itemsize=ITEMSIZES["fp32"],
     )

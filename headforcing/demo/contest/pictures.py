@@ -11,7 +11,7 @@ from headforcing.demo.contest.compare import make_scene
 from headforcing.demo.contest.contest import FPS, Contest
 from headforcing.demo.show.draw import draw_sheet
 from headforcing.demo.show.story import INK, TRUTH, Pixels, Story, Track
-from headforcing.demo.world.camera import CHUNK, STRIP
+from headforcing.demo.world.camera import CHUNK, TOWN
 from headforcing.demo.world.scene import render
 from headforcing.measure.plots.drift import drift_curves, drift_panels
 
@@ -48,15 +48,15 @@ def sheet(found: Contest) -> Any:
         tuple(tracks),
         headline=f"One scene, one noise, {found.frames / found.trained:.1f} × the trained length",
         byline=f"camera {setting.camera} · seed {setting.seeds[0]} · continues {given} rendered frames · "
-        "24 × 24 pixels, enlarged · background PSNR to the ground truth",
+        "60 × 48 pixels, enlarged · background PSNR to the ground truth",
         fps=FPS,
         trained=found.trained,
         given=given,
-        camera=scene.camera.offset(torch.arange(found.frames))[0].double().numpy() / STRIP,
+        camera=scene.camera.offset(torch.arange(found.frames))[0].double().numpy() / TOWN,
     )
     return draw_sheet(story)
 
 
 def _pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 24, 24, 3]` of `[3, T, 24, 24]` in [-1, 1]."""
+    """Frames `[T, 48, 60, 3]` of `[3, T, 48, 60]` in [-1, 1]."""
     return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -16,13 +16,14 @@ from headforcing.demo.show.story import FAINT, INK, PANEL, PAPER, RULE, Held, Pi
 from headforcing.demo.world.camera import CHUNK
 
 SIZE = (1280, 720)
-SIDE, TOP, LEFT, GAP = 360, 112, 48, 52
+FRAME, TOP, LEFT, GAP = (360, 288), 112, 48, 52
 BANDS = (640, 44)
 """Top and height of the row of scenes below the panels."""
-CELL, SPACE, ROW, SHEET_LEFT, SHEET_TOP = 132, 10, 172, 224, 172
+CELL, SPACE, SHEET_LEFT, SHEET_TOP = (120, 96), 10, 224, 172
+ROW = CELL[1] + 40
 MANY = 7
 """With more scenes than this, the sheet has one column per scene instead of two."""
-LIKENESS = "correlation of the background with the scene's first appearance; 1: the same, 0: unrelated"
+LIKENESS = "correlation of the town with the scene's first appearance; 1: the same, 0: unrelated"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Tale:
 
     Attributes:
         script: the scenes.
-        videos: `[T, 24, 24, 3]` by mode; the first two are shown side by side.
+        videos: `[T, 48, 60, 3]` by mode; the first two are shown side by side.
         held: frames stored by the head with the largest memory, by mode.
         alike: correlation of every returning scene with its first appearance, by mode.
         summary: the metrics as text, by mode.
@@ -51,7 +52,7 @@ class Tale:
 
 
 def pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 24, 24, 3]` of the first video of `[B, 3, T, 24, 24]` in [-1, 1]."""
+    """Frames `[T, 48, 60, 3]` of the first video of `[B, 3, T, 48, 60]` in [-1, 1]."""
     levels: Pixels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     return levels
 
@@ -79,25 +80,25 @@ def draw_video(tale: Tale) -> Iterator[Pixels]:
         colour = colours[name]
         if scene in script.returns:
             first = frame + (script.returns[scene] - scene) * length
-            image.paste(enlarge(tale.videos[modes[0]][first], SIDE), (LEFT, TOP))
+            image.paste(enlarge(tale.videos[modes[0]][first], FRAME), (LEFT, TOP))
             draw.text(
-                (LEFT, TOP + SIDE + 24),
+                (LEFT, TOP + FRAME[1] + 24),
                 f"scene {script.returns[scene] + 1}, frame {first}",
                 FAINT,
                 font(15),
                 anchor="ls",
             )
         else:
-            draw.rectangle([LEFT, TOP, LEFT + SIDE - 1, TOP + SIDE - 1], PANEL)
-            centre = (LEFT + SIDE // 2, TOP + SIDE // 2)
+            draw.rectangle([LEFT, TOP, LEFT + FRAME[0] - 1, TOP + FRAME[1] - 1], PANEL)
+            centre = (LEFT + FRAME[0] // 2, TOP + FRAME[1] // 2)
             draw.text(centre, f"{name} is new", FAINT, font(20), anchor="mm")
         for mode in modes:
-            left += SIDE + GAP
-            image.paste(enlarge(tale.videos[mode][frame], SIDE), (left, TOP))
-            draw.rectangle([left - 3, TOP - 3, left + SIDE + 2, TOP + SIDE + 2], outline=colour, width=3)
+            left += FRAME[0] + GAP
+            image.paste(enlarge(tale.videos[mode][frame], FRAME), (left, TOP))
+            draw.rectangle([left - 3, TOP - 3, left + FRAME[0] + 2, TOP + FRAME[1] + 2], outline=colour, width=3)
             _memory(draw, tale, mode, frame, left)
             begun = how_begun(script, scene, mode)
-            draw.text((left + SIDE, TOP - 10), begun, colour, font(15, "bold"), anchor="rs")
+            draw.text((left + FRAME[0], TOP - 10), begun, colour, font(15, "bold"), anchor="rs")
         draw.text((LEFT, 610), name, colour, font(40, "bold"), anchor="ls")
         draw.text((LEFT + 44, 608), f"“{script.prompts[scene]}”", INK, font(24), anchor="ls")
         time = f"{frame / tale.fps:5.1f} s   frame {frame:3d}"
@@ -113,7 +114,7 @@ def draw_sheet(tale: Tale) -> Any:
 
     script, length = tale.script, tale.script.chunks * CHUNK
     parts = (0.25, 0.92) if len(script.prompts) <= MANY else (0.92,)
-    wide = len(parts) * (CELL + SPACE)
+    wide = len(parts) * (CELL[0] + SPACE)
     size = (SHEET_LEFT + len(script.prompts) * wide + 22, SHEET_TOP + len(tale.videos) * ROW + 30)
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
@@ -125,19 +126,19 @@ def draw_sheet(tale: Tale) -> Any:
         x, y = SHEET_LEFT + scene * wide, SHEET_TOP - 72
         draw.rectangle([x, y, x + wide - SPACE - 1, y + 52], colours[name])
         draw.text((x + 10, y + 26), name, PAPER, font(30, "bold"), anchor="lm")
-        for number, words in enumerate(_lines(script.prompts[scene].replace(" clear", ""), len(parts))):
+        for number, words in enumerate(_lines(script.prompts[scene], len(parts))):
             draw.text((x + 44, y + 17 + 19 * number), words, PAPER, font(15), anchor="lm")
         for row, (mode, video) in enumerate(tale.videos.items()):
             top = SHEET_TOP + row * ROW
             for column, part in enumerate(parts):
                 shown = video[scene * length + round(part * (length - 1))]
-                image.paste(enlarge(shown, CELL), (x + column * (CELL + SPACE), top))
+                image.paste(enlarge(shown, CELL), (x + column * (CELL[0] + SPACE), top))
             begun = how_begun(script, scene, mode)
-            draw.text((x, top + CELL + 18), begun, colours[name], font(14), anchor="ls")
+            draw.text((x, top + CELL[1] + 18), begun, colours[name], font(14), anchor="ls")
             if scene in script.returns:
                 text = f"corr. {tale.alike[mode][scene]:.2f}"
                 right = x + wide - SPACE
-                draw.text((right, top + CELL + 18), text, INK, font(14, "mono"), anchor="rs")
+                draw.text((right, top + CELL[1] + 18), text, INK, font(14, "mono"), anchor="rs")
     for row, mode in enumerate(tale.videos):
         top = SHEET_TOP + row * ROW
         draw.text((32, top + 36), mode, INK, font(20, "bold"), anchor="ls")
@@ -155,7 +156,7 @@ def _stage(tale: Tale, modes: list[str]) -> Any:
     draw.text((LEFT, 40), tale.headline, INK, font(24, "bold"), anchor="ls")
     draw.text((LEFT, 66), tale.byline, FAINT, font(15), anchor="ls")
     for number, text in enumerate(("the first time", *(f"mode {mode}" for mode in modes))):
-        left = LEFT + number * (SIDE + GAP)
+        left = LEFT + number * (FRAME[0] + GAP)
         draw.text((left - 2, TOP - 10), text, INK, font(16, "bold"), anchor="ls")
     colours, width = scene_colours(tale.script.names), SIZE[0] - 2 * LEFT
     each = width / len(tale.script.names)
@@ -170,11 +171,11 @@ def _stage(tale: Tale, modes: list[str]) -> Any:
 
 def _memory(draw: Any, tale: Tale, mode: str, frame: int, left: int) -> None:
     """The frames that one head stores now: a square per frame, with the number of its scene."""
-    held, top = tale.held[mode], TOP + SIDE + 36
+    held, top = tale.held[mode], TOP + FRAME[1] + 36
     frames, colours = held.held[frame // CHUNK], scene_colours(tale.script.names)
     draw.text((left, top - 12), f"{held.name}: stored frames by scene", FAINT, font(15), anchor="ls")
-    step = min(20.0, SIDE / max(len(frames), 1))
-    draw.rectangle([left, top, left + SIDE, top + 19], outline=RULE)
+    step = min(20.0, FRAME[0] / max(len(frames), 1))
+    draw.rectangle([left, top, left + FRAME[0], top + 19], outline=RULE)
     for place, number in enumerate(frames):
         scene = tale.script.scene_at(number)
         x = left + place * step

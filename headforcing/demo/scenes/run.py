@@ -1,8 +1,8 @@
 """Many prompts in one video: scenes that begin, end and return, and metrics for them.
 
-A prompt names a palette and a sprite; the model invents the background texture. So a scene that returns can
-only look as before if the heads still store it. Two metrics measure this: the similarity of a returning scene
-to its first appearance, and the similarity of scenes that should have nothing in common.
+A prompt names the light and what moves; the model invents the town. So a scene that returns can only look as
+before if the heads still store it. Two metrics measure this: the similarity of a returning scene to its first
+appearance, and the similarity of scenes that should have nothing in common.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from headforcing.apply import apply_head_forcing
@@ -23,18 +22,19 @@ from headforcing.demo.model.pipeline import ChunkCallback
 from headforcing.demo.model.threads import one_thread
 from headforcing.demo.show.story import Held
 from headforcing.demo.world.camera import CHUNK
-from headforcing.demo.world.metrics import GHOST_SATURATION, sprite_identity
+from headforcing.demo.world.metrics import LANDMARK_ROWS, actors_recognised
+from headforcing.demo.world.sprites import LANDMARKS
 from headforcing.demo.world.words import POSES, parse_prompt
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.role_map import RoleMap
 
 PROMPTS = (
-    "sea clear slow disc red",
-    "dusk clear slow cross yellow",
-    "forest clear slow square blue",
-    "sea clear slow disc red",
-    "sand clear slow diamond magenta",
-    "dusk clear slow cross yellow",
+    "day summer balloon red car blue",
+    "night winter calm bus yellow",
+    "dusk autumn plane white car green",
+    "day summer balloon red car blue",
+    "day winter balloon purple bus red",
+    "night winter calm bus yellow",
 )
 MODES = ("recall", "cut", "smooth", "continue")
 WRONG = "recall of another scene"
@@ -110,7 +110,7 @@ class Played:
 
     Attributes:
         mode: one of `MODES`, or `WRONG`.
-        video: `[B, 3, T, 24, 24]` in about [-1, 1].
+        video: `[B, 3, T, 48, 60]` in [-1, 1].
         memories: frames stored by a head of every role in the first video, chunk by chunk.
         stored_bytes: keys, values and marks stored at the end, counted from the tensors.
     """
@@ -126,17 +126,17 @@ class Found:
     """The metrics, one number per video, `[B]`; NaN if there is nothing to measure.
 
     Attributes:
-        returned: correlation of the backgrounds of a returning scene and of its first appearance, mean.
+        returned: correlation of the towns of a returning scene and of its first appearance, mean; see `alike`.
         leaked: the same for scenes with different prompts, mean over all pairs.
         halves: the same for the two halves of one scene, mean; an upper bound in practice.
-        sprites: share of the evaluated frames with a sprite of the right colour and about the right size.
+        actors: share of what should fly and drive that is recognised in the evaluated frames.
         at_once: the same in the first chunk of every scene except the first.
     """
 
     returned: Tensor
     leaked: Tensor
     halves: Tensor
-    sprites: Tensor
+    actors: Tensor
     at_once: Tensor
 
     @property
@@ -226,44 +226,32 @@ def measure(video: Tensor, script: Script) -> Found:
         returned=torch.stack(back).mean(0) if back else nothing,
         leaked=torch.stack([alike(scenes[a], scenes[b]) for a, b in others]).mean(0),
         halves=torch.stack([alike(a, b) for a, b in halves]).mean(0),
-        sprites=torch.stack([_sprites(*each) for each in zip(spans, script.prompts, strict=True)]).nanmean(0),
-        at_once=torch.stack([_sprites(*each) for each in at_once]).nanmean(0),
+        actors=torch.stack([_actors(*each) for each in zip(spans, script.prompts, strict=True)]).nanmean(0),
+        at_once=torch.stack([_actors(*each) for each in at_once]).nanmean(0),
     )
 
 
 def background(video: Tensor) -> Tensor:
-    """The background of a video `[B, 3, T, h, w]`: the median over time, NaN where sprites hide it.
-
-    A sprite hardly moves in a short scene and would dominate the faint texture. So pixels as saturated as a
-    sprite, and their neighbours, are excluded.
-    """
-    saturated = (video.amax(1) - video.amin(1)) / 2 > GHOST_SATURATION  # [B, T, h, w]
-    hidden = functional.max_pool2d(saturated.float(), 3, stride=1, padding=1) > 0
-    return video.masked_fill(hidden[:, None], torch.nan).nanmedian(2).values
+    """The town of a video `[B, 3, T, 48, 60]` without what moves: the median over time of the landmarks' rows."""
+    return video[..., LANDMARK_ROWS, :].median(2).values
 
 
 def alike(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of two textures `[B, 3, h, w]` without their mean colours: 1 is the same, 0 unrelated.
+    """Correlation of two towns `[B, 3, h, w]`: 1 is the same, 0 unrelated.
 
-    Pixels that are NaN in one of them are excluded.
+    It is that of the differences between neighbouring pixels in a row: all towns have the same sky and the same
+    ground, and the light may differ.
     """
-    known = ~(a.isnan() | b.isnan())
-    a, b = (_centred(image.double(), known) for image in (a, b))
+    a, b = (image.double().diff(dim=-1) for image in (a, b))
     norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt()
     return (a * b).sum((1, 2, 3)) / norm.masked_fill(norm == 0, torch.nan)
 
 
-def _centred(image: Tensor, known: Tensor) -> Tensor:
-    """The image without its mean colour, 0 at unknown pixels."""
-    mean = image.masked_fill(~known, torch.nan).nanmean((2, 3), keepdim=True)
-    return (image - mean).masked_fill(~known, 0.0)
-
-
-def _sprites(video: Tensor, prompt: str) -> Tensor:
-    """Share of the frames whose sprites have the prompt's colour and about the right size."""
+def _actors(video: Tensor, prompt: str) -> Tensor:
+    """Share of what a prompt lets fly and drive that is recognised; landmarks of the video may hide it."""
     asked = make_scene([0], camera="still", prompt=prompt)
-    asked = replace(asked, tint=torch.zeros_like(asked.tint))
-    return torch.cat([sprite_identity(one[None], asked).double() for one in video]).nanmean(1)
+    asked = replace(asked, kind=torch.full_like(asked.kind, len(LANDMARKS)))
+    return torch.cat([actors_recognised(one[None], asked).double() for one in video]).nanmean(1)
 
 
 def _differ(script: Script, a: int, b: int) -> bool:

@@ -65,11 +65,11 @@ class ModeRow:
     Attributes:
         mode: the prompt switch between scenes.
         stored_bytes: keys, values and marks stored at the end.
-        returned: correlation of a returning scene's texture with its first appearance, mean.
+        returned: correlation of a returning scene's town with its first appearance, mean; see `alike`.
         leaked: the same between scenes of different prompts, mean over all pairs.
         distance: returned minus leaked.
         halves: the same between the two halves of a scene, mean.
-        sprites: share of the frames with a sprite of the colour and about the size asked for.
+        actors: share of what should fly and drive that is recognised.
         at_once: the same in the first chunk of every scene but the first.
     """
 
@@ -79,7 +79,7 @@ class ModeRow:
     leaked: float | None
     distance: float | None
     halves: float | None
-    sprites: float | None
+    actors: float | None
     at_once: float | None
 
 
@@ -118,8 +118,8 @@ class Report:
             f"{row.mode} {number(row.returned)} (return), {number(row.leaked)} (leak)" for row in known
         )
         return (
-            f"Correlation of backgrounds: {found or 'no scene returns, so nothing to compare'}. 1 is "
-            "the same texture, 0 an unrelated one. This is one video; docs/scenes-results.md has 16."
+            f"Correlation of towns: {found or 'no scene returns, so nothing to compare'}. 1 is "
+            "the same town, 0 an unrelated one. This is one video; docs/scenes-results.md has 16."
         )
 
     def table(self) -> Any:
@@ -128,10 +128,10 @@ class Report:
 
         title = f"{len(self.prompts)} scenes: {' '.join(self.names)}, {self.frames} frames, seed {self.seed}"
         table = Table(title=title, title_style="bold")
-        for column in ("", "return", "leak", "distance", "within", "sprites", "at once", "stored"):
+        for column in ("", "return", "leak", "distance", "within", "actors", "at once", "stored"):
             table.add_column(column, justify="right" if column else "left")
         for row in self.modes:
-            values = (row.returned, row.leaked, row.distance, row.halves, row.sprites, row.at_once)
+            values = (row.returned, row.leaked, row.distance, row.halves, row.actors, row.at_once)
             table.add_row(row.mode, *map(number, values), f"{row.stored_bytes / 1e6:.2f} MB")
         return table
 
@@ -182,7 +182,7 @@ def play_all(
 
 def mode_row(played: Played, found: Found) -> ModeRow:
     """Means over the videos of a mode."""
-    values = (found.returned, found.leaked, found.distance, found.halves, found.sprites, found.at_once)
+    values = (found.returned, found.leaked, found.distance, found.halves, found.actors, found.at_once)
     means = [None if math.isnan(value) else value for value in (float(each.mean()) for each in values)]
     return ModeRow(played.mode, played.stored_bytes, *means)
 
@@ -207,7 +207,7 @@ def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> 
             row.mode: f"return  {number(row.returned)}\nleak  {number(row.leaked)}" for row in report.modes
         },
         headline=f"{len(script.prompts)} prompts in one video",
-        byline=f"{who} · seed {report.seed} · every mode from the same noise · 24 × 24 pixels, enlarged",
+        byline=f"{who} · seed {report.seed} · every mode from the same noise · 60 × 48 pixels, enlarged",
         fps=show.FPS,
     )
 

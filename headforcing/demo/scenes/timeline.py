@@ -99,7 +99,7 @@ def _ribbon(axes: Any, script: Script, recalls: bool) -> None:
         axes.axvspan(left + 0.15, left + length - 0.15, color=colours[name], lw=0)
         middle = left + length / 2
         axes.text(middle, 0.70, name, color=PAPER, fontsize=12, fontweight="bold", ha="center", va="center")
-        text = prompt.replace(" clear", "") if len(script.prompts) <= MANY else ""
+        text = prompt if len(script.prompts) <= MANY else ""
         axes.text(middle, 0.27, text, color=PAPER, fontsize=8, ha="center", va="center")
     ended: dict[str, int] = {}
     for scene, name in enumerate(script.names):

@@ -17,9 +17,11 @@ from headforcing.demo.show.plots import draw_curves
 from headforcing.demo.show.story import FAINT, INK, PAPER, RULE, TRUTH, Pixels, Story, Track
 
 SIZE = (1280, 720)
-SIDE, TOP, LEFT, GAP = 360, 112, 48, 52
-CURVES = (0, 478, 1280, 242)
+PANEL, TOP, LEFT, GAP = (360, 288), 112, 48, 52
+CURVES = (0, 416, 1280, 304)
 """Left, top, width and height of the curves below the panels."""
+CELL = (180, 144)
+"""Width and height of a frame on the contact sheet."""
 
 
 def draw_video(story: Story) -> Iterator[Pixels]:
@@ -33,10 +35,10 @@ def draw_video(story: Story) -> Iterator[Pixels]:
         draw = ImageDraw.Draw(image)
         for index, track in enumerate(story.tracks):
             left = _panel_left(index)
-            image.paste(enlarge(track.video[frame], SIDE), (left, TOP))
+            image.paste(enlarge(track.video[frame], PANEL), (left, TOP))
             if track.psnr is not None:
                 text = "given" if frame < story.given else _decibel(track.psnr[frame])
-                draw.text((left + SIDE + 2, TOP - 10), text, INK, font(15, "mono"), anchor="rs")
+                draw.text((left + PANEL[0] + 2, TOP - 10), text, INK, font(15, "mono"), anchor="rs")
         _counter(draw, story, frame)
         _camera(draw, story, frame)
         now = round(edges[0] + (edges[1] - edges[0]) * frame / max(story.frames - 1, 1))
@@ -46,11 +48,12 @@ def draw_video(story: Story) -> Iterator[Pixels]:
         yield np.asarray(image)
 
 
-def draw_sheet(story: Story, columns: int = 12) -> Any:
+def draw_sheet(story: Story, columns: int = 9) -> Any:
     """The contact sheet, a Pillow image: a row per track, a column per time."""
     from PIL import Image, ImageDraw
 
-    cell, gap, left, top, row = 132, 10, 208, 132, 166
+    (cell, high), gap, left, top = CELL, 10, 208, 132
+    row = high + 34
     times = np.unique(np.linspace(0, story.frames - 1, columns).round().astype(int))
     tops = [top + index * row - 22 * bool(index) for index in range(len(story.tracks))]
     image = Image.new("RGB", (left + len(times) * (cell + gap) + 22, tops[-1] + row + 10), PAPER)
@@ -62,12 +65,12 @@ def draw_sheet(story: Story, columns: int = 12) -> Any:
         draw.text((x, top - 12), f"{frame / story.fps:.1f} s", INK, font(17, "bold"), anchor="ls")
         draw.text((x + cell, top - 12), f"frame {frame}", FAINT, font(13), anchor="rs")
         for track, y in zip(story.tracks, tops, strict=True):
-            image.paste(enlarge(track.video[frame], cell), (x, y))
+            image.paste(enlarge(track.video[frame], CELL), (x, y))
             if track.psnr is not None:
                 text = "given" if frame < story.given else _decibel(track.psnr[frame])
-                draw.text((x + cell, y + cell + 18), text, INK, font(15, "mono"), anchor="rs")
+                draw.text((x + cell, y + high + 18), text, INK, font(15, "mono"), anchor="rs")
     for track, y in zip(story.tracks, tops, strict=True):
-        _row_label(draw, track, y, cell)
+        _row_label(draw, track, y, high)
     after = int(np.searchsorted(times, story.trained))
     if 0 < after < len(times):
         x = left + after * (cell + gap) - gap // 2
@@ -76,11 +79,11 @@ def draw_sheet(story: Story, columns: int = 12) -> Any:
     return image
 
 
-def enlarge(frame: Pixels, side: int) -> Any:
-    """A frame as a square Pillow image, smoothly enlarged."""
+def enlarge(frame: Pixels, size: tuple[int, int]) -> Any:
+    """A frame as a Pillow image of a width and height, pixel by pixel."""
     from PIL import Image
 
-    return Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
+    return Image.fromarray(frame).resize(size, Image.Resampling.NEAREST)
 
 
 def _stage(story: Story) -> Any:
@@ -93,7 +96,7 @@ def _stage(story: Story) -> Any:
     draw.text((LEFT, 66), story.byline, FAINT, font(15), anchor="ls")
     for index, track in enumerate(story.tracks):
         left = _panel_left(index)
-        draw.rectangle([left - 3, TOP - 3, left + SIDE + 2, TOP + SIDE + 2], track.colour)
+        draw.rectangle([left - 3, TOP - 3, left + PANEL[0] + 2, TOP + PANEL[1] + 2], track.colour)
         draw.text((left - 2, TOP - 10), track.name, track.colour, font(15, "bold"), anchor="ls")
     return image
 
@@ -112,29 +115,29 @@ def _counter(draw: Any, story: Story, frame: int) -> None:
 
 
 def _camera(draw: Any, story: Story, frame: int) -> None:
-    """The position of the view on the strip, above the ground truth."""
+    """The position of the view in the town, above the ground truth."""
     if story.camera is None:
         return
     width, height = 120, 10
-    left, top = _panel_left(0) + SIDE + 2 - width, TOP - 21
+    left, top = _panel_left(0) + PANEL[0] + 2 - width, TOP - 21
     draw.text((left - 8, top + height), "view", FAINT, font(13), anchor="rs")
     draw.rectangle([left, top, left + width, top + height], outline=RULE)
     start = left + round(width * float(story.camera[frame]))
-    draw.rectangle([start, top, start + width // 2, top + height], TRUTH)
+    draw.rectangle([start, top, start + round(width * story.view), top + height], TRUTH)
 
 
 def _panel_left(index: int) -> int:
-    return LEFT + index * (SIDE + GAP)
+    return LEFT + index * (PANEL[0] + GAP)
 
 
-def _row_label(draw: Any, track: Track, top: int, cell: int) -> None:
+def _row_label(draw: Any, track: Track, top: int, high: int) -> None:
     words, lines = track.name.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > 14:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     for number, line in enumerate(lines):
-        y = top + cell // 2 + 22 * number - 11 * len(lines) + 16
+        y = top + high // 2 + 22 * number - 11 * len(lines) + 16
         draw.text((32, y), line, track.colour, font(17, "bold"), anchor="ls")
 
 

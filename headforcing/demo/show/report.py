@@ -47,7 +47,8 @@ class PolicyRow:
         attended_frames: mean over the heads at the end, current chunk included.
         fps: frames generated per second.
         psnr_early, psnr_late: of the background, in dB; `None` if nothing could be measured.
-        identity_early, identity_late: share of the sprites with the right colour and size; `None` as above.
+        landmarks_early, landmarks_late: share of the landmarks recognised when they are back; `None` as above.
+        actors_early, actors_late: share of what flies and drives recognised; `None` as above.
     """
 
     name: str
@@ -57,8 +58,10 @@ class PolicyRow:
     fps: float
     psnr_early: float | None
     psnr_late: float | None
-    identity_early: float | None
-    identity_late: float | None
+    landmarks_early: float | None
+    landmarks_late: float | None
+    actors_early: float | None
+    actors_late: float | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Report:
         parts = []
         for what, a, b, form in (
             ("background PSNR", ours.psnr_late, base.psnr_late, "{:.1f} dB"),
-            ("sprite identity", ours.identity_late, base.identity_late, "{:.2f}"),
+            ("landmarks recognised", ours.landmarks_late, base.landmarks_late, "{:.0%}"),
         ):
             if a is not None and b is not None:
                 pair = f"{ours.name} {form.format(a)}, {base.name} {form.format(b)}"
@@ -124,8 +127,8 @@ class Report:
             "speed": lambda row: f"{row.fps:.0f} FPS",
             f"background PSNR, {early}": lambda row: _number(row.psnr_early, 1, " dB"),
             f"background PSNR, {late}": lambda row: _number(row.psnr_late, 1, " dB"),
-            f"sprite identity, {early}": lambda row: _number(row.identity_early, 2),
-            f"sprite identity, {late}": lambda row: _number(row.identity_late, 2),
+            f"landmarks recognised, {late}": lambda row: _share(row.landmarks_late),
+            f"actors recognised, {late}": lambda row: _share(row.actors_late),
         }
         for name, tell in lines.items():
             table.add_row(name, *map(tell, self.policies))
@@ -154,8 +157,10 @@ def policy_row(
         fps=made / rollout.seconds,
         psnr_early=_mean(rollout.psnr, early),
         psnr_late=_mean(rollout.psnr, late),
-        identity_early=_mean(rollout.identity, early),
-        identity_late=_mean(rollout.identity, late),
+        landmarks_early=_mean(rollout.landmarks, early),
+        landmarks_late=_mean(rollout.landmarks, late),
+        actors_early=_mean(rollout.actors, early),
+        actors_late=_mean(rollout.actors, late),
     )
 
 
@@ -187,3 +192,7 @@ def _mean(values: torch.Tensor, span: Sequence[int]) -> float | None:
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

@@ -23,7 +23,7 @@ from headforcing.demo.show import draw, plots
 from headforcing.demo.show.files import FILES, MADE_BY, REPORT, check_folder, replace_file, write_mp4
 from headforcing.demo.show.report import Report, policy_row, spans
 from headforcing.demo.show.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
-from headforcing.demo.world.camera import CHUNK, STRIP
+from headforcing.demo.world.camera import CHUNK, TOWN
 from headforcing.demo.world.scene import Scene, render
 from headforcing.demo.world.words import MOTIONS, POSES, format_prompt
 from headforcing.errors import OptionError
@@ -208,11 +208,11 @@ def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
         tuple(tracks),
         headline=f"One prompt, one seed, {times:.1f} × the trained length",
         byline=f"“{report.prompt}” · camera {report.camera} · seed {report.seed} · "
-        f"continues {report.given} rendered frames · 24 × 24 pixels, enlarged",
+        f"continues {report.given} rendered frames · 60 × 48 pixels, enlarged",
         fps=FPS,
         trained=report.trained,
         given=report.given,
-        camera=offset.double().numpy() / STRIP if report.camera == "pan" else None,
+        camera=offset.double().numpy() / TOWN if report.camera == "pan" else None,
     )
 
 
@@ -238,6 +238,6 @@ def write(
 
 
 def _pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 24, 24, 3]` of the first video of `[B, 3, T, 24, 24]` in [-1, 1]."""
+    """Frames `[T, 48, 60, 3]` of the first video of `[B, 3, T, 48, 60]` in [-1, 1]."""
     levels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).numpy()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from headforcing.demo.world.camera import TOWN, WIDTH
+
 Pixels = NDArray[np.uint8]
 
 # Okabe and Ito's palette, safe for colour-blind readers; the curves differ in dash as well.
@@ -22,7 +24,7 @@ class Track:
     Attributes:
         name: its caption.
         colour: of caption, frame and curve.
-        video: `[T, 24, 24, 3]`.
+        video: `[T, 48, 60, 3]`.
         psnr: dB per frame, NaN if there is nothing to measure; `None` for the ground truth.
     """
 
@@ -43,7 +45,8 @@ class Story:
         fps: frames per second.
         trained: frames of the training videos.
         given: first frames that every policy gets.
-        camera: left edge of the view per frame, as a share of the strip; `None`: it stands still.
+        camera: left edge of the view per frame, as a share of the town; `None`: it stands still.
+        view: width of the view, as a share of the town.
     """
 
     tracks: tuple[Track, ...]
@@ -53,6 +56,7 @@ class Story:
     trained: int
     given: int
     camera: NDArray[np.float64] | None = None
+    view: float = WIDTH / TOWN
 
     @property
     def frames(self) -> int:
