@@ -6,30 +6,26 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import headforcing as hf
-from benchmarks.demo_training.columns import returning_columns
 from headforcing.demo.contest.compare import (
     GIVEN_CHUNKS,
     Policy,
     bootstrap_interval,
-    known_columns,
     make_scene,
     paired_difference,
     roll,
     summarise,
 )
 from headforcing.demo.model.model import DemoConfig, DemoModel
-from headforcing.demo.world.camera import CHUNK, CameraSchedule
-from headforcing.demo.world.metrics import background_psnr
+from headforcing.demo.world.camera import CHUNK
+from headforcing.demo.world.metrics import background_psnr, known_columns, returned_slots
 from headforcing.demo.world.scene import render
 from headforcing.demo.world.words import format_prompt
 from headforcing.errors import AlreadyAppliedError
 from headforcing.roles import Anchor, Full, Local, SlidingWindow
 
-CONFIG = DemoConfig(dim=64, layers=2)
+CONFIG = DemoConfig(dim=96, layers=2)
 CHUNKS = 9
 FRAME_BYTES = 2 * CONFIG.layers * CONFIG.tokens_per_frame * CONFIG.dim * 4
 """Keys and values of one frame of one video in all layers."""
@@ -59,55 +55,32 @@ def test_a_scene_is_the_same_alone_and_in_a_batch(camera):
         alone = make_scene([seed], 80, camera=camera)
         for one, many in zip(tensors(alone), tensors(both), strict=True):
             assert torch.equal(one[0], many[row])
-    assert not torch.equal(both.texture[0], both.texture[1])
-    assert not both.curtain.any()
-    first, *_, last = both.prompts(torch.arange(80))[0, :, :7]
+    assert not torch.equal(both.kind[0], both.kind[1])
+    first, *_, last = both.prompts(torch.arange(80))[0, :, :6]
     assert torch.equal(first, last)  # no prompt switch
 
 
 def test_the_panning_camera_shows_everything_leaves_for_long_and_returns():
     scene = make_scene([1], 80, camera="pan")
-    unknown = ~known_columns(scene.camera, 80, GIVEN_CHUNKS["pan"])
-    assert int(unknown.sum(-1).max()) == 2  # the rightmost two of the strip come a frame later
-    assert not unknown[..., :22].any()
-    assert known_columns(scene.camera, 80, GIVEN_CHUNKS["pan"] + 1).all()
-    back = returning_columns(scene.camera, 80, away=40)[0]
-    assert back.any(-1)[210:].any()
-    assert not returning_columns(scene.camera, 80, away=240).any()
-
-
-def brute_returning(camera, chunks, away):
-    offset = camera.offset(torch.arange(chunks * CHUNK)).tolist()
-    found = torch.zeros(len(offset), chunks * CHUNK, 24, dtype=torch.bool)
-    for video, lefts in enumerate(offset):
-        for frame, left in enumerate(lefts):
-            start = frame // CHUNK * CHUNK
-            for column in range(24):
-                past = [t for t in range(start) if lefts[t] <= left + column < lefts[t] + 24]
-                found[video, frame, column] = bool(past) and past[-1] < start - away
-    return found
-
-
-@given(st.integers(0, 50), st.sampled_from([3, 6, 10]))
-def test_returning_columns_are_those_of_the_definition(seed, away):
-    camera = CameraSchedule.sample(2, 8, torch.Generator().manual_seed(seed))
-    assert torch.equal(returning_columns(camera, 8, away), brute_returning(camera, 8, away))
+    given = GIVEN_CHUNKS["pan"]
+    assert known_columns(scene, 80, given).all()
+    assert not known_columns(scene, 80, given - 1).all()
+    back = returned_slots(scene, 80, 40, given)[0]
+    assert back.any(0).sum() >= 2
+    assert back[210:].any()
+    assert not returned_slots(scene, 80, 240, given).any()
 
 
 def test_a_prompt_replaces_the_words_and_nothing_else():
-    text = "dusk curtain fast cross blue disc red"
+    text = "dusk winter plane blue bus red"
     drawn, told = (make_scene([1, 2, 3, 4], 4, camera="still", prompt=p) for p in (None, text))
     prompts = told.prompts(torch.arange(4))
-    assert {format_prompt(ids) for ids in prompts.flatten(0, 1)} == {f"{text} at2 still"}
-    assert torch.equal(drawn.texture, told.texture)
-    speeds = [scene.velocity[:, 0].norm(dim=-1) for scene in (drawn, told)]
-    ratio = torch.where(drawn.fast == 1, 1.0, 2.3)
-    torch.testing.assert_close(speeds[1] / speeds[0], ratio)
-    single = make_scene([1], 4, camera="still", prompt="sea clear slow disc red")
-    assert not single.two.any()
+    assert {format_prompt(ids) for ids in prompts.flatten(0, 1)} == {f"{text} at3 still"}
+    assert torch.equal(drawn.kind, told.kind)
+    assert torch.equal(drawn.speed, told.speed)
     with pytest.raises(ValueError, match="camera"):
-        make_scene([1], 4, camera="pan", prompt="sea clear slow disc red at1 left")
-    with pytest.raises(ValueError, match="texture"):
+        make_scene([1], 4, camera="pan", prompt="day summer calm quiet at1 left")
+    with pytest.raises(ValueError, match="time of day"):
         make_scene([1], 4, camera="pan", prompt="moon")
 
 
@@ -116,7 +89,7 @@ POLICIES = [
     Policy("own sink", window=12, sink=3),
     Policy("dense", window=-1),
     Policy("sink", SlidingWindow(9, sink=3)),
-    Policy("mixed", hf.RoleMap(((Anchor(1), Local(1), Local(1), hf.Memory(1, 4, 4)),) * 2)),
+    Policy("mixed", hf.RoleMap(((Anchor(1), *[Local(1)] * 4, hf.Memory(1, 4, 4)),) * 2)),
 ]
 
 
@@ -161,7 +134,7 @@ def test_the_same_memory_gives_the_same_video_patched_or_not(model):
         (Policy("dense", window=-1), 27),
         (Policy("full", Full()), 27),
         (Policy("anchor", Anchor(2)), 5),
-        (Policy("half", hf.RoleMap(((Local(1), Local(1), Local(3), Local(3)),) * 2)), 5),
+        (Policy("half", hf.RoleMap(((*[Local(1)] * 3, *[Local(3)] * 3),) * 2)), 5),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -175,15 +148,15 @@ def test_what_is_held_is_counted(model, policy, frames):
         assert 1.5 * expected <= made.stored_bytes <= 3.5 * expected
 
 
-def test_given_frames_are_the_truth_and_are_not_judged(model):
+def test_given_frames_are_the_truth_as_decoded_and_are_not_judged(model):
     made = go(model, camera="pan", given=6)
     scene = make_scene([3, 4], CHUNKS, camera="pan")
     truth = render(scene, torch.arange(18)).video
-    assert torch.equal(made.video[:, :, :18], truth)
-    for values in (made.psnr, made.identity, made.motion):
+    assert (made.video[:, :, :18] - truth).square().mean() < 0.01
+    for values in (made.psnr, made.landmarks, made.actors, made.sharpness):
         assert values.shape == (2, CHUNKS * CHUNK)
         assert values[:, :18].isnan().all()
-    expected = background_psnr(made.video, scene, columns=known_columns(scene.camera, CHUNKS, 6))
+    expected = background_psnr(made.video, scene, columns=known_columns(scene, CHUNKS, 6))
     assert torch.equal(made.psnr[:, 18:], expected[:, 18:])
 
 
