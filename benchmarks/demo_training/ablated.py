@@ -92,7 +92,7 @@ class HeldOut:
         }
 
     def _predict(self, level: float) -> Tensor:
-        """Every chunk from its noisy self and the drifted context before it, `[B, 48, F, 4, 5]`."""
+        """Every chunk from its noisy self and the drifted context before it, `[B, 48, F, 4, 6]`."""
         pipeline, made = self.pipeline, []
         pipeline.begin(len(self.latents))
         noisy = (1 - level) * self.latents + level * self.noise

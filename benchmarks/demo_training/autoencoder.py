@@ -47,7 +47,7 @@ class Frames:
         return rendering.video.permute(0, 2, 3, 4, 1).flatten(0, 1), rendering.moving.any(2).flatten(0, 1)
 
     def batch(self, step: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Frames `[FRAMES, 48, 60, 3]` and the pixels of what moves, `[FRAMES, 48, 60]` bool."""
+        """Frames `[FRAMES, 48, 72, 3]` and the pixels of what moves, `[FRAMES, 48, 72]` bool."""
         newest = step // REUSED
         lots = [self._lot(number) for number in range(max(0, newest - LOTS + 1), newest + 1)]
         frames, moving = (torch.cat(parts) for parts in zip(*lots, strict=True))

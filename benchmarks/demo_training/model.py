@@ -43,8 +43,8 @@ def predict_chunks(
 
     Args:
         model: the demo model.
-        clean: context `[B, 48, F, 4, 5]`.
-        noisy: the chunks to predict, one after the other, `[B, 48, K · chunk, 4, 5]`.
+        clean: context `[B, 48, F, 4, 6]`.
+        noisy: the chunks to predict, one after the other, `[B, 48, K · chunk, 4, 6]`.
         which: their numbers, ascending.
         t: their noise levels, `[B, K]`.
         context: word ids `[B, chunks, W]` of the whole video.

@@ -50,10 +50,10 @@ class Lot:
     """Encoded videos.
 
     Attributes:
-        latents: `[B, 48, F, 4, 5]`.
+        latents: `[B, 48, F, 4, 6]`.
         prompts: `[B, chunks, W]`.
-        seen: `[B, F, 4, 5]` bool, tokens that an earlier chunk showed.
-        moving: `[B, F, 4, 5]` bool, tokens with a part of what flies or drives.
+        seen: `[B, F, 4, 6]` bool, tokens that an earlier chunk showed.
+        moving: `[B, F, 4, 6]` bool, tokens with a part of what flies or drives.
     """
 
     latents: Tensor
@@ -97,7 +97,7 @@ class Videos:
 
 
 def corrupt(latents: Tensor, draws: torch.Generator) -> Tensor:
-    """Drift as long rollouts do: gain, bias and noise per channel, `[B, 48, F, 4, 5]`.
+    """Drift as long rollouts do: gain, bias and noise per channel, `[B, 48, F, 4, 6]`.
 
     The strength grows with the chunk index and the first chunk is mostly left alone. The model is not told.
     """
@@ -130,7 +130,7 @@ def levels(count: int, draws: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def regenerate(model: DemoModel, lot: Lot, context: Tensor, draws: torch.Generator) -> Tensor:
-    """The video as the model itself would continue it, `[B, 48, F, 4, 5]`; chunk 0 stays real.
+    """The video as the model itself would continue it, `[B, 48, F, 4, 6]`; chunk 0 stays real.
 
     All chunks are regenerated at once in two Euler steps from the context of the round before, one to three
     times. So errors add up over as many chunks, while what moves stays on its true path. Tokens that show
@@ -164,7 +164,7 @@ def loss(model: DemoModel, lot: Lot, draws: torch.Generator, own: float) -> tupl
     mix = t.repeat_interleave(CHUNK, 1)[:, None, :, None, None]
     noisy = (1 - mix) * clean + mix * torch.randn(clean.shape, generator=draws)
     made = predict_chunks(model, context, noisy, which, t, lot.prompts)
-    error = (made - clean).square().mean(1)  # [B, F, 4, 5]
+    error = (made - clean).square().mean(1)  # [B, F, 4, 6]
     seen, moving, level = chosen(lot.seen, 1), chosen(lot.moving, 1), mix[:, 0]
     weight = torch.where(seen, 1.0, NEW) * torch.where(moving, MOVING, 1.0)
     total = (error * weight / level.clamp(min=0.25)).sum() / weight.sum()

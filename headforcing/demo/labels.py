@@ -12,8 +12,6 @@ from pydantic import Field, ValidationError
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.errors import OptionError, RoleMapError
 from headforcing.measure.classifiers import Labels
-from headforcing.roles import HeadRole
-from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.origin import Facts, Measurement, ModelFacts, Origin, first_error
 from headforcing.roles.maps.presets import PRESETS
@@ -22,8 +20,6 @@ from headforcing.roles.maps.role_map import RoleMap
 FILE = "labels.json"
 MAX_BYTES = 1 << 20
 """Largest file that is read; checked before parsing."""
-PIECES = 4
-"""Bands of a frame for the dynamic heads of Forcing-KV: its 6 do not divide the 16 patches of the demo."""
 
 
 class Labelled(Facts):
@@ -93,9 +89,6 @@ def labels(preset: str) -> Labels:
 def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
     """A preset for the demo model, with labels if heads differ; `origin` says how they were measured.
 
-    As published except for one number: the dynamic heads of Forcing-KV cut a frame into 4 bands, each a row
-    of the demo's 4 x 4 patches, because the 6 of the source do not divide them.
-
     Args:
         name: name of the preset.
         window: frames the model was trained on.
@@ -113,10 +106,4 @@ def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
     origin = Origin(
         model=file.model, measurement=file.presets[name].measurement, notes=dict(found.origin.notes)
     )
-    layers = tuple(tuple(_divided(role) for role in layer) for layer in found.layers)
-    return RoleMap(layers, origin, found.labels)
-
-
-def _divided(role: HeadRole) -> HeadRole:
-    """The role with a number of pieces that divides the demo's patches."""
-    return replace(role, pieces=PIECES) if isinstance(role, Dynamic) else role
+    return replace(found, origin=origin)

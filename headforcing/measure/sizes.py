@@ -94,6 +94,6 @@ WAN_480P = (480 // 8 // 2, 832 // 8 // 2)
 MODELS = {
     "wan-1.3b": _wan(30, 12),
     "wan-14b": _wan(40, 40),
-    "demo": ModelSize(6, 6, 32, window=21, chunk=3, grid=(4, 5), itemsize=ITEMSIZES["fp32"]),
+    "demo": ModelSize(6, 6, 32, window=21, chunk=3, grid=(4, 6), itemsize=ITEMSIZES["fp32"]),
 }
 """Sizes of known models by name: Wan2.1 at 480p in bf16, and the embedded demo."""

@@ -28,7 +28,7 @@ def test_frames_are_coded_by_themselves():
 
 def test_a_pixel_reaches_only_the_latents_around_it():
     model = autoencoder()
-    video = torch.zeros(1, 3, 1, 48, 60)
+    video = torch.zeros(1, 3, 1, 48, 72)
     dotted = video.clone()
     dotted[..., 2, 2] = 1
     changed = (model.encode(video) != model.encode(dotted)).any(1)[0, 0]

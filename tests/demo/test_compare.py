@@ -75,7 +75,7 @@ def test_a_prompt_replaces_the_words_and_nothing_else():
     text = "dusk winter plane blue bus red"
     drawn, told = (make_scene([1, 2, 3, 4], 4, camera="still", prompt=p) for p in (None, text))
     prompts = told.prompts(torch.arange(4))
-    assert {format_prompt(ids) for ids in prompts.flatten(0, 1)} == {f"{text} at3 still"}
+    assert {format_prompt(ids) for ids in prompts.flatten(0, 1)} == {f"{text} at6 still"}
     assert torch.equal(drawn.kind, told.kind)
     assert torch.equal(drawn.speed, told.speed)
     with pytest.raises(ValueError, match="camera"):

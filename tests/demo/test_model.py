@@ -131,7 +131,7 @@ def test_the_callback_sees_every_chunk_and_changes_nothing(model, clip):
     assert torch.equal(watched, quiet)
     assert torch.equal(torch.cat(seen, 2), watched)
     assert (watched[:, :, :3] - first).square().mean() < 0.01
-    assert watched.shape == (2, 3, 27, 48, 60)
+    assert watched.shape == (2, 3, 27, 48, 72)
 
 
 def test_a_full_cache_without_eviction_is_an_error(model, clip, latents):

@@ -91,7 +91,7 @@ def test_a_step_sees_the_same_videos_whenever_it_is_repeated(small, monkeypatch)
     for name in ("latents", "prompts", "seen", "moving"):
         assert torch.equal(getattr(batches[0], name), getattr(batches[1], name))
     frames, moving = Frames(training).batch(5, training.draws(5))
-    assert frames.shape == (32, 48, 60, 3)
+    assert frames.shape == (32, 48, 72, 3)
     assert moving.any()
     assert not moving.all()
 

@@ -224,7 +224,7 @@ def test_every_scene_prompt_can_be_parsed_and_says_what_is_asked_for():
     [
         ("noon summer calm quiet", "'noon', expected the time of day: one of day, dusk"),
         ("day summer balloon", "word 4 of the prompt: got 'nothing', expected the colour of the balloon"),
-        ("day summer calm quiet at9 still", "'at9', expected the camera position"),
+        ("day summer calm quiet at99 still", "'at99', expected the camera position"),
         ("day summer calm quiet at1 up", "expected the camera motion: one of left, still"),
         ("day summer calm quiet at1 left now", "remove 'now'"),
     ],
@@ -287,13 +287,13 @@ def test_unseen_columns_are_not_judged():
 
 
 def test_returned_slots_are_whole_known_and_long_gone():
-    camera = CameraSchedule.periodic(1, 30)
-    scene = sample_scene(1, seeded(7), num_chunks=30, camera=camera)
-    slots = metrics.returned_slots(scene, 30, 21, 8)[0]
-    offset = camera.offset(torch.arange(90))[0]
-    shown, expected = -torch.ones(SLOTS), torch.zeros(90, SLOTS, dtype=torch.bool)
+    camera = CameraSchedule.periodic(1, 40)
+    scene = sample_scene(1, seeded(7), num_chunks=40, camera=camera)
+    slots = metrics.returned_slots(scene, 40, 21, 13)[0]
+    offset = camera.offset(torch.arange(120))[0]
+    shown, expected = -torch.ones(SLOTS), torch.zeros(120, SLOTS, dtype=torch.bool)
     gone = torch.zeros(SLOTS)
-    for frame in range(90):
+    for frame in range(120):
         for slot in range(SLOTS):
             left = slot * CELL - int(offset[frame])
             if -CELL < left < WIDTH:

@@ -45,7 +45,7 @@ from headforcing.roles.maps.role_map import RoleMap
 DEFAULT_CHUNKS = 80
 """240 frames, more than eleven times the trained length."""
 
-GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 8}
+GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 13}
 """Rendered chunks to start from; where the camera pans, they show the whole town."""
 
 
@@ -73,7 +73,7 @@ class Rollout:
 
     Attributes:
         policy: what the heads stored.
-        video: `[B, 3, T, 48, 60]` in [-1, 1], given frames included.
+        video: `[B, 3, T, 48, 72]` in [-1, 1], given frames included.
         psnr: of the town's columns that the given frames showed, in dB, `[B, T]`; NaN in the given frames, and
             if there is nothing to measure.
         landmarks: share of the landmarks recognised, `[B, T]`, NaN as for `psnr`; where the camera pans, of those

@@ -78,7 +78,7 @@ class Result:
         stored: stored frames in a long video, mean over heads; `None` is every frame.
         attended: attended frames in a noisy pass, mean over heads; `None` is every frame.
         stored_bytes: keys and values of one video, counted from the tensors.
-        video: of the first seed, `[3, frames, 48, 60]`.
+        video: of the first seed, `[3, frames, 48, 72]`.
     """
 
     entrant: Entrant

@@ -48,7 +48,7 @@ def sheet(found: Contest) -> Any:
         tuple(tracks),
         headline=f"One scene, one noise, {found.frames / found.trained:.1f} × the trained length",
         byline=f"camera {setting.camera} · seed {setting.seeds[0]} · continues {given} rendered frames · "
-        "60 × 48 pixels, enlarged · background PSNR to the ground truth",
+        "72 × 48 pixels, enlarged · background PSNR to the ground truth",
         fps=FPS,
         trained=found.trained,
         given=given,
@@ -58,5 +58,5 @@ def sheet(found: Contest) -> Any:
 
 
 def _pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 48, 60, 3]` of `[3, T, 48, 60]` in [-1, 1]."""
+    """Frames `[T, 48, 72, 3]` of `[3, T, 48, 72]` in [-1, 1]."""
     return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -46,7 +46,7 @@ class DemoConfig:
 def rope_table(config: DemoConfig) -> Tensor:
     """Unit complex numbers `[rows, head_dim / 2]`, complex128; columns for time, height, width.
 
-    The temporal base is 1e4, the spatial base 100: on a 4x5 grid more frequencies are of use.
+    The temporal base is 1e4, the spatial base 100: on a 4x6 grid more frequencies are of use.
     """
     pairs = config.dim // config.heads // 2
     space = pairs // 3

@@ -1,4 +1,4 @@
-"""The autoencoder of the demo: a frame of 48 x 60 pixels is 4 x 5 latents of 48 channels, and back.
+"""The autoencoder of the demo: a frame of 48 x 72 pixels is 4 x 6 latents of 48 channels, and back.
 
 Every frame is coded by itself, so a video can be decoded chunk by chunk. All layers are linear maps of a
 position and its neighbours, channels last.
@@ -74,17 +74,17 @@ class Autoencoder(nn.Module):
         self.register_buffer("std", torch.ones(CHANNELS))
 
     def encode(self, video: Tensor) -> Tensor:
-        """Latents `[B, 48, T, 4, 5]` of a video `[B, 3, T, 48, 60]` in [-1, 1]."""
+        """Latents `[B, 48, T, 4, 6]` of a video `[B, 3, T, 48, 72]` in [-1, 1]."""
         latents = (self.raw(rearrange(video, "b c t h w -> (b t) h w c")) - self.mean) / self.std
         return rearrange(latents, "(b t) h w c -> b c t h w", b=len(video))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The video `[B, 3, T, 48, 60]` in [-1, 1] of latents `[B, 48, T, 4, 5]`."""
+        """The video `[B, 3, T, 48, 72]` in [-1, 1] of latents `[B, 48, T, 4, 6]`."""
         video = self.paint(rearrange(latents, "b c t h w -> (b t) h w c")).clamp(-1, 1)
         return rearrange(video, "(b t) h w c -> b c t h w", b=len(latents))
 
     def raw(self, frames: Tensor) -> Tensor:
-        """Latents `[N, 4, 5, 48]` of frames `[N, 48, 60, 3]`, not yet of variance 1."""
+        """Latents `[N, 4, 6, 48]` of frames `[N, 48, 72, 3]`, not yet of variance 1."""
         fine, merge, think, out = self.encoder
         ratio = CELL // PATCH
         x = functional.gelu(fine(rearrange(frames, "n (h p) (w q) c -> n h w (p q c)", p=PATCH, q=PATCH)))
@@ -93,7 +93,7 @@ class Autoencoder(nn.Module):
         return latents
 
     def paint(self, latents: Tensor) -> Tensor:
-        """Frames `[N, 48, 60, 3]` of latents `[N, 4, 5, 48]`, not yet in [-1, 1]."""
+        """Frames `[N, 48, 72, 3]` of latents `[N, 4, 6, 48]`, not yet in [-1, 1]."""
         near, think, split, *finer = self.decoder
         ratio = CELL // PATCH
         x = split(think(functional.gelu(near(latents))))

@@ -35,7 +35,7 @@ from headforcing.demo.world.words import MOTIONS, POSES, PROMPT_WORDS, WORD_ID, 
 
 TIME_FEATURES = 64
 PLACE_RATES = 20
-PLACE_PERIOD = 192
+PLACE_PERIOD = 256
 """Pixels after which the features of a place repeat; more than the town is wide."""
 
 
@@ -151,7 +151,7 @@ class DemoModel(nn.Module):
         """Predict the clean latents.
 
         Args:
-            x: noisy latents `[B, 48, F, 4, 5]`.
+            x: noisy latents `[B, 48, F, 4, 6]`.
             t: noise levels in [0, 1], `[B]` or `[B, F]`; 0 is clean, 1 is noise.
             context: word ids `[B, W]`, or `[B, chunks, W]` with one prompt per chunk of `x`.
             kv_cache: one dict per layer, changed in place (`DemoCausalSelfAttention.forward`).
@@ -160,7 +160,7 @@ class DemoModel(nn.Module):
             current_start: absolute index of the first token of `x`.
 
         Returns:
-            `[B, 48, F, 4, 5]`.
+            `[B, 48, F, 4, 6]`.
         """
         frames = x.shape[2]
         levels = t[:, None].expand(-1, frames) if t.ndim == 1 else t
@@ -185,7 +185,7 @@ class DemoModel(nn.Module):
         return self._latents(tokens)
 
     def _embed(self, x: Tensor, prompts: Tensor) -> Tensor:
-        """Tokens `[B, F·P, C]` of latents `[B, 48, F, 4, 5]` and prompts `[B, n, W]`."""
+        """Tokens `[B, F·P, C]` of latents `[B, 48, F, 4, 6]` and prompts `[B, n, W]`."""
         tokens: Tensor = self.patch_embedding(rearrange(x, "b c f h w -> b f h w c"))
         height, width = self.config.grid
         places = _places(prompts, x.shape[2] // prompts.shape[1], width).to(tokens.dtype)
@@ -194,7 +194,7 @@ class DemoModel(nn.Module):
         return (tokens + position).flatten(1, 3)
 
     def _latents(self, tokens: Tensor) -> Tensor:
-        """Latents `[B, 48, F, 4, 5]` of tokens `[B, F·P, C]`."""
+        """Latents `[B, 48, F, 4, 6]` of tokens `[B, F·P, C]`."""
         height, width = self.config.grid
         latents: Tensor = rearrange(
             self.head(_norm(tokens)), "b (f h w) c -> b c f h w", **{"h": height, "w": width}

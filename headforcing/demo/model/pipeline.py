@@ -72,11 +72,11 @@ class DemoPipeline:
             prompts: word ids `[B, chunks, W]`, one prompt per chunk; the last one is repeated.
             num_chunks: chunks to generate; default: one per prompt.
             generator: source of the noise, drawn once per chunk on the generator's device.
-            first_chunk: clean frames to start from, `[B, 3, 3, 48, 60]`, or several chunks of them.
+            first_chunk: clean frames to start from, `[B, 3, 3, 48, 72]`, or several chunks of them.
             callback: called with the index and the clean frames of every finished chunk.
 
         Returns:
-            `[B, 3, T, 48, 60]` in [-1, 1].
+            `[B, 3, T, 48, 72]` in [-1, 1].
         """
         batch, total = prompts.shape[0], num_chunks or prompts.shape[1]
         like = self.model.patch_embedding.weight

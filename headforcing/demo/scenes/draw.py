@@ -16,10 +16,10 @@ from headforcing.demo.show.story import FAINT, INK, PANEL, PAPER, RULE, Held, Pi
 from headforcing.demo.world.camera import CHUNK
 
 SIZE = (1280, 720)
-FRAME, TOP, LEFT, GAP = (360, 288), 112, 48, 52
+FRAME, TOP, LEFT, GAP = (360, 240), 112, 48, 52
 BANDS = (640, 44)
 """Top and height of the row of scenes below the panels."""
-CELL, SPACE, SHEET_LEFT, SHEET_TOP = (120, 96), 10, 224, 172
+CELL, SPACE, SHEET_LEFT, SHEET_TOP = (144, 96), 10, 224, 172
 ROW = CELL[1] + 40
 MANY = 7
 """With more scenes than this, the sheet has one column per scene instead of two."""
@@ -32,7 +32,7 @@ class Tale:
 
     Attributes:
         script: the scenes.
-        videos: `[T, 48, 60, 3]` by mode; the first two are shown side by side.
+        videos: `[T, 48, 72, 3]` by mode; the first two are shown side by side.
         held: frames stored by the head with the largest memory, by mode.
         alike: correlation of every returning scene with its first appearance, by mode.
         summary: the metrics as text, by mode.
@@ -52,7 +52,7 @@ class Tale:
 
 
 def pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 48, 60, 3]` of the first video of `[B, 3, T, 48, 60]` in [-1, 1]."""
+    """Frames `[T, 48, 72, 3]` of the first video of `[B, 3, T, 48, 72]` in [-1, 1]."""
     levels: Pixels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     return levels
 

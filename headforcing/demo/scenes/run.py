@@ -110,7 +110,7 @@ class Played:
 
     Attributes:
         mode: one of `MODES`, or `WRONG`.
-        video: `[B, 3, T, 48, 60]` in [-1, 1].
+        video: `[B, 3, T, 48, 72]` in [-1, 1].
         memories: frames stored by a head of every role in the first video, chunk by chunk.
         stored_bytes: keys, values and marks stored at the end, counted from the tensors.
     """
@@ -232,7 +232,7 @@ def measure(video: Tensor, script: Script) -> Found:
 
 
 def background(video: Tensor) -> Tensor:
-    """The town of a video `[B, 3, T, 48, 60]` without what moves: the median over time of the landmarks' rows."""
+    """The town of a video `[B, 3, T, 48, 72]` without what moves: the median over time of the landmarks' rows."""
     return video[..., LANDMARK_ROWS, :].median(2).values
 
 

@@ -207,7 +207,7 @@ def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> 
             row.mode: f"return  {number(row.returned)}\nleak  {number(row.leaked)}" for row in report.modes
         },
         headline=f"{len(script.prompts)} prompts in one video",
-        byline=f"{who} · seed {report.seed} · every mode from the same noise · 60 × 48 pixels, enlarged",
+        byline=f"{who} · seed {report.seed} · every mode from the same noise · 72 × 48 pixels, enlarged",
         fps=show.FPS,
     )
 

@@ -6,7 +6,7 @@ used, so that the module can be read without the extra `demo`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,25 @@ from typing import Any
 import numpy as np
 
 from headforcing.demo.show.plots import draw_curves
-from headforcing.demo.show.story import FAINT, INK, PAPER, RULE, TRUTH, Pixels, Story, Track
+from headforcing.demo.show.story import (
+    FAINT,
+    INK,
+    PAPER,
+    ROLE_COLOURS,
+    RULE,
+    TRUTH,
+    WINDOW,
+    Held,
+    Pixels,
+    Story,
+    Track,
+)
 
 SIZE = (1280, 720)
-PANEL, TOP, LEFT, GAP = (360, 288), 112, 48, 52
-CURVES = (0, 416, 1280, 304)
+PANEL, TOP, LEFT, GAP = (360, 240), 112, 48, 52
+CURVES = (0, 376, 1280, 344)
 """Left, top, width and height of the curves below the panels."""
-CELL = (180, 144)
+CELL = (180, 120)
 """Width and height of a frame on the contact sheet."""
 
 
@@ -76,6 +88,33 @@ def draw_sheet(story: Story, columns: int = 9) -> Any:
         x = left + after * (cell + gap) - gap // 2
         _dashes(draw, x, top - 46, image.height - 22)
         draw.text((x + 6, top - 36), "beyond the trained length", FAINT, font(13), anchor="ls")
+    return image
+
+
+def draw_strip(memories: Sequence[Held], video: Pixels, title: str) -> Any:
+    """The frames that one head of every role stores at the end, a Pillow image: a row of pictures each.
+
+    Args:
+        memories: one row each.
+        video: `[T, 48, 72, 3]`, from which the frames are taken.
+        title: the large line.
+    """
+    from PIL import Image, ImageDraw
+
+    (high, wide), gap, left, top = video.shape[1:3], 6, 32, 76
+    row = high + 62
+    most = max(len(memory.held[-1]) for memory in memories)
+    image = Image.new("RGB", (2 * left + most * (wide + gap), top + len(memories) * row), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((left, 40), title, INK, font(22, "bold"), anchor="ls")
+    for number, memory in enumerate(memories):
+        y = top + number * row
+        colour = ROLE_COLOURS[(number - 1) % len(ROLE_COLOURS)] if number else WINDOW
+        draw.text((left, y + 12), memory.name, colour, font(16, "bold"), anchor="ls")
+        for place, frame in enumerate(memory.held[-1]):
+            x = left + place * (wide + gap)
+            image.paste(Image.fromarray(video[frame]), (x, y + 20))
+            draw.text((x + wide // 2, y + high + 24), str(frame), FAINT, font(12), anchor="mt")
     return image
 
 

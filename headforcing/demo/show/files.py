@@ -12,7 +12,7 @@ import numpy as np
 from headforcing.demo.show.story import Pixels
 
 REPORT = "demo.json"
-FILES = ("demo.mp4", "contact_sheet.png", "memory.png", REPORT)
+FILES = ("demo.mp4", "contact_sheet.png", "memory.png", "strip.png", REPORT)
 MADE_BY = "headforcing demo"
 
 

@@ -208,7 +208,7 @@ def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
         tuple(tracks),
         headline=f"One prompt, one seed, {times:.1f} × the trained length",
         byline=f"“{report.prompt}” · camera {report.camera} · seed {report.seed} · "
-        f"continues {report.given} rendered frames · 60 × 48 pixels, enlarged",
+        f"continues {report.given} rendered frames · 72 × 48 pixels, enlarged",
         fps=FPS,
         trained=report.trained,
         given=report.given,
@@ -234,10 +234,12 @@ def write(
     replace_file(paths["contact_sheet.png"], lambda path: draw.draw_sheet(story).save(path))
     title = f"Stored frames of one head per role, over {story.frames} frames"
     replace_file(paths["memory.png"], lambda path: plots.draw_memory(held, CHUNK, title).savefig(path))
+    last = "Frames that one head of every role remembers at the end"
+    replace_file(paths["strip.png"], lambda path: draw.draw_strip(held, story.tracks[-1].video, last).save(path))
     return files
 
 
 def _pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 48, 60, 3]` of the first video of `[B, 3, T, 48, 60]` in [-1, 1]."""
+    """Frames `[T, 48, 72, 3]` of the first video of `[B, 3, T, 48, 72]` in [-1, 1]."""
     levels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).numpy()

@@ -24,7 +24,7 @@ class Track:
     Attributes:
         name: its caption.
         colour: of caption, frame and curve.
-        video: `[T, 48, 60, 3]`.
+        video: `[T, 48, 72, 3]`.
         psnr: dB per frame, NaN if there is nothing to measure; `None` for the ground truth.
     """
 

@@ -1,6 +1,6 @@
 """The camera of the demo world: how large things are, and where it looks.
 
-The town is a panorama of slots, 2.4 times as wide as the view. The camera moves a whole slot per chunk, so
+The town is a panorama of slots, three times as wide as the view. The camera moves a whole slot per chunk, so
 what returns is at the same phase of the latent grid.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEIGHT, WIDTH = 48, 60
+HEIGHT, WIDTH = 48, 72
 """Pixels of the view."""
 CELL = 12
 """Pixels of a slot, and along one side of a latent."""
-SLOTS = 12
+SLOTS = 18
 CHUNK = 3
 PAN = CELL // CHUNK
 GRID = (HEIGHT // CELL, WIDTH // CELL)
@@ -69,8 +69,8 @@ class CameraSchedule:
     ) -> CameraSchedule:
         """Pan from `low` to `high`, stop there, pan back, stop, and so on; stops are in chunks.
 
-        With the defaults the town's left end is out of view for more than 30 frames, longer than the trained
-        range, and then returns.
+        With the defaults the ends of the town are out of view for some 70 frames, more than three times the
+        trained range, and then return.
         """
         way = high - low
         period = [1] * way + [0] * dwell_high + [-1] * way + [0] * dwell_low

@@ -1,6 +1,6 @@
 """Metrics of a generated demo video, against the ground truth of its scene.
 
-Every function takes `video` `[B, 3, T, 48, 60]` in [-1, 1], its `Scene` and the absolute index `start` of its
+Every function takes `video` `[B, 3, T, 48, 72]` in [-1, 1], its `Scene` and the absolute index `start` of its
 first frame, and returns one value per video and frame, `[B, T]`, so that policies can be compared video by
 video. NaN means that there is nothing to measure in this frame; average with `nanmean`.
 
@@ -37,10 +37,10 @@ def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Ten
     Left out are the pixels of what flies and drives, where it truly is and where the video shows it.
 
     Args:
-        video: `[B, 3, T, 48, 60]` in [-1, 1].
+        video: `[B, 3, T, 48, 72]` in [-1, 1].
         scene: its scene.
         start: absolute index of the first frame.
-        columns: `[B, T, 60]` bool, evaluate only these columns of the view, for example
+        columns: `[B, T, 72]` bool, evaluate only these columns of the view, for example
             `scene.camera.returning(num_chunks)`; there is no ground truth for what a video invents. Frames
             without any such column are NaN.
     """
@@ -49,7 +49,7 @@ def background_psnr(video: Tensor, scene: Scene, start: int = 0, *, columns: Ten
     judged = ~truth.moving.any(2) & ~_moving(video, scene, frames)
     if columns is not None:
         judged &= columns[:, :, None]
-    errors = (_unit(video) - _unit(truth.background)).square().mean(1)  # [B, T, 48, 60]
+    errors = (_unit(video) - _unit(truth.background)).square().mean(1)  # [B, T, 48, 72]
     error = (errors * judged).sum((2, 3)) / judged.sum((2, 3))
     return -10 * torch.log10(error + 1e-8)
 
@@ -165,7 +165,7 @@ def _edges(video: Tensor) -> Tensor:
 
 
 def _cut(image: Tensor, b: Tensor, t: Tensor, columns: Tensor) -> Tensor:
-    """Columns `[N, CELL]` of frames of `[B, C, T, 48, 60]`, `[N, rows, CELL, C]`."""
+    """Columns `[N, CELL]` of frames of `[B, C, T, 48, 72]`, `[N, rows, CELL, C]`."""
     return image.permute(0, 2, 3, 4, 1)[b[:, None], t[:, None], LANDMARK_ROWS, columns].transpose(1, 2)
 
 
@@ -207,12 +207,12 @@ def _search(frames: Tensor, pictures: Tensor, thing: int) -> Tensor:
     """How far pictures of something that flies, or drives, are from frames, wherever they may be.
 
     Args:
-        frames: `[N, 3, 48, 60]` in [-1, 1].
+        frames: `[N, 3, 48, 72]` in [-1, 1].
         pictures: `[P, height, width, 4]`.
         thing: 0 for what flies, 1 for what drives.
 
     Returns:
-        `[N, P, rows, 60]`, mean squared error in [0, 1] over a picture's pixels, by its upper left corner; large
+        `[N, P, rows, 72]`, mean squared error in [0, 1] over a picture's pixels, by its upper left corner; large
         where a part of it would be outside.
     """
     height, width = pictures.shape[1:3]
@@ -228,7 +228,7 @@ def _search(frames: Tensor, pictures: Tensor, thing: int) -> Tensor:
 
 
 def _moving(video: Tensor, scene: Scene, frames: Tensor) -> Tensor:
-    """The pixels where the video shows what should fly and drive, `[B, T, 48, 60]` bool."""
+    """The pixels where the video shows what should fly and drive, `[B, T, 48, 72]` bool."""
     wishes = scene.wishes(frames // CHUNK)
     shown = torch.zeros(*wishes.shape[:2], *video.shape[-2:], dtype=torch.bool, device=video.device)
     for thing in range(2):

@@ -6,7 +6,7 @@ memory. Something may fly behind the landmarks and something may drive in front 
 coordinates. Every chunk has its own prompt (see `words.py`): the same town can be seen by day or by night, in
 summer or in winter. A prompt does not say what stands where; that has to be remembered.
 
-Videos are `[B, 3, T, 48, 60]` float32 in [-1, 1]; `frames` are absolute frame indices.
+Videos are `[B, 3, T, 48, 72]` float32 in [-1, 1]; `frames` are absolute frame indices.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ class Rendering:
     """A rendered batch and its ground truth.
 
     Attributes:
-        video: `[B, 3, T, 48, 60]` in [-1, 1].
+        video: `[B, 3, T, 48, 72]` in [-1, 1].
         background: the same without what moves: the town as the camera sees it.
-        moving: `[B, T, 2, 48, 60]` bool, the pixels that show what flies, and what drives.
+        moving: `[B, T, 2, 48, 72]` bool, the pixels that show what flies, and what drives.
     """
 
     video: Tensor
@@ -228,7 +228,7 @@ def _land(ridge: Tensor, time: int, season: int) -> Tensor:
 
 
 def _actors(scene: Scene, videos: Tensor, frames: Tensor, wishes: Tensor) -> list[Tensor]:
-    """What flies and what drives, each `[N, 48, 60, 4]`, at frames `[N]` of videos `[N]`."""
+    """What flies and what drives, each `[N, 48, 72, 4]`, at frames `[N]` of videos `[N]`."""
     device = videos.device
     atlas = paint.actors().to(device)
     sizes = torch.tensor([paint.actor_size(kind) for kind in range(atlas.shape[1])], device=device)

@@ -27,7 +27,7 @@ def parse_prompt(text: str) -> Tensor:
     """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long.
 
     The order is: time of day, season, what flies and its colour, what drives and its colour; then, optionally,
-    the camera's position and motion (default: `at3 still`). `calm` and `quiet` have no colour.
+    the camera's position and motion (default: `at6 still`). `calm` and `quiet` have no colour.
 
     Args:
         text: for example `"day summer balloon red car blue"` or `"night winter calm bus white at0 right"`.
@@ -36,7 +36,7 @@ def parse_prompt(text: str) -> Tensor:
         ValueError: a word is missing, unknown or out of place; the message names the allowed ones.
 
     >>> parse_prompt("day summer calm car blue").tolist()
-    [1, 4, 7, 0, 11, 14, 22, 28]
+    [1, 4, 7, 0, 11, 14, 25, 33]
     """
     given = text.split()
     place = 0
