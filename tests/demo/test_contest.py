@@ -17,11 +17,11 @@ from headforcing.demo.world.camera import CHUNK
 from headforcing.errors import OptionError
 
 pytestmark = pytest.mark.xdist_group("contest")  # makes its videos once
-CONFIG = DemoConfig(dim=64, layers=2)
+CONFIG = DemoConfig(dim=96, layers=2)
 SETTING = Setting((3, 4), seconds=9 * CHUNK / 16, camera="still")
 SHAPE = CONFIG.layers, CONFIG.heads
 WINDOW = Entrant("window", (RoleMap.uniform(SlidingWindow(9), *SHAPE),))
-MIXED = Entrant("mixed", (RoleMap(((Local(1), Local(6), Local(1), Local(6)), (Local(1),) * 4)),))
+MIXED = Entrant("mixed", (RoleMap((((Local(1), Local(6)) * 3), (Local(1),) * 6)),))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_mistakes_are_named(model):
         compete(model, [], SETTING)
     with pytest.raises(OptionError, match="each once"):
         Setting((1, 1))
-    with pytest.raises(OptionError, match=r"use 1\.4 seconds or more"):
+    with pytest.raises(OptionError, match=r"use 2\.7 seconds or more"):
         Setting((1,), seconds=1.0, camera="pan")
 
 

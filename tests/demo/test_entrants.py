@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -23,7 +21,6 @@ from headforcing.demo.contest.entrants import (
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.model.model import DemoModel
 from headforcing.errors import OptionError, RoleMapError, RoleMapMismatchError
-from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.maps.presets import PRESETS
 
 CONFIG = DemoConfig()
@@ -39,18 +36,12 @@ def test_every_preset_runs_on_the_demo_model():
         assert made.video.isfinite().all()
 
 
-def test_forcing_kv_cuts_frames_to_rows_of_patches():
-    dynamic = [role for role in demo_preset("forcing_kv").counts() if isinstance(role, Dynamic)]
-    (published,) = [role for role in PRESETS["forcing_kv"].roles(21, 3).values() if isinstance(role, Dynamic)]
-    assert dynamic == [dataclasses.replace(published, pieces=CONFIG.grid)]
-
-
 def test_an_entrant_is_a_preset_or_a_file(tmp_path):
     assert entrant("memrope", CONFIG).roles == demo_preset("memrope")
     demo_roles().save(tmp_path / "mine.json")
     found = entrant(str(tmp_path / "mine.json"), CONFIG)
     assert (found.name, found.roles) == ("mine", demo_roles())
-    RoleMap.uniform(Local(), 2, 4).save(tmp_path / "small.json")
+    RoleMap.uniform(Local(), 2, 6).save(tmp_path / "small.json")
     (tmp_path / "bad.json").write_text("{}")
     for name, error in (("small", RoleMapMismatchError), ("bad", RoleMapError), ("absent", OptionError)):
         with pytest.raises(error):

@@ -30,7 +30,7 @@ def test_the_labels_belong_to_the_shipped_weights():
 @pytest.mark.parametrize("name", LABELLED)
 def test_every_preset_whose_heads_differ_has_labels(name):
     found = labels(name)
-    assert [len(row) for row in found] == [4] * 6
+    assert [len(row) for row in found] == [6] * 6
     assert {label for row in found for label in row} <= set(PRESETS[name].labels_needed())
     assert PRESETS[name].classifier in (None, CLASSIFIERS[name])
     with hf.apply_head_forcing(demo_model(), demo_preset(name), strict=True) as handle:
@@ -56,7 +56,7 @@ def test_the_demo_uses_the_labels():
     assert {*roles.named()} == {"sink", "neighbour", "dummy"}
     with hf.apply_head_forcing(diary._model, roles):
         pipeline = DemoPipeline(diary._model)
-        words, noise = parse_prompt("sea clear fast disc red").expand(1, 2, -1), torch.Generator()
+        words, noise = parse_prompt("day summer balloon red car blue").expand(1, 2, -1), torch.Generator()
         pipeline.generate(words, generator=noise, callback=lambda *_: diary.note())
     assert sorted(held.name for held in diary.read(2, "preset"))[1:] == [
         "preset: anchor head",

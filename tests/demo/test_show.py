@@ -25,7 +25,7 @@ FRAMES = 30
 
 def track(name, colour, seed, psnr=None):
     levels = np.random.default_rng(seed).integers(0, 255, (FRAMES, 3, 3, 3), dtype=np.uint8)
-    return Track(name, colour, levels.repeat(8, 1).repeat(8, 2), psnr)
+    return Track(name, colour, levels.repeat(16, 1).repeat(24, 2), psnr)
 
 
 def a_story():
@@ -44,7 +44,7 @@ def made(tmp_path_factory):
     """One run with an untrained model: the request, the report and its folder."""
     folder = tmp_path_factory.mktemp("show")
     DemoModel().randomize(torch.Generator().manual_seed(0)).save_weights(folder / "weights.safetensors")
-    rows = ((Local(), Anchor(), Memory(), Memory()),) * 6
+    rows = ((Local(), Anchor(), *[Memory()] * 4),) * 6
     RoleMap(rows).save(folder / "roles.json")
     request = show.Request(
         seconds=FRAMES / show.FPS,
@@ -87,10 +87,11 @@ def test_the_video_shows_what_it_is_given(tmp_path):
     files.write_mp4(tmp_path / "x.mp4", draw.draw_video(story), draw.SIZE, 16)
     _, frames = read(tmp_path / "x.mp4")
     for index, shown in enumerate(story.tracks):
-        left = draw.LEFT + index * (draw.SIDE + draw.GAP)
-        panel = frames[17][draw.TOP : draw.TOP + draw.SIDE, left : left + draw.SIDE]
-        centres = panel[60::120, 60::120].astype(int)  # of the 3 x 3 squares
-        assert np.abs(centres - shown.video[17, 4::8, 4::8]).max() < 16
+        wide, high = draw.PANEL
+        left = draw.LEFT + index * (wide + draw.GAP)
+        panel = frames[17][draw.TOP : draw.TOP + high, left : left + wide]
+        centres = panel[40::80, 60::120].astype(int)  # of the 3 x 3 fields
+        assert np.abs(centres - shown.video[17, 8::16, 12::24]).max() < 16
 
 
 def test_the_playhead_moves(monkeypatch):
@@ -109,9 +110,10 @@ def test_the_sheet_has_a_cell_per_time():
     sheet = np.asarray(draw.draw_sheet(story, columns=4))
     for shown in story.tracks:
         for frame in (0, 10, 19, 29):
-            cell = np.asarray(draw.enlarge(shown.video[frame], 132))
-            starts = np.argwhere((sheet[:-131, :-131] == cell[0, 0]).all(-1))
-            assert any((sheet[y : y + 132, x : x + 132] == cell).all() for y, x in starts)
+            cell = np.asarray(draw.enlarge(shown.video[frame], draw.CELL))
+            high, wide = cell.shape[:2]
+            starts = np.argwhere((sheet[: 1 - high, : 1 - wide] == cell[0, 0]).all(-1))
+            assert any((sheet[y : y + high, x : x + wide] == cell).all() for y, x in starts)
 
 
 def test_a_strip_holds_a_mark_per_frame_remembered():
@@ -121,14 +123,25 @@ def test_a_strip_holds_a_mark_per_frame_remembered():
     assert corners == [(3, 0, 3, 1), (3, 1, 3, 1), (6, 3, 3, 1)]
 
 
+def test_the_strip_shows_the_frames_that_are_kept():
+    video = a_story().tracks[0].video
+    held = [Held("local", ((), (0, 1), (3,))), Held("memory", ((), (0,), (7, 9)))]
+    strip = np.asarray(draw.draw_strip(held, video, "title"))
+    for row, frames in ((0, (3,)), (1, (7, 9))):
+        top = 76 + row * (48 + 62) + 20
+        for place, frame in enumerate(frames):
+            left = 32 + place * (72 + 6)
+            assert (strip[top : top + 48, left : left + 72] == video[frame]).all()
+
+
 def test_the_view_moves_with_the_camera():
-    offsets = np.linspace(0, 0.5, FRAMES)
+    offsets = np.linspace(0, 2 / 3, FRAMES)
     frames = [frame.copy() for frame in draw.draw_video(dataclasses.replace(a_story(), camera=offsets))]
-    left = draw.LEFT + draw.SIDE + 2 - 120
+    left = draw.LEFT + draw.PANEL[0] + 2 - 120
     bar = [frame[draw.TOP - 16, left : left + 121].min(1) > 180 for frame in (frames[0], frames[-1])]
-    assert bar[0][:60].all()
-    assert not bar[0][62:].any()
-    assert bar[1][61:].all()
+    assert bar[0][:40].all()
+    assert not bar[0][42:].any()
+    assert bar[1][81:].all()
 
 
 def test_memory_is_what_the_roles_keep(made):
@@ -184,15 +197,15 @@ def test_the_spans(frames, given, early, late):
 
 def a_report(window, forcing):
     def row(name, late):
-        return PolicyRow(name, (RoleRow("all", 24, None),), 10, 21.0, 50.0, 30.0, late, None, None)
+        return PolicyRow(name, (RoleRow("all", 36, None),), 10, 21.0, 50.0, 30.0, late, *[None] * 4)
 
     rows = (row("sliding window", window), row("Head Forcing", forcing))
-    return Report("sea", "still", 0, 240, 21, 3, (3, 20), (210, 239), rows)
+    return Report("day", "still", 0, 240, 21, 3, (3, 20), (210, 239), rows)
 
 
 def test_the_reading_follows_the_numbers():
     text = a_report(34.13, 20.3).reading()
     assert "Head Forcing 20.3 dB, sliding window 34.1 dB" in text
-    assert "identity" not in text
+    assert "recognised" not in text
     assert "one video" in text
     assert "nothing could be measured" in a_report(None, None).reading()
