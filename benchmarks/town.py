@@ -1,6 +1,6 @@
 """The moving picture of the README: the true town, the model's own window, and Head Forcing.
 
-    python benchmarks/town.py --seed 6000 --out docs/assets/town.webp
+python benchmarks/town.py --seed 6000 --out docs/assets/town.webp
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def main() -> None:
         method=6,
     )
     if given.out.stat().st_size > LIMIT:
-        raise ValueError(f"{given.out} has {given.out.stat().st_size} bytes: expected {LIMIT}, lower --quality")
+        raise ValueError(
+            f"{given.out} has {given.out.stat().st_size} bytes: expected {LIMIT}, lower --quality"
+        )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Frames:
 def loss(
     model: Autoencoder, frames: Tensor, moving: Tensor, draws: torch.Generator, frozen: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared and absolute error of pixels, and of the differences of neighbouring pixels, which are edges."""
+    """Squared and absolute error of pixels and of their differences, which are edges."""
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
         raw = model.raw(frames).float()
         if frozen:
@@ -77,7 +77,10 @@ def loss(
     weight = torch.where(moving, MOVING, 1.0)[..., None]
     total = (weight * (error.square() + 0.1 * error.abs())).mean() / weight.mean() + 0.3 * edges
     squared = error.detach().square().mean(-1)
-    psnr = {name: -10 * torch.log10(squared[of].mean() / 4) for name, of in (("still", ~moving), ("moving", moving))}
+    psnr = {
+        name: -10 * torch.log10(squared[of].mean() / 4)
+        for name, of in (("still", ~moving), ("moving", moving))
+    }
     return total, psnr
 
 
@@ -101,9 +104,20 @@ def main() -> None:
         model.load_weights(given.decoder)
         for part in model.encoder.parameters():
             part.requires_grad_(False)
-    matrices = [name for name, part in model.named_parameters() if part.ndim == 2 and not name.startswith(("encoder.0", "pixels"))]
+    matrices = [
+        name
+        for name, part in model.named_parameters()
+        if part.ndim == 2 and not name.startswith(("encoder.0", "pixels"))
+    ]
     training = Training(
-        model, matrices, given.out, steps=given.steps, rate=given.rate, hold=0.3, average=0.998, seed=given.seed
+        model,
+        matrices,
+        given.out,
+        steps=given.steps,
+        rate=given.rate,
+        hold=0.3,
+        average=0.998,
+        seed=given.seed,
     )
     frames = Frames(training)
     training.run(lambda step, draws: loss(model, *frames.batch(step, draws), draws, bool(given.decoder)))

@@ -95,7 +95,14 @@ class Training:
 
     def run(self, loss: Loss, *, log_every: int = 50, save_every: int = 200) -> None:
         """Trains up to the last step, from wherever the checkpoint is."""
-        self._say({"command": shlex.join(sys.orig_argv), "seed": self.seed, "torch": torch.__version__, "at": self.step})
+        self._say(
+            {
+                "command": shlex.join(sys.orig_argv),
+                "seed": self.seed,
+                "torch": torch.__version__,
+                "at": self.step,
+            }
+        )
         began, first = time.perf_counter(), self.step
         while self.step < self.steps:
             for optimizer, peak in zip(self.optimizers, self._peaks, strict=False):
@@ -171,7 +178,9 @@ class Training:
             self._means = json.loads(file.metadata()["means"])
 
         def below(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            return {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
 
         self.model.load_state_dict(below("model."))
         self.average.load_state_dict(below("average."))
@@ -180,4 +189,6 @@ class Training:
             for name, value in below(f"optimizer.{number}.").items():
                 index, field = name.split(".")
                 state.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )

@@ -1,11 +1,11 @@
-"""Trains the video transformer of the demo on the latents of its autoencoder.
+r"""Trains the video transformer of the demo on the latents of its autoencoder.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.demo_training.transformer \\
         --autoencoder runs/autoencoder/weights.safetensors --out runs/transformer
 
-Flow matching with teacher forcing: some chunks of a video are predicted, each from its noisy self and the clean
-chunks before it, and those are corrupted the way a long rollout drifts. With `--own` a part of the videos gets a
-context that the model made itself.
+Flow matching with teacher forcing: some chunks of a video are predicted, each from its noisy self and the
+clean chunks before it, and those are corrupted the way a long rollout drifts. With `--own` a part of the
+videos gets a context that the model made itself.
 """
 
 from __future__ import annotations

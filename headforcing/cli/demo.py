@@ -31,7 +31,7 @@ class Options:
     """The options of the command."""
 
     prompt: Annotated[
-        str | None, typer.Option(help='For example "night winter balloon red bus blue". [default: drawn from the seed]')
+        str | None, typer.Option(help='Such as "night winter calm bus blue". [default: drawn from the seed]')
     ] = None
     seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="Length at 16 frames per second.")] = 15.0
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scene and the noise.")] = 0

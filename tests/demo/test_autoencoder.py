@@ -19,7 +19,9 @@ def test_frames_are_coded_by_themselves():
     latents = model.encode(video)
     assert latents.shape == (2, 48, 6, *GRID)
     for frame in (0, 4):
-        torch.testing.assert_close(model.encode(video[:, :, frame : frame + 1]), latents[:, :, frame : frame + 1])
+        torch.testing.assert_close(
+            model.encode(video[:, :, frame : frame + 1]), latents[:, :, frame : frame + 1]
+        )
     whole = model.decode(latents)
     parts = torch.cat([model.decode(part) for part in latents.split(3, 2)], 2)
     torch.testing.assert_close(whole, parts)
@@ -54,4 +56,7 @@ def test_weights_survive_a_file(tmp_path):
     model = autoencoder()
     model.save_weights(path)
     copy = Autoencoder().load_weights(path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), copy.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), copy.state_dict().values(), strict=True)
+    )

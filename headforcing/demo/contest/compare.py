@@ -74,10 +74,10 @@ class Rollout:
     Attributes:
         policy: what the heads stored.
         video: `[B, 3, T, 48, 72]` in [-1, 1], given frames included.
-        psnr: of the town's columns that the given frames showed, in dB, `[B, T]`; NaN in the given frames, and
-            if there is nothing to measure.
-        landmarks: share of the landmarks recognised, `[B, T]`, NaN as for `psnr`; where the camera pans, of those
-            that are back after a whole window.
+        psnr: of the town's columns that the given frames showed, in dB, `[B, T]`; NaN in the given frames,
+            and if there is nothing to measure.
+        landmarks: share of the landmarks recognised, `[B, T]`, NaN as for `psnr`; where the camera pans, of
+            those that are back after a whole window.
         actors: share of what flies and drives recognised, `[B, T]`, NaN as for `psnr`.
         sharpness: relative to the truth, `[B, T]`, NaN as for `psnr`.
         seconds: wall time of the generation.
@@ -170,7 +170,9 @@ def roll(
             seconds = time.perf_counter() - started
             status = None if handle is None else handle.status()
             stored, attended = _held(pipeline, status, recorder, num_chunks * CHUNK)
-    return Rollout(policy, video, *_measure(video, scene, given_chunks, model.config.window), seconds, stored, attended)
+    return Rollout(
+        policy, video, *_measure(video, scene, given_chunks, model.config.window), seconds, stored, attended
+    )
 
 
 class SeededPipeline(DemoPipeline):

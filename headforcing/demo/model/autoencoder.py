@@ -64,10 +64,21 @@ class Autoencoder(nn.Module):
         super().__init__()
         ratio = (CELL // PATCH) ** 2
         self.encoder = nn.ModuleList(
-            [Near(3 * PATCH**2, FINE), nn.Linear(ratio * FINE, COARSE), Residual(COARSE), nn.Linear(COARSE, CHANNELS)]
+            [
+                Near(3 * PATCH**2, FINE),
+                nn.Linear(ratio * FINE, COARSE),
+                Residual(COARSE),
+                nn.Linear(COARSE, CHANNELS),
+            ]
         )
         self.decoder = nn.ModuleList(
-            [Near(CHANNELS, COARSE), Residual(COARSE), nn.Linear(COARSE, ratio * FINE), Residual(FINE), Residual(FINE)]
+            [
+                Near(CHANNELS, COARSE),
+                Residual(COARSE),
+                nn.Linear(COARSE, ratio * FINE),
+                Residual(FINE),
+                Residual(FINE),
+            ]
         )
         self.pixels = nn.Linear(FINE, 3 * PATCH**2)
         self.register_buffer("mean", torch.zeros(CHANNELS))

@@ -1,8 +1,8 @@
 """The demo model: a small causal video DiT with Self Forcing's calling convention.
 
 It works on the latents of `autoencoder.py`. The pipeline owns the per-layer cache dicts and calls the model
-chunk by chunk. The model predicts the clean latents. Every token is told which part of the town it shows: that
-follows from the camera's words in the prompt, as a ray does from a camera's pose.
+chunk by chunk. The model predicts the clean latents. Every token is told which part of the town it shows:
+that follows from the camera's words in the prompt, as a ray does from a camera's pose.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class DemoModel(nn.Module):
         return latents
 
     def _condition(self, levels: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """Modulation `[B, F, 6, C]` and words `[B·n, W, C]` of noise levels `[B, F]` and prompts `[B, n, W]`."""
+        """Modulation `[B, F, 6, C]` and words `[B·n, W, C]` of levels `[B, F]` and prompts `[B, n, W]`."""
         words = self.text_embedding(prompts) + self.text_position
         summary = self.text_summary(words.sum(2))
         summary = summary.repeat_interleave(levels.shape[1] // summary.shape[1], 1)

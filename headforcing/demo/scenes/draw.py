@@ -95,7 +95,9 @@ def draw_video(tale: Tale) -> Iterator[Pixels]:
         for mode in modes:
             left += FRAME[0] + GAP
             image.paste(enlarge(tale.videos[mode][frame], FRAME), (left, TOP))
-            draw.rectangle([left - 3, TOP - 3, left + FRAME[0] + 2, TOP + FRAME[1] + 2], outline=colour, width=3)
+            draw.rectangle(
+                [left - 3, TOP - 3, left + FRAME[0] + 2, TOP + FRAME[1] + 2], outline=colour, width=3
+            )
             _memory(draw, tale, mode, frame, left)
             begun = how_begun(script, scene, mode)
             draw.text((left + FRAME[0], TOP - 10), begun, colour, font(15, "bold"), anchor="rs")

@@ -126,7 +126,7 @@ class Found:
     """The metrics, one number per video, `[B]`; NaN if there is nothing to measure.
 
     Attributes:
-        returned: correlation of the towns of a returning scene and of its first appearance, mean; see `alike`.
+        returned: correlation of the towns of a returning scene and of its first appearance (`alike`), mean.
         leaked: the same for scenes with different prompts, mean over all pairs.
         halves: the same for the two halves of one scene, mean; an upper bound in practice.
         actors: share of what should fly and drive that is recognised in the evaluated frames.
@@ -232,15 +232,15 @@ def measure(video: Tensor, script: Script) -> Found:
 
 
 def background(video: Tensor) -> Tensor:
-    """The town of a video `[B, 3, T, 48, 72]` without what moves: the median over time of the landmarks' rows."""
+    """The town of a video `[B, 3, T, 48, 72]` without what moves: the median of the landmarks' rows."""
     return video[..., LANDMARK_ROWS, :].median(2).values
 
 
 def alike(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of two towns `[B, 3, h, w]`: 1 is the same, 0 unrelated.
 
-    It is that of the differences between neighbouring pixels in a row: all towns have the same sky and the same
-    ground, and the light may differ.
+    It is that of the differences between neighbouring pixels in a row: all towns have the same sky and the
+    same ground, and the light may differ.
     """
     a, b = (image.double().diff(dim=-1) for image in (a, b))
     norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt()

@@ -47,8 +47,8 @@ class PolicyRow:
         attended_frames: mean over the heads at the end, current chunk included.
         fps: frames generated per second.
         psnr_early, psnr_late: of the background, in dB; `None` if nothing could be measured.
-        landmarks_early, landmarks_late: share of the landmarks recognised when they are back; `None` as above.
-        actors_early, actors_late: share of what flies and drives recognised; `None` as above.
+        landmarks_early, landmarks_late: share of the landmarks recognised, of those that are back.
+        actors_early, actors_late: share of what flies and drives recognised.
     """
 
     name: str

@@ -235,7 +235,9 @@ def write(
     title = f"Stored frames of one head per role, over {story.frames} frames"
     replace_file(paths["memory.png"], lambda path: plots.draw_memory(held, CHUNK, title).savefig(path))
     last = "Frames that one head of every role remembers at the end"
-    replace_file(paths["strip.png"], lambda path: draw.draw_strip(held, story.tracks[-1].video, last).save(path))
+    replace_file(
+        paths["strip.png"], lambda path: draw.draw_strip(held, story.tracks[-1].video, last).save(path)
+    )
     return files
 
 

@@ -81,7 +81,10 @@ class CameraSchedule:
     def sample(
         cls, batch: int, num_chunks: int, generator: torch.Generator, *, pan_share: float = 0.9
     ) -> CameraSchedule:
-        """Training cameras: runs of one to four slots, short stops, most runs turn back; a share stands still."""
+        """Training cameras: runs of one to four slots with short stops; most runs turn back.
+
+        A share of the cameras moves, the others stand still.
+        """
         draw = Draw(batch, generator)
         moves = draw.uniform() < pan_share
         place = start = draw.integer(MAX_POSE + 1)

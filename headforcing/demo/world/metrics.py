@@ -59,8 +59,8 @@ def landmarks_recognised(
 ) -> Tensor:
     """Share of the landmarks in full view that are what they should be, in kind and colour.
 
-    The picture in a slot is compared with every landmark of the vocabulary in every colour, at the true place in
-    the true light. The nearest has to be the true one, and near enough.
+    The picture in a slot is compared with every landmark of the vocabulary in every colour, at the true place
+    in the true light. The nearest has to be the true one, and near enough.
 
     Args:
         video: see `background_psnr`.
@@ -173,7 +173,8 @@ def _tile_errors(image: Tensor, behind: Tensor, tiles: Tensor, front: Tensor, ju
     """Mean squared error of every tile, painted between what is behind it and what is in front.
 
     Args:
-        image, behind: `[N, rows, CELL, 3]` in [0, 1].
+        image: `[N, rows, CELL, 3]` in [0, 1].
+        behind: what is there without a tile, the same shape.
         tiles: `[K, rows, CELL, 4]`.
         front: `[N, rows, CELL, 4]`.
         judged: `[N, rows, CELL]`, 1 or 0.
@@ -187,7 +188,9 @@ def _tile_errors(image: Tensor, behind: Tensor, tiles: Tensor, front: Tensor, ju
     without = (judged * missed).flatten(1).sum(1)
     cover, ink = tiles[..., 3].flatten(1), (tiles[..., :3] * tiles[..., 3:]).flatten(1)
     change = free * (image.square().sum(-1) - missed)
-    error = without[:, None] + change.flatten(1) @ cover.mT - 2 * (free[..., None] * image).flatten(1) @ ink.mT
+    error = (
+        without[:, None] + change.flatten(1) @ cover.mT - 2 * (free[..., None] * image).flatten(1) @ ink.mT
+    )
     error = error + free.flatten(1) @ (tiles[..., :3].square().sum(-1) * tiles[..., 3]).flatten(1).mT
     return error / (3 * judged.flatten(1).sum(1))[:, None]
 
@@ -212,8 +215,8 @@ def _search(frames: Tensor, pictures: Tensor, thing: int) -> Tensor:
         thing: 0 for what flies, 1 for what drives.
 
     Returns:
-        `[N, P, rows, 72]`, mean squared error in [0, 1] over a picture's pixels, by its upper left corner; large
-        where a part of it would be outside.
+        `[N, P, rows, 72]`, mean squared error in [0, 1] over a picture's pixels, by its upper left corner;
+        large where a part of it would be outside.
     """
     height, width = pictures.shape[1:3]
     rows = SEARCHED[thing]

@@ -73,7 +73,8 @@ DISCS = (
 )
 """Sun and moon: column, row, radius, colour."""
 STARS = (
-    (4, 3), (13, 9), (21, 2), (29, 13), (36, 5), (46, 11), (68, 2), (8, 16), (67, 17), (24, 19), (40, 15), (51, 3)
+    (4, 3), (13, 9), (21, 2), (29, 13), (36, 5), (46, 11), (68, 2), (8, 16), (67, 17), (24, 19), (40, 15),
+    (51, 3)
 )  # fmt: skip
 DARK = 0.8
 """The shaded side of a thing's own colour."""
@@ -87,7 +88,8 @@ def _palette() -> Tensor:
         own, leaf = RGB[COLOURS[colour]], LEAVES[season]
         paints = {**PAINTS, "c": own, "C": _shade(own), "g": leaf, "G": _shade(leaf), SNOWY: SNOW}
         for letter, rgb in paints.items():
-            lit = torch.tensor(LIT) if time and letter in LAMPS else torch.tensor(rgb) * torch.tensor(LIGHT[time])
+            shines = time and letter in LAMPS
+            lit = torch.tensor(LIT) if shines else torch.tensor(rgb) * torch.tensor(LIGHT[time])
             found[time, season, colour, LETTERS.index(letter)] = torch.cat([lit, torch.ones(1)])
     return found
 
@@ -109,7 +111,7 @@ def _letters(art: str, size: tuple[int, int], top: int | None, snow: bool) -> Te
 
 
 def _atlas(arts: Sequence[str], size: tuple[int, int], tops: Sequence[int | None], snow: bool) -> Tensor:
-    """`[times, seasons, arts, colours, height, width, 4]`; with snow, what stands outside has some in winter."""
+    """`[times, seasons, arts, colours, height, width, 4]`; with `snow`, things have some in winter."""
     seasons = []
     for season, name in enumerate(SEASONS):
         placed = [

@@ -1,8 +1,8 @@
 """The demo world: a little pixel-art town in closed form, so that ground truth exists at any frame.
 
 A town is a row of slots with a landmark in each, under clouds and in front of hills. The vocabulary is small,
-the arrangements are without end. A camera pans over it, so content enters, leaves and returns, which tests the
-memory. Something may fly behind the landmarks and something may drive in front of them, both in view
+the arrangements are without end. A camera pans over it, so content enters, leaves and returns, which tests
+the memory. Something may fly behind the landmarks and something may drive in front of them, both in view
 coordinates. Every chunk has its own prompt (see `words.py`): the same town can be seen by day or by night, in
 summer or in winter. A prompt does not say what stands where; that has to be remembered.
 
@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from headforcing.demo.world import paint
-from headforcing.demo.world.camera import CELL, CHUNK, GROUND, HEIGHT, SLOTS, TOWN, WIDTH, CameraSchedule, Draw
+from headforcing.demo.world.camera import (
+    CELL,
+    CHUNK,
+    HEIGHT,
+    SLOTS,
+    TOWN,
+    WIDTH,
+    CameraSchedule,
+    Draw,
+)
 from headforcing.demo.world.sprites import CLOUDS, LANDMARKS, VERGES
 from headforcing.demo.world.words import AIR, COLOURS, MOTIONS, POSES, ROAD, SEASONS, TIMES, WORD_ID
 
@@ -38,8 +47,8 @@ class Scene:
     """Everything that defines a batch of videos; see `sample_scene`.
 
     Attributes:
-        asked: `[B, N, 6]` long, per chunk an index into each of `CHOICES`; the last chunk stays. The colour of
-            nothing has no meaning.
+        asked: `[B, N, 6]` long, per chunk an index into each of `CHOICES`; the last chunk stays. The colour
+            of nothing has no meaning.
         kind: `[B, SLOTS]` long, the landmark in each slot; the number of landmarks is a gap.
         colour: `[B, SLOTS]` long, of the landmarks.
         cloud, verge: `[B, SLOTS]` long.

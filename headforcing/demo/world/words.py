@@ -26,8 +26,8 @@ WORD_ID = {word: index for index, word in enumerate(WORDS)}
 def parse_prompt(text: str) -> Tensor:
     """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long.
 
-    The order is: time of day, season, what flies and its colour, what drives and its colour; then, optionally,
-    the camera's position and motion (default: `at6 still`). `calm` and `quiet` have no colour.
+    The order is: time of day, season, what flies and its colour, what drives and its colour; then,
+    optionally, the camera's position and motion (default: `at6 still`). `calm` and `quiet` have no colour.
 
     Args:
         text: for example `"day summer balloon red car blue"` or `"night winter calm bus white at0 right"`.
@@ -45,9 +45,8 @@ def parse_prompt(text: str) -> Tensor:
         nonlocal place
         got = given[place] if place < len(given) else "nothing"
         if got not in allowed:
-            raise ValueError(
-                f"word {place + 1} of the prompt: got {got!r}, expected the {what}: one of {', '.join(allowed)}"
-            )
+            what = f"{what}: one of {', '.join(allowed)}"
+            raise ValueError(f"word {place + 1} of the prompt: got {got!r}, expected the {what}")
         place += 1
         return got
 
