@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from presets_page import KEY_HEAD, OWN, draw, page
+from presets_page import OWN, draw, page
 from quality import CAMERAS, LATE, REPORT_SEEDS, ROOT, Job
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +38,7 @@ from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.profiled import SEED, VIDEOS
 from headforcing.demo.show.files import replace_file
 from headforcing.demo.world.camera import CHUNK
-from headforcing.roles import HeadRole, SlidingWindow
+from headforcing.roles import SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
@@ -79,17 +79,7 @@ def contest(config: DemoConfig) -> tuple[dict[str, list[Policy]], dict[str, dict
                 key = f"{one.name}, {name}"
                 drawn[key] = [Policy(key, draw(one.roles, seed)) for seed in range(DRAWS)]
                 fact["controls"][name] = key
-                layer, head = KEY_HEAD
-                maps = [one.roles, *(policy.roles for policy in drawn[key])]
-                fact.setdefault("key_head", {})[name] = [
-                    role_name(roles.layers[layer][head]) for roles in maps
-                ]
     return policies | drawn, facts
-
-
-def role_name(role: HeadRole) -> str:
-    """Its type in small letters."""
-    return type(role).__name__.lower()
 
 
 def jobs_of(

@@ -19,7 +19,7 @@ INTRO = """# Role maps of the demo model
 <!-- Written by benchmarks/role_maps.py; do not edit. -->
 
 There are many ways to measure which head should get which role. Here every method in the library labels the
-24 heads of the demo model. For every map, the page shows how stable it is, and compares videos made with it
+36 heads of the demo model. For every map, the page shows how stable it is, and compares videos made with it
 and with its controls, from the same scenes and the same noise and **with the same number of frames in all**,
 so that only the *distribution* of frames over the heads differs. `python benchmarks/role_maps.py` reproduces
 this page; its data: [{data}](data/{data}).

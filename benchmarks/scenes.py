@@ -74,7 +74,7 @@ class Job:
             played = play(model, self.roles, script, self.mode, some)
             found.append(measure(played.video, script))
             stored = played.stored_bytes / len(some)
-        names = ("returned", "leaked", "distance", "halves", "sprites", "at_once")
+        names = ("returned", "leaked", "distance", "halves", "actors", "at_once")
         columns = {name: torch.cat([getattr(each, name) for each in found]) for name in names}
         measures = {name: [round(float(x), 4) for x in column] for name, column in columns.items()}
         return {"map": self.name, "mode": self.mode, "bytes": stored, "measures": measures}

@@ -17,20 +17,20 @@ INTRO = """# Scenes that return
 <!-- Written by benchmarks/scenes.py; do not edit. -->
 
 One video of {scenes} prompts on the demo model, **{names}**, {chunks} chunks each, {frames} frames in all:
-two scenes return. A prompt names a palette and a sprite; the model invents the background texture, a new one
-in every scene. So a returning scene can only look as before if some head still stores its frames. The modes
+two scenes return. A prompt names the light and what moves; the model invents the town, a new one in every
+scene. So a returning scene can only look as before if some head still stores its frames. The modes
 are explained in [Prompt switching](prompt-switching.md). Every mode and role map gets the same noise, seeds
 {first} to {last}, one video each; the numbers of the roles were chosen on other scenarios. Data of this page:
 [{data}](data/{data}). `python benchmarks/scenes.py` reproduces both; `headforcing scenes` makes one such
 video.
 
-* **Return**: correlation of the background of a returning scene with its first appearance. **Leak**: the
-  same for scenes of different prompts, mean over all pairs: they should have nothing in common.
-  **Distance**: return minus leak. Mean colours are subtracted; the background is the median over time of the
-  pixels that are less saturated than a sprite; the first two chunks of a scene are not evaluated.
+* **Return**: correlation of the town of a returning scene with its first appearance. **Leak**: the same for
+  scenes of different prompts, mean over all pairs: they should have nothing in common. **Distance**: return
+  minus leak. Correlated are differences of neighbouring pixels in the landmarks' rows of the median over
+  time; the first two chunks of a scene are not evaluated.
 * **Within**: the same correlation between the two halves of one scene.
-* **Sprites**: share of the evaluated frames whose sprite has the right colour and about the right size; *at
-  once*: in the first chunk of every scene except the first.
+* **Actors**: share of what should fly and drive that has the right shape and colour; *at once*: in the first
+  chunk of every scene except the first.
 * **MB** per video at the end, marks included, counted from the tensors.
 * In brackets: 95 % bootstrap intervals over the videos. *Difference*: distance of mode recall with the same
   map minus that of the row, paired by video, bold if the interval excludes 0. Not corrected for the number
@@ -52,12 +52,12 @@ CONTROLS = (
 
 LIMITS = """## What this does not show
 
-* One small model, one training run, a synthetic world, one script. The model was trained on videos with one
-  texture each; how a real model reacts to a cut, a smooth switch or a recall cannot be concluded from this.
-* The prompt determines colour and sprite so strongly here that they follow it in every mode. In real models,
-  traces of the old prompt in the KV cache are the problem that LongLive's KV recache solves; this page says
+* One small model, one training run, a synthetic world, one script. The model was trained on videos of one
+  town each; how a real model reacts to a cut, a smooth switch or a recall cannot be concluded from this.
+* The prompt determines the light and what moves so strongly here that they follow it in every mode. In real
+  models, traces of the old prompt in the KV cache are the problem that LongLive's KV recache solves; this page says
   nothing about it, nor about `recache`, which requires a base model that recomputes frames.
-* How smooth a transition looks is not measured, except by the sprites at once: if no head stores the last
+* How smooth a transition looks is not measured, except by the actors at once: if no head stores the last
   frames, a chunk starts from noise alone, as at the beginning of a video. With smooth and continue one may
   want the setting to stay: their leak is a fault only if the prompt asks for another place.
 * A return is easy here: the camera stands still, and one scene fits into the memory of one head.
@@ -98,7 +98,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _table(records: Mapping[tuple[str, str], Any], name: str) -> str:
-    rows = [["mode", "return", "leak", "distance", "difference", "within", "sprites", "at once", "MB"]]
+    rows = [["mode", "return", "leak", "distance", "difference", "within", "actors", "at once", "MB"]]
     ours = records[name, "recall"]
     for (where, mode), record in records.items():
         if where != name:
@@ -112,7 +112,7 @@ def _table(records: Mapping[tuple[str, str], Any], name: str) -> str:
                 _between(record, "distance"),
                 "" if mode == "recall" else difference(paired, 2),
                 mean_of(record, "halves", 2),
-                mean_of(record, "sprites", 2),
+                mean_of(record, "actors", 2),
                 mean_of(record, "at_once", 2),
                 f"{record['bytes'] / 1e6:.2f}",
             ]
@@ -129,7 +129,7 @@ def _verdict(records: Mapping[tuple[str, str], Any]) -> str:
     """What the intervals show about Head Forcing's modes."""
     ours = records[HERE, "recall"]
     lines = []
-    for name, measure in (("return", "returned"), ("leak", "leaked"), ("sprites at once", "at_once")):
+    for name, measure in (("return", "returned"), ("leak", "leaked"), ("actors at once", "at_once")):
         said = []
         for mode in ("cut", "smooth", "continue", WRONG):
             found = paired_difference(values_of(ours, measure), values_of(records[HERE, mode], measure))

@@ -12,8 +12,8 @@ from headforcing.cli.console import AsJson, clean_errors, examples, print_report
 
 EXAMPLES = examples(
     "scenes --out runs/scenes",
-    'scenes --prompts "sea clear slow disc red" --prompts "dusk clear slow cross blue" '
-    '--prompts "sea clear slow disc red"',
+    'scenes --prompts "day summer balloon red car blue" --prompts "night winter calm bus yellow" '
+    '--prompts "day summer balloon red car blue"',
     "scenes --preset streaming_llm --json",
 )
 DRAWING = ("PIL", "imageio_ffmpeg", "matplotlib")
@@ -26,7 +26,7 @@ class Options:
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help='The prompt of one scene, such as "sea clear slow disc red"; repeat it for every scene. '
+            help='The prompt of one scene, such as "day summer balloon red car blue"; repeat it for every scene. '
             "A repeated prompt is a scene that returns. [default: six scenes, A B C A D B]"
         ),
     ] = None
