@@ -26,7 +26,7 @@ class Options:
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            help='The prompt of one scene, such as "day summer balloon red car blue"; repeat it for every scene. '
+            help='The prompt of one scene, such as "day summer calm car blue"; repeat it for every scene. '
             "A repeated prompt is a scene that returns. [default: six scenes, A B C A D B]"
         ),
     ] = None
