@@ -499,7 +499,7 @@ def test_enable_evaluate_disable_train_enable(
 
 def windowed() -> DemoModel:
     """What a rig holds, also on the meta device."""
-    model = DemoModel(DemoConfig(dim=64, layers=2))
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2))
     model.local_attn_size = 9
     return model
 

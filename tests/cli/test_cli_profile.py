@@ -23,7 +23,7 @@ SAID = []
 
 def make():
     seeded = torch.Generator().manual_seed(0)
-    model = DemoModel(DemoConfig(dim=64, layers=2)).randomize(seeded).eval().requires_grad_(False)
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2)).randomize(seeded).eval().requires_grad_(False)
     prompts = sample_scene(1, torch.Generator().manual_seed(1)).prompts(torch.arange(3))
 
     def run(*said):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.model.model import DemoModel
-from headforcing.demo.world.camera import VIEW
 from headforcing.demo.world.words import PROMPT_WORDS, WORDS
 
 
@@ -50,7 +49,7 @@ class Rig:
         >>> rig = Rig(window=6)
         >>> caches = rig.caches()
         >>> rig.call(caches, start=0, frames=3).shape
-        torch.Size([1, 3, 3, 24, 24])
+        torch.Size([1, 48, 3, 4, 4])
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Rig:
         heads: int = 4,
     ) -> None:
         self.window, self.dtype = window, dtype
-        self.config = DemoConfig(dim=16 * heads, layers=layers, heads=heads)
+        self.config = DemoConfig(dim=16 * heads, layers=layers, heads=heads, grid=(4, 4))
         model = DemoModel(self.config).randomize(torch.Generator().manual_seed(1))
         self.model: DemoModel = model.eval().requires_grad_(False).to(dtype)
         model.local_attn_size, model.sink_size = window, sink
@@ -78,9 +77,10 @@ class Rig:
         return caches
 
     def noise(self, start: int, frames: int, *, batch: int = 1, draw: int = 0) -> Tensor:
-        """Input frames, a function of what is asked for alone."""
+        """Input latents, a function of what is asked for alone."""
         generator = torch.Generator().manual_seed(1000 * draw + start)
-        return torch.randn(batch, 3, frames, VIEW, VIEW, generator=generator).to(self.dtype)
+        size = (batch, self.config.channels, frames, *self.config.grid)
+        return torch.randn(size, generator=generator).to(self.dtype)
 
     def call(self, caches: Caches | None, start: int, frames: int, *, draw: int = 0) -> Tensor:
         """One pass of the model over one chunk; another `draw` is another noise and noise level."""

@@ -21,7 +21,7 @@ from headforcing.measure.stability import stability
 from headforcing.roles import Anchor, Local, Memory, SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 
-CONFIG = DemoConfig(dim=64, layers=2)
+CONFIG = DemoConfig(dim=64, heads=4, layers=2)
 OWN = SlidingWindow(21, positions="absolute")
 
 
@@ -147,7 +147,7 @@ def test_the_order_in_which_roles_were_tried_does_not_matter(model):
 
 
 def test_the_demo_videos_are_the_same_on_every_call():
-    model = DemoModel(DemoConfig(dim=64, layers=1)).randomize(seeded()).eval().requires_grad_(False)
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=1)).randomize(seeded()).eval().requires_grad_(False)
     held_out = HeldOut(model, 6, 5)
     first, again = held_out.errors(), held_out.errors()
     for name in ("seen", "returning"):

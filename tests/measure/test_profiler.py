@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import headforcing as hf
 from headforcing.demo.model.model import DemoConfig, DemoModel
-from headforcing.demo.model.pipeline import DemoPipeline
+from headforcing.demo.model.pipeline import NOISE_LEVELS, DemoPipeline
 from headforcing.demo.world.scene import sample_scene
 from headforcing.errors import AlreadyAppliedError, OptionError, ProfileError
 from headforcing.measure.metrics import Look, Metric
@@ -22,9 +22,10 @@ from headforcing.measure.profiler import METRICS, Protocol, profile_heads
 from headforcing.roles import Full, Local, SlidingWindow
 from tests.examples import examples
 
-CONFIG = DemoConfig(dim=64, layers=3)
+CONFIG = DemoConfig(dim=64, heads=4, layers=3)
+LATENTS = (CONFIG.channels, CONFIG.chunk, *CONFIG.grid)
 CHUNKS = 9
-PASSES = 5
+PASSES = 1 + len(NOISE_LEVELS)
 OWN_CACHE = SlidingWindow(21, positions="absolute")
 
 
@@ -200,7 +201,7 @@ def test_branches_of_one_video_share_its_number(model):
                 for _ in range(2):
                     for pipeline in branches:
                         pipeline._predict(
-                            torch.randn(2, 3, 3, 24, 24, generator=seeded(3)), 1.0, context, index
+                            torch.randn(2, *LATENTS, generator=seeded(3)), 1.0, context, index
                         )
 
     profile = profile_heads(model, torch.no_grad()(guided), ["mass_ratio"])
@@ -324,7 +325,7 @@ def test_the_reason_why_nothing_was_measured_is_told(model):
         pipeline = DemoPipeline(model)
         pipeline._prepare(1, 2)
         context = sample_scene(1, seeded(1)).prompts(torch.arange(1))[:, 0]
-        pipeline._predict(torch.randn(1, 3, 3, 24, 24, generator=seeded(3)), 1.0, context, 0)
+        pipeline._predict(torch.randn(1, *LATENTS, generator=seeded(3)), 1.0, context, 0)
 
     with pytest.raises(ProfileError, match="does it generate with this model"):
         profile_heads(model, lambda: None)
@@ -399,7 +400,7 @@ def test_chunks_of_different_lengths_are_measured(model):
         context = sample_scene(1, seeded(1)).prompts(torch.arange(1))[:, 0]
         start = 0
         for frames in (1, 3, 3, 2):
-            sample = torch.randn(1, 3, frames, 24, 24, generator=seeded(3))
+            sample = torch.randn(1, CONFIG.channels, frames, *CONFIG.grid, generator=seeded(3))
             model(
                 sample,
                 t=sample.new_full((1, frames), 1.0),

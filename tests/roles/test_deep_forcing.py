@@ -195,7 +195,7 @@ def test_a_role_without_room_is_refused():
 
 
 def test_a_model_with_such_heads_runs_in_both_stores_and_survives_a_file():
-    model = DemoModel(DemoConfig(dim=64, layers=2)).randomize(torch.Generator().manual_seed(0))
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2)).randomize(torch.Generator().manual_seed(0))
     model = model.eval().requires_grad_(False)
     roles = RoleMap(((Participating(), Participating(12, 4, 4, 1), hf.Local(2), Participating()),) * 2)
     assert RoleMap.from_json(roles.to_json()) == roles

@@ -303,7 +303,7 @@ def test_an_old_choice_would_be_found():
 
 @pytest.mark.slow
 def test_a_model_with_dynamic_heads_matches_attention_written_out():
-    model = DemoModel(DemoConfig(dim=64, layers=3)).randomize(torch.Generator().manual_seed(0))
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=3)).randomize(torch.Generator().manual_seed(0))
     model = model.eval().requires_grad_(False)
     static, dynamic, leader = Local(1, sink=1, positions="absolute"), Dynamic(pieces=4), 1
     table = [[static] * 4, [dynamic, static, dynamic, Local(2)], [static, dynamic, dynamic, dynamic]]

@@ -311,7 +311,7 @@ def test_bytes_stay_bounded_and_averages_stay_averages(store, dtype, chunks):
 
 
 def test_a_model_with_averages_matches_attention_written_out():
-    model = DemoModel(DemoConfig(dim=64, layers=2)).randomize(torch.Generator().manual_seed(0))
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2)).randomize(torch.Generator().manual_seed(0))
     model = model.eval().requires_grad_(False)
     role, rotate, checked = PRESETS["memrope"].roles(21, 3)["all"], find_adapter(model).rotate, 0
     committed: list[dict[int, Any]] = [{}, {}]

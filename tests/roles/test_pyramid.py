@@ -127,7 +127,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
         Wave(**wrong)
 
 
-CONFIG = DemoConfig(dim=64, layers=2)
+CONFIG = DemoConfig(dim=64, heads=4, layers=2)
 
 
 @pytest.mark.slow
@@ -385,7 +385,7 @@ def test_a_pyramid_runs_in_constant_memory(chunks):
     model = DemoModel(CONFIG).randomize(torch.Generator().manual_seed(0)).eval().requires_grad_(False)
     roles, sizes = pyramid_forcing([["wave", "anchor", "veil", "wave"]] * 2), {}
     prompts = sample_scene(1, torch.Generator().manual_seed(1)).prompts(torch.arange(1)).expand(1, chunks, -1)
-    given = torch.randn(1, 3, 3 * chunks, 24, 24, generator=torch.Generator().manual_seed(2))
+    given = torch.randn(1, 3, 3 * chunks, 48, 72, generator=torch.Generator().manual_seed(2))
     with hf.apply_head_forcing(model, roles) as handle:
         video = DemoPipeline(model).generate(
             prompts,
