@@ -30,7 +30,7 @@ TARGET = """
 import hashlib, os, signal, time
 
 from headforcing.demo import DemoPipeline, demo_model, parse_prompt
-from headforcing.demo.world.words import PALETTES
+from headforcing.demo.world.words import TIMES
 
 
 def make():
@@ -43,8 +43,8 @@ def make():
             os.kill(os.getpid(), signal.SIGKILL)
         if mine and os.environ["TROUBLE"] == "sleep":
             time.sleep(600)
-        place = PALETTES[hashlib.sha256(prompt.encode()).digest()[0] % 4]
-        words = parse_prompt(f"{place} clear fast disc red").expand(1, 2, -1)
+        time = TIMES[hashlib.sha256(prompt.encode()).digest()[0] % len(TIMES)]
+        words = parse_prompt(f"{time} summer balloon red car blue").expand(1, 2, -1)
         return pipeline.generate(words, generator=generator)
 
     return model, run

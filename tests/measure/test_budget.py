@@ -417,7 +417,7 @@ def test_what_the_ring_store_holds_is_counted_to_the_byte(row):
     model = DemoModel().randomize(torch.Generator().manual_seed(0)).eval()
     roles, size = hf.RoleMap((row,) * 6), MODELS["demo"]
     with torch.no_grad(), hf.apply_head_forcing(model, roles) as handle:
-        words = parse_prompt("sea clear fast disc red").expand(1, 8, -1)
+        words = parse_prompt("day summer balloon red car blue").expand(1, 8, -1)
         pipeline = DemoPipeline(model)  # the streams live as long as its caches
         pipeline.generate(words, generator=torch.Generator().manual_seed(0))
         assert handle.status().stored_bytes == (stored := stored_bytes(size, "ring", roles))
