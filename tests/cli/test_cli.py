@@ -224,13 +224,13 @@ def test_the_same_seed_gives_the_same_numbers(demo, report):
 
 
 def test_the_table_holds_the_numbers(demo, report):
-    answer = demo("--seed", 5, "--prompt", "sea clear slow disc red", out="prompted")
+    answer = demo("--seed", 5, "--prompt", "night winter balloon red bus blue", out="prompted")
     assert answer.exit_code == 0
     words = (
-        "sea clear slow disc red",
+        "night winter balloon red bus blue",
         "sliding window",
         "Head Forcing",
-        "18 (24 heads)",
+        "18 (36 heads)",
         "This is one video",
     )
     assert all(word in answer.stdout for word in words)
@@ -241,9 +241,9 @@ def test_the_table_holds_the_numbers(demo, report):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "sea clear fast disc purple"], "red, green, blue, yellow, magenta, cyan"),
-        (["--prompt", "sea clear fast disc red at0 right"], "camera"),
-        (["--seconds", "0.1", "--camera", "pan"], "use 1.4 seconds or more"),
+        (["--prompt", "day summer balloon orange"], "red, blue, yellow, green, white, purple"),
+        (["--prompt", "day summer calm quiet at0 right"], "camera"),
+        (["--seconds", "0.1", "--camera", "pan"], "use 2.7 seconds or more"),
         (["--weights", "pyproject.toml"], "not weights of the demo model"),
         (["--roles", "absent.json"], "absent.json"),
     ],

@@ -107,7 +107,7 @@ def test_the_demo_is_profiled(demo):
     answer, out = demo
     assert answer.exit_code == 0, answer.output
     profile = HeadProfile.load(out)
-    assert profile.shape == (6, 4)
+    assert profile.shape == (6, 6)
     assert list(profile.facts.metrics) == ["attention_mass"]
     assert len(profile.video.unique()) == 2
     for word in ("DemoModel", "attention_mass", "seconds", str(out), str(out.with_suffix(".profile.json"))):

@@ -14,7 +14,7 @@ pytest.importorskip("imageio_ffmpeg", reason="requires the extra demo")
 
 pytestmark = pytest.mark.xdist_group("headforcing scenes")  # makes its videos once
 RUN = CliRunner()
-PROMPTS = ("sea clear slow disc red", "dusk clear slow cross yellow", "sea clear slow disc red")
+PROMPTS = ("day summer calm car blue", "night winter calm bus red", "day summer calm car blue")
 FILES = ["modes.png", "scenes.json", "scenes.mp4", "scenes_sheet.png", "timeline.png"]
 
 
@@ -75,7 +75,7 @@ def test_the_table_and_a_preset(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "sea clear slow disc purple"], "red, green, blue"),
+        (["--prompts", "day summer calm car orange"], "red, blue, yellow"),
         (["--prompts", PROMPTS[0]], "one scene"),
         (["--preset", "nonsense"], "unknown preset"),
         (["--roles", "absent.json"], "absent.json"),

@@ -36,7 +36,7 @@ def late_psnr(model, policy: Policy, camera: str, chunks: int) -> float:
 
 def test_the_role_map_names_the_weights_it_was_measured_on(model):
     roles = demo_roles()
-    assert roles.shape == (6, 4)
+    assert roles.shape == (6, 6)
     assert roles.origin.model.fingerprint == fingerprint(model, find_adapter(model))
     with warnings.catch_warnings(), apply_head_forcing(model, roles, strict=True):
         warnings.simplefilter("error")
