@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -28,3 +29,10 @@ def pytest_collection_finish() -> None:
     """Leak checks walk what tests make, not the million objects of imported modules, which stay anyway."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a module left behind (compiled graphs, caches) is not walked again in the next."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()

@@ -244,6 +244,7 @@ def test_a_silent_process_is_not_waited_for(place, tmp_path):
     assert "silent for 12 s" in errors[0]
 
 
+@pytest.mark.slow
 def test_processes_with_different_role_maps_stop_at_once(place, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
