@@ -65,6 +65,10 @@ class Blocks(CompressedHistory):
             if self._count == self.frames:
                 self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
 
+    def restarted(self, past: Past) -> None:
+        """They are the first frames of the first block."""
+        self.add(past)
+
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
         """The blocks that do not overlap the last frames, at their true distance from the query frame."""
         rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]

@@ -61,6 +61,9 @@ class CompressedHistory(ABC):
     def evicted(self, past: Past) -> None:  # noqa: B027 - optional on purpose
         """Receives whole frames that the role evicts now, in order."""
 
+    def restarted(self, past: Past) -> None:  # noqa: B027 - optional on purpose
+        """Receives, after `clear`, the frames that a new scene begins with because they were kept."""
+
     def max_tokens(self, patches: int) -> int | None:
         """Most tokens it ever shows, of frames of so many patches; default `None`, unknown.
 

@@ -52,10 +52,9 @@ class Participating(HeadRole):
         return self.window - chunk
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        rows = len(table)
-        chosen = 0 if table.frames == tuple(range(rows)) else self.chosen
-        if rows + chosen + table.chunk <= self.window:
-            return range(rows)
+        chosen = self.chosen if table.gap else 0
+        if len(table) + chosen + table.chunk <= self.window:
+            return range(len(table))
         return ends(table, self.sink, max(self.recent - table.chunk, 0))
 
     def fit(self, window: int, chunk: int) -> HeadRole:

@@ -28,7 +28,8 @@ class Averaging(HeadRole):
     """The first `sink` frames, two averages of evicted ones, and the last frames, `window` in all.
 
     While everything fits, nothing is averaged. At the first eviction the two frames right after the sink make
-    room for the averages and are lost, as in the released code.
+    room for the averages and are lost, as in the released code; so also at the first one after a prompt
+    switch that drops the averages.
 
     Attributes:
         window: frames attended to, current chunk and averages included.
@@ -54,9 +55,10 @@ class Averaging(HeadRole):
         return self.window - chunk
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        rows, room = len(table), self.window - table.chunk
-        averaged = rows > room or table.frames != tuple(range(rows))
-        return ends(table, self.sink, room - AVERAGES - self.sink) if averaged else range(rows)
+        room = self.window - table.chunk
+        if len(table) + table.gap <= room:
+            return range(len(table))
+        return ends(table, self.sink, room - AVERAGES - self.sink)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         least = self.sink + AVERAGES + chunk
@@ -89,8 +91,7 @@ class Averages(CompressedHistory):
 
     def evicted(self, past: Past) -> None:
         """Averages all of them at once."""
-        frames = past.k.shape[1]
-        lost = min(AVERAGES, frames - 1) if self._both is None else 0
+        lost = AVERAGES if self._both is None else 0
         k, v = past.k[:, lost:], past.v[:, lost:]
         old = (None, None) if self._both is None else self._both
         self._both = self._averaged(old[0], k), self._averaged(old[1], v)

@@ -64,9 +64,12 @@ class Bank(ABC):
         """The history as the role sees it in a pass over the frames `chunk`."""
         return FrameTable(self.frames, 0, len(chunk), self.keys, chunk.start, query, pin)
 
-    def choose(self, chunk: range, pin: Pin | None) -> tuple[FrameTable, Selection]:
-        """The history when the frames `chunk` begin, and the rows of it that the role keeps."""
-        table = replace(self.table(chunk, pin), new=self._new)
+    def choose(self, chunk: range, pin: Pin | None, gap: int) -> tuple[FrameTable, Selection]:
+        """The history when the frames `chunk` begin, and the rows of it that the role keeps.
+
+        `gap`: positions that the role's compressed tokens take.
+        """
+        table = replace(self.table(chunk, pin), new=self._new, gap=gap)
         kept = self.role.retain(table)
         return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
 

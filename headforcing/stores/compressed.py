@@ -34,6 +34,11 @@ class CompressedHistories:
         """The compressed history of a role."""
         return self._histories.get(role)
 
+    def gap(self, role: HeadRole) -> int:
+        """RoPE positions that compressed tokens of a role take."""
+        history = self.get(role)
+        return 0 if history is None else history.gap
+
     @property
     def want_queries(self) -> bool:
         """Whether any of them selects tokens by queries."""
@@ -89,6 +94,18 @@ class CompressedHistories:
         if gone:
             frames = [table.frames[row] for row in gone]
             self._histories[role].evicted(Past(frames, *fetch(gone), grid, self._layer, self._shared(role)))
+
+    def restart(
+        self,
+        role: HeadRole,
+        frames: Sequence[int | None],
+        fetch: Callable[[Sequence[int]], Tokens],
+        grid: Grid | None,
+    ) -> None:
+        """Passes on the frames that a role keeps while time restarts, after `clear`."""
+        if role in self._histories:
+            kept = fetch(range(len(frames)))
+            self._histories[role].restarted(Past(frames, *kept, grid, self._layer, self._shared(role)))
 
     def view(
         self, role: HeadRole, start: int, query: int | None, encode: Encode, put: Callable[[Tokens], Tokens]

@@ -77,6 +77,10 @@ class Scenes:
         """Frames of a role as the base model counts them."""
         return self._scenes[role].outside(frames)
 
+    def restarted(self, role: HeadRole, start: int) -> bool:
+        """Whether time restarted for a role at frame `start`."""
+        return self._scenes[role].begin == start
+
     def hold(self, pin: Pin | None) -> None:
         """From now on the base model's sink is the first frames of a later shot; `None`: of the video."""
         self._pin = pin

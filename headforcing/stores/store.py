@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole, visible_rows
+from headforcing.roles.base import HeadRole, newest_rows
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
 from headforcing.stores.bank import Bank
@@ -170,7 +170,7 @@ class KVStore(ABC):
         pending = self._copy_pending(self._pending.start)
         self._moving = True
         self.scenes.empty(edit.keep, start)
-        self.compressed.clear()
+        self._drop_compressed(start)
         self._stage(pending)
         self._moving = False
 
@@ -208,10 +208,13 @@ class KVStore(ABC):
         """
         bank, pin = self._banks[role], self.scenes.pin(role)
         own, query = self._inside(role, query)
-        rows = tuple(visible_rows(role, bank.table(own, pin, query), phase))
-        frames = (*(bank.frames[row] for row in rows), *own)
-        positions = self._positions(role, frames, len(own), query)
+        table = bank.table(own, pin, query)
+        every = tuple(role.visible(table, phase))
+        rows = newest_rows(role, table, every, phase)
+        placed = self._positions(role, (*(bank.frames[row] for row in every), *own), len(own), query)
+        positions = (*(placed[every.index(row)] for row in rows), *placed[len(every) :])
         k, v = bank.view(rows, positions, encode, None if query is None else query - own.start)
+        frames = (*(bank.frames[row] for row in rows), *own)
         return KVView(self.scenes.outside(role, frames), positions, k, v)
 
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
@@ -287,7 +290,7 @@ class KVStore(ABC):
         self.compressed.forget_views()
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, chunk)
-            table, kept = bank.choose(inside, self.scenes.pin(role))
+            table, kept = bank.choose(inside, self.scenes.pin(role), self.compressed.gap(role))
             self.compressed.evicted(role, kept, table, bank.rows, self._grid)
             bank.begin(table, kept, inside, functools.partial(self._positions, role))
         share_copies(self._banks.values())
@@ -299,10 +302,17 @@ class KVStore(ABC):
         switch = self.scenes.apply_switch(start)
         dropped = switch is not None and switch.mode != "continue"
         if dropped:
-            self.compressed.clear()
+            self._drop_compressed(start)
         self._end, self.prompt_pending = start, self.prompt_pending or switch is not None
         self._moving = False
         return dropped
+
+    def _drop_compressed(self, start: int) -> None:
+        """Compressed histories begin anew, with what was kept where time restarts at frame `start`."""
+        self.compressed.clear()
+        for role, bank in self._banks.items():
+            if bank.frames and self.scenes.restarted(role, start):
+                self.compressed.restart(role, bank.frames, bank.rows, self._grid)
 
     def _stage(self, chunk: Chunk) -> None:
         """Overwrites the pending chunk."""
