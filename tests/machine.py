@@ -42,6 +42,9 @@ PATCHES = GRID[0] * GRID[1]
 NAMES = ("a", "b")
 
 
+drawn = functools.lru_cache(10_000)(frame_tensor)
+
+
 def encode(x: Tensor, positions: Any, patch: int = 1) -> Tensor:
     """Stands for RoPE: exact, and different for every position."""
     return x + 1000.0 * torch.tensor(positions, dtype=x.dtype)[:, None, None, None]
@@ -131,7 +134,7 @@ class VideoMachine(RuleBasedStateMachine):
         return torch.stack([self._content(role, sample, frame) for frame in frames])
 
     def _tensor(self, frames: range, take: int) -> Tensor:
-        return frame_tensor(frames, self.seed + 10 * take, self.batch, self.num_heads, PATCHES)
+        return drawn(frames, self.seed + 10 * take, self.batch, self.num_heads, PATCHES)
 
     def _noise(self, frames: range, number: int, rolling: bool = False) -> Chunk:
         x = self._tensor(frames, -1 - number)

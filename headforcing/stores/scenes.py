@@ -198,7 +198,8 @@ class Scenes:
     def _rows(self, role: HeadRole, tiers: Sequence[Tier], start: int) -> list[int]:
         """Rows of a role's history that lie in some tiers when a chunk begins at `start`."""
         scene, pin, frames = self._scenes[role], self.pin(role), self._banks[role].frames
-        found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
+        known = _with_first(frames, first_frames(role))
+        found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in known]
         if pin is not None and "sink" in tiers:
             pinned = range(pin.begin, pin.begin + min(pin.frames, first_frames(role)))
             found = [stays or frame in pinned for stays, frame in zip(found, frames, strict=True)]
@@ -220,6 +221,11 @@ class Scenes:
             return kept.restarted()
         self._scenes[role] = replace(scene, since=first)
         return kept
+
+
+def _with_first(frames: Sequence[int | None], sink: int) -> list[int | None]:
+    """Frames, numbered also where those that a scene begins with had been chosen by content."""
+    return [row if frame is None and row < sink else frame for row, frame in enumerate(frames)]
 
 
 def _rows_before(frames: Sequence[int | None], first: int) -> list[int]:

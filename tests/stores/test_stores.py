@@ -24,15 +24,30 @@ from headforcing.errors import (
     WindowError,
     module_names,
 )
-from headforcing.roles import Anchor, Full, HeadRole, Local, Memory
+from headforcing.roles import (
+    Anchor,
+    Averaging,
+    Full,
+    HeadRole,
+    Local,
+    Memory,
+    Participating,
+    Rolling,
+    Strided,
+    Veil,
+)
+from headforcing.roles.base import newest_rows
+from headforcing.roles.blocks import Blocks
 from headforcing.roles.episodic import MaxMin, similarity
-from headforcing.stores import STORES, KVStore, store_class
+from headforcing.stores import STORES, Bank, KVStore, store_class
+from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
-from headforcing.types import Chunk, FrameTable, Phase
+from headforcing.stores.switch import Switch
+from headforcing.types import Chunk, FrameTable, Phase, Selection
 from tests.examples import examples
-from tests.machine import CHUNK, WINDOW, VideoMachine, encode, grouped
+from tests.machine import CHUNK, USUAL, WINDOW, VideoMachine, encode, grouped
 from tests.oracle import RULES
 from tests.planted import with_banks
 from tests.strategies import frame_tensor, kinds
@@ -92,6 +107,148 @@ def test_every_store_and_every_role_do_what_the_docstrings_say(store):
     run_state_machine_as_test(machine, settings=SETTINGS)
 
 
+STORY = [
+    Switch("smooth"),
+    Switch("cut", ("episodic",)),
+    Switch("cut", ("sink",)),
+    Switch("recache", frames=4),
+    Switch("recall", mark="b"),
+    Switch("smooth"),
+    Switch("cut", ("sink", "episodic")),
+    Switch("continue"),
+    Switch("cut"),
+]
+ROLES = [
+    *{role: None for row in USUAL for role in row},
+    Rolling(7, 2),
+    Strided(1, 1, period=3, cap=2),
+    Memory(1, 4, 2, clean_window=WINDOW),
+    Anchor(3, 2, clean_window=WINDOW),
+]
+
+
+def tell(role: HeadRole, store: type[KVStore] = RingStore) -> None:
+    """One role through all modes, always with the same chunks."""
+    machine = type("Told", (VideoMachine,), {"store": store})()
+    machine.start(row=[role], usual=[], batch=2, seed=0, lengths=[3, 3, 1, 2, 3, 4, 3])
+    for switch in STORY:
+        machine.change_scene(switch, [3, 4, 2, 3])
+
+
+def test_the_story_has_every_role():
+    assert {type(role) for role in ROLES} == built_in()
+
+
+@pytest.mark.parametrize("role", ROLES, ids=str)
+def test_every_role_goes_through_every_mode(role):
+    tell(role)
+
+
+def keep_one_less(self: HeadRole, kept: Selection, table: FrameTable) -> Selection:
+    rows = (*kept.before, *kept.after)
+    return kept if kept.chosen is not None else Selection(rows[:-1])
+
+
+def keep_one_more(self: HeadRole, kept: Selection, table: FrameTable) -> Selection:
+    gone = [] if kept.chosen is not None else sorted({*range(len(table))} - {*kept.before})
+    return Selection(tuple(sorted({*kept.before, *gone[-1:]}))) if gone else kept
+
+
+def forget_a_first_frame(self: HeadRole, kept: Selection, table: FrameTable) -> Selection:
+    return replace(kept, before=kept.before[1:]) if getattr(self, "sink", 0) else kept
+
+
+@pytest.mark.parametrize("wrong", [keep_one_less, keep_one_more, forget_a_first_frame])
+def test_a_role_that_keeps_other_frames_is_found(wrong, monkeypatch):
+    changed, found = set(), set()
+
+    def plant(kind: type[HeadRole]) -> None:
+        right = kind.retain
+
+        def retain(self: HeadRole, table: FrameTable) -> Selection:
+            kept = right(self, table)
+            kept = kept if isinstance(kept, Selection) else Selection(tuple(kept))
+            other = wrong(self, kept, table)
+            changed.update([self] if other != kept else [])
+            return other
+
+        monkeypatch.setattr(kind, "retain", retain)
+
+    for kind in built_in():
+        plant(kind)
+    for role in ROLES:
+        try:
+            tell(role)
+        except (AssertionError, WindowError):
+            found.add(role)
+    assert found == changed
+    assert len(found) > len(ROLES) / 2
+
+
+def gaps_are_compressed(patch: pytest.MonkeyPatch) -> None:
+    """Frames that were dropped by a switch take places."""
+    right = Bank.choose
+
+    def choose(self: Bank, chunk: range, pin: Any, gap: int) -> Any:
+        return right(self, chunk, pin, gap or int(self.frames != tuple(range(len(self.frames)))))
+
+    patch.setattr(Bank, "choose", choose)
+
+
+def full_too_early(patch: pytest.MonkeyPatch) -> None:
+    for kind in (Averaging, Participating):
+        right = kind.retain
+        patch.setattr(
+            kind,
+            "retain",
+            lambda self, table, right=right: right(self, replace(table, chunk=table.chunk + 1)),
+        )
+
+
+def compressed_takes_no_place(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompressedHistories, "gap", lambda *_: 0)
+
+
+def kept_frames_are_not_merged(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Blocks, "restarted", lambda *_: None)
+
+
+def chosen_frames_are_never_first(patch: pytest.MonkeyPatch) -> None:
+    """Those that were chosen by content are no first frames of the scene that begins with them."""
+    patch.setattr("headforcing.stores.scenes._with_first", lambda frames, _: frames)
+
+
+def positions_of_what_is_seen(patch: pytest.MonkeyPatch) -> None:
+    def visible(self: HeadRole, table: FrameTable, phase: Phase) -> Any:
+        return newest_rows(self, table, tuple(range(len(table))), phase)
+
+    patch.setattr(HeadRole, "visible", visible)
+
+
+@pytest.mark.parametrize(
+    ("plant", "kinds_hit"),
+    [
+        (gaps_are_compressed, {Averaging, Participating}),
+        (full_too_early, {Averaging, Participating}),
+        (compressed_takes_no_place, {Averaging, Participating}),
+        (kept_frames_are_not_merged, {Veil}),
+        (chosen_frames_are_never_first, {Memory}),
+        (positions_of_what_is_seen, {Memory, Anchor}),
+    ],
+    ids=lambda plant: getattr(plant, "__name__", ""),
+)
+def test_the_story_catches_planted_bugs(plant, kinds_hit, monkeypatch):
+    plant(monkeypatch)
+    hit = set()
+    for role in ROLES:
+        if type(role) in kinds_hit - hit:
+            try:
+                tell(role)
+            except (AssertionError, WindowError):
+                hit.add(type(role))
+    assert hit == kinds_hit
+
+
 class Leaky(RingStore):
     """Commits on every write."""
 
@@ -113,7 +270,7 @@ class Greedy(RingStore):
     """Keeps what the role says to evict, once it has enough."""
 
     def _begin(self, own: range) -> None:
-        if any(len(bank.frames) < 8 for bank in self._banks.values()):
+        if all(len(bank.frames) < 8 for bank in self._banks.values()):
             super()._begin(own)
 
 
