@@ -21,7 +21,9 @@ from headforcing.roles import (
     Local,
     Memory,
     Participating,
+    Rolling,
     SlidingWindow,
+    Strided,
     Veil,
     Wave,
 )
@@ -383,6 +385,40 @@ class VideoMachine(RuleBasedStateMachine):
             tensors = list(store.scenes.tensors())
             assert sum(t.numel() * t.element_size() for t in tensors) == held
             assert set(store.scenes.marks) == {*self.marks, *self.due}
+
+
+STORY = [
+    Switch("smooth"),
+    Switch("cut", ("episodic",)),
+    Switch("cut", ("sink",)),
+    Switch("recache", frames=4),
+    Switch("recall", mark="b"),
+    Switch("smooth"),
+    Switch("cut", ("sink", "episodic")),
+    Switch("continue"),
+    Switch("cut"),
+]
+ROLES = [
+    *{role: None for row in USUAL for role in row},
+    Rolling(7, 2),
+    Strided(1, 1, period=3, cap=2),
+    Memory(1, 4, 2, clean_window=WINDOW),
+    Anchor(3, 2, clean_window=WINDOW),
+]
+
+
+def tell_story(role: HeadRole, store: type[KVStore] = RingStore) -> None:
+    """One role through all modes, always with the same chunks."""
+    machine = type("Told", (VideoMachine,), {"store": store})()
+    machine.start(row=[role], usual=[], batch=2, seed=0, lengths=[3, 3, 1, 2, 3, 4, 3])
+    for switch in STORY:
+        machine.ask(Switch("cut"))  # the last one asked for counts
+        machine.change_scene(switch, [3, 4, 2, 3])
+
+
+def tell_every_story() -> None:
+    for role in ROLES:
+        tell_story(role)
 
 
 def check_compressed(

@@ -31,7 +31,7 @@ class HeadRole(ABC):
         clean_window: newest frames that the clean pass sees, current chunk included; `None`: all that noisy
             passes see. Commit Forcing (released code of October 2026, no paper): first frames are visible
             only while they are among the newest, frames chosen by content and compressed tokens not at all.
-            Distances between visible frames do not change.
+            Visible frames sit where they would without it.
     """
 
     positions: PositionScheme = field(default="compact", kw_only=True)

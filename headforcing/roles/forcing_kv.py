@@ -31,7 +31,8 @@ class Dynamic(HeadRole):
     Attributes:
         sink: first frames of the video.
         pieces: bands that a frame is cut into, and bands that are selected.
-        skip: first chunks that are not cut; 2 there, as heads get their labels after the second.
+        skip: first chunks that are not cut; the first one never is. 2 there, as heads get their labels after
+            the second.
     """
 
     sink: int = 1

@@ -168,7 +168,8 @@ class Veil(_Clamped):
     A block is four frames, counted from the first one of the video, whose squares of 2 x 2 patches are
     averaged into a quarter of a frame. It sits at the lower median of its frames in time, and at the top left
     of its squares. Of the last `blocks` complete ones, those that overlap the last frames are not visible.
-    The first block contains first frames, too, as in the released code.
+    The first block contains first frames, too, as in the released code; where a prompt switch restarts time,
+    these are the frames that it kept.
 
     Attributes:
         blocks: merged blocks stored.

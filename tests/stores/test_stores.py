@@ -32,8 +32,6 @@ from headforcing.roles import (
     Local,
     Memory,
     Participating,
-    Rolling,
-    Strided,
     Veil,
 )
 from headforcing.roles.base import newest_rows
@@ -44,10 +42,9 @@ from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
-from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, FrameTable, Phase, Selection
 from tests.examples import examples
-from tests.machine import CHUNK, USUAL, WINDOW, VideoMachine, encode, grouped
+from tests.machine import CHUNK, ROLES, WINDOW, VideoMachine, encode, grouped, tell_story
 from tests.oracle import RULES
 from tests.planted import with_banks
 from tests.strategies import frame_tensor, kinds
@@ -107,41 +104,13 @@ def test_every_store_and_every_role_do_what_the_docstrings_say(store):
     run_state_machine_as_test(machine, settings=SETTINGS)
 
 
-STORY = [
-    Switch("smooth"),
-    Switch("cut", ("episodic",)),
-    Switch("cut", ("sink",)),
-    Switch("recache", frames=4),
-    Switch("recall", mark="b"),
-    Switch("smooth"),
-    Switch("cut", ("sink", "episodic")),
-    Switch("continue"),
-    Switch("cut"),
-]
-ROLES = [
-    *{role: None for row in USUAL for role in row},
-    Rolling(7, 2),
-    Strided(1, 1, period=3, cap=2),
-    Memory(1, 4, 2, clean_window=WINDOW),
-    Anchor(3, 2, clean_window=WINDOW),
-]
-
-
-def tell(role: HeadRole, store: type[KVStore] = RingStore) -> None:
-    """One role through all modes, always with the same chunks."""
-    machine = type("Told", (VideoMachine,), {"store": store})()
-    machine.start(row=[role], usual=[], batch=2, seed=0, lengths=[3, 3, 1, 2, 3, 4, 3])
-    for switch in STORY:
-        machine.change_scene(switch, [3, 4, 2, 3])
-
-
 def test_the_story_has_every_role():
     assert {type(role) for role in ROLES} == built_in()
 
 
 @pytest.mark.parametrize("role", ROLES, ids=str)
 def test_every_role_goes_through_every_mode(role):
-    tell(role)
+    tell_story(role)
 
 
 def keep_one_less(self: HeadRole, kept: Selection, table: FrameTable) -> Selection:
@@ -178,7 +147,7 @@ def test_a_role_that_keeps_other_frames_is_found(wrong, monkeypatch):
         plant(kind)
     for role in ROLES:
         try:
-            tell(role)
+            tell_story(role)
         except (AssertionError, WindowError):
             found.add(role)
     assert found == changed
@@ -243,7 +212,7 @@ def test_the_story_catches_planted_bugs(plant, kinds_hit, monkeypatch):
     for role in ROLES:
         if type(role) in kinds_hit - hit:
             try:
-                tell(role)
+                tell_story(role)
             except (AssertionError, WindowError):
                 hit.add(type(role))
     assert hit == kinds_hit
