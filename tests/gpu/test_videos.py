@@ -1,0 +1,57 @@
+"""Every video on a device equals that on the CPU, whatever the current device is."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headforcing.adapters import rope_fused
+from headforcing.roles import Anchor, Local, Memory
+from tests.gpu.simulated import DEVICES, Simulation
+from tests.gpu.videos import Roles, Video
+from tests.hosts import find_host
+
+MIXED = [Anchor(1), Local(1), Memory(1, 2, 2)]
+
+
+def roles_of(name: str) -> Roles:
+    """Roles of three kinds, in every layer other heads."""
+    host = find_host(name)
+    heads = 4 if name in FOUR_HEADS else 3
+    return [[MIXED[(head + layer) % 3] for head in range(heads)] for layer in range(host.layers)]
+
+
+FOUR_HEADS = ("self_forcing",)
+
+
+def made(name: str, roles: Roles, device: torch.device | str, chunks: int, **how: Any) -> list[Tensor]:
+    """Two videos, the second one on the caches of the first."""
+    video = Video(find_host(name), roles, device, **how)
+    first = video.chunks(range(chunks))
+    video.new_video()
+    return [*first, *video.chunks(range(2), draws=(21, 20))]
+
+
+def check_equals_the_cpu(name: str, roles: Roles, device: torch.device, chunks: int = 5, **how: Any) -> None:
+    with Simulation.off():
+        expected = made(name, roles, "cpu", chunks, **how)
+    assert all(map(torch.equal, made(name, roles, device, chunks, **how), expected))
+
+
+@pytest.mark.parametrize("name", ["self_forcing"])
+def test_a_video_equals_that_on_the_cpu(simulation: Simulation, name: str, device: torch.device) -> None:
+    check_equals_the_cpu(name, roles_of(name), device)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_alias_that_asks_for_the_current_device_is_found(
+    simulation: Simulation, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mistake that was made: it works as long as the model is on the current device."""
+    monkeypatch.setattr(rope_fused, "_without_view", lambda x: torch.from_dlpack(x.detach()))
+    with contextlib.nullcontext() if index == 0 else pytest.raises(BufferError):
+        check_equals_the_cpu("self_forcing", Local(1), DEVICES[index], chunks=1)
