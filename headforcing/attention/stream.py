@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from headforcing.errors import StreamError
 from headforcing.stores import KVStore
+from headforcing.stores.checks import FiniteCheck, check_ended
 from headforcing.types import Chunk, Phase
 
 PassId = tuple[int | None, int]
@@ -59,11 +61,22 @@ class Stream:
         return [self, *sorted(self.later_layers, key=lambda later: later.store.layer)]
 
     def write(self, chunk: Chunk, phase: Phase) -> None:
-        """Takes one pass over a chunk; see `KVStore.write`."""
+        """Takes one pass over a chunk; see `KVStore.write`.
+
+        Raises:
+            NonFiniteKVError: also of the video before, which it ends, in any layer; said once.
+        """
         before = self.store.pending
+        if self.store.begins_video(chunk):
+            check_ended(untold_of(self.all_layers))
         self.store.write(chunk)
         self.phase = phase
         self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
+
+
+def untold_of(streams: Iterable[Stream]) -> list[FiniteCheck]:
+    """Checks of all layers whose results nobody was told of, those of pending chunks included."""
+    return [check for stream in streams for check in stream.store.untold()]
 
 
 def check_finished(stream: Stream, layer: int) -> None:
