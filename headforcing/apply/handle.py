@@ -19,8 +19,10 @@ from headforcing.attention.observation import Observer
 from headforcing.attention.stream import (
     Stream,
     Timeline,
+    by_timeline,
     check_clean,
     check_finished,
+    check_finite,
     open_stream,
     untold_of,
 )
@@ -185,7 +187,7 @@ class HeadForcing:
         """
         remove_all([self])
 
-    def _take_out(self) -> list[FiniteCheck]:
+    def _take_out(self) -> list[list[FiniteCheck]]:
         """Removes; returns the checks that nobody was told of."""
         self._refuse_while_running("remove")
         for site, state in zip(self._sites, self._layers, strict=True):
@@ -233,7 +235,7 @@ class HeadForcing:
             for stream in list(state.streams.values()):
                 yield state, stream
 
-    def _untold(self) -> list[FiniteCheck]:
+    def _untold(self) -> list[list[FiniteCheck]]:
         return untold_of(stream for _, stream in self._streams())
 
     def _commit(self, streams: Sequence[tuple[LayerState, Stream]]) -> None:
@@ -241,9 +243,10 @@ class HeadForcing:
             check_finished(stream, state.layer)
             if state.activity.phase_hook:
                 check_clean(stream, state.layer)
+        timelines = by_timeline(stream for _, stream in streams)
         for wait in (False, True):  # all layers begin before one is waited for
-            for _, stream in streams:
-                stream.store.check(wait)
+            for layers in timelines:
+                check_finite(layers, wait)
         for _, stream in streams:
             stream.store.commit()
 
@@ -287,12 +290,12 @@ def check_videos(handles: Iterable[HeadForcing]) -> None:
     Raises:
         NonFiniteKVError: one holds NaN or infinity; said once.
     """
-    check_ended([check for handle in handles for check in handle._untold()])
+    check_ended([checks for handle in handles for checks in handle._untold()])
 
 
 def remove_all(handles: Iterable[HeadForcing]) -> None:
     """Removes all of them; see `HeadForcing.remove`."""
-    check_ended([check for handle in handles for check in handle._take_out()])
+    check_ended([checks for handle in handles for checks in handle._take_out()])
 
 
 def _strip(ours: nn.Module, state: LayerState) -> None:

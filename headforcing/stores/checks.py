@@ -147,26 +147,31 @@ class FiniteCheck:
         """Whether the result is there without waiting."""
         return self._event is None
 
+    def broken(self) -> str | None:
+        """Waits for the result: which heads hold NaN or infinity; `None`: none does."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._largest.is_meta:  # a shape without numbers
+            return None
+        finite = torch.isfinite(self._largest).tolist()
+        stored = 2 * len(set(self._heads))  # keys and values come first
+        for what, part in (("keys or values", slice(stored)), ("queries", slice(stored, None))):
+            each = zip(self._heads[part], finite[part], strict=True)
+            if broken := sorted({head for head, fine in each if not fine}):
+                return (
+                    f"layer {self._layer}, heads {', '.join(map(str, broken))}: {what} of frames "
+                    f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity"
+                )
+        return None
+
     def check(self, consequence: str) -> None:
         """Waits for the result.
 
         Raises:
             NonFiniteKVError: a head holds NaN or infinity.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        if self._largest.is_meta:  # a shape without numbers
-            return
-        finite = torch.isfinite(self._largest).tolist()
-        stored = 2 * len(set(self._heads))  # keys and values come first
-        for what, part in (("keys or values", slice(stored)), ("queries", slice(stored, None))):
-            each = zip(self._heads[part], finite[part], strict=True)
-            if broken := sorted({head for head, fine in each if not fine}):
-                self.told = True
-                raise NonFiniteKVError(
-                    f"layer {self._layer}, heads {', '.join(map(str, broken))}: {what} of frames "
-                    f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity, and {consequence}"
-                )
+        if (broken := self.broken()) is not None:
+            raise NonFiniteKVError(f"{broken}, and {consequence}")
 
 
 class FiniteGuard:
@@ -237,13 +242,22 @@ def largest_of(x: Tensor) -> Tensor:
     return largest
 
 
-def check_ended(checks: Sequence[FiniteCheck]) -> None:
-    """Waits for the results of chunks that a video ended with; they are told of once.
+def check_ended(videos: Iterable[Sequence[FiniteCheck]]) -> None:
+    """Waits for the results of chunks that videos ended with; every video is told of once.
+
+    Args:
+        videos: checks of every video that nobody was told of, its first layer first.
 
     Raises:
-        NonFiniteKVError: a head held NaN or infinity.
+        NonFiniteKVError: one holds NaN or infinity.
     """
-    for check in checks:  # the first broken layer broke those after it
-        check.told = True
-    for check in checks:
-        check.check("this video ended with them: it is broken, and nothing of it is left for the next one")
+    found = [next(filter(None, map(_told, checks)), None) for checks in videos]
+    if broken := "; ".join(filter(None, found)):
+        raise NonFiniteKVError(
+            f"{broken}, and the video ended with them, so it is broken; the next one knows nothing of it"
+        )
+
+
+def _told(check: FiniteCheck) -> str | None:
+    check.told = True
+    return check.broken()
