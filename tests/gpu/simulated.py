@@ -95,7 +95,10 @@ class DeviceTensor(Tensor):
         """Attention is one kernel; everything else is seen as operators."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return Simulation.now().run(func, args, kwargs)
+            simulation = Simulation.now()
+            simulation._check_alive()
+            simulation._check_devices("attention", [*_tensors(args)])
+            return simulation.run(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -196,7 +199,7 @@ class Simulation(TorchDispatchMode):
         self._check_alive()
         if func in COPIES:
             return self._copy(func, args, kwargs, asked)
-        self._check_devices(func, tensors)
+        self._check_devices(func.overloadpacket.__name__, tensors)
         if any(tag in func.tags for tag in READS) and (func not in MASKED or _masks(tensors[1:])):
             self.wait(str(func))
         return self.run(func, args, kwargs, asked)
@@ -236,14 +239,13 @@ class Simulation(TorchDispatchMode):
         if self.broken:
             raise RuntimeError("CUDA error: device-side assert triggered, earlier")
 
-    def _check_devices(self, func: Any, tensors: list[Tensor]) -> None:
-        name = func.overloadpacket.__name__
+    def _check_devices(self, name: str, tensors: list[Tensor]) -> None:
         found = {x.device for x in tensors if isinstance(x, DeviceTensor) or x.dim()}
         if name in BY_INDEX_TENSORS and torch.device("cpu") in found:
             self.wait("an index tensor of the CPU")
             found.discard(torch.device("cpu"))
         if len(found) > 1:
-            raise RuntimeError(f"Expected all tensors to be on the same device: {func} got {found}")
+            raise RuntimeError(f"Expected all tensors to be on the same device: {name} got {found}")
 
     def _copy(self, func: Any, args: Any, kwargs: Any, asked: torch.device | None) -> Any:
         """Within a device, between two, up or down; down without waiting, the numbers come later."""
@@ -334,9 +336,17 @@ def _pinned(x: Tensor, *_: Any) -> Tensor:
     return copy
 
 
-def _uncompiled(*_: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _one_kernel(*_: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The rotation, as `headforcing.adapters.rope_fused.compiled`."""
-    return rope_fused.rotated
+
+    def rotated(*tensors: Tensor) -> Any:
+        simulation = Simulation.now()
+        simulation._check_alive()
+        simulation._check_devices("rotated", list(tensors))
+        with simulation.off():
+            return simulation.run(rope_fused.rotated, tensors, {})
+
+    return rotated
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
@@ -388,7 +398,7 @@ def simulated() -> Iterator[Simulation]:
         patch.setattr(torch, "from_dlpack", _from_dlpack)
         patch.setattr(torch.utils.dlpack, "from_dlpack", _from_dlpack)
         patch.setattr(torch.utils.dlpack, "to_dlpack", _Capsule)
-        patch.setattr(rope_fused, "compiled", _uncompiled)
+        patch.setattr(rope_fused, "compiled", _one_kernel)
         try:
             with Simulation() as simulation:
                 yield simulation
