@@ -19,6 +19,7 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import ThresholdFifo
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
+from headforcing.roles.pyramid_forcing import Veil
 from headforcing.stores import checks
 from tests.examples import examples
 from tests.gpu import simulated as gpu
@@ -219,8 +220,10 @@ class Huge(Poisoned):
 
 
 def test_float64_keys_of_3e38_are_no_error(anywhere: torch.device) -> None:
-    video = Video(SelfForcingHost(), ROLES, anywhere, adapter=Huge(), dtype=torch.float64)
-    assert all(bool(x.isfinite().all()) for x in video.chunks(range(4), draws=(10,)))
+    veil = Veil(sink=1, blocks=1, patch=2, far=WINDOW, near=6)
+    roles = [ROLES[0], [*ROLES[1][:3], veil]]
+    video = Video(SelfForcingHost(), roles, anywhere, adapter=Huge(), dtype=torch.float64)
+    assert all(bool(x.isfinite().all()) for x in video.chunks(range(5), draws=(10,)))
     video.handle.remove()
 
 

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from headforcing.adapters import rope_fused
-from headforcing.roles import Anchor, Local, Memory
+from headforcing.adapters.base import find_adapter
+from headforcing.roles import Anchor, HeadRole, Local, Memory
 from tests.gpu.simulated import DEVICES, Simulation
 from tests.gpu.videos import Roles, Video
-from tests.hosts import find_host
+from tests.hosts import find_host, host_names
 
 MIXED = [Anchor(1), Local(1), Memory(1, 2, 2)]
+"""Roles of three kinds."""
 
 
-def roles_of(name: str) -> Roles:
-    """Roles of three kinds, in every layer other heads."""
-    host = find_host(name)
-    heads = 4 if name in FOUR_HEADS else 3
-    return [[MIXED[(head + layer) % 3] for head in range(heads)] for layer in range(host.layers)]
-
-
-FOUR_HEADS = ("self_forcing",)
+def roles_of(name: str) -> list[list[HeadRole]]:
+    """In every layer other heads have another role."""
+    model = (host := find_host(name)).model()
+    adapter = host.adapter or find_adapter(model)
+    heads = [adapter.heads(module)[0] for _, module in adapter.attentions(model)]
+    return [[MIXED[(head + layer) % 3] for head in range(count)] for layer, count in enumerate(heads)]
 
 
 def made(name: str, roles: Roles, device: torch.device | str, chunks: int, **how: Any) -> list[Tensor]:
@@ -42,9 +42,22 @@ def check_equals_the_cpu(name: str, roles: Roles, device: torch.device, chunks: 
     assert all(map(torch.equal, made(name, roles, device, chunks, **how), expected))
 
 
-@pytest.mark.parametrize("name", ["self_forcing"])
-def test_a_video_equals_that_on_the_cpu(simulation: Simulation, name: str, device: torch.device) -> None:
-    check_equals_the_cpu(name, roles_of(name), device)
+FAST = ("self_forcing",)
+"""The others in the long run."""
+
+
+@pytest.mark.parametrize("store", ["ring", pytest.param("lean", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in host_names()]
+)
+def test_a_video_equals_that_on_the_cpu(
+    simulation: Simulation, name: str, device: torch.device, store: str
+) -> None:
+    if reason := find_host(name).missing():
+        pytest.skip(reason)
+    with Simulation.off():
+        roles = roles_of(name)
+    check_equals_the_cpu(name, roles, device, store=store)
 
 
 @pytest.mark.parametrize("index", [0, 1])
