@@ -12,12 +12,15 @@ from torch import Tensor
 from headforcing.adapters import rope_fused
 from headforcing.adapters.base import find_adapter
 from headforcing.roles import Anchor, HeadRole, Local, Memory
+from headforcing.roles.episodic import Uniform
 from tests.gpu.simulated import DEVICES, Simulation
 from tests.gpu.videos import Roles, Video
 from tests.hosts import find_host, host_names
 
 MIXED = [Anchor(1), Local(1), Memory(1, 2, 2)]
 """Roles of three kinds."""
+BY_NUMBER = {"anyflow_far": [*MIXED[:2], Memory(1, 2, 2, Uniform())]}
+"""For base models whose roles cannot choose by content."""
 
 
 def roles_of(name: str) -> list[list[HeadRole]]:
@@ -25,7 +28,8 @@ def roles_of(name: str) -> list[list[HeadRole]]:
     model = (host := find_host(name)).model()
     adapter = host.adapter or find_adapter(model)
     heads = [adapter.heads(module)[0] for _, module in adapter.attentions(model)]
-    return [[MIXED[(head + layer) % 3] for head in range(count)] for layer, count in enumerate(heads)]
+    mixed = BY_NUMBER.get(name, MIXED)
+    return [[mixed[(head + layer) % 3] for head in range(count)] for layer, count in enumerate(heads)]
 
 
 def made(name: str, roles: Roles, device: torch.device | str, chunks: int, **how: Any) -> list[Tensor]:
