@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from headforcing.adapters.base import Adapter, find_adapter
-from headforcing.apply.handle import HeadForcing, handles_of
+from headforcing.apply.handle import HeadForcing, check_videos, handles_of, remove_all
 from headforcing.apply.hooks import check_phases
 from headforcing.apply.install import install
 from headforcing.apply.sites import check_single, sites_of
@@ -83,6 +83,8 @@ def apply_head_forcing(
         AlreadyAppliedError: other roles are applied, and `replace` is false.
         PatchedModuleError: something else has replaced `forward` on an attention module.
         OptionError: an option has a value that does not exist, or the backend calls what is not installed.
+        NonFiniteKVError: with `replace`, the video so far holds NaN or infinity, and nobody was told: called
+            again, it goes on.
     """
     _check_model(model)
     adapter = find_adapter(model) if adapter is None else _adapter(adapter)
@@ -109,8 +111,8 @@ def apply_head_forcing(
             "the model carries head forcing already, with other roles or options: remove it first, or "
             "pass replace=True"
         )
-    for handle in present:
-        handle.remove()
+    check_videos(present)
+    remove_all(present)
     return install(model, options)
 
 
@@ -121,10 +123,10 @@ def remove_head_forcing(model: nn.Module) -> None:
         UnsupportedModelError: `model` is not a module.
         StreamActiveError: a call of the model is running.
         PatchedModuleError: a hook added after apply still wraps one of our modules.
+        NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; all is removed.
     """
     _check_model(model)
-    for handle in handles_of(model):
-        handle.remove()
+    remove_all(handles_of(model))
 
 
 def _check_model(model: object) -> None:

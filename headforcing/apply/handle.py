@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -16,10 +16,20 @@ from headforcing.attention.activity import Activity
 from headforcing.attention.layer_state import LayerState, Options, check_settled
 from headforcing.attention.module import HeadForcingMixin
 from headforcing.attention.observation import Observer
-from headforcing.attention.stream import Stream, Timeline, check_clean, check_finished, open_stream
+from headforcing.attention.stream import (
+    Stream,
+    Timeline,
+    by_timeline,
+    check_clean,
+    check_finished,
+    check_finite,
+    open_stream,
+    untold_of,
+)
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import KVStore
+from headforcing.stores.checks import FiniteCheck, check_ended
 from headforcing.stores.switch import Mode, Switch
 from headforcing.types import Tier
 
@@ -61,16 +71,25 @@ class HeadForcing:
         return collect(self._layers, self.applied)
 
     def reset(self) -> None:
-        """Forgets every video; the next chunk of each stream must start at frame 0."""
+        """Forgets every video; the next chunk of each stream must start at frame 0.
+
+        Raises:
+            NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; it is forgotten.
+        """
         self._refuse_while_running("reset")
+        untold = self._untold()
         for state, stream in list(self._streams()):
             stream.store.reset()
             state.options.adapter.forget(stream.memo)
+        check_ended(untold)
 
     def commit(self) -> None:
         """Ends the pending chunk of every stream, which otherwise ends when the next one begins.
 
+        Waits for the device to know whether it is finite: so also the last chunk of a video is checked.
+
         Raises:
+            NonFiniteKVError: a chunk holds NaN or infinity; it stays pending, and none is committed.
             StreamError: roles ask for phases, and a chunk had no clean pass; or the first one of a window of
                 several chunks had none.
         """
@@ -131,9 +150,10 @@ class HeadForcing:
     def stream(self, name: str) -> Iterator[None]:
         """Names the timeline of the calls inside, for base models whose calls carry no cache object.
 
-        One name per video and CFG branch. Leaving the block normally commits the pending chunk.
+        One name per video and CFG branch. Leaving the block normally commits the pending chunk; see `commit`.
 
         Raises:
+            NonFiniteKVError: the pending chunk holds NaN or infinity.
             StreamError: head forcing was removed.
         """
         if not self.applied:
@@ -163,19 +183,26 @@ class HeadForcing:
         Raises:
             StreamActiveError: a call or an explicit stream of this thread is open.
             PatchedModuleError: something added after apply still wraps one of our modules.
+            NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; all is removed.
         """
+        remove_all([self])
+
+    def _take_out(self) -> list[list[FiniteCheck]]:
+        """Removes; returns the checks that nobody was told of."""
         self._refuse_while_running("remove")
         for site, state in zip(self._sites, self._layers, strict=True):
             check_reachable(site, state)
         ours = list(self._in_place())
         for site, module, _ in ours:
             check_removable(module, site)
+        untold = self._untold()
         for site, module, state in ours:
             _strip(module, state)
             _restore(site.original, state)
             site.put(site.original)
         remove_hooks(self._model, self._layers[0].activity)
         self._timelines.clear()
+        return untold
 
     def __enter__(self) -> HeadForcing:
         return self
@@ -183,7 +210,9 @@ class HeadForcing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        untold = self._take_out()
+        if error is None:
+            check_ended(untold)
 
     def __repr__(self) -> str:
         return repr(self.status())
@@ -206,11 +235,18 @@ class HeadForcing:
             for stream in list(state.streams.values()):
                 yield state, stream
 
+    def _untold(self) -> list[list[FiniteCheck]]:
+        return untold_of(stream for _, stream in self._streams())
+
     def _commit(self, streams: Sequence[tuple[LayerState, Stream]]) -> None:
         for state, stream in streams:
             check_finished(stream, state.layer)
             if state.activity.phase_hook:
                 check_clean(stream, state.layer)
+        timelines = by_timeline(stream for _, stream in streams)
+        for wait in (False, True):  # all layers begin before one is waited for
+            for layers in timelines:
+                check_finite(layers, wait)
         for _, stream in streams:
             stream.store.commit()
 
@@ -246,6 +282,20 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
             handle = HeadForcing(model, sites_of(model, modules), states)
         handles.append(handle)
     return handles
+
+
+def check_videos(handles: Iterable[HeadForcing]) -> None:
+    """Checks the videos that run, as far as nobody was told of them, before they end.
+
+    Raises:
+        NonFiniteKVError: one holds NaN or infinity; said once.
+    """
+    check_ended([checks for handle in handles for checks in handle._untold()])
+
+
+def remove_all(handles: Iterable[HeadForcing]) -> None:
+    """Removes all of them; see `HeadForcing.remove`."""
+    check_ended([checks for handle in handles for checks in handle._take_out()])
 
 
 def _strip(ours: nn.Module, state: LayerState) -> None:

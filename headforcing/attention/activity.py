@@ -15,7 +15,7 @@ from torch import nn
 from headforcing.attention.compile import counter
 from headforcing.attention.observation import Observer
 from headforcing.attention.skipped import check_complete, check_runs, warn_of_idle
-from headforcing.attention.stream import PassId, Stream
+from headforcing.attention.stream import PassId, Stream, check_finite
 from headforcing.stores import KVStore
 from headforcing.types import Phase
 
@@ -155,8 +155,7 @@ def _check_finished_chunk(first: Stream, pending: range, pass_id: PassId) -> Non
         wrote = {one.store.layer for one in layers if one.pass_id == first.pass_id}
         late = {one.store.layer for one in layers if one.store.pending == pending} - wrote
         check_complete(sorted(late), pending)
-    for one in layers:
-        one.store.check()
+    check_finite(layers)
 
 
 def _copied_activity(phase_hook: bool) -> Activity:

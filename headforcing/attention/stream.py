@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from headforcing.errors import StreamError
+from headforcing.errors import NonFiniteKVError, StreamError
 from headforcing.stores import KVStore
+from headforcing.stores.checks import FiniteCheck, check_ended
 from headforcing.types import Chunk, Phase
 
 PassId = tuple[int | None, int]
@@ -59,11 +61,47 @@ class Stream:
         return [self, *sorted(self.later_layers, key=lambda later: later.store.layer)]
 
     def write(self, chunk: Chunk, phase: Phase) -> None:
-        """Takes one pass over a chunk; see `KVStore.write`."""
+        """Takes one pass over a chunk; see `KVStore.write`.
+
+        Raises:
+            NonFiniteKVError: also of the video before, which it ends, in any layer; said once.
+        """
         before = self.store.pending
+        if self.store.begins_video(chunk):
+            check_ended(untold_of(self.all_layers))
         self.store.write(chunk)
         self.phase = phase
         self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
+
+
+def by_timeline(streams: Iterable[Stream]) -> list[list[Stream]]:
+    """The layers of every timeline, as far as a pass joined them; streams of first layers come first."""
+    rest, found = dict.fromkeys(streams), []
+    while rest:
+        found.append([stream for stream in next(iter(rest)).all_layers if stream in rest])
+        rest = {stream: None for stream in rest if stream not in found[-1]}
+    return found
+
+
+def check_finite(layers: Sequence[Stream], wait: bool = False) -> None:
+    """Checks the pending chunk of a timeline in all layers; see `KVStore.check`.
+
+    Raises:
+        NonFiniteKVError: in the first layer where it is broken, which breaks those after it.
+    """
+    try:
+        for one in layers:
+            one.store.check(wait)
+    except NonFiniteKVError:
+        for checks in untold_of(layers):
+            for check in checks:
+                check.told = True
+        raise
+
+
+def untold_of(streams: Iterable[Stream]) -> list[list[FiniteCheck]]:
+    """Checks of every timeline whose results nobody was told of, those of pending chunks included."""
+    return [[check for one in layers for check in one.store.untold()] for layers in by_timeline(streams)]
 
 
 def check_finished(stream: Stream, layer: int) -> None:

@@ -97,7 +97,8 @@ class Blocks(CompressedHistory):
 
 
 def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
-    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]` float32."""
+    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]`, float32 or wider."""
     batch, _, heads, dim = x.shape
-    squares = x.float().reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    squares = x.reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
     return squares.mean((2, 4)).flatten(1, 2)

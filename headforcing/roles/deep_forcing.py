@@ -120,8 +120,9 @@ class Chosen(CompressedHistory):
             held.append((k.flatten(1, 2), past.v.flatten(1, 2)))
         k, v = torch.cat([k for k, _ in held], 1), torch.cat([v for _, v in held], 1)
         after = tuple(range(position + 1, position + 1 + self._queries.shape[1]))
-        asked = encode(self._queries, after).sum((1, 2), dtype=torch.float32)  # [B, Hr, D]
-        scores = torch.einsum("bmhd,bhd->bm", k.float(), asked)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        asked = encode(self._queries, after).sum((1, 2), dtype=wide)  # [B, Hr, D]
+        scores = torch.einsum("bmhd,bhd->bm", k.to(wide), asked)
         best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :tokens]
         rows = torch.sort(best, dim=1).values[:, :, None, None].expand(-1, -1, *v.shape[2:])
         return k.gather(1, rows), v.gather(1, rows)

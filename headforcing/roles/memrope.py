@@ -3,7 +3,7 @@
 From its released code: a window of 12 frames has 3 first ones, a slow and a fast running average of evicted
 frames, the last ones, and the current chunk, all at neighbouring positions. An average has one key and one
 value per head: the mean over all patches of the frames that are evicted together, repeated at every patch.
-Our choice: averages are stored in float32, there in the dtype of the cache.
+Our choice: averages are stored in float32 (of float64 keys in float64), there in the dtype of the cache.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Averages(CompressedHistory):
 
     def __init__(self, role: Averaging) -> None:
         self.role = role
-        self._both: Tokens | None = None  # [B, 2, Hr, D] float32, slow and fast
+        self._both: Tokens | None = None  # [B, 2, Hr, D] in float32 or wider, slow and fast
         self._kinds: tuple[torch.dtype, torch.dtype] | None = None
         self._patches = 0
 
@@ -115,7 +115,8 @@ class Averages(CompressedHistory):
 
     def _averaged(self, held: Tensor | None, x: Tensor) -> Tensor:
         """Both averages `[B, 2, Hr, D]`, updated by frames `[B, n, P, Hr, D]`."""
-        mean = x.mean((1, 2), dtype=torch.float32)[:, None].expand(-1, AVERAGES, -1, -1)
+        mean = x.mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+        mean = mean[:, None].expand(-1, AVERAGES, -1, -1)
         if held is None:
             return mean.clone()
         weights = (self.role.slow, self.role.fast)

@@ -19,7 +19,7 @@ from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
 from headforcing.stores.bank import Bank
 from headforcing.stores.buffered import allocate
-from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_finite, check_order, rolls
+from headforcing.stores.checks import FiniteCheck, FiniteGuard, Shape, begins_video, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
@@ -60,8 +60,7 @@ class KVStore(ABC):
         self._shape: Shape | None = None
         self._end = 0
         self._moving = False
-        self._checked = False
-        self._finite: FiniteCheck | None = None
+        self._finite = FiniteGuard(self._banks.values(), layer)
 
     @abstractmethod
     def new_bank(self, role: HeadRole, heads: Heads) -> Bank:
@@ -113,7 +112,8 @@ class KVStore(ABC):
                 self._begin(chunk.frames)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
-        self._pending, self._shape, self._checked = chunk.frames, shape, False
+        self._pending, self._shape = chunk.frames, shape
+        self._finite.wrote(chunk)
         self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None
 
     def commit(self) -> None:
@@ -127,25 +127,37 @@ class KVStore(ABC):
             self._commit_before(end)
             self._begin(range(end, end + chunk))
 
-    def check(self) -> None:
-        """Checks the pending chunk before it is committed; one reduction per role, once per pass.
+    def begins_video(self, chunk: Chunk) -> bool:
+        """Whether `write` of this chunk would forget the video so far."""
+        again = self.scenes.rerun(self.frames_so_far)
+        if again == 0 or (again is None and rolls(chunk, self._pending)):
+            return False
+        return begins_video(chunk, Shape.of(chunk), self._pending, self._shape)
 
-        On an accelerator the result is read one chunk later, without a sync.
+    def check(self, wait: bool = False) -> None:
+        """Checks the pending chunk before it is committed; one reduction per role for keys, one for values.
+
+        On an accelerator the result is read one chunk later, without a host wait.
+
+        Args:
+            wait: whether to wait for it now.
 
         Raises:
-            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
+            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending. Or a committed one
+                did: this history is broken.
         """
-        if self._pending is not None and not self._checked:
-            late, self._finite = self._finite, None
-            self._finite = check_finite(self._banks.values(), self.layer, self._pending, late)
-            self._checked = True
+        self._finite.check(wait)
+
+    def untold(self) -> list[FiniteCheck]:
+        """Checks of this video whose results nobody was told of, that of the pending chunk included."""
+        return self._finite.untold()
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
         self._pending = None
         self._end = 0
         self._moving = self.prompt_pending = False
-        self._finite = None
+        self._finite.clear()
         self.compressed.clear()
         self.scenes.clear()
         self._shifts.clear()
@@ -270,6 +282,7 @@ class KVStore(ABC):
             return
         if start <= self._pending.start:  # all of it is recomputed
             self._pending = None
+            self._finite.drop()
             return
         self.check()
         done = range(self._pending.start, start)
@@ -282,6 +295,7 @@ class KVStore(ABC):
             bank.append(done, inside)
         self.compressed.forget_views()
         self._end, self._pending = start, None
+        self._finite.commit()
         self._moving = False
 
     def _begin(self, chunk: range) -> None:
