@@ -86,7 +86,8 @@ class HeadRole(ABC):
         found = scheme_positions(self.positions, frames, chunk, window)
         if gap and self.positions == "compact":
             sink = first_frames(self)
-            hidden = 0 if self.clean_window is None else len(set(range(sink)).difference(frames))
+            shown = sum(frame is not None and frame < sink for frame in frames)
+            hidden = 0 if self.clean_window is None else sink - shown
             ranks = [position + hidden for position in found]  # the gap stays where all passes have it
             found = tuple(rank + gap if rank >= sink else rank for rank in ranks)
         if self.positions in BOUNDED and found[-1] >= window:
