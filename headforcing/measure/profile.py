@@ -193,7 +193,7 @@ class HeadProfile:
                 dict(sorted(content.items())),
             )
         except ValidationError as error:
-            raise ProfileError(f"{facts}: not a profile: {first_error(error)}") from error
+            raise ProfileError(f"{facts}: not a profile: {first_error(error)}") from None
         except ProfileError as error:
             raise ProfileError(f"{path}: not a profile: {error}") from error
         if found.hash != expected:
