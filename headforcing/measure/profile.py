@@ -176,8 +176,10 @@ class HeadProfile:
             content = load(tensors.read_bytes())
         except OSError as error:
             raise ProfileError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        except KeyError as error:
+            raise ProfileError(f"{path}: not a profile: torch has no dtype {error}") from error
         except (ValueError, SafetensorError) as error:
-            raise ProfileError(f"{path}: not a profile: {error}") from error
+            raise ProfileError(f"{path}: not a profile: {error}") from None  # which shows the file as it is
         if not isinstance(document, dict) or not set(INDEX) <= set(content):
             raise ProfileError(f"{path}: not a profile: expected an object, and tensors {', '.join(INDEX)}")
         expected = document.pop("hash", None)
