@@ -25,6 +25,7 @@ from typing import Any
 import evaluation as eval_files
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import headforcing as hf
@@ -124,7 +125,10 @@ def load_lora(model: nn.Module, folder: Path) -> str:
     if not weights.is_file():
         raise OptionError(f"{weights} is missing: expected a folder that PEFT saved with safetensors")
     wrapped = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
-    found = wrapped.load_adapter(str(folder), "default", is_trainable=False)
+    try:
+        found = wrapped.load_adapter(str(folder), "default", is_trainable=False)
+    except SafetensorError as error:
+        raise OptionError(f"{weights} is no file of safetensors: {error}") from error
     missing = [name for name in found.missing_keys if "lora_" in name]
     if missing or found.unexpected_keys:  # PEFT would go on with zeros, which is the base model
         raise OptionError(

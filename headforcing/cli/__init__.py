@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from headforcing.cli import check, contest, demo, estimate, explain, presets, profile, roles, scenes
-from headforcing.cli.console import command_of
+from headforcing.cli.console import command_of, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,7 @@ app.add_typer(roles.app, name="roles")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("headforcing"))
+        say(version("headforcing"))
         raise typer.Exit
 
 

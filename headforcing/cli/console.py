@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 
-from headforcing.errors import HeadForcingError
+from headforcing.errors import HeadForcingError, escaped_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.segment import Segment
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -60,10 +64,15 @@ def command_of(work: Callable[[Options], None], options: type[Options]) -> Calla
     return command
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """Prints text: the one way to do so, because what comes from a file must not drive the terminal."""
+    typer.echo(escaped_lines(str(text)), err=err)
+
+
 def fail(message: object, code: int = 2) -> NoReturn:
     """Prints one line on stderr and exits with the code."""
     line = "; ".join(part.strip() for part in str(message).splitlines() if part.strip())
-    typer.echo(f"error: {line}", err=True)
+    say(f"error: {line}", err=True)
     raise typer.Exit(code)
 
 
@@ -91,7 +100,7 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
 
 def print_json(value: Any) -> None:
     """A value as JSON, which has no NaN."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+    say(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_report(report: Any, as_json: bool) -> None:
@@ -101,19 +110,29 @@ def print_report(report: Any, as_json: bool) -> None:
         return
     print_parts(report.table(), report.reading())
     for file in report.files:
-        typer.echo(file)
+        say(file)
 
 
 def print_parts(*parts: Any) -> None:
     """Prints rich tables and plain text, in order."""
-    from rich.console import Console
-
-    console = Console()
+    console = _console()
     for part in parts:
         if isinstance(part, str):
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
+            console.print(part, highlight=False, soft_wrap=True)
         else:
             console.print(part)
+
+
+def _console(**options: Any) -> Console:
+    """A console of rich that shows text as `say` does; brackets are no markup."""
+    from rich.console import Console
+
+    class Escaping(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else segment._replace(text=escaped_lines(segment.text))
+
+    return Escaping(markup=False, **options)
 
 
 @contextmanager
@@ -136,21 +155,21 @@ def _plain_lines() -> Tell:
         nonlocal printed
         if total is not None:
             if done * 4 // max(total, 1) > (done - 1) * 4 // max(total, 1):
-                typer.echo(f"{stage}: {done}/{total}", err=True)
+                say(f"{stage}: {done}/{total}", err=True)
         elif time.monotonic() - printed > QUIET_SECONDS:
             printed = time.monotonic()
-            typer.echo(f"{stage}: {done}", err=True)
+            say(f"{stage}: {done}", err=True)
 
     return tell
 
 
 @contextmanager
 def _bars() -> Iterator[Tell]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    name = TextColumn("{task.description:<18}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def tell(stage: str, done: int, total: int | None) -> None:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
+from headforcing.cli.console import (
+    AsJson,
+    clean_errors,
+    examples,
+    print_json,
+    print_parts,
+    progress,
+    require,
+    say,
+)
 from headforcing.cli.demo import Camera
 
 if TYPE_CHECKING:
@@ -95,7 +104,7 @@ def contest(options: Options) -> None:
         print_json({**found.to_dict(), "files": files})
         return
     print_parts(*_tables(found), _reading(found))
-    typer.echo("\n".join(files))
+    say("\n".join(files))
 
 
 def _write(found: Contest, out: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, say
 from headforcing.cli.target import check_call, importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
@@ -96,7 +96,7 @@ def profile(options: Options) -> None:
 
         files, follow = summary.pop("files"), summary.pop("next")
         print_parts(facts_table("profile", summary))
-        typer.echo("\n".join([*files, f"next: {follow}"]))
+        say("\n".join([*files, f"next: {follow}"]))
 
 
 class _Request(NamedTuple):

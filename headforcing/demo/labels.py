@@ -65,7 +65,7 @@ class LabelFile(Facts):
         try:
             return cls.model_validate(strict_json.parse(text, MAX_BYTES))
         except ValidationError as error:
-            raise RoleMapError(f"not a file of labels: {first_error(error)}") from error
+            raise RoleMapError(f"not a file of labels: {first_error(error)}") from None
         except ValueError as error:
             raise RoleMapError(f"not a file of labels: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -31,9 +32,10 @@ class Blocks(CompressedHistory):
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
         self.keep, self.frames, self.patch = keep, frames, patch
         self.hidden, self.origin = hidden, origin
-        self._starts: deque[int] = deque(maxlen=keep)
-        self._k: deque[Tensor] = deque(maxlen=keep)  # [B, P / patch**2, Hr, D] each
-        self._v: deque[Tensor] = deque(maxlen=keep)
+        length = min(keep, sys.maxsize)  # a deque takes no larger number
+        self._starts: deque[int] = deque(maxlen=length)
+        self._k: deque[Tensor] = deque(maxlen=length)  # [B, P / patch**2, Hr, D] each
+        self._v: deque[Tensor] = deque(maxlen=length)
         self._sum: tuple[Tensor, Tensor] | None = None
         self._count = 0
 

@@ -137,7 +137,7 @@ class Wave(_Cyclic):
         return self.sink + self.period * self.cap + self.recent
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        return self._rows(table, range(self.period))
+        return self._rows(table, sorted({frame % self.period for frame in table.frames if frame is not None}))
 
     def _phase(self, phase: int) -> int:
         return phase

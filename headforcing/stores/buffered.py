@@ -7,8 +7,8 @@ upstream.
 A role has buffers for `capacity + chunk` frames. Keys before RoPE of all roles of a layer share one
 allocation, values another one, and so on; see `headforcing.stores.buffers`. They are made when the first
 chunk comes and stay where they are, also for the next video. All of them move, with their contents, when a
-role without a capacity or a longer chunk requires more, or when a role requires less from now on because
-compressed tokens took the place of some frames.
+role without a capacity, with one above `AT_ONCE`, or a longer chunk requires more, or when a role requires
+less from now on because compressed tokens took the place of some frames.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from headforcing.stores.buffers import Size, cut, gathered, picked, slide
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 NOTHING = torch.empty(0)
+AT_ONCE = 128
+"""Most frames that buffers are made for before they are needed; a role that may keep more has them grow."""
 
 
 class BufferedBank(Bank):
@@ -87,7 +89,9 @@ class BufferedBank(Bank):
         if needed <= slots:
             return slots
         capacity = self.role.capacity(chunk)
-        return max(needed, 2 * slots if capacity is None else capacity + chunk)
+        if capacity is not None and (capacity <= AT_ONCE or capacity + chunk < 2 * slots):
+            return max(needed, capacity + chunk)
+        return max(needed, 2 * slots)
 
     def front(self, name: str, tokens: int) -> int:
         """Tokens that fit in front of a buffer for frames of `tokens` tokens; none here."""

@@ -11,7 +11,7 @@ from headforcing.errors import RoleError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
-from headforcing.stores.buffered import NOTHING, BufferedBank, known_moves
+from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_moves
 from headforcing.stores.buffers import Size, cut, front, gathered, slide
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
@@ -68,10 +68,10 @@ class RotatedBank(BufferedBank):
 
     def front(self, name: str, tokens: int) -> int:
         """The most compressed tokens the role will ever have, for the buffers that are read with them."""
-        return 0 if self.compressed is None or name == "raw" else self.compressed.max_tokens(tokens) or 0
+        return 0 if name == "raw" else self._most_tokens(tokens) or 0
 
     def prepend(self, query: int | None, tokens: Tokens) -> Tokens:
-        """Copies compressed tokens right in front of the frames; they stay if the role names no maximum.
+        """Copies compressed tokens right in front of the frames; they stay if nothing was reserved there.
 
         Raises:
             RoleError: they are more than the maximum that the role names.
@@ -79,8 +79,7 @@ class RotatedBank(BufferedBank):
         if self.compressed is None or query not in self._last_view:
             return tokens
         buffers, count, patches = self._last_view[query], tokens[0].shape[1], self._v.shape[2]
-        most = self.compressed.max_tokens(patches)
-        if most is None:
+        if (most := self._most_tokens(patches)) is None:
             return tokens
         if count > most:
             raise RoleError(
@@ -147,6 +146,11 @@ class RotatedBank(BufferedBank):
     def copies(self) -> list[tuple[_Copy, Size]]:
         """The copies of parts of the history, and the sizes of their buffers."""
         return [(copy, self._size(copy.k.shape[1])) for copy in self._copies.values()]
+
+    def _most_tokens(self, patches: int) -> int | None:
+        """Most compressed tokens, if the role names a maximum and it is not too large to be reserved."""
+        most = None if self.compressed is None else self.compressed.max_tokens(patches)
+        return None if most is None or most > AT_ONCE * patches else most
 
     def _copy(self, query: int | None, slots: int) -> _Copy:
         """The copy for a query frame, with at least so many slots."""
