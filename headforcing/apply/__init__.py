@@ -26,7 +26,7 @@ from headforcing.errors import (
     UnsupportedModelError,
 )
 from headforcing.roles import HeadRole
-from headforcing.roles.maps.fingerprint import fingerprint
+from headforcing.roles.maps.fingerprint import fingerprint, is_half, unreadable
 from headforcing.roles.maps.origin import ModelFacts
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
@@ -207,11 +207,14 @@ def _foreign(
     if facts.fingerprint is not None:
         actual = fingerprint(model, adapter)
         if actual is None:
-            differs.append("whether these are its weights cannot be checked, some of them are meta tensors")
+            kind = unreadable(model, adapter)
+            differs.append(f"whether these are its weights cannot be checked, some of them are {kind}")
         elif actual != facts.fingerprint:
             differs.append(
                 f"its attention weights have the fingerprint {_short(facts.fingerprint)}, those of this "
                 f"{type(model).__name__} {_short(actual)}"
+                + " (some are float16, which alone may be the difference)"
+                * is_half(model, adapter)
             )
     if not differs:
         return None
