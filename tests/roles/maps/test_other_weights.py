@@ -380,6 +380,9 @@ def test_real_libraries(kind: str, order: str) -> None:
     REAL[kind](rig.model)
     assert check(rig.model) == (kind in REAL_EQUAL)
     assert all(out.isfinite().all() for out in rig.video(rig.caches(), 2))
+    hf.remove_head_forcing(rig.model)
+    assert not any("_headforcing" in vars(part) for part in rig.model.modules())
+    assert all(out.isfinite().all() for out in rig.video(rig.caches(), 1))
 
 
 # Processes ----------------------------------------------------------------------------------------
