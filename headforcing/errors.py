@@ -66,6 +66,10 @@ class AlreadyAppliedError(HeadForcingError, RuntimeError):
     """The model already carries head forcing with other roles or options."""
 
 
+class ModelChangedError(HeadForcingError, RuntimeError):
+    """The model no longer says what it said at apply: its window, its chunks, its heads."""
+
+
 class PatchedModuleError(HeadForcingError, RuntimeError):
     """Another patch sits on an attention module, so ours could not be put in or taken out cleanly."""
 

@@ -14,21 +14,21 @@ from headforcing.apply.sites import Site, is_own, sites_of
 from headforcing.attention.activity import Activity
 from headforcing.attention.layer_state import LayerState, Options
 from headforcing.attention.module import patched_class, with_class
-from headforcing.attention.skipped import check_runs
+from headforcing.attention.read_facts import ReadFacts
 from headforcing.errors import PatchedModuleError
 
 
-def install(model: nn.Module, options: Options) -> HeadForcing:
+def install(model: nn.Module, options: Options, facts: ReadFacts) -> HeadForcing:
     """Replaces every attention module of a model that carries no head forcing.
 
     Raises:
         PatchedModuleError: something else intercepts calls of one of them.
     """
-    check_runs(model.named_modules())
     sites = sites_of(model, [module for _, module in options.adapter.attentions(model)])
     for site in sites:
         _check_patchable(site)
     activity = Activity()
+    activity.facts = facts
     layers = [LayerState(layer, options, activity) for layer in range(len(sites))]
     replacements = []
     for site in sites:

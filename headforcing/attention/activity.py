@@ -14,6 +14,7 @@ from torch import nn
 
 from headforcing.attention.compile import counter
 from headforcing.attention.observation import Observer
+from headforcing.attention.read_facts import ReadFacts
 from headforcing.attention.skipped import check_complete, check_runs, warn_of_idle
 from headforcing.attention.stream import PassId, Stream, check_finite
 from headforcing.stores import KVStore
@@ -32,6 +33,7 @@ class Activity:
         prompt_hooks: whether hooks make cross-attention project a new prompt.
         order: written by every compiled call; see `headforcing.attention.compile`.
         path_modules: modules between the root and each attention, weakly, by name; empty after deepcopy.
+        facts: what was read of the model at apply; `None` after deepcopy.
     """
 
     def __init__(self) -> None:
@@ -44,6 +46,7 @@ class Activity:
         self.observers: list[Observer] = []
         self.phase_hook = self.prompt_hooks = False
         self.path_modules: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
+        self.facts: ReadFacts | None = None
         self._sought_idle = False
         self._call_numbers = itertools.count()
         self._lock = threading.Lock()
@@ -97,7 +100,8 @@ class Activity:
             NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
                 committed it, so it can be written again.
             StreamError: the last pass over the chunk before skipped some layer.
-            PatchedModuleError: a cache of diffusers may skip some.
+            PatchedModuleError: a cache may skip some.
+            ModelChangedError: the model no longer says what it said at apply.
         """
         self.calls += 1
         self.served.add(layer)
@@ -127,7 +131,9 @@ class Activity:
             self._thread.serving = weakref.ref(stream), first.pass_id
 
     def _check_runs(self, first: Stream) -> None:
-        """A chunk begins: checks that nothing may skip the attention of some layer."""
+        """A chunk begins: checks that the model says what it said, and that nothing may skip a layer."""
+        if self.facts is not None:
+            self.facts.check()
         by_layer = [(f"layer {one.store.layer}", one.module) for one in first.all_layers if one.module]
         held = self.path_modules or by_layer
         check_runs((path, module) for path, ref in held if (module := ref()) is not None)
