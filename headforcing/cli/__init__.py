@@ -6,15 +6,28 @@ Torch and the drawing libraries are imported inside the commands. Exit codes: 0 
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headforcing.cli import check, contest, demo, estimate, explain, presets, profile, roles, scenes
-from headforcing.cli.console import command_of, say
+from headforcing.cli.console import command_of, say, show_error
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    """The command line. Errors of a user's own code have their traceback, without ours above it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            show_error(error)
+            sys.exit(1)
+
+
+app = _App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
