@@ -20,11 +20,8 @@ class _App(typer.Typer):
     """The command line. Errors of a user's own code have their traceback, without ours above it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)
-        except Exception as error:
-            show_error(error)
-            sys.exit(1)
+        sys.excepthook = show_error  # as typer does, with a hook of its own
+        return typer.main.get_command(self)(*args, **kwargs)
 
 
 app = _App(

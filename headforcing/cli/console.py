@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -82,9 +83,9 @@ def fail(message: object, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
-def show_error(error: Exception) -> None:
+def show_error(_: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Prints a traceback that begins where a command called the user's own code."""
-    trace, inside = error.__traceback__, False
+    inside = False
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if file.startswith(_PACKAGE):

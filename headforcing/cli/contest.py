@@ -100,6 +100,7 @@ def contest(options: Options) -> None:
         entrants = [entrant(name, model.config) for name in options.names]
         seeds = tuple(range(options.first_seed, options.first_seed + options.seeds))
         setting = Setting(seeds, options.seconds, options.camera.value)
+        options.out.mkdir(parents=True, exist_ok=True)
         with progress(quiet=options.as_json) as tell:
             found = compete(model, entrants, setting, with_controls=options.equal_bytes, progress=tell)
         files = _write(found, options.out)

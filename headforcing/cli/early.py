@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -45,15 +46,17 @@ def check_entrant(name: str) -> None:
 
 
 def check_out(folder: Path) -> None:
-    """Makes a folder, and checks that files can be written there.
+    """Checks that files can be written to a folder, which need not exist; nothing stays behind.
 
     Raises:
         OptionError: they cannot.
     """
+    whole = folder.absolute()
+    there = next(place for place in (whole, *whole.parents) if os.path.exists(place))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        what = "is a file" if folder.is_file() else f"cannot be written ({error.strerror})"
-        raise OptionError(f"{folder} {what}: choose another --out") from error
+        raise OptionError(
+            f"{folder} cannot be written ({there}: {error.strerror}): choose another --out"
+        ) from error

@@ -117,6 +117,7 @@ def _checked(options: Options) -> _Request:
     prompts = None if options.prompts is None else _read_prompts(options.prompts)
     starts = None if options.starts is None else _numbers(options.starts)
     check_out(options.out.parent)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     from headforcing.measure.metrics import find_metric
 
     for name in names:
