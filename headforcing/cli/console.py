@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import pkgutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -26,6 +29,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 Tell = Callable[[str, int, int | None], None]
 """Called with the name of a stage, the amount done, and the total, if it is known."""
 
+
+_PACKAGE = str(Path(__file__).parents[1])
+_ENTRY = str(Path(__file__).with_name("__init__.py"))  # which calls typer
+_BETWEEN = (contextlib.__file__, importlib.__file__)
 
 Options = TypeVar("Options")
 QUIET_SECONDS = 5.0
@@ -76,6 +83,20 @@ def fail(message: object, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
+def show_error(_: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback that begins where a command called the user's own code."""
+    inside = False
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith(_PACKAGE):
+            inside = file != _ENTRY
+        elif inside and not file.startswith(("<frozen importlib", *_BETWEEN)):
+            break
+        trace = trace.tb_next
+    shown = error if trace is None else error.with_traceback(trace)
+    say("".join(traceback.format_exception(shown)).rstrip(), err=True)
+
+
 @contextmanager
 def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Prints a message and exits with code 2 instead of a traceback, for errors a user can correct.
@@ -88,6 +109,8 @@ def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            fail(f"{error.filename}: {error.strerror}: check the path, and who may use it")
         fail(error)
 
 

@@ -20,6 +20,7 @@ from headforcing.cli.console import (
     say,
 )
 from headforcing.cli.demo import Camera
+from headforcing.cli.early import check_entrant, check_out
 
 if TYPE_CHECKING:
     from headforcing.demo.contest.contest import Contest, Result
@@ -88,6 +89,9 @@ def contest(options: Options) -> None:
     """
     require(DRAWING, "demo", "comparing")
     with clean_errors():
+        for name in options.names:
+            check_entrant(name)
+        check_out(options.out)
         from headforcing.demo import demo_model
         from headforcing.demo.contest.contest import Setting, compete
         from headforcing.demo.contest.entrants import entrant
