@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.examples import CI
 
@@ -17,6 +17,9 @@ settings.register_profile("dev", deadline=None, max_examples=CI // 5)
 settings.register_profile(
     "nightly", deadline=None, max_examples=10 * CI, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate)
+)  # tests/mutants.py asks whether a test fails, not how
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)  # two busy cores and a barrier per operator would wait for each other

@@ -23,8 +23,8 @@ class ReadFacts:
         names: what it says itself, of `NAMES`; the rest was given by the user and may change.
 
     Attributes:
-        values: the numbers, by name: frames of the window and of a chunk; number of heads and head dim of
-            every layer.
+        values: the numbers, by name: frames of the window and of a chunk; number of heads and head dim
+            that layers have.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, names: Iterable[str]) -> None:
@@ -33,7 +33,7 @@ class ReadFacts:
 
     def _read(self, model: nn.Module, name: str) -> Any:
         if name == "heads":
-            return [self._adapter.heads(module) for _, module in self._adapter.attentions(model)]
+            return sorted({self._adapter.heads(module) for _, module in self._adapter.attentions(model)})
         return self._adapter.window(model) if name == "window" else self._adapter.chunk(model)
 
     def check(self) -> None:
@@ -47,12 +47,6 @@ class ReadFacts:
         for name, before in self.values.items():
             if (now := self._read(model, name)) != before:
                 raise ModelChangedError(
-                    f"{name} of {type(model).__name__} was {_shown(before)} at apply and is {_shown(now)} "
-                    "now, which the roles in force were not fitted to: apply again with replace=True, or "
-                    "set it back"
+                    f"{name} of {type(model).__name__} was {before} at apply and is {now} now, which the "
+                    "roles in force were not fitted to: apply again with replace=True, or set it back"
                 )
-
-
-def _shown(value: Any) -> str:
-    """A number; of a list, the layers that are alike only once."""
-    return str(value) if isinstance(value, int) else f"{sorted(set(value))} in {len(value)} layers"
