@@ -95,7 +95,7 @@ class ExternalEditError(StreamError):
 
 
 class NonFiniteKVError(StreamError, ArithmeticError):
-    """Keys or values of a finished chunk hold NaN or infinity, so it was not committed."""
+    """Queries, keys or values of a finished chunk hold NaN or infinity; the message says what became of it."""
 
 
 class ForeignRolesWarning(UserWarning):

@@ -97,8 +97,8 @@ class Activity:
         The layers of a pass learn of each other: they are one timeline.
 
         Raises:
-            NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
-                committed it, so it can be written again.
+            NonFiniteKVError: the chunk before is broken in some layer; none has committed it, so it can be
+                written again. Or, on an accelerator, a committed one is.
             StreamError: the last pass over the chunk before skipped some layer.
             PatchedModuleError: a cache may skip some.
             ModelChangedError: the model no longer says what it said at apply.
