@@ -113,6 +113,12 @@ def test_every_role_goes_through_every_mode(role):
     tell_story(role)
 
 
+def test_tokens_are_selected_again_after_a_recache_that_left_no_queries():
+    machine = VideoMachine()
+    machine.start(row=[Participating(7, 0, 1, 1)], usual=[], batch=1, seed=0, lengths=[3] * 6)
+    machine.change_scene(Switch("recache", frames=1), [3, 3, 3])
+
+
 def keep_one_less(self: HeadRole, kept: Selection, table: FrameTable) -> Selection:
     rows = (*kept.before, *kept.after)
     return kept if kept.chosen is not None else Selection(rows[:-1])
