@@ -42,6 +42,7 @@ from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
+from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, FrameTable, Phase, Selection
 from tests.examples import examples
 from tests.machine import CHUNK, ROLES, WINDOW, VideoMachine, encode, grouped, tell_story
