@@ -393,6 +393,7 @@ STORY = [
     Switch("cut", ("sink",)),
     Switch("recache", frames=4),
     Switch("recall", mark="b"),
+    Switch("recache", frames=1),
     Switch("smooth"),
     Switch("cut", ("sink", "episodic")),
     Switch("continue"),

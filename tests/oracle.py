@@ -294,6 +294,11 @@ class Averaging(Head):
 class Participating(Head):
     """First frames, tokens selected from all between, last frames, `window` in all."""
 
+    def chunk_begins(self, number: int, length: int) -> None:
+        super().chunk_begins(number, length)
+        if not self.chunks:  # no query is known that could select any
+            self.evicted = []
+
     def kept(self) -> list[Frame]:
         tokens = self.role.chosen if self.evicted else 0
         if len(self.stored) + tokens + self.length <= self.role.window:

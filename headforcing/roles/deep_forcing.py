@@ -93,7 +93,9 @@ class Chosen(CompressedHistory):
         self._queries = asked[:, -self.role.recent :].clone()
 
     def evicted(self, past: Past) -> None:
-        self._frames.append(past)
+        """Keeps them for the next selection; right after a recache no query is known, and none is made."""
+        if self._queries is not None:
+            self._frames.append(past)
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
         """The selected tokens, oldest first; selected when they are attended to for the first time."""

@@ -42,6 +42,7 @@ from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
+from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, FrameTable, Phase, Selection
 from tests.examples import examples
 from tests.machine import CHUNK, ROLES, WINDOW, VideoMachine, encode, grouped, tell_story
@@ -111,6 +112,12 @@ def test_the_story_has_every_role():
 @pytest.mark.parametrize("role", ROLES, ids=str)
 def test_every_role_goes_through_every_mode(role):
     tell_story(role)
+
+
+def test_tokens_are_selected_again_after_a_recache_that_left_no_queries():
+    machine = VideoMachine()
+    machine.start(row=[Participating(7, 0, 1, 1)], usual=[], batch=1, seed=0, lengths=[3] * 6)
+    machine.change_scene(Switch("recache", frames=1), [3, 3, 3])
 
 
 def keep_one_less(self: HeadRole, kept: Selection, table: FrameTable) -> Selection:
