@@ -71,7 +71,7 @@ class ExternalEditError(StreamError):
 
 
 class NonFiniteKVError(StreamError, ArithmeticError):
-    """Queries, keys or values of a finished chunk hold NaN or infinity; the message says what became of it."""
+    """Queries, keys or values of a finished chunk hold NaN or infinity; the message says what follows."""
 
 
 class ForeignRolesWarning(UserWarning):
