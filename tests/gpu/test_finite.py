@@ -159,7 +159,9 @@ def test_nothing_that_is_not_finite_stays_unsaid(anywhere: torch.device, seed: i
     check_is_told(fault, end, anywhere, store=store)
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    "end", [pytest.param(end, marks=pytest.mark.slow if end in ("reset", "context") else ()) for end in ENDS]
+)
 def test_the_last_chunk_is_told_of_however_a_video_ends(anywhere: torch.device, end: str) -> None:
     check_is_told(Fault(chunk=1, layer=1), end, anywhere, chunks=2, again=1)
 
