@@ -163,7 +163,7 @@ def test_nothing_that_is_not_finite_stays_unsaid(anywhere: torch.device, seed: i
     "end", [pytest.param(end, marks=pytest.mark.slow if end in ("reset", "context") else ()) for end in ENDS]
 )
 def test_the_last_chunk_is_told_of_however_a_video_ends(anywhere: torch.device, end: str) -> None:
-    check_is_told(Fault(chunk=1, layer=1), end, anywhere, chunks=2, again=1)
+    check_is_told(Fault(chunk=1), end, anywhere, chunks=2, again=1)
 
 
 def test_an_error_is_not_hidden_by_what_a_video_ends_with(anywhere: torch.device) -> None:
