@@ -251,13 +251,12 @@ def check_ended(videos: Iterable[Sequence[FiniteCheck]]) -> None:
     Raises:
         NonFiniteKVError: one holds NaN or infinity.
     """
-    found = [next(filter(None, map(_told, checks)), None) for checks in videos]
+    found = []
+    for checks in videos:
+        for check in checks:  # the first broken layer broke those after it
+            check.told = True
+        found.append(next(filter(None, (check.broken() for check in checks)), None))
     if broken := "; ".join(filter(None, found)):
         raise NonFiniteKVError(
             f"{broken}, and the video ended with them, so it is broken; the next one knows nothing of it"
         )
-
-
-def _told(check: FiniteCheck) -> str | None:
-    check.told = True
-    return check.broken()
