@@ -142,6 +142,8 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             other = copy.deepcopy(node)
             other.ops[place] = SWAPS[type(operator)]()
             yield "comparison", other
+    elif isinstance(node, ast.BinOp) and (is_joined(node.left) or is_joined(node.right)):
+        return
     elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in SWAPS:
         other = copy.deepcopy(node)
         other.op = SWAPS[type(node.op)]()
@@ -162,6 +164,12 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         or isinstance(node, ast.Continue | ast.Break)
     ):
         yield "left out", ast.Pass()
+
+
+def is_joined(side: ast.expr) -> bool:
+    """Whether an operand is a text or a list, which can be added and nothing else: any test would notice."""
+    text = isinstance(side, ast.Constant) and isinstance(side.value, str)
+    return text or isinstance(side, ast.JoinedStr | ast.List | ast.Tuple | ast.Set)
 
 
 def nodes(node: ast.AST) -> Iterator[ast.AST]:
