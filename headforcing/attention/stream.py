@@ -38,8 +38,6 @@ class Stream:
         released: bytes of the base model's cache that are free meanwhile.
         later_layers: in layer 0, the streams of the other layers on this timeline, as seen in the last pass.
         phase: of the last pass, where roles ask.
-        unfinished: whether the last pass was the first one over a window of several chunks, whose first chunk
-            still gets its clean pass.
         module: the attention module, while it exists.
         pass_id: the last pass that wrote.
     """
@@ -49,7 +47,6 @@ class Stream:
     released: int = 0
     later_layers: weakref.WeakSet[Stream] = field(default_factory=weakref.WeakSet)
     phase: Phase | None = None
-    unfinished: bool = False
     module: weakref.ref[nn.Module] | None = None
     pass_id: PassId | None = None
 
@@ -60,10 +57,8 @@ class Stream:
 
     def write(self, chunk: Chunk, phase: Phase) -> None:
         """Takes one pass over a chunk; see `KVStore.write`."""
-        before = self.store.pending
         self.store.write(chunk)
         self.phase = phase
-        self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
 
 
 def check_finished(stream: Stream, layer: int) -> None:
@@ -73,7 +68,7 @@ def check_finished(stream: Stream, layer: int) -> None:
         StreamError: it had not, and all of it would be stored as it is, with its noise.
     """
     pending = stream.store.pending
-    if pending is not None and stream.unfinished:
+    if pending is not None and stream.store.unfinished:
         raise StreamError(
             f"layer {layer}: frames {pending.start}..{pending.stop - 1} are denoised at once, and their "
             "first chunk had no clean pass yet: call commit() right after it, or leave it to the next window"

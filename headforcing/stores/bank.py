@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Tokens
+from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.types import Encode, FrameTable, Heads, Pin, Selection
 
 PositionsOf = Callable[[Sequence[int | None], int], tuple[float, ...]]
@@ -47,17 +47,24 @@ class Bank(ABC):
     A store says when frames come and go; a bank holds their tensors. `begin`, `append`, `put` and `clear`
     count the frames here and move the tensors in subclasses, which extend them.
 
+    A store changes a fork of its banks and then takes it over (`headforcing.stores.fork`). So until `settle`
+    a bank must not overwrite stored frames: such writes go to `moves`. `put` may write at once, because a
+    store gives its banks buffers of their own first.
+
     Args:
         role: whose frames these are.
         heads: those that have the role.
+        compressed: the compressed history of the role.
 
     Attributes:
         frames: of the history, as the role counts them; `None`: chosen by content.
+        moves: what is still to be written, in order. Each may run again after it ran, before the next one.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads) -> None:
-        self.role, self.heads = role, heads
+    def __init__(self, role: HeadRole, heads: Heads, compressed: CompressedHistory | None = None) -> None:
+        self.role, self.heads, self.compressed = role, heads, compressed
         self.frames: tuple[int | None, ...] = ()
+        self.moves: list[Callable[[], object]] = []
         self._new = 0
 
     def table(self, chunk: range, pin: Pin | None = None, query: int | None = None) -> FrameTable:
@@ -76,6 +83,12 @@ class Bank(ABC):
         `positions` tells where frames sit from now on.
         """
         self.frames, self._new = kept.frames(table), 0
+
+    def settle(self) -> None:
+        """Does the moves; one that was interrupted is done again."""
+        while self.moves:
+            self.moves[0]()
+            del self.moves[0]
 
     @abstractmethod
     def stage(self, k: Tensor, v: Tensor) -> None:
@@ -137,4 +150,5 @@ class Bank(ABC):
 
     def clear(self) -> None:
         """Forgets history and pending chunk; memory may stay for the next video."""
+        self.moves.clear()
         self.frames, self._new = (), 0

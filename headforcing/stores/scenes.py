@@ -68,6 +68,11 @@ class Scenes:
         """Names that can be recalled."""
         return (*self._marks, *(name for name in self._due if name not in self._marks))
 
+    @property
+    def due(self) -> bool:
+        """Whether a mark or a switch was requested."""
+        return bool(self._due) or self._switch is not None
+
     def inside(self, role: HeadRole, frames: range) -> range:
         """Frames of the base model as a role counts them."""
         scene = self._scenes[role]

@@ -18,9 +18,10 @@ from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
 from headforcing.stores.bank import Bank
-from headforcing.stores.buffered import allocate
+from headforcing.stores.buffered import allocate, free_unfit, separate
 from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_finite, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
+from headforcing.stores.fork import fork
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.shifts import Shifts
@@ -43,13 +44,15 @@ class KVStore(ABC):
         compressed: the compressed histories of the roles.
         scenes: marks, and the prompt switch that was requested.
         prompt_pending: a switch took effect and cross-attention has not projected the new prompt yet.
+        unfinished: whether the last pass was the first one over a window of several chunks, whose first chunk
+            still gets its clean pass.
     """
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         self.heads = dict(heads)
         self.window = window
         self.layer = layer
-        self.prompt_pending = False
+        self.prompt_pending = self.unfinished = False
         self.compressed = CompressedHistories(heads, layer)
         self._banks = {role: self.new_bank(role, own) for role, own in heads.items()}
         self.scenes = Scenes(self._banks, self.compressed)
@@ -59,7 +62,7 @@ class KVStore(ABC):
         self._pending: range | None = None
         self._shape: Shape | None = None
         self._end = 0
-        self._moving = False
+        self._apart = False
         self._checked = False
         self._finite: FiniteCheck | None = None
 
@@ -83,21 +86,27 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
             WindowError: a role with so long a chunk exceeds the window.
         """
-        if self._moving:
-            raise StreamError(
-                f"layer {self.layer}: an earlier commit was interrupted while frames moved, so this "
-                "history is lost: reset the stream and start the video again"
-            )
         shape = Shape.of(chunk)
         self.compressed.check(chunk, self._grid if chunk.start else None)
         again = self.scenes.rerun(self.frames_so_far)
+        anew = begins_video(chunk, shape, self._pending, self._shape) and again != 0
+        if anew and not (again is None and rolls(chunk, self._pending)):
+            self._check_roles(shape.frames, pinned=False)
+            self.reset()
+            free_unfit(self._banks.values(), chunk.k, chunk.v)
+        self.settle()
+        after = self._fork()
+        after._take(chunk, shape, again)
+        self._take_over(after)
+
+    def _take(self, chunk: Chunk, shape: Shape, again: int | None) -> None:
+        """Does to a fork what `write` says; `again`: first of the recomputed frames, if any."""
+        before = self._pending
         if again is None and rolls(chunk, self._pending):
             shape.check_follows(self._shape, self.layer)
             self._check_roles(shape.frames)
             self._begin(chunk.frames)
-        elif begins_video(chunk, shape, self._pending, self._shape) and again != 0:
-            self._check_roles(shape.frames, pinned=False)
-            self.reset()
+        elif self._pending is None and chunk.start == 0 and again != 0:
             self._begin(chunk.frames)
         elif chunk.frames == self._pending and again != chunk.start:
             shape.check_follows(self._shape, self.layer)
@@ -106,6 +115,8 @@ class KVStore(ABC):
             shape.check_follows(self._shape, self.layer)
             if not (again == 0 or chunk.alone) or shape.frames > self.window:
                 self._check_roles(shape.frames)
+            if self.scenes.due:
+                self._set_apart()
             self._commit_before(chunk.start)
             if again is None:  # roles choose first: a switch keeps what they would have kept
                 self._begin(chunk.frames)
@@ -113,6 +124,8 @@ class KVStore(ABC):
                 self._begin(chunk.frames)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
+        if chunk.frames != before:  # else the same pass once more
+            self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
         self._pending, self._shape, self._checked = chunk.frames, shape, False
         self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None
 
@@ -123,9 +136,11 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
         """
         if self._pending is not None:
-            end, chunk = self._pending.stop, len(self._pending)
-            self._commit_before(end)
-            self._begin(range(end, end + chunk))
+            self.settle()
+            after, end, chunk = self._fork(), self._pending.stop, len(self._pending)
+            after._commit_before(end)
+            after._begin(range(end, end + chunk))
+            self._take_over(after)
 
     def check(self) -> None:
         """Checks the pending chunk before it is committed; one reduction per role, once per pass.
@@ -136,15 +151,16 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
         """
         if self._pending is not None and not self._checked:
+            self.settle()
             late, self._finite = self._finite, None
             self._finite = check_finite(self._banks.values(), self.layer, self._pending, late)
             self._checked = True
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
-        self._pending = None
+        self._pending = None  # first: from now on nothing but a new video can begin, which resets again
         self._end = 0
-        self._moving = self.prompt_pending = False
+        self.prompt_pending = self.unfinished = False
         self._finite = None
         self.compressed.clear()
         self.scenes.clear()
@@ -167,12 +183,18 @@ class KVStore(ABC):
                 f"layer {self.layer}: the base model emptied its KV cache before frame {start}, but {what} "
                 "recomputed: reset the stream with handle.reset()"
             )
-        pending = self._copy_pending(self._pending.start)
-        self._moving = True
-        self.scenes.empty(edit.keep, start)
-        self.compressed.clear()
-        self._stage(pending)
-        self._moving = False
+        self.settle()
+        after, pending = self._fork(), self._copy_pending(self._pending.start)
+        after._set_apart()
+        after.scenes.empty(edit.keep, start)
+        after.compressed.clear()
+        after._stage(pending)
+        self._take_over(after)
+
+    def settle(self) -> None:
+        """Finishes what an earlier call was interrupted in, so that the store is as if it were not."""
+        for bank in self._banks.values():
+            bank.settle()
 
     def check_switch(self, switch: Switch) -> None:
         """Checks that a prompt switch is possible now.
@@ -231,6 +253,7 @@ class KVStore(ABC):
 
     def frames(self, role: HeadRole) -> list[list[int]]:
         """Frames stored for `role`, per sample, oldest first. Reads the device: for people, not paths."""
+        self.settle()
         return self._banks[role].numbers()
 
     def nbytes(self) -> int:
@@ -270,7 +293,6 @@ class KVStore(ABC):
             return
         self.check()
         done = range(self._pending.start, start)
-        self._moving = True
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, done)
             if self.compressed.get(role) is not None:
@@ -279,11 +301,9 @@ class KVStore(ABC):
             bank.append(done, inside)
         self.compressed.forget_views()
         self._end, self._pending = start, None
-        self._moving = False
 
     def _begin(self, chunk: range) -> None:
         """Every role chooses what it keeps, and evicts the rest, because the frames `chunk` begin."""
-        self._moving = True
         self.compressed.forget_views()
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, chunk)
@@ -291,18 +311,38 @@ class KVStore(ABC):
             self.compressed.evicted(role, kept, table, bank.rows, self._grid)
             bank.begin(table, kept, inside, functools.partial(self._positions, role))
         share_copies(self._banks.values())
-        self._moving = False
+        if self._apart:
+            self.settle()
 
     def _apply_switch(self, start: int) -> bool:
         """Makes requested marks and switches before frame `start`; returns whether frames were dropped."""
-        self._moving = True
         switch = self.scenes.apply_switch(start)
         dropped = switch is not None and switch.mode != "continue"
         if dropped:
             self.compressed.clear()
         self._end, self.prompt_pending = start, self.prompt_pending or switch is not None
-        self._moving = False
         return dropped
+
+    def _fork(self) -> KVStore:
+        """A store with the same contents, to change in its place."""
+        after = fork(self, compressed=self.compressed.fork(), _shifts=fork(self._shifts))
+        after._banks = {
+            role: fork(b, compressed=after.compressed.get(role)) for role, b in self._banks.items()
+        }
+        after.scenes = fork(self.scenes, _banks=after._banks, _compressed=after.compressed)
+        return after
+
+    def _set_apart(self) -> None:
+        """Copies the buffers of a fork, which then may read what it wrote."""
+        separate(self._banks.values())
+        self.settle()
+        self._apart = True
+
+    def _take_over(self, after: KVStore) -> None:
+        """Becomes what its fork is, in one step that nothing interrupts, then does the moves."""
+        after._apart = False
+        self.__dict__.update(after.__dict__)
+        self.settle()
 
     def _stage(self, chunk: Chunk) -> None:
         """Overwrites the pending chunk."""
