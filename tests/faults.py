@@ -46,18 +46,24 @@ class _Operators(TorchDispatchMode):
         return out
 
 
-class _Lines:
+class Lines:
+    """Does something at one line of the files below `where`: raises."""
+
     def __init__(self, at: int | None, where: Sequence[str]) -> None:
         self.seen: list[Any] = []
         self.at, self.where = at, tuple(where)
 
-    def __enter__(self) -> _Lines:
+    def __enter__(self) -> Lines:
         self.before = sys.gettrace()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self.before)
+
+    def arrive(self, place: str) -> None:
+        """What happens there."""
+        raise Fault(place)
 
     def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(self.where) else None
@@ -69,7 +75,7 @@ class _Lines:
                 return self._line
             self.seen.append((frame.f_code.co_filename, frame.f_lineno))
             if len(self.seen) - 1 == self.at:
-                raise Fault(f"{frame.f_code.co_filename}:{frame.f_lineno}: {code.strip()}")
+                self.arrive(f"{frame.f_code.co_filename}:{frame.f_lineno}: {code.strip()}")
         return self._line
 
 
@@ -77,7 +83,7 @@ def meet(
     kind: Kind, at: int | None, act: Callable[[], Any], where: Sequence[str] = OURS
 ) -> tuple[list[Any], str | None]:
     """Acts with a fault at one operator or line: what was met, and where the fault was, if there was one."""
-    injector = _Lines(at, where) if kind == "line" else _Operators(at, kind == "after")
+    injector = Lines(at, where) if kind == "line" else _Operators(at, kind == "after")
     try:
         with injector:
             act()

@@ -109,9 +109,7 @@ def apply_head_forcing(
             "the model carries head forcing already, with other roles or options: remove it first, or "
             "pass replace=True"
         )
-    for handle in present:
-        handle.remove()
-    return install(model, options)
+    return install(model, options, present)
 
 
 def remove_head_forcing(model: nn.Module) -> None:

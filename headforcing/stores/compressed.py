@@ -124,5 +124,5 @@ class CompressedHistories:
         """What is stored, and what was rotated; each once."""
         stored = [tensor for history in self._histories.values() for tensor in history.tensors()]
         yield from stored
-        for tokens in self._views.values():
+        for tokens in list(self._views.values()):  # another thread may add some
             yield from (x for x in tokens or () if not any(x is tensor for tensor in stored))

@@ -137,7 +137,7 @@ class RotatedBank(BufferedBank):
         return copy.k, copy.v
 
     def tensors(self) -> list[Tensor]:
-        copies = [tensor for copy in self._copies.values() for tensor in (copy.k, copy.v)]
+        copies = [tensor for copy in list(self._copies.values()) for tensor in (copy.k, copy.v)]
         return [*super().tensors(), *copies]
 
     def clear(self) -> None:

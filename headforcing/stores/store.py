@@ -196,13 +196,13 @@ class KVStore(ABC):
         for bank in self._banks.values():
             bank.settle()
 
-    def check_switch(self, switch: Switch) -> None:
-        """Checks that a prompt switch is possible now.
+    def check_switch(self, switch: Switch, due: Sequence[str] = ()) -> None:
+        """Checks that a prompt switch is possible now; `due`: marks that will be made before it.
 
         Raises:
             StreamError: there is no such mark, or recomputed frames cannot be told from others.
         """
-        self.scenes.check(switch, self.frames_so_far, self.layer)
+        self.scenes.check(switch, self.frames_so_far, self.layer, due)
 
     @property
     def pending(self) -> range | None:
