@@ -87,8 +87,8 @@ class HeadForcing:
         Raises:
             StreamError: roles ask for phases, and a chunk had no clean pass; or the first one of a window of
                 several chunks had none.
-            StreamActiveError: a call or an explicit stream of this thread is open, a pass of another thread did
-                not reach all layers so far, or layers stand at different chunks since a pass that failed.
+            StreamActiveError: a call or an explicit stream of this thread is open, another thread is in the
+                middle of a pass, or layers stand at different chunks since a pass that failed.
         """
         with self._activity.lock:
             self._refuse_while_running("commit")
@@ -129,9 +129,9 @@ class HeadForcing:
         """Says that the next chunk has another prompt, and what of the past the heads keep then.
 
         Takes effect when the next chunk begins, also if this one is not finished, in every video that runs;
-        of several calls before that, the last one counts. Any thread may call it at any time; `"recache"` only
-        between two passes. The pipeline passes the new prompt as it always
-        does; cross-attention projects it anew.
+        of several calls before that, the last one counts. Any thread may call it at any time, for `"recache"`
+        between two passes. The pipeline passes the new prompt as it always does; cross-attention projects it
+        anew.
 
         Args:
             mode: `"continue"` keeps everything. `"smooth"` drops recent frames and compressed tokens; first
@@ -199,8 +199,7 @@ class HeadForcing:
         """Puts every original module back and gives the base model's caches back empty; idempotent.
 
         Raises:
-            StreamActiveError: a call or an explicit stream of this thread is open, or a pass of another thread
-                did not reach all layers so far.
+            StreamActiveError: a call or a stream of this thread is open, or another thread is amid a pass.
             PatchedModuleError: something added after apply still wraps one of our modules.
         """
         with self._activity.lock:
@@ -267,7 +266,7 @@ class HeadForcing:
         return self._layers[0].activity
 
     def _running(self, what: str) -> list[tuple[Stream, int]]:
-        """The timelines that have begun, and for each the frame up to which a chunk is too early for a request.
+        """The timelines that have begun, and up to which frame a chunk is too early for a request.
 
         Another timeline that is one chunk ahead, as another CFG branch of the pass that runs, cannot follow
         a request before the chunk after it; so this one waits for it.
@@ -292,8 +291,8 @@ class HeadForcing:
         others = threads & {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         if others:
             raise StreamActiveError(
-                f"{what}() while another thread is between two layers of a pass, or its pass failed there: call "
-                "it between two passes; after a failed one, run it again or call reset() first"
+                f"{what}() while another thread is between two layers of a pass, or its pass failed there: "
+                "call it between two passes; after a failed one, run it again or call reset() first"
             )
 
 

@@ -20,7 +20,7 @@ from headforcing.types import Phase
 
 
 class _Call:
-    """An attention call of a thread. Where an interrupt left it behind, it goes with the frame that held it."""
+    """An attention call of a thread; one that an interrupt left behind goes with the frame that held it."""
 
     def __init__(self, activity: Activity) -> None:
         self.activity, self.thread = activity, threading.get_ident()
@@ -72,7 +72,7 @@ class Activity:
         self._thread.phase = phase
 
     def new_prompt(self, layer: int) -> KVStore | None:
-        """The store whose new prompt cross-attention has to project, after a call of this layer in this thread."""
+        """The store whose new prompt is to be projected, after a call of this layer in this thread."""
         store: KVStore | None = getattr(self._thread, "wrote", {}).pop(layer, lambda: None)()
         return None if store is None or not store.prompt_pending else store
 

@@ -79,9 +79,9 @@ class Stream:
     def hand_on(self, start: int) -> None:
         """In layer 0, when a pass begins at frame `start`: requests go to all layers, if a chunk begins."""
         pending, asked = self.store.pending, self.requests
-        if pending is not None and not (asked.switch is not None and asked.switch.mode == "recache"):
-            if start == pending.start or pending.start < start <= asked.after:
-                return
+        recache = asked.switch is not None and asked.switch.mode == "recache"
+        if pending is not None and not recache and pending.start <= start <= max(pending.start, asked.after):
+            return
         for one in self.all_layers if asked != Requests() else ():
             one.store.scenes.request(asked.marks, asked.switch)
         self.requests = Requests()  # last: a fault before it hands them on again

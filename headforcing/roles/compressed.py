@@ -47,7 +47,7 @@ Tokens = tuple[Tensor, Tensor]
 class CompressedHistory(ABC):
     """The compressed tokens of one role in one layer of one stream.
 
-    A store changes a copy of it whose lists, dicts and deques are copied, too, and drops the copy if the chunk
+    A store changes a copy of it, with copies of its lists, dicts and deques, and drops the copy if the chunk
     fails. So replace tensors, write none in place.
     """
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
-from headforcing.types import Encode, FrameTable, Heads, Pin, Selection
+from headforcing.types import Chunk, Encode, FrameTable, Heads, Pin, Selection
 
 PositionsOf = Callable[[Sequence[int | None], int], tuple[float, ...]]
 """RoPE positions of frames, and how many of the last ones are the current chunk."""
@@ -152,3 +152,14 @@ class Bank(ABC):
         """Forgets history and pending chunk; memory may stay for the next video."""
         self.moves.clear()
         self.frames, self._new = (), 0
+
+
+def copied(every: Iterable[Bank], start: int) -> Chunk:
+    """A copy of the pending chunk of the banks of a layer, which begins at `start`, all heads together."""
+    parts = [(bank.heads, *bank.staged()) for bank in every]
+    count = sum(len(heads) for heads, _, _ in parts)
+    k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
+    for heads, part_k, part_v in parts:
+        heads.put(k, part_k)
+        heads.put(v, part_v)
+    return Chunk(start, k, v)

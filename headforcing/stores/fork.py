@@ -1,8 +1,8 @@
 """A fork of a store: all that can fail happens to it, then the store takes it over in one step.
 
-So an error, an interrupt, or a device out of memory, at whatever line or operator, leaves the store as it was,
-and the chunk can be written again. What overwrites stored frames is noted on the fork (`Bank.moves`) and done
-last, when the store took it over; interrupted there, it is finished before anything else happens to the store.
+So an error, an interrupt, or a device out of memory, at whatever line or operator, leaves the store as it
+was, and the chunk can be written again. What overwrites stored frames is noted on the fork (`Bank.moves`) and
+done last, when the store took it over; interrupted there, it is finished before anything else happens.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from headforcing.errors import StreamError
 from headforcing.roles.base import HeadRole, visible_rows
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
-from headforcing.stores.bank import Bank
+from headforcing.stores.bank import Bank, copied
 from headforcing.stores.buffered import allocate, free_unfit, separate
 from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_finite, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
@@ -159,8 +159,7 @@ class KVStore(ABC):
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
         self._pending = None  # first: from now on nothing but a new video can begin, which resets again
-        self._end = 0
-        self.prompt_pending = self.unfinished = False
+        self._end, self.prompt_pending, self.unfinished = 0, False, False
         self._finite = None
         self.compressed.clear()
         self.scenes.clear()
@@ -184,7 +183,7 @@ class KVStore(ABC):
                 "recomputed: reset the stream with handle.reset()"
             )
         self.settle()
-        after, pending = self._fork(), self._copy_pending(self._pending.start)
+        after, pending = self._fork(), copied(self._banks.values(), self._pending.start)
         after._set_apart()
         after.scenes.empty(edit.keep, start)
         after.compressed.clear()
@@ -349,13 +348,3 @@ class KVStore(ABC):
         allocate(self._banks.values(), chunk.k, chunk.v)
         for bank in self._banks.values():
             bank.stage(chunk.k, chunk.v)
-
-    def _copy_pending(self, start: int) -> Chunk:
-        """A copy of the pending chunk, which begins at `start`, all heads together."""
-        parts = [(bank.heads, *bank.staged()) for bank in self._banks.values()]
-        count = sum(len(heads) for heads, _, _ in parts)
-        k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
-        for heads, part_k, part_v in parts:
-            heads.put(k, part_k)
-            heads.put(v, part_v)
-        return Chunk(start, k, v, self._grid)

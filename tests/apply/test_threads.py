@@ -1,4 +1,4 @@
-"""Calls of the handle from another thread at any line of a pass: all layers follow at the same chunk, or none."""
+"""Calls of the handle from another thread at any line of a pass: all layers follow at one chunk, or none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ASKS: dict[str, Ask] = {
 
 
 class Asking(Lines):
-    """Asks in another thread when this one is at a line, and waits for the answer or until it has to go on."""
+    """Asks in another thread when this one is at a line, and waits for the answer a moment."""
 
     def __init__(self, at: int | None, ask: Callable[[], Any]) -> None:
         super().__init__(at, PASSES)
@@ -107,7 +107,8 @@ def check(what: str, when: tuple[int, int], least: int) -> None:
         asking, outs = run(at)
         assert not asking.errors, asking.errors
         if isinstance(outs, HeadForcingError):
-            assert what in ("reset", "commit", "recache") and not asking.refused, (what, at, outs)
+            assert what in ("reset", "commit"), (asking.seen[at], outs)
+            assert not asking.refused, (asking.seen[at], outs)
         elif asking.refused:
             assert equal(outs, expected[0]), (what, asking.seen[at], "refused, but not without effect")
         elif what != "remove":
