@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from headforcing.adapters.base import Adapter, find_adapter
-from headforcing.apply.handle import HeadForcing, check_videos, handles_of, remove_all
+from headforcing.apply.handle import HeadForcing, handles_of, remove_all
 from headforcing.apply.hooks import check_phases
 from headforcing.apply.install import install
 from headforcing.apply.sites import check_single, sites_of
@@ -118,9 +118,7 @@ def apply_head_forcing(
             "the model carries head forcing already, with other roles or options: remove it first, or "
             "pass replace=True"
         )
-    check_videos(present)
-    remove_all(present)
-    return install(model, options, facts)
+    return install(model, options, facts, present)
 
 
 def remove_head_forcing(model: nn.Module) -> None:

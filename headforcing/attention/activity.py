@@ -6,8 +6,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +20,19 @@ from headforcing.stores import KVStore
 from headforcing.types import Phase
 
 
+class _Call:
+    """An attention call of a thread; one that an interrupt left behind goes with the frame that held it."""
+
+    def __init__(self, activity: Activity) -> None:
+        self.activity, self.thread = activity, threading.get_ident()
+
+    def __enter__(self) -> None:
+        self.activity.enter(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.activity.leave(self)
+
+
 class Activity:
     """What happened since apply, shared by all layers of a model.
 
@@ -28,7 +40,8 @@ class Activity:
         calls: attention calls served.
         layers, served: those that have roles, and which of them were called.
         bypassed: calls that went to the original forward although they had a cache.
-        depth, observers: calls in progress, and who is shown every call.
+        observers: who is shown every call.
+        lock: held while a call is entered or left, while requests are handed on, and by what the handle does.
         phase_hook: whether a hook notes the phase of every pass, because roles depend on it.
         prompt_hooks: whether hooks make cross-attention project a new prompt.
         order: written by every compiled call; see `headforcing.attention.compile`.
@@ -42,14 +55,14 @@ class Activity:
         self.layers: set[int] = set()
         self.served: set[int] = set()
         self.bypassed = 0
-        self.depth = 0
         self.observers: list[Observer] = []
         self.phase_hook = self.prompt_hooks = False
         self.path_modules: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
         self.facts: ReadFacts | None = None
         self._sought_idle = False
         self._call_numbers = itertools.count()
-        self._lock = threading.Lock()
+        self._running: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self.lock = threading.Lock()
         self._thread = threading.local()
 
     @property
@@ -61,16 +74,10 @@ class Activity:
     def phase(self, phase: Phase) -> None:
         self._thread.phase = phase
 
-    def take_new_prompt(self, layer: int) -> bool:
-        """Whether cross-attention, after a call of this layer in this thread, has a new prompt to project.
-
-        True once per prompt switch and layer.
-        """
+    def new_prompt(self, layer: int) -> KVStore | None:
+        """The store whose new prompt is to be projected, after a call of this layer in this thread."""
         store: KVStore | None = getattr(self._thread, "wrote", {}).pop(layer, lambda: None)()
-        if store is None or not store.prompt_pending:
-            return False
-        store.prompt_pending = False
-        return True
+        return None if store is None or not store.prompt_pending else store
 
     def note_write(self, layer: int, store: KVStore) -> None:
         """Notes that a layer wrote in this pass, and in which store, for its cross-attention that follows."""
@@ -79,17 +86,24 @@ class Activity:
             wrote.pass_id = pass_id
         self._thread.__dict__.setdefault("wrote", {})[layer] = weakref.ref(store)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Marks a call in progress."""
-        with self._lock:
-            self.depth += 1
+    def running(self) -> _Call:
+        """Marks a call in progress, while entered."""
+        return _Call(self)
+
+    def enter(self, call: _Call) -> None:
+        """A call begins."""
+        with self.lock:
+            self._running.add(call)
         self._thread.call_number = next(self._call_numbers)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.depth -= 1
+
+    def leave(self, call: _Call) -> None:
+        """It ends."""
+        with self.lock:
+            self._running.discard(call)
+
+    def calls_in(self, *, this_thread: bool) -> bool:
+        """Whether calls are in progress in this thread, or in others."""
+        return any((call.thread == threading.get_ident()) is this_thread for call in self._running)
 
     def begin_call(self, layer: int, stream: Stream, start: int) -> None:
         """Counts a call; in the first layer, checks a finished chunk in all layers before any commits it.
@@ -117,6 +131,9 @@ class Activity:
         pass_id = getattr(self._thread, "call_number", None), start
         if pending is not None and grown:
             _check_finished_chunk(stream, pending, pass_id)
+        with self.lock:
+            stream.began = pass_id, threading.get_ident()
+            stream.hand_on(start)
         if pending is None or start != pending.start or not start:
             self._check_runs(stream)
         self._thread.first = weakref.ref(stream)

@@ -45,7 +45,11 @@ Tokens = tuple[Tensor, Tensor]
 
 
 class CompressedHistory(ABC):
-    """The compressed tokens of one role in one layer of one stream."""
+    """The compressed tokens of one role in one layer of one stream.
+
+    A store changes a copy of it, with copies of its lists, dicts and deques, and drops the copy if the chunk
+    fails. So replace tensors, write none in place.
+    """
 
     patch: int = 1
     """Side of the squares of patches that are merged; above 1, the adapter has to rotate merged patches."""

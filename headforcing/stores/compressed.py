@@ -10,6 +10,7 @@ from torch import Tensor
 from headforcing.errors import RoleError, StreamError, StreamShapeError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.stores.fork import fork
 from headforcing.types import Chunk, Encode, FrameTable, Grid, Selection
 
 
@@ -29,6 +30,10 @@ class CompressedHistories:
         self._views: dict[tuple[HeadRole, int | None], Tokens | None] = {}
         self._layer = layer
         self.shared: MutableMapping[Any, Any] = {}
+
+    def fork(self) -> CompressedHistories:
+        """The same contents, to change in its place."""
+        return fork(self, _histories={role: fork(history) for role, history in self._histories.items()})
 
     def get(self, role: HeadRole) -> CompressedHistory | None:
         """The compressed history of a role."""
@@ -136,5 +141,5 @@ class CompressedHistories:
         """What is stored, and what was rotated; each once."""
         stored = [tensor for history in self._histories.values() for tensor in history.tensors()]
         yield from stored
-        for tokens in self._views.values():
+        for tokens in list(self._views.values()):  # another thread may add some
             yield from (x for x in tokens or () if not any(x is tensor for tensor in stored))

@@ -12,7 +12,7 @@ from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_moves
-from headforcing.stores.buffers import Size, cut, front, gathered, slide
+from headforcing.stores.buffers import Size, cut, front, gathered, slides
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 
@@ -51,10 +51,10 @@ class RotatedBank(BufferedBank):
         self._forget_copies()
         self._last_view.clear()
 
-    def move(self, buffers: Mapping[str, Tensor]) -> None:
-        """Moves the history into other buffers; copies are made anew."""
-        super().move(buffers)
-        settled = self._rotated_to[: len(self.frames)]
+    def move(self, buffers: Mapping[str, Tensor], slots: int) -> None:
+        """Moves the first slots into other buffers; copies are made anew."""
+        super().move(buffers, slots)
+        settled = self._rotated_to[:slots]
         self._rotated_to = [*settled, *[None] * (self._v.shape[1] - len(settled))]
         self._copies.clear()
         self._last_view.clear()
@@ -113,6 +113,7 @@ class RotatedBank(BufferedBank):
         rotated = self.buffers["rotated"]
         stale = [slot for slot, position in enumerate(positions) if self._rotated_to[slot] != position]
         for first, last in runs(stale):
+            self._rotated_to[first:last] = [None] * (last - first)
             rotated[:, first:last] = encode(self._raw[:, first:last], positions[first:last])
             self._rotated_to[first:last] = positions[first:last]
         return rotated, self._v
@@ -135,7 +136,7 @@ class RotatedBank(BufferedBank):
         return copy.k, copy.v
 
     def tensors(self) -> list[Tensor]:
-        copies = [tensor for copy in self._copies.values() for tensor in (copy.k, copy.v)]
+        copies = [tensor for copy in list(self._copies.values()) for tensor in (copy.k, copy.v)]
         return [*super().tensors(), *copies]
 
     def clear(self) -> None:
@@ -145,7 +146,8 @@ class RotatedBank(BufferedBank):
 
     def copies(self) -> list[tuple[_Copy, Size]]:
         """The copies of parts of the history, and the sizes of their buffers."""
-        return [(copy, self._size(copy.k.shape[1])) for copy in self._copies.values()]
+        made = [copy for copy in self._copies.values() if copy.k is not NOTHING]
+        return [(copy, self._size(copy.k.shape[1])) for copy in made]
 
     def _most_tokens(self, patches: int) -> int | None:
         """Most compressed tokens, if the role names a maximum and it is not too large to be reserved."""
@@ -183,7 +185,7 @@ class RotatedBank(BufferedBank):
         settled = [(slot, row) for slot, row in moves if self._rotated_to[row] == positions[slot] is not None]
         self._rotated_to = [None] * len(self._rotated_to)
         if settled:
-            slide(self.buffers["rotated"], settled)
+            self.moves += slides(self.buffers["rotated"], settled)
         for slot, _ in settled:
             self._rotated_to[slot] = positions[slot]
 

@@ -68,6 +68,11 @@ class Scenes:
         """Names that can be recalled."""
         return (*self._marks, *(name for name in self._due if name not in self._marks))
 
+    @property
+    def due(self) -> bool:
+        """Whether a mark or a switch was requested."""
+        return bool(self._due) or self._switch is not None
+
     def inside(self, role: HeadRole, frames: range) -> range:
         """Frames of the base model as a role counts them."""
         scene = self._scenes[role]
@@ -122,19 +127,27 @@ class Scenes:
         Raises:
             OptionError: the name is no text.
         """
-        if not isinstance(name, str):
-            raise OptionError(f"a mark is named {name!r}: expected a text")
-        self._due.append(name)
+        check_name(name)
+        if name not in self._due:
+            self._due.append(name)
 
-    def check(self, switch: Switch, stop: int, layer: int) -> None:
-        """Checks that a switch is possible before frame `stop`.
+    def request(self, marks: Sequence[str], switch: Switch | None) -> None:
+        """Requests marks and a switch when the next chunk begins."""
+        for name in marks:
+            self.mark(name)
+        if switch is not None:
+            self.ask(switch)
+
+    def check(self, switch: Switch, stop: int, layer: int, due: Sequence[str] = ()) -> None:
+        """Checks that a switch is possible before frame `stop`; `due`: marks that will be made before it.
 
         Raises:
             StreamError: there is no such mark, or recomputed frames lie before the last restart of time or
                 cannot be told from others.
         """
-        if switch.mark is not None and switch.mark not in self.marks:
-            known = ", ".join(self.marks) if self.marks else "none"
+        marks = tuple(dict.fromkeys((*self.marks, *due)))
+        if switch.mark is not None and switch.mark not in marks:
+            known = ", ".join(marks) if marks else "none"
             raise StreamError(f"layer {layer}: nothing is marked {switch.mark!r}, marks are: {known}")
         if switch.mode != "recache":
             return
@@ -226,6 +239,16 @@ class Scenes:
 def _with_first(frames: Sequence[int | None], sink: int) -> list[int | None]:
     """Frames, numbered also where those that a scene begins with had been chosen by content."""
     return [row if frame is None and row < sink else frame for row, frame in enumerate(frames)]
+
+
+def check_name(name: object) -> None:
+    """Checks the name of a mark.
+
+    Raises:
+        OptionError: it is no text.
+    """
+    if not isinstance(name, str):
+        raise OptionError(f"a mark is named {name!r}: expected a text")
 
 
 def _rows_before(frames: Sequence[int | None], first: int) -> list[int]:

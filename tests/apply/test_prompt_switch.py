@@ -638,9 +638,11 @@ def test_an_adapter_that_names_too_few_cross_attentions_is_refused_and_nothing_c
 
 
 def _asked(handle: hf.HeadForcing) -> set[Any]:
-    """Switches that are asked for, over all layers and streams."""
-    stores = [stream.store for layer in handle._layers for stream in layer.streams.values()]
-    return {store.scenes._switch for store in stores} - {None}
+    """Switches that are asked for, over all timelines and layers."""
+    streams = [stream for layer in handle._layers for stream in layer.streams.values()]
+    return {one for stream in streams for one in (stream.requests.switch, stream.store.scenes._switch)} - {
+        None
+    }
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -441,20 +441,6 @@ def test_committing_by_hand_ends_the_pending_chunk(store):
     assert store.frames(Memory(1, 2, 2)) == [[0, 1, 2]]
 
 
-def test_an_interrupted_commit_makes_the_stream_refuse_instead_of_guess():
-    store = RingStore(grouped([Local(2)]), window=WINDOW, layer=1)
-    store.write(chunk_of(0, heads=1))
-    bank = store._banks[Local(2)]
-    original, bank.begin = bank.begin, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        store.write(chunk_of(3, heads=1))
-    bank.begin = original
-    with pytest.raises(StreamError, match="interrupted"):
-        store.write(chunk_of(3, heads=1))
-    store.reset()
-    store.write(chunk_of(0, heads=1))
-
-
 def test_bytes_are_counted_from_the_tensors():
     store = RingStore(grouped([Local(2), Anchor(1)]), window=WINDOW, layer=0)
     assert store.nbytes() == 0
