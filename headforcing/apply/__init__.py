@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from headforcing.adapters.base import Adapter, find_adapter
-from headforcing.apply.handle import HeadForcing, handles_of, remove_all
+from headforcing.apply.handle import HeadForcing
+from headforcing.apply.handles import handles_of, remove_all
 from headforcing.apply.hooks import check_phases
 from headforcing.apply.install import install
 from headforcing.apply.sites import check_single, sites_of

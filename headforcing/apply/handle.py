@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -12,7 +12,7 @@ from types import TracebackType
 from torch import nn
 
 from headforcing.apply.hooks import add_prompt_hooks, remove_hooks
-from headforcing.apply.sites import Site, check_reachable, check_removable, sites_of
+from headforcing.apply.sites import Site, check_reachable, check_removable
 from headforcing.apply.status import Status, collect
 from headforcing.attention.activity import Activity
 from headforcing.attention.layer_state import LayerState, Options, check_settled
@@ -88,7 +88,7 @@ class HeadForcing:
         """
         with self._activity.lock:
             self._refuse_while_running("reset")
-            untold = self._untold()
+            untold = self.untold()
             for state, stream in list(self._streams()):
                 stream.requests, stream.began = Requests(), None
                 stream.store.reset()
@@ -221,13 +221,13 @@ class HeadForcing:
             PatchedModuleError: something added after apply still wraps one of our modules.
             NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; all is removed.
         """
-        remove_all([self])
+        check_ended(self.take_out())
 
-    def _take_out(self) -> list[list[FiniteCheck]]:
+    def take_out(self) -> list[list[FiniteCheck]]:
         """Removes; returns the checks that nobody was told of."""
         with self._activity.lock:
             self.check_remove()
-            untold = self._untold()
+            untold = self.untold()
             for site, module, state in list(self._in_place()):
                 _strip(module, state)
                 _restore(site.original, state)
@@ -255,7 +255,7 @@ class HeadForcing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        untold = self._take_out()
+        untold = self.take_out()
         if error is None:
             check_ended(untold)
 
@@ -280,7 +280,8 @@ class HeadForcing:
             for stream in list(state.streams.values()):
                 yield state, stream
 
-    def _untold(self) -> list[list[FiniteCheck]]:
+    def untold(self) -> list[list[FiniteCheck]]:
+        """Checks of every video whose results nobody was told of."""
         return untold_of(stream for _, stream in self._streams())
 
     def _commit(self, streams: Sequence[tuple[LayerState, Stream]]) -> None:
@@ -328,36 +329,6 @@ class HeadForcing:
                 f"{what}() while another thread is between two layers of a pass, or its pass failed there: "
                 "call it between two passes; after a failed one, run it again or call reset() first"
             )
-
-
-def handles_of(model: nn.Module) -> list[HeadForcing]:
-    """The handles of what is applied to a model and its parts; made anew where they were dropped."""
-    found = [module for module in model.modules() if isinstance(module, HeadForcingMixin)]
-    by_application: dict[Activity, list[HeadForcingMixin]] = {}
-    for module in found:
-        by_application.setdefault(module._headforcing.activity, []).append(module)
-    handles = []
-    for modules in by_application.values():
-        states = [module._headforcing for module in modules]
-        handle = states[0].handle() if states[0].handle is not None else None
-        if not isinstance(handle, HeadForcing):
-            handle = HeadForcing(model, sites_of(model, modules), states)
-        handles.append(handle)
-    return handles
-
-
-def check_videos(handles: Iterable[HeadForcing]) -> None:
-    """Checks the videos that run, as far as nobody was told of them, before they end.
-
-    Raises:
-        NonFiniteKVError: one holds NaN or infinity; said once.
-    """
-    check_ended([checks for handle in handles for checks in handle._untold()])
-
-
-def remove_all(handles: Iterable[HeadForcing]) -> None:
-    """Removes all of them; see `HeadForcing.remove`."""
-    check_ended([checks for handle in handles for checks in handle._take_out()])
 
 
 def _strip(ours: nn.Module, state: LayerState) -> None:

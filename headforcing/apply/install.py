@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.apply.handle import HeadForcing, check_videos, remove_all
+from headforcing.apply.handle import HeadForcing
+from headforcing.apply.handles import check_videos, remove_all
 from headforcing.apply.hooks import add_phase_hook
 from headforcing.apply.sites import Site, is_own, sites_of
 from headforcing.attention.activity import Activity

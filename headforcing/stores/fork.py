@@ -8,7 +8,10 @@ done last, when the store took it over; interrupted there, it is finished before
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from headforcing.stores.store import KVStore
 
 _T = TypeVar("_T")
 
@@ -20,3 +23,12 @@ def fork(one: _T, **changed: Any) -> _T:
         own = isinstance(value, list | dict | deque) and name not in changed
         twin.__dict__[name] = value.copy() if own else value
     return twin
+
+
+def fork_store(store: KVStore) -> KVStore:
+    """A store with the same contents, to change in its place."""
+    after = fork(store, compressed=store.compressed.fork(), _shifts=fork(store._shifts))
+    after._banks = {role: fork(b, compressed=after.compressed.get(role)) for role, b in store._banks.items()}
+    after.scenes = fork(store.scenes, _banks=after._banks, _compressed=after.compressed)
+    after._finite = fork(store._finite, _banks=after._banks.values())
+    return after

@@ -21,7 +21,7 @@ from headforcing.stores.bank import Bank, copied
 from headforcing.stores.buffered import allocate, free_unfit, separate
 from headforcing.stores.checks import FiniteCheck, FiniteGuard, Shape, begins_video, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
-from headforcing.stores.fork import fork
+from headforcing.stores.fork import fork_store
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.shifts import Shifts
@@ -93,7 +93,7 @@ class KVStore(ABC):
             self.reset()
             free_unfit(self._banks.values(), chunk.k, chunk.v)
         self.settle()
-        after = self._fork()
+        after = fork_store(self)
         after._take(chunk, shape, again)
         self._take_over(after)
 
@@ -136,7 +136,7 @@ class KVStore(ABC):
         """
         if self._pending is not None:
             self.settle()
-            after, end, chunk = self._fork(), self._pending.stop, len(self._pending)
+            after, end, chunk = fork_store(self), self._pending.stop, len(self._pending)
             after._commit_before(end)
             after._begin(range(end, end + chunk))
             self._take_over(after)
@@ -144,9 +144,7 @@ class KVStore(ABC):
     def begins_video(self, chunk: Chunk) -> bool:
         """Whether `write` of this chunk would forget the video so far."""
         again = self.scenes.rerun(self.frames_so_far)
-        if again == 0 or (again is None and rolls(chunk, self._pending)):
-            return False
-        return begins_video(chunk, Shape.of(chunk), self._pending, self._shape)
+        return begins_video(chunk, Shape.of(chunk), self._pending, self._shape, again)
 
     def check(self, wait: bool = False) -> None:
         """Checks the pending chunk before it is committed; one reduction per role for keys, one for values.
@@ -195,7 +193,7 @@ class KVStore(ABC):
                 "recomputed: reset the stream with handle.reset()"
             )
         self.settle()
-        after, pending = self._fork(), copied(self._banks.values(), self._pending.start)
+        after, pending = fork_store(self), copied(self._banks.values(), self._pending.start)
         after._set_apart()
         after.scenes.empty(edit.keep, start)
         after._drop_compressed(start)
@@ -345,16 +343,6 @@ class KVStore(ABC):
         for role, bank in self._banks.items():
             if bank.frames and self.scenes.restarted(role, start):
                 self.compressed.restart(role, bank.frames, bank.rows, self._grid)
-
-    def _fork(self) -> KVStore:
-        """A store with the same contents, to change in its place."""
-        after = fork(self, compressed=self.compressed.fork(), _shifts=fork(self._shifts))
-        after._banks = {
-            role: fork(b, compressed=after.compressed.get(role)) for role, b in self._banks.items()
-        }
-        after.scenes = fork(self.scenes, _banks=after._banks, _compressed=after.compressed)
-        after._finite = fork(self._finite, _banks=after._banks.values())
-        return after
 
     def _set_apart(self) -> None:
         """Copies the buffers of a fork, which then may read what it wrote."""

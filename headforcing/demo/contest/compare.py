@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headforcing.apply import apply_head_forcing
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.apply.status import Status
 from headforcing.attention.backends import Part
 from headforcing.attention.backends.sdpa import attend

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.demo import demo_preset, demo_roles
 from headforcing.demo.contest.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
 from headforcing.demo.model.attention import DemoConfig
