@@ -27,7 +27,7 @@ from headforcing.attention.stream import (
     check_finished,
     check_finite,
     open_stream,
-    untold_of,
+    unreported_of,
 )
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.roles.maps.role_map import RoleMap
@@ -84,16 +84,16 @@ class HeadForcing:
 
         Raises:
             StreamActiveError: a call or an explicit stream of this thread is open.
-            NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; it is forgotten.
+            NonFiniteKVError: a video ended with NaN or infinity that was not reported; it is forgotten.
         """
         with self._activity.lock:
             self._refuse_while_running("reset")
-            untold = self.untold()
+            unreported = self.unreported()
             for state, stream in list(self._streams()):
                 stream.requests, stream.began = Requests(), None
                 stream.store.reset()
                 state.options.adapter.forget(stream.memo)
-        check_ended(untold)
+        check_ended(unreported)
 
     def commit(self) -> None:
         """Ends the pending chunk of every stream, which otherwise ends when the next one begins.
@@ -219,22 +219,22 @@ class HeadForcing:
         Raises:
             StreamActiveError: a call or a stream of this thread is open, or another thread is amid a pass.
             PatchedModuleError: something added after apply still wraps one of our modules.
-            NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; all is removed.
+            NonFiniteKVError: a video ended with NaN or infinity that was not reported; all is removed.
         """
         check_ended(self.take_out())
 
     def take_out(self) -> list[list[FiniteCheck]]:
-        """Removes; returns the checks that nobody was told of."""
+        """Removes; returns the checks that were not reported."""
         with self._activity.lock:
             self.check_remove()
-            untold = self.untold()
+            unreported = self.unreported()
             for site, module, state in list(self._in_place()):
                 _strip(module, state)
                 _restore(site.original, state)
                 site.put(site.original)
             remove_hooks(self._model, self._activity)
             self._timelines.clear()
-        return untold
+        return unreported
 
     def check_remove(self) -> None:
         """Checks that `remove` would not be refused.
@@ -255,9 +255,9 @@ class HeadForcing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        untold = self.take_out()
+        unreported = self.take_out()
         if error is None:
-            check_ended(untold)
+            check_ended(unreported)
 
     def __repr__(self) -> str:
         return repr(self.status())
@@ -280,9 +280,9 @@ class HeadForcing:
             for stream in list(state.streams.values()):
                 yield state, stream
 
-    def untold(self) -> list[list[FiniteCheck]]:
-        """Checks of every video whose results nobody was told of."""
-        return untold_of(stream for _, stream in self._streams())
+    def unreported(self) -> list[list[FiniteCheck]]:
+        """Checks of every video whose results were not reported."""
+        return unreported_of(stream for _, stream in self._streams())
 
     def _commit(self, streams: Sequence[tuple[LayerState, Stream]]) -> None:
         for state, stream in streams:

@@ -30,12 +30,12 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
 
 
 def check_videos(handles: Iterable[HeadForcing]) -> None:
-    """Checks the videos that run, as far as nobody was told of them, before they end.
+    """Checks the videos that run, as far as it was not reported, before they end.
 
     Raises:
         NonFiniteKVError: one holds NaN or infinity; said once.
     """
-    check_ended([checks for handle in handles for checks in handle.untold()])
+    check_ended([checks for handle in handles for checks in handle.unreported()])
 
 
 def remove_all(handles: Iterable[HeadForcing]) -> None:

@@ -117,10 +117,10 @@ class FiniteCheck:
     """Largest magnitudes per head on their way to the CPU; one that is not finite reveals a broken head.
 
     Attributes:
-        told: whether somebody was told of the result.
+        reported: whether the result was reported.
     """
 
-    told = False
+    reported = False
 
     def __init__(self, largest: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
         waits = largest.device.type not in ("cpu", "meta")
@@ -231,10 +231,10 @@ class FiniteGuard:
         self._committed = self._pending if late else None
         self.drop()
 
-    def untold(self) -> list[FiniteCheck]:
-        """Checks whose results nobody was told of, that of the pending chunk included."""
+    def unreported(self) -> list[FiniteCheck]:
+        """Checks whose results were not reported, that of the pending chunk included."""
         self._begin()
-        return [check for check in (self._committed, self._pending) if check is not None and not check.told]
+        return [check for check in (self._committed, self._pending) if check is not None and not check.reported]
 
     def _begin(self) -> None:
         if self._frames is not None and self._pending is None:
@@ -248,10 +248,10 @@ def largest_of(x: Tensor) -> Tensor:
 
 
 def check_ended(videos: Iterable[Sequence[FiniteCheck]]) -> None:
-    """Waits for the results of chunks that videos ended with; every video is told of once.
+    """Waits for the results of chunks that videos ended with; each video is reported once.
 
     Args:
-        videos: checks of every video that nobody was told of, its first layer first.
+        videos: checks of every video that were not reported, its first layer first.
 
     Raises:
         NonFiniteKVError: one holds NaN or infinity.
@@ -259,7 +259,7 @@ def check_ended(videos: Iterable[Sequence[FiniteCheck]]) -> None:
     found = []
     for checks in videos:
         for check in checks:  # the first broken layer broke those after it
-            check.told = True
+            check.reported = True
         found.append(next(filter(None, (check.broken() for check in checks)), None))
     if broken := "; ".join(filter(None, found)):
         raise NonFiniteKVError(

@@ -161,10 +161,10 @@ class KVStore(ABC):
         self.settle()
         self._finite.check(wait)
 
-    def untold(self) -> list[FiniteCheck]:
-        """Checks of this video whose results nobody was told of, that of the pending chunk included."""
+    def unreported(self) -> list[FiniteCheck]:
+        """Checks of this video whose results were not reported, that of the pending chunk included."""
         self.settle()
-        return self._finite.untold()
+        return self._finite.unreported()
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
