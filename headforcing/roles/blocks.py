@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import StreamShapeError
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.types import Encode, Grid
 
 
@@ -101,6 +101,6 @@ class Blocks(CompressedHistory):
 def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
     """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]`, float32 or wider."""
     batch, _, heads, dim = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide_dtype(x))
     squares = x.reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
     return squares.mean((2, 4)).flatten(1, 2)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headforcing.types import Encode, Grid
@@ -42,6 +43,11 @@ class Past:
 
 Tokens = tuple[Tensor, Tensor]
 """Rotated keys, and values, `[B, m, Hr, D]`."""
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What means and products of keys are taken in: float32, or the dtype of the tensor if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class CompressedHistory(ABC):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.types import Encode, FrameTable
 
 
@@ -122,7 +122,7 @@ class Chosen(CompressedHistory):
             held.append((k.flatten(1, 2), past.v.flatten(1, 2)))
         k, v = torch.cat([k for k, _ in held], 1), torch.cat([v for _, v in held], 1)
         after = tuple(range(position + 1, position + 1 + self._queries.shape[1]))
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = wide_dtype(k)
         asked = encode(self._queries, after).sum((1, 2), dtype=wide)  # [B, Hr, D]
         scores = torch.einsum("bmhd,bhd->bm", k.to(wide), asked)
         best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :tokens]

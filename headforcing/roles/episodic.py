@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import RoleError
+from headforcing.roles.compressed import wide_dtype
 
 
 def similarity(keys: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def similarity(keys: Tensor) -> Tensor:
     Never NaN, so that a rule chooses rows that exist: whether keys are finite is known later.
     """
     spots = keys.flatten(2, 3).transpose(1, 2).contiguous()  # [B, P*Hr, m, D]
-    spots = spots.to(torch.promote_types(spots.dtype, torch.float32))
+    spots = spots.to(wide_dtype(spots))
     largest = torch.linalg.vector_norm(spots, torch.inf, -1, keepdim=True)
     spots = (spots / largest.clamp_min(torch.finfo(largest.dtype).tiny)).float()  # squares do not overflow
     dots = spots @ spots.mT  # [B, P*Hr, m, m]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.types import Encode, FrameTable
 
 AVERAGES = 2
@@ -115,7 +115,7 @@ class Averages(CompressedHistory):
 
     def _averaged(self, held: Tensor | None, x: Tensor) -> Tensor:
         """Both averages `[B, 2, Hr, D]`, updated by frames `[B, n, P, Hr, D]`."""
-        mean = x.mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean((1, 2), dtype=wide_dtype(x))
         mean = mean[:, None].expand(-1, AVERAGES, -1, -1)
         if held is None:
             return mean.clone()

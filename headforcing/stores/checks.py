@@ -62,16 +62,14 @@ def rolls(chunk: Chunk, pending: range | None) -> bool:
     return pending.start == chunk.start and pending.stop != chunk.frames.stop
 
 
-def begins_video(
-    chunk: Chunk, shape: Shape, pending: range | None, before: Shape | None, again: int | None
-) -> bool:
+def begins_video(chunk: Chunk, pending: range | None, before: Shape | None, again: int | None) -> bool:
     """Whether it begins at frame 0 and is not the pending chunk, of shape `before`, again.
 
     Nor does it if it rolls, or if a prompt switch announced that frames from `again` = 0 on are recomputed.
     """
     if chunk.start != 0 or again == 0 or (again is None and rolls(chunk, pending)):
         return False
-    return pending is None or pending != chunk.frames or before != shape
+    return pending is None or pending != chunk.frames or before != Shape.of(chunk)
 
 
 def check_order(frames: range, pending: range | None, end: int, again: int | None, layer: int) -> None:

@@ -143,8 +143,7 @@ class KVStore(ABC):
 
     def begins_video(self, chunk: Chunk) -> bool:
         """Whether `write` of this chunk would forget the video so far."""
-        again = self.scenes.rerun(self.frames_so_far)
-        return begins_video(chunk, Shape.of(chunk), self._pending, self._shape, again)
+        return begins_video(chunk, self._pending, self._shape, self.scenes.rerun(self.frames_so_far))
 
     def check(self, wait: bool = False) -> None:
         """Checks the pending chunk before it is committed; one reduction per role for keys, one for values.

@@ -11,7 +11,7 @@ import importlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -438,16 +438,6 @@ def on_processes(kind: str, first: bool) -> None:
     rig.model = model
     got = rig.video(caches, 2)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    distributed = torch.distributed
-    if not distributed.is_available() or distributed.is_initialized():
-        pytest.skip("no process group of our own")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")
