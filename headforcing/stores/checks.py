@@ -232,7 +232,9 @@ class FiniteGuard:
     def unreported(self) -> list[FiniteCheck]:
         """Checks whose results were not reported, that of the pending chunk included."""
         self._begin()
-        return [check for check in (self._committed, self._pending) if check is not None and not check.reported]
+        return [
+            check for check in (self._committed, self._pending) if check is not None and not check.reported
+        ]
 
     def _begin(self) -> None:
         if self._frames is not None and self._pending is None:
