@@ -86,7 +86,7 @@ def apply_head_forcing(
         PatchedModuleError: something else has replaced `forward` on an attention module, or a cache may skip
             attention.
         OptionError: an option has a value that does not exist, or the backend calls what is not installed.
-        NonFiniteKVError: with `replace`, the video so far holds NaN or infinity, and nobody was told: called
+        NonFiniteKVError: with `replace`, the video so far holds NaN or infinity that was not reported: called
             again, it goes on.
     """
     _check_model(model)
@@ -130,7 +130,7 @@ def remove_head_forcing(model: nn.Module) -> None:
         UnsupportedModelError: `model` is not a module.
         StreamActiveError: a call of the model is running.
         PatchedModuleError: a hook added after apply still wraps one of our modules.
-        NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; all is removed.
+        NonFiniteKVError: a video ended with NaN or infinity that was not reported; all is removed.
     """
     _check_model(model)
     remove_all(handles_of(model))

@@ -24,7 +24,7 @@ from headforcing.attention.stream import (
     check_finished,
     check_finite,
     open_stream,
-    untold_of,
+    unreported_of,
 )
 from headforcing.errors import StreamActiveError, StreamError
 from headforcing.roles.maps.role_map import RoleMap
@@ -74,14 +74,14 @@ class HeadForcing:
         """Forgets every video; the next chunk of each stream must start at frame 0.
 
         Raises:
-            NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; it is forgotten.
+            NonFiniteKVError: a video ended with NaN or infinity that was not reported; it is forgotten.
         """
         self._refuse_while_running("reset")
-        untold = self._untold()
+        unreported = self._unreported()
         for state, stream in list(self._streams()):
             stream.store.reset()
             state.options.adapter.forget(stream.memo)
-        check_ended(untold)
+        check_ended(unreported)
 
     def commit(self) -> None:
         """Ends the pending chunk of every stream, which otherwise ends when the next one begins.
@@ -183,26 +183,26 @@ class HeadForcing:
         Raises:
             StreamActiveError: a call or an explicit stream of this thread is open.
             PatchedModuleError: something added after apply still wraps one of our modules.
-            NonFiniteKVError: a video ended with NaN or infinity, and nobody was told; all is removed.
+            NonFiniteKVError: a video ended with NaN or infinity that was not reported; all is removed.
         """
         remove_all([self])
 
     def _take_out(self) -> list[list[FiniteCheck]]:
-        """Removes; returns the checks that nobody was told of."""
+        """Removes; returns the checks that were not reported."""
         self._refuse_while_running("remove")
         for site, state in zip(self._sites, self._layers, strict=True):
             check_reachable(site, state)
         ours = list(self._in_place())
         for site, module, _ in ours:
             check_removable(module, site)
-        untold = self._untold()
+        unreported = self._unreported()
         for site, module, state in ours:
             _strip(module, state)
             _restore(site.original, state)
             site.put(site.original)
         remove_hooks(self._model, self._layers[0].activity)
         self._timelines.clear()
-        return untold
+        return unreported
 
     def __enter__(self) -> HeadForcing:
         return self
@@ -210,9 +210,9 @@ class HeadForcing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        untold = self._take_out()
+        unreported = self._take_out()
         if error is None:
-            check_ended(untold)
+            check_ended(unreported)
 
     def __repr__(self) -> str:
         return repr(self.status())
@@ -235,8 +235,8 @@ class HeadForcing:
             for stream in list(state.streams.values()):
                 yield state, stream
 
-    def _untold(self) -> list[list[FiniteCheck]]:
-        return untold_of(stream for _, stream in self._streams())
+    def _unreported(self) -> list[list[FiniteCheck]]:
+        return unreported_of(stream for _, stream in self._streams())
 
     def _commit(self, streams: Sequence[tuple[LayerState, Stream]]) -> None:
         for state, stream in streams:
@@ -285,12 +285,12 @@ def handles_of(model: nn.Module) -> list[HeadForcing]:
 
 
 def check_videos(handles: Iterable[HeadForcing]) -> None:
-    """Checks the videos that run, as far as nobody was told of them, before they end.
+    """Checks the videos that run, as far as it was not reported, before they end.
 
     Raises:
         NonFiniteKVError: one holds NaN or infinity; said once.
     """
-    check_ended([checks for handle in handles for checks in handle._untold()])
+    check_ended([checks for handle in handles for checks in handle._unreported()])
 
 
 def remove_all(handles: Iterable[HeadForcing]) -> None:

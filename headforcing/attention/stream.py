@@ -68,7 +68,7 @@ class Stream:
         """
         before = self.store.pending
         if self.store.begins_video(chunk):
-            check_ended(untold_of(self.all_layers))
+            check_ended(unreported_of(self.all_layers))
         self.store.write(chunk)
         self.phase = phase
         self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
@@ -93,15 +93,15 @@ def check_finite(layers: Sequence[Stream], wait: bool = False) -> None:
         for one in layers:
             one.store.check(wait)
     except NonFiniteKVError:
-        for checks in untold_of(layers):
+        for checks in unreported_of(layers):
             for check in checks:
-                check.told = True
+                check.reported = True
         raise
 
 
-def untold_of(streams: Iterable[Stream]) -> list[list[FiniteCheck]]:
-    """Checks of every timeline whose results nobody was told of, those of pending chunks included."""
-    return [[check for one in layers for check in one.store.untold()] for layers in by_timeline(streams)]
+def unreported_of(streams: Iterable[Stream]) -> list[list[FiniteCheck]]:
+    """Checks of every timeline whose results were not reported, those of pending chunks included."""
+    return [[check for one in layers for check in one.store.unreported()] for layers in by_timeline(streams)]
 
 
 def check_finished(stream: Stream, layer: int) -> None:

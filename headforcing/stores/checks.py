@@ -62,11 +62,14 @@ def rolls(chunk: Chunk, pending: range | None) -> bool:
     return pending.start == chunk.start and pending.stop != chunk.frames.stop
 
 
-def begins_video(chunk: Chunk, shape: Shape, pending: range | None, before: Shape | None) -> bool:
-    """Whether it begins at frame 0 and is not the pending chunk, of shape `before`, again."""
-    if chunk.start != 0:
+def begins_video(chunk: Chunk, pending: range | None, before: Shape | None, again: int | None) -> bool:
+    """Whether it begins at frame 0 and is not the pending chunk, of shape `before`, again.
+
+    Nor does it if it rolls, or if a prompt switch announced that frames from `again` = 0 on are recomputed.
+    """
+    if chunk.start != 0 or again == 0 or (again is None and rolls(chunk, pending)):
         return False
-    return pending is None or pending != chunk.frames or before != shape
+    return pending is None or pending != chunk.frames or before != Shape.of(chunk)
 
 
 def check_order(frames: range, pending: range | None, end: int, again: int | None, layer: int) -> None:
@@ -112,10 +115,10 @@ class FiniteCheck:
     """Largest magnitudes per head on their way to the CPU; one that is not finite reveals a broken head.
 
     Attributes:
-        told: whether somebody was told of the result.
+        reported: whether the result was reported.
     """
 
-    told = False
+    reported = False
 
     def __init__(self, largest: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
         waits = largest.device.type not in ("cpu", "meta")
@@ -226,10 +229,12 @@ class FiniteGuard:
         self._committed = self._pending if late else None
         self.drop()
 
-    def untold(self) -> list[FiniteCheck]:
-        """Checks whose results nobody was told of, that of the pending chunk included."""
+    def unreported(self) -> list[FiniteCheck]:
+        """Checks whose results were not reported, that of the pending chunk included."""
         self._begin()
-        return [check for check in (self._committed, self._pending) if check is not None and not check.told]
+        return [
+            check for check in (self._committed, self._pending) if check is not None and not check.reported
+        ]
 
     def _begin(self) -> None:
         if self._frames is not None and self._pending is None:
@@ -243,21 +248,21 @@ def largest_of(x: Tensor) -> Tensor:
 
 
 def check_ended(videos: Iterable[Sequence[FiniteCheck]]) -> None:
-    """Waits for the results of chunks that videos ended with; every video is told of once.
+    """Waits for the results of chunks that videos ended with; each video is reported once.
 
     Args:
-        videos: checks of every video that nobody was told of, its first layer first.
+        videos: checks of every video that were not reported, its first layer first.
 
     Raises:
         NonFiniteKVError: one holds NaN or infinity.
     """
-    found = [next(filter(None, map(_told, checks)), None) for checks in videos]
+    found = [next(filter(None, map(_report, checks)), None) for checks in videos]
     if broken := "; ".join(filter(None, found)):
         raise NonFiniteKVError(
             f"{broken}, and the video ended with them, so it is broken; the next one knows nothing of it"
         )
 
 
-def _told(check: FiniteCheck) -> str | None:
-    check.told = True
+def _report(check: FiniteCheck) -> str | None:
+    check.reported = True
     return check.broken()

@@ -94,7 +94,7 @@ class KVStore(ABC):
             shape.check_follows(self._shape, self.layer)
             self._check_roles(shape.frames)
             self._begin(chunk.frames)
-        elif begins_video(chunk, shape, self._pending, self._shape) and again != 0:
+        elif begins_video(chunk, self._pending, self._shape, again):
             self._check_roles(shape.frames, pinned=False)
             self.reset()
             self._begin(chunk.frames)
@@ -129,10 +129,7 @@ class KVStore(ABC):
 
     def begins_video(self, chunk: Chunk) -> bool:
         """Whether `write` of this chunk would forget the video so far."""
-        again = self.scenes.rerun(self.frames_so_far)
-        if again == 0 or (again is None and rolls(chunk, self._pending)):
-            return False
-        return begins_video(chunk, Shape.of(chunk), self._pending, self._shape)
+        return begins_video(chunk, self._pending, self._shape, self.scenes.rerun(self.frames_so_far))
 
     def check(self, wait: bool = False) -> None:
         """Checks the pending chunk before it is committed; one reduction per role for keys, one for values.
@@ -148,9 +145,9 @@ class KVStore(ABC):
         """
         self._finite.check(wait)
 
-    def untold(self) -> list[FiniteCheck]:
-        """Checks of this video whose results nobody was told of, that of the pending chunk included."""
-        return self._finite.untold()
+    def unreported(self) -> list[FiniteCheck]:
+        """Checks of this video whose results were not reported, that of the pending chunk included."""
+        return self._finite.unreported()
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""

@@ -261,7 +261,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[torch.device], None]]] = {
     "a choice among NaN": (episodic, "similarity", similarity_with_nan, in_memory),
     "a verdict that is asked for once": (checks.FiniteGuard, "check", forgets, in_memory),
     "a verdict that nobody waits for": (gpu.Event, "synchronize", lambda event: None, in_memory),
-    "the last chunk": (checks.FiniteGuard, "untold", lambda guard: [], at_the_end),
+    "the last chunk": (checks.FiniteGuard, "unreported", lambda guard: [], at_the_end),
     "a sum": (
         checks,
         "largest_of",
