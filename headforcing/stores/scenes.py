@@ -13,7 +13,7 @@ from headforcing.roles.positions import TRUE
 from headforcing.stores.bank import Bank, Kept
 from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.switch import Switch
-from headforcing.types import Pin, Tier
+from headforcing.types import Grid, Pin, Tier
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,6 @@ class Scenes:
         """Frames of a role as the base model counts them."""
         return self._scenes[role].outside(frames)
 
-    def restarted(self, role: HeadRole, start: int) -> bool:
-        """Whether time restarted for a role at frame `start`."""
-        return self._scenes[role].begin == start
-
     def hold(self, pin: Pin | None) -> None:
         """From now on the base model's sink is the first frames of a later shot; `None`: of the video."""
         self._pin = pin
@@ -105,7 +101,7 @@ class Scenes:
         if self._pin is not None and self._pin.begin == start:
             self._pin = replace(self._pin, begin=start + frames)
 
-    def empty(self, keep: int, start: int) -> None:
+    def empty(self, keep: int, start: int, grid: Grid | None) -> None:
         """Drops all but frames before `keep`: the base model did, and recomputes frames from `start` on.
 
         Roles without true positions count anew.
@@ -120,6 +116,7 @@ class Scenes:
             names = self.outside(role, kept.frames)
             self._scenes[role] = Scene(names, start, len(names))
             bank.put(kept.restarted())
+        self._restart_compressed(start, grid)
 
     def mark(self, name: str) -> None:
         """Names what the heads store when the next chunk begins.
@@ -178,7 +175,7 @@ class Scenes:
             return None
         return stop - self._switch.frames
 
-    def apply_switch(self, start: int) -> Switch | None:
+    def apply_switch(self, start: int, grid: Grid | None) -> Switch | None:
         """Makes the marks and the switch that were requested, because a chunk begins at `start`."""
         for name in self._due:
             rows = {role: self._rows(role, recalled(role), start) for role in self._scenes}
@@ -189,6 +186,7 @@ class Scenes:
             return switch
         for role, bank in self._banks.items():
             bank.put(self._survivors(switch, role, start))
+        self._restart_compressed(start, grid)
         return switch
 
     def clear(self) -> None:
@@ -203,6 +201,13 @@ class Scenes:
         for mark in self._marks.values():
             for kept, _ in mark.values():
                 yield from kept.tensors()
+
+    def _restart_compressed(self, start: int, grid: Grid | None) -> None:
+        """Compressed histories begin anew, with what was kept where time restarts at frame `start`."""
+        self._compressed.clear()
+        for role, bank in self._banks.items():
+            if bank.frames and self._scenes[role].begin == start:
+                self._compressed.restart(role, bank.frames, bank.rows, grid)
 
     def _take(self, role: HeadRole, rows: Sequence[int]) -> _Named:
         kept = self._banks[role].take(rows)

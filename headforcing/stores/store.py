@@ -44,8 +44,7 @@ class KVStore(ABC):
         compressed: the compressed histories of the roles.
         scenes: marks, and the prompt switch that was requested.
         prompt_pending: a switch took effect and cross-attention has not projected the new prompt yet.
-        unfinished: whether the last pass was the first one over a window of several chunks, whose first chunk
-            still gets its clean pass.
+        unfinished: whether the first chunk of a window of several chunks still gets its clean pass.
     """
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
@@ -194,8 +193,7 @@ class KVStore(ABC):
         self.settle()
         after, pending = fork_store(self), copied(self._banks.values(), self._pending.start)
         after._set_apart()
-        after.scenes.empty(edit.keep, start)
-        after._drop_compressed(start)
+        after.scenes.empty(edit.keep, start, self._grid)
         after._stage(pending)
         self._take_over(after)
 
@@ -329,19 +327,9 @@ class KVStore(ABC):
 
     def _apply_switch(self, start: int) -> bool:
         """Makes requested marks and switches before frame `start`; returns whether frames were dropped."""
-        switch = self.scenes.apply_switch(start)
-        dropped = switch is not None and switch.mode != "continue"
-        if dropped:
-            self._drop_compressed(start)
+        switch = self.scenes.apply_switch(start, self._grid)
         self._end, self.prompt_pending = start, self.prompt_pending or switch is not None
-        return dropped
-
-    def _drop_compressed(self, start: int) -> None:
-        """Compressed histories begin anew, with what was kept where time restarts at frame `start`."""
-        self.compressed.clear()
-        for role, bank in self._banks.items():
-            if bank.frames and self.scenes.restarted(role, start):
-                self.compressed.restart(role, bank.frames, bank.rows, self._grid)
+        return switch is not None and switch.mode != "continue"
 
     def _set_apart(self) -> None:
         """Copies the buffers of a fork, which then may read what it wrote."""
