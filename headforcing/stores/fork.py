@@ -8,10 +8,7 @@ done last, when the store took it over; interrupted there, it is finished before
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from headforcing.stores.store import KVStore
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -25,10 +22,16 @@ def fork(one: _T, **changed: Any) -> _T:
     return twin
 
 
-def fork_store(store: KVStore) -> KVStore:
-    """A store with the same contents, to change in its place."""
-    after = fork(store, compressed=store.compressed.fork(), _shifts=fork(store._shifts))
-    after._banks = {role: fork(b, compressed=after.compressed.get(role)) for role, b in store._banks.items()}
-    after.scenes = fork(store.scenes, _banks=after._banks, _compressed=after.compressed)
-    after._finite = fork(store._finite, _banks=after._banks.values())
-    return after
+def fork_store(store: _T) -> _T:
+    """A `KVStore` with the same contents, to change in its place."""
+    parts = vars(store)
+    compressed = parts["compressed"].fork()
+    banks = {role: fork(bank, compressed=compressed.get(role)) for role, bank in parts["_banks"].items()}
+    return fork(
+        store,
+        compressed=compressed,
+        _banks=banks,
+        scenes=fork(parts["scenes"], _banks=banks, _compressed=compressed),
+        _shifts=fork(parts["_shifts"]),
+        _finite=fork(parts["_finite"], _banks=banks.values()),
+    )
