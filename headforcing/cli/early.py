@@ -1,4 +1,4 @@
-"""What commands check before they import torch, which takes seconds: names of presets, places for files."""
+"""What commands check before they import torch, which takes seconds: presets, prompts, places for files."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def check_entrant(name: str) -> None:
         raise OptionError(
             f"{name!r} is neither a preset nor a role-map file: the presets are {', '.join(PRESETS)}"
         )
+
+
+def check_prompt(text: str) -> None:
+    """Refuses a prompt that the demo model does not understand.
+
+    Raises:
+        OptionError: a word is missing, unknown or out of place.
+    """
+    from headforcing.demo.world.words import prompt_words
+
+    try:
+        prompt_words(text)
+    except ValueError as error:
+        raise OptionError(f"{text!r}: {error}") from None
 
 
 def check_out(folder: Path) -> None:

@@ -28,10 +28,11 @@ def fresh(program: str, folder: Path, *arguments: str) -> subprocess.CompletedPr
 
 
 EARLY = """
+import shlex
 from headforcing.cli import app, early
 
 PLANTED
-for command in [line.split() for line in sys.argv[1:]]:
+for command in map(shlex.split, sys.argv[1:]):
     try:
         app(command)
     except SystemExit as error:
@@ -44,6 +45,8 @@ TYPOS = [
     "scenes --preset memrop",
     "compare full memrop",
     "estimate --preset memrop",
+    "demo --prompt 'see clear fast disc red'",
+    "scenes --prompts 'sea clear fast disc red' --prompts 'sea clear fast disc'",
     "demo --out file",
     "demo --out file/inside",
     "demo --out /proc/self/nowhere",
@@ -62,7 +65,9 @@ def test_typos_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     assert len(said) == len(TYPOS)
     assert all("unknown preset 'memrop'" in said[row] and "memrope" in said[row] for row in (0, 1, 3))
     assert "'memrop' is neither a preset nor a role-map file" in said[2]
-    for line in said[4:]:
+    assert "got 'see', expected the texture" in said[4]
+    assert "'sea clear fast disc': word 5 of the prompt: got 'nothing', expected the colour" in said[5]
+    for line in said[6:]:
         assert re.search("cannot be written .*: choose another --out", line)
         assert "Errno" not in line
 

@@ -8,7 +8,7 @@ import torch
 from headforcing.demo.world import metrics
 from headforcing.demo.world.camera import CHUNK, MAX_POSE, VIEW, CameraSchedule
 from headforcing.demo.world.scene import render, sample_scene, strip
-from headforcing.demo.world.words import PROMPT_WORDS, WORDS, format_prompt, parse_prompt
+from headforcing.demo.world.words import POSES, PROMPT_WORDS, WORDS, format_prompt, parse_prompt
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -133,6 +133,10 @@ def test_every_scene_prompt_can_be_parsed():
 def test_a_bad_prompt_names_the_allowed_words(text, expected):
     with pytest.raises(ValueError, match=expected):
         parse_prompt(text)
+
+
+def test_the_camera_has_a_word_for_every_position():
+    assert len(POSES) == MAX_POSE + 1
 
 
 def test_words_are_unique():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headforcing.demo.model.attention import Cache, CrossCache
-from headforcing.demo.model.model import DemoModel
+from headforcing.demo.model.model import DemoModel, demo_model
 from headforcing.demo.world.camera import VIEW
 
 NOISE_LEVELS = (1.0, 0.857, 0.667, 0.4)
@@ -132,3 +132,8 @@ class DemoPipeline:
                 cache[name] = torch.zeros(1, dtype=torch.long, device=like.device)
         for cross in self.crossattn_cache:
             cross["is_init"] = False
+
+
+def demo_pipeline(*, window: int | None = None, sink: int = 0) -> DemoPipeline:
+    """A `DemoPipeline` with the demo model, which is `pipeline.model`."""
+    return DemoPipeline(demo_model(), window=window, sink=sink)

@@ -1,21 +1,21 @@
-"""The words of the demo world: one prompt per chunk, parsed from text.
+"""The words of the demo world: one prompt per chunk, parsed from text; torch is loaded for ids alone.
 
 A prompt is nine words and an end mark; the last two words are the camera pose.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from headforcing.demo.world.camera import MAX_POSE
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PALETTES = ("sand", "sea", "forest", "dusk")
 CURTAINS = ("clear", "curtain")
 SPEEDS = ("slow", "fast")
 SHAPES = ("disc", "square", "diamond", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
-POSES = tuple(f"at{pose}" for pose in range(MAX_POSE + 1))
+POSES = tuple(f"at{pose}" for pose in range(5))
 MOTIONS = ("left", "still", "right")
 WORDS = ("<end>", "none", *PALETTES, *CURTAINS, *SPEEDS, *SHAPES, *COLOURS, *POSES, *MOTIONS)
 PROMPT_WORDS = 10
@@ -37,8 +37,8 @@ def _expect(words: list[str], index: int, allowed: tuple[str, ...], what: str) -
     return got
 
 
-def parse_prompt(text: str) -> Tensor:
-    """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long.
+def prompt_words(text: str) -> list[str]:
+    """The words of one chunk's prompt, completed.
 
     The order is: texture, curtain, speed, shape, colour; then, optionally, a second shape and
     colour; then, optionally, the camera's position and motion (default: `at2 still`).
@@ -50,8 +50,8 @@ def parse_prompt(text: str) -> Tensor:
     Raises:
         ValueError: a word is missing, unknown or out of place; the message names the allowed ones.
 
-    >>> parse_prompt("sea clear fast disc red").tolist()
-    [3, 6, 9, 10, 14, 1, 1, 22, 26, 0]
+    >>> prompt_words("sea clear fast disc red")
+    ['sea', 'clear', 'fast', 'disc', 'red', 'none', 'none', 'at2', 'still', '<end>']
     """
     given = text.split()
     slots = [(PALETTES, "texture"), (CURTAINS, "curtain"), (SPEEDS, "speed")]
@@ -69,12 +69,23 @@ def parse_prompt(text: str) -> Tensor:
         words.append(_expect(given, index + 1, MOTIONS, "camera motion"))
         index += 2
     else:
-        words += [POSES[MAX_POSE // 2], "still"]
+        words += [POSES[len(POSES) // 2], "still"]
     if index != len(given):
         raise ValueError(
             f"the prompt has {len(given)} words, expected at most {index}: remove {' '.join(given[index:])!r}"
         )
-    return torch.tensor([WORD_ID[word] for word in [*words, "<end>"]])
+    return [*words, "<end>"]
+
+
+def parse_prompt(text: str) -> Tensor:
+    """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long; see `prompt_words`.
+
+    >>> parse_prompt("sea clear fast disc red").tolist()
+    [3, 6, 9, 10, 14, 1, 1, 22, 26, 0]
+    """
+    import torch
+
+    return torch.tensor([WORD_ID[word] for word in prompt_words(text)])
 
 
 def format_prompt(ids: Tensor) -> str:
