@@ -207,7 +207,7 @@ def compressed_tokens_change_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_chunk_is_pending_before_it_is_there(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVStore, "_fork", lambda self: self)
+    patch.setattr("headforcing.stores.store.fork_store", lambda store: store)
 
 
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str, Kind]] = [
@@ -231,4 +231,4 @@ def test_a_planted_bug_is_found(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises((AssertionError, HeadForcingError, RuntimeError)):
-        check("ring", ROWS[row], what, kind, 40, [f"{OURS[0]}/store.py"])
+        check("ring", ROWS[row], what, kind, 1000, [f"{OURS[0]}/store.py"])
