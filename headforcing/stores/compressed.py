@@ -32,8 +32,9 @@ class CompressedHistories:
         self.shared: MutableMapping[Any, Any] = {}
 
     def fork(self) -> CompressedHistories:
-        """The same contents, to change in its place."""
-        return fork(self, _histories={role: fork(history) for role, history in self._histories.items()})
+        """The same contents, to change in its place; what layers share stays shared."""
+        histories = {role: fork(history) for role, history in self._histories.items()}
+        return fork(self, _histories=histories, shared=self.shared)
 
     def get(self, role: HeadRole) -> CompressedHistory | None:
         """The compressed history of a role."""

@@ -121,8 +121,7 @@ class KVStore(ABC):
                 self._begin(chunk.frames)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
-        if chunk.frames != before:  # else the same pass once more
-            self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
+        self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
         self._pending, self._shape = chunk.frames, shape
         self._finite.wrote(chunk)
         self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None

@@ -107,7 +107,7 @@ def check(what: str, when: tuple[int, int], least: int) -> None:
         asking, outs = run(at)
         assert not asking.errors, asking.errors
         if isinstance(outs, HeadForcingError):
-            assert what in ("reset", "commit"), (asking.seen[at], outs)
+            assert what in ("reset", "commit", "recache"), (asking.seen[at], outs)
             assert not asking.refused, (asking.seen[at], outs)
         elif asking.refused:
             assert equal(outs, expected[0]), (what, asking.seen[at], "refused, but not without effect")
