@@ -17,7 +17,7 @@ TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export TORCHINDUCTOR_CACHE_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-docs demo test test-all check format docs docs-all bench bench-all clean
+.PHONY: help setup setup-docs demo test test-all mutants check format docs docs-all bench bench-all clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ test: $(READY) ## the fast tests: about ten minutes on two cores
 
 test-all: $(READY) ## every test, with ten times the examples: hours on two cores
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) --timeout 7200
+
+mutants: $(READY) ## whether the tests notice 240 planted bugs, into runs/mutants.json: hours; MUTANTS="--sample 20"
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

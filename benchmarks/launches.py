@@ -3,8 +3,7 @@
 Counted, not timed, on the `meta` device: it requires no accelerator, and what it says of one depends on no
 machine. A launch is an operator that returns no view and does more than take memory; a rotation by RoPE of
 ours, and softmax attention per call, are one each, as on an accelerator. Counters that lie on the device, as
-upstream has them, are a sync each time they are read. Projections and norms are in it, the check for NaN,
-once per chunk, is not.
+upstream has them, are a sync each time they are read. Projections, norms and the checks for NaN are in it.
 
     python benchmarks/launches.py
 """

@@ -55,8 +55,8 @@ LIMITS = """## What this does not show
 * One small model, one training run, a synthetic world, one script. The model was trained on videos of one
   town each; how a real model reacts to a cut, a smooth switch or a recall cannot be concluded from this.
 * The prompt determines the light and what moves so strongly here that they follow it in every mode. In real
-  models, traces of the old prompt in the KV cache are the problem that LongLive's KV recache solves; this page says
-  nothing about it, nor about `recache`, which requires a base model that recomputes frames.
+  models, traces of the old prompt in the KV cache are the problem that LongLive's KV recache solves; this
+  page says nothing about it, nor about `recache`, which requires a base model that recomputes frames.
 * How smooth a transition looks is not measured, except by the actors at once: if no head stores the last
   frames, a chunk starts from noise alone, as at the beginning of a video. With smooth and continue one may
   want the setting to stay: their leak is a fault only if the prompt asks for another place.

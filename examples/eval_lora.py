@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from typing import Any
 import evaluation as eval_files
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import headforcing as hf
@@ -87,9 +89,12 @@ class Team:
         try:
             dist.all_gather_object(everybody, mine, group=self.groups[when])
         except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            silent = re.search("time[d]? ?out", said, re.IGNORECASE) is not None
             raise OptionError(
-                f"rank {self.rank}: another process is gone, or silent for {self.limits[when]} s. What is "
-                f"made and recorded stays: run again with --resume ({str(error).splitlines()[0]:.200})"
+                f"rank {self.rank}: another process is "
+                f"{f'silent for {self.limits[when]} s' if silent else 'gone, it was killed or has failed'}. "
+                f"What is made and recorded stays: run again with --resume ({said:.200})"
             ) from error
         return everybody
 
@@ -124,7 +129,10 @@ def load_lora(model: nn.Module, folder: Path) -> str:
     if not weights.is_file():
         raise OptionError(f"{weights} is missing: expected a folder that PEFT saved with safetensors")
     wrapped = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
-    found = wrapped.load_adapter(str(folder), "default", is_trainable=False)
+    try:
+        found = wrapped.load_adapter(str(folder), "default", is_trainable=False)
+    except SafetensorError as error:
+        raise OptionError(f"{weights} is no file of safetensors: {error}") from error
     missing = [name for name in found.missing_keys if "lora_" in name]
     if missing or found.unexpected_keys:  # PEFT would go on with zeros, which is the base model
         raise OptionError(
@@ -164,6 +172,10 @@ def write_video(path: Path, video: Tensor, fps: int) -> None:
 def evaluate(options: argparse.Namespace, team: Team) -> None:
     """The whole evaluation, as one of the processes."""
     chosen = options.roles is None or options.roles in PRESETS
+    if not chosen and not Path(options.roles).is_file():
+        raise OptionError(
+            f"--roles is {options.roles!r}: neither a preset ({', '.join(PRESETS)}) nor a role-map file"
+        )
     roles = options.roles if chosen else hf.RoleMap.load(options.roles)
     measured = None if chosen else roles.hash
     prompts = eval_files.read_prompts(options.prompts)

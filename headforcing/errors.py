@@ -1,21 +1,41 @@
 """Every error the library raises: one root, and the builtin kind it also is.
 
-A message says what was found, what was expected, where (layer, head, chunk) and what to do next.
+A message says what was found, what was expected, where (layer, head, chunk) and what to do next. What comes
+from a file stands in it as it is, and is escaped when the message is shown.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from types import ModuleType
+
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    r"""Text in one line that cannot drive a terminal: control characters (C0, C1, bidi) as `\u001b`."""
+    return _UNSHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def escaped_lines(text: str) -> str:
+    """Text of our own in several lines, each escaped."""
+    return "\n".join(map(escaped, text.split("\n")))
 
 
 class HeadForcingError(Exception):
     """Root of all errors of this library."""
 
+    def __str__(self) -> str:
+        return escaped(super().__str__())
+
 
 class UnsupportedModelError(HeadForcingError, TypeError):
     """No adapter knows the attention layers of the model."""
+
+    def __str__(self) -> str:
+        return escaped_lines(Exception.__str__(self))  # a line per adapter
 
 
 class RoleError(HeadForcingError, ValueError):
@@ -46,6 +66,10 @@ class AlreadyAppliedError(HeadForcingError, RuntimeError):
     """The model already carries head forcing with other roles or options."""
 
 
+class ModelChangedError(HeadForcingError, RuntimeError):
+    """The model no longer says what it said at apply: its window, its chunks, its heads."""
+
+
 class PatchedModuleError(HeadForcingError, RuntimeError):
     """Another patch sits on an attention module, so ours could not be put in or taken out cleanly."""
 
@@ -71,11 +95,14 @@ class ExternalEditError(StreamError):
 
 
 class NonFiniteKVError(StreamError, ArithmeticError):
-    """Keys or values of a finished chunk hold NaN or infinity, so it was not committed."""
+    """Queries, keys or values of a finished chunk hold NaN or infinity; the message says what follows."""
 
 
 class ForeignRolesWarning(UserWarning):
     """A role map was measured on other weights than those it is applied to."""
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 class InactiveLayerWarning(UserWarning):

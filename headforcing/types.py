@@ -107,6 +107,7 @@ class FrameTable:
         start: first frame of the chunk that begins, or that attends.
         query: the frame of the query, for roles that depend on it.
         pin: first frames of a later shot, where they are the sink.
+        gap: positions that compressed tokens take, as in `CompressedHistory.gap`; 0 while there are none.
     """
 
     frames: tuple[int | None, ...]
@@ -116,6 +117,7 @@ class FrameTable:
     start: int = 0
     query: int | None = None
     pin: Pin | None = None
+    gap: int = 0
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -116,8 +116,12 @@ class LongLive2(DeferringWan):
         memo.pop("left", None)  # kept until here, because the store may refuse and the call be repeated
         evicted, sink = self.counted(module, call, memo)[2], int(module.global_sink_size)  # type: ignore[arg-type]
         if evicted and length and start > sink * call.tokens_per_frame:
-            cache[PINS[0]].sub_(evicted)
             start -= evicted
+            memo["pins"] = (
+                (),
+                (start, length),
+            )  # first: else an interrupt after it would look like another pin
+            cache[PINS[0]].sub_(evicted)
         memo["pins"] = ([version_of(cache[name]) for name in PINS], (start, length))
         return super().output(module, out, call, memo)
 

@@ -188,8 +188,8 @@ class _Video:
         start = self._start(keys)
         for number, (key, turns) in enumerate(zip(keys, rows, strict=True), start):
             if number == len(self.turns):
+                self.numbers[key] = number  # first: after an interrupt the same call finds its frame
                 self.turns.append(turns)
-                self.numbers[key] = number
             if number < len(self.turns) and self.numbers.get(key) != number:
                 raise StreamShapeError(f"frame {number} has another RoPE position than before")
         return start

@@ -24,7 +24,8 @@ pytest.importorskip("accelerate", reason="the example requires accelerate")
 pytest.importorskip("imageio_ffmpeg", reason="the example writes mp4, which requires the extra demo")
 
 pytestmark = pytest.mark.xdist_group("eval")  # makes its videos once
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "eval_lora.py"
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+SCRIPT = FOLDER / "eval_lora.py"
 PROMPTS = ["", "\u05e9\u05dc\u05d5\u05dd \U0001f600\n../../etc/passwd", "." * 300, "twice", "twice"]
 TARGET = """
 import hashlib, os, signal, time
@@ -101,15 +102,21 @@ def command(place, out, *more, make="eval_target:make", roles=("--roles", "roles
     return ["--make", make, *files, *roles, "--fps", "8", *more]
 
 
+def load_script(patch):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("eval_lora", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    patch.syspath_prepend(SCRIPT.parent)
+    spec.loader.exec_module(script)
+    return script
+
+
 def here(place, out, *more, **target):
     """The script in this process, alone."""
     from accelerate import PartialState
 
-    spec = importlib.util.spec_from_file_location("eval_lora", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        spec.loader.exec_module(script)
+        script = load_script(patch)
         patch.chdir(place)
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(sys, "argv", [str(SCRIPT), *command(place, out, *more, **target)])
@@ -227,6 +234,7 @@ def test_after_a_process_died_resume_makes_the_rest(serial, place, tmp_path):
     codes, errors = team(2, place, out, TROUBLE="die", TROUBLE_RANK="1")
     assert codes == [2, -signal.SIGKILL]
     assert "another process is gone" in errors[0]
+    assert "silent" not in errors[0]
     assert "--resume" in errors[0]
     made = {path: path.stat().st_mtime_ns for path in (out / VIDEOS).iterdir()}
     assert len(made) == 3  # rank 0's share, whole
@@ -242,8 +250,72 @@ def test_a_silent_process_is_not_waited_for(place, tmp_path):
     codes, errors = team(2, place, tmp_path / "out", "--timeout", "12", TROUBLE="sleep", TROUBLE_RANK="1")
     assert codes == [2]
     assert "silent for 12 s" in errors[0]
+    assert "gone" not in errors[0]
 
 
+SAID = {  # by gloo, of torch 2.13
+    "Connection closed by peer [127.0.0.1]:53414": "is gone",
+    "Read error [127.0.0.1]:1: Connection reset by peer": "is gone",
+    "Timed out waiting 12000ms for recv operation to complete": "is silent for 12 s",
+    "wait timeout after 12000ms, keys: /default_pg/0": "is silent for 12 s",
+}
+
+
+def told(script, said):
+    """What the script makes of an error of gloo."""
+
+    class Team(script.Team):
+        def __init__(self):
+            self.rank, self.size, self.groups, self.limits = 0, 2, {"late": None}, {"late": 12}
+
+    def fails(*_, **__):
+        raise RuntimeError(f"[../gloo/pair.cc:534] {said}\nmore")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.dist, "all_gather_object", fails)
+        with pytest.raises(HeadForcingError) as caught:
+            Team().gather(None)
+    return str(caught.value)
+
+
+def test_a_process_that_is_gone_is_not_said_to_be_silent(monkeypatch):
+    script = load_script(monkeypatch)
+    for said, meant in SAID.items():
+        assert f"another process {meant}" in told(script, said)
+    monkeypatch.setattr(script.re, "search", lambda *_: True)  # planted bug: whatever is said is silence
+    assert "gone" not in told(script, next(iter(SAID)))
+
+
+LOSS = """
+import os, signal, sys, time
+sys.argv[0] = "eval"
+import eval_lora
+team = eval_lora.Team(cpu=True, timeout=20)
+team.gather(1)
+if team.rank == int(os.environ["TROUBLE_RANK"]):
+    os.kill(os.getpid(), signal.SIGKILL)
+team.gather(None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "lost"), [(2, 0), (3, 0), (3, 1), (4, 3)])
+def test_whichever_process_is_killed_is_said_to_be_gone(monkeypatch, tmp_path, size, lost):
+    loss = tmp_path / "loss.py"
+    loss.write_text(LOSS)
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", loss)
+    _, errors = team(size, FOLDER, tmp_path, TROUBLE="die", TROUBLE_RANK=str(lost))
+    for rank, error in enumerate(errors):
+        assert ("is gone" in error and "silent" not in error) == (rank != lost), error
+
+
+def test_roles_that_are_neither_a_preset_nor_a_file_are_said_to_be_so(place, tmp_path):
+    for name in ("memrop", "roles.jsn", str(tmp_path)):
+        with pytest.raises(HeadForcingError, match=r"neither a preset .*memrope.* nor a role-map file"):
+            here(place, tmp_path / "out", roles=("--roles", name))
+
+
+@pytest.mark.slow
 def test_processes_with_different_role_maps_stop_at_once(place, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

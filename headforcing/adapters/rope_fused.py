@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils import dlpack
 
 _Rotated = Callable[[Tensor, Tensor, Tensor], Tensor]
 COMPILED = ("cuda", "xpu")
@@ -126,6 +127,9 @@ def _tokens(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 def _without_view(x: Tensor) -> Tensor:
-    """A non-view alias of the same storage: `torch.compile` specialises on the storage offset of a view."""
-    own: Tensor = torch.from_dlpack(x.detach())  # type: ignore[attr-defined]
+    """A non-view alias of the same storage: `torch.compile` specialises on the storage offset of a view.
+
+    Handed over as a capsule: a tensor itself refuses DLPack unless its device is the current one.
+    """
+    own: Tensor = dlpack.from_dlpack(dlpack.to_dlpack(x.detach()))  # type: ignore[attr-defined]
     return own

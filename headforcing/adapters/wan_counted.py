@@ -55,7 +55,7 @@ class CountingWan(WanAdapter):
 
     def changed_ends(self, call: AttentionCall, memo: Memo) -> tuple[int, ...] | None:
         """Both indices, where the base model touched them since the last call; reads the device only then."""
-        if "ends" not in memo:
+        if "ends" not in memo or "writing" in memo:
             return None
         indices = [call.arguments["kv_cache"][name] for name in INDICES]
         if all(untouched(index, left) for index, left in zip(indices, memo["versions"], strict=True)):
@@ -64,11 +64,14 @@ class CountingWan(WanAdapter):
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""
-        memo["ends"] = self.counted(module, call, memo)[:2]
+        ends = self.counted(module, call, memo)[:2]
+        memo["writing"] = True  # an interrupt leaves this, and indices that only we changed
+        memo["ends"] = ends
         indices = [call.arguments["kv_cache"][name] for name in INDICES]
         for index, value in zip(indices, memo["ends"], strict=True):
             index.fill_(value)
         memo["versions"] = [version_of(index) for index in indices]
+        del memo["writing"]
         return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
@@ -90,8 +93,8 @@ class CountingWan(WanAdapter):
 
     def forget(self, memo: Memo) -> None:
         """Drops what was noted about the indices."""
-        memo.pop("ends", None)
-        memo.pop("versions", None)
+        for name in ("ends", "versions", "writing"):
+            memo.pop(name, None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for the indices, too: a cache nothing was written to."""

@@ -11,12 +11,15 @@ from typing import Any
 from torch import nn
 
 from headforcing.adapters.base import Adapter, find_adapter
-from headforcing.apply.handle import HeadForcing, handles_of
+from headforcing.apply.handle import HeadForcing
+from headforcing.apply.handles import handles_of, remove_all
 from headforcing.apply.hooks import check_phases
 from headforcing.apply.install import install
 from headforcing.apply.sites import check_single, sites_of
 from headforcing.attention.backends import Attend, find_backend
 from headforcing.attention.layer_state import Options
+from headforcing.attention.read_facts import NAMES, ReadFacts
+from headforcing.attention.skipped import check_runs
 from headforcing.errors import (
     AlreadyAppliedError,
     ForeignRolesWarning,
@@ -26,7 +29,7 @@ from headforcing.errors import (
     UnsupportedModelError,
 )
 from headforcing.roles import HeadRole
-from headforcing.roles.maps.fingerprint import fingerprint
+from headforcing.roles.maps.fingerprint import fingerprint, is_half, unreadable
 from headforcing.roles.maps.origin import ModelFacts
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
@@ -81,19 +84,25 @@ def apply_head_forcing(
             be measured on it.
         WindowError: a role requires more frames than the model was trained on.
         AlreadyAppliedError: other roles are applied, and `replace` is false.
-        PatchedModuleError: something else has replaced `forward` on an attention module.
+        PatchedModuleError: something else has replaced `forward` on an attention module, or a cache may skip
+            attention.
         OptionError: an option has a value that does not exist, or the backend calls what is not installed.
+        NonFiniteKVError: with `replace`, the video so far holds NaN or infinity that was not reported: called
+            again, it goes on.
     """
     _check_model(model)
     adapter = find_adapter(model) if adapter is None else _adapter(adapter)
     check_single(sites_of(model, [module for _, module in adapter.attentions(model)]))
     layers, heads, head_dim = _shape(model, adapter)
-    window = _count(adapter.window(model) if window is None else window, "window")
-    chunk = _count(adapter.chunk(model) if chunk is None else chunk, "chunk")
+    given = {"window": window, "chunk": chunk}
+    facts = ReadFacts(model, adapter, [name for name in NAMES if given.get(name) is None])
+    window = _count(facts.values.get("window", window), "window")
+    chunk = _count(facts.values.get("chunk", chunk), "chunk")
     step = adapter.step(chunk)
     role_map = _role_map(roles, layers, heads, window, step).fit(layers, heads, window, chunk)
     _check_merging(role_map, adapter)
     check_phases(role_map, adapter, model)
+    check_runs(model.named_modules())
     options = Options(role_map, window, adapter, _store(store), _attend(backend))
     if not _is_unmeasured(roles) and (
         foreign := _foreign(role_map, model, adapter, window, head_dim, strict)
@@ -103,15 +112,14 @@ def apply_head_forcing(
         warnings.warn(foreign, ForeignRolesWarning, stacklevel=2)
     present = handles_of(model)
     if len(present) == 1 and present[0].options == options:
+        present[0]._layers[0].activity.facts = facts  # what was read may differ where the roles do not
         return present[0]
     if present and not replace:
         raise AlreadyAppliedError(
             "the model carries head forcing already, with other roles or options: remove it first, or "
             "pass replace=True"
         )
-    for handle in present:
-        handle.remove()
-    return install(model, options)
+    return install(model, options, facts, present)
 
 
 def remove_head_forcing(model: nn.Module) -> None:
@@ -121,10 +129,10 @@ def remove_head_forcing(model: nn.Module) -> None:
         UnsupportedModelError: `model` is not a module.
         StreamActiveError: a call of the model is running.
         PatchedModuleError: a hook added after apply still wraps one of our modules.
+        NonFiniteKVError: a video ended with NaN or infinity that was not reported; all is removed.
     """
     _check_model(model)
-    for handle in handles_of(model):
-        handle.remove()
+    remove_all(handles_of(model))
 
 
 def _check_model(model: object) -> None:
@@ -207,11 +215,14 @@ def _foreign(
     if facts.fingerprint is not None:
         actual = fingerprint(model, adapter)
         if actual is None:
-            differs.append("whether these are its weights cannot be checked, some of them are meta tensors")
+            kind = unreadable(model, adapter)
+            differs.append(f"whether these are its weights cannot be checked, some of them are {kind}")
         elif actual != facts.fingerprint:
             differs.append(
                 f"its attention weights have the fingerprint {_short(facts.fingerprint)}, those of this "
                 f"{type(model).__name__} {_short(actual)}"
+                + " (some are float16, which alone may be the difference)"
+                * is_half(model, adapter)
             )
     if not differs:
         return None

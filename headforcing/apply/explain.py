@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from headforcing.adapters.base import Adapter, adapters, parameter_names, refusal
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.attention.module import HeadForcingMixin, original_class
 from headforcing.errors import HeadForcingError, OptionError, UnsupportedModelError
 

@@ -50,8 +50,12 @@ class PromptHook:
     def __init__(self, layer: LayerState) -> None:
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forgets the old prompt."""
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Forgets the old prompt; a thread that is just putting the hook in may run it without `kwargs`."""
+        if kwargs is None:
+            return
         if torch.compiler.is_compiling():
             traced.serve_between_graphs(self, (module, *args), kwargs)
         else:
@@ -59,8 +63,9 @@ class PromptHook:
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same, given the module and the arguments of its call."""
-        if self.layer.activity.take_new_prompt(self.layer.layer):
+        if (store := self.layer.activity.new_prompt(self.layer.layer)) is not None:
             self.layer.options.adapter.forget_prompt(args[0], args[1:], kwargs)
+            store.prompt_pending = False  # last, so that it is still to be done where this fails
 
 
 def check_phases(roles: RoleMap, adapter: Adapter, model: nn.Module) -> None:

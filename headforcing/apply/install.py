@@ -9,31 +9,39 @@ from typing import Any
 from torch import nn
 
 from headforcing.apply.handle import HeadForcing
+from headforcing.apply.handles import check_videos, remove_all
 from headforcing.apply.hooks import add_phase_hook
 from headforcing.apply.sites import Site, is_own, sites_of
 from headforcing.attention.activity import Activity
 from headforcing.attention.layer_state import LayerState, Options
-from headforcing.attention.module import patched_class, with_class
-from headforcing.attention.skipped import check_runs
+from headforcing.attention.module import HeadForcingMixin, patched_class, with_class
+from headforcing.attention.read_facts import ReadFacts
 from headforcing.errors import PatchedModuleError
 
 
-def install(model: nn.Module, options: Options) -> HeadForcing:
-    """Replaces every attention module of a model that carries no head forcing.
+def install(
+    model: nn.Module, options: Options, facts: ReadFacts, before: Sequence[HeadForcing] = ()
+) -> HeadForcing:
+    """Replaces every attention module of a model, and removes what was applied `before`.
 
     Raises:
-        PatchedModuleError: something else intercepts calls of one of them.
+        PatchedModuleError: something else intercepts calls of one of them; nothing has changed.
+        StreamActiveError: a call of the model is running; likewise.
     """
-    check_runs(model.named_modules())
     sites = sites_of(model, [module for _, module in options.adapter.attentions(model)])
+    for handle in before:
+        handle.check_remove()
     for site in sites:
         _check_patchable(site)
+    check_videos(before)
     activity = Activity()
+    activity.facts = facts
     layers = [LayerState(layer, options, activity) for layer in range(len(sites))]
     replacements = []
     for site in sites:
         cls: Any = type(site.original)
         replacements.append(with_class(site.original, patched_class(cls)))
+    remove_all(before)
     for site, layer, replacement in zip(sites, layers, replacements, strict=True):
         layer.original = weakref.ref(site.original)
         layer.own_forward = replacement.__dict__.pop("forward", None)
@@ -55,7 +63,8 @@ def _path_modules(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, we
 def _check_patchable(site: Site) -> None:
     own = site.original.__dict__
     forward = own.get("forward")
-    compiled = own.get("_compiled_call_impl") is not None
+    ours = isinstance(site.module, HeadForcingMixin)  # what was compiled of it goes with it
+    compiled = own.get("_compiled_call_impl") is not None and not ours
     compiled = compiled or any(name == "_orig_mod" for _, name in site.places)
     if compiled or not (forward is None or is_own(forward, site.original)):
         raise PatchedModuleError(

@@ -6,18 +6,31 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from headforcing.attention.compile import counter
 from headforcing.attention.observation import Observer
+from headforcing.attention.read_facts import ReadFacts
 from headforcing.attention.skipped import check_complete, check_runs, warn_of_idle
-from headforcing.attention.stream import PassId, Stream
+from headforcing.attention.stream import PassId, Stream, check_finite
 from headforcing.stores import KVStore
 from headforcing.types import Phase
+
+
+class _Call:
+    """An attention call of a thread; one that an interrupt left behind goes with the frame that held it."""
+
+    def __init__(self, activity: Activity) -> None:
+        self.activity, self.thread = activity, threading.get_ident()
+
+    def __enter__(self) -> None:
+        self.activity.enter(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.activity.leave(self)
 
 
 class Activity:
@@ -27,11 +40,13 @@ class Activity:
         calls: attention calls served.
         layers, served: those that have roles, and which of them were called.
         bypassed: calls that went to the original forward although they had a cache.
-        depth, observers: calls in progress, and who is shown every call.
+        observers: who is shown every call.
+        lock: held while a call is entered or left, while requests are handed on, and by what the handle does.
         phase_hook: whether a hook notes the phase of every pass, because roles depend on it.
         prompt_hooks: whether hooks make cross-attention project a new prompt.
         order: written by every compiled call; see `headforcing.attention.compile`.
         path_modules: modules between the root and each attention, weakly, by name; empty after deepcopy.
+        facts: what was read of the model at apply; `None` after deepcopy.
     """
 
     def __init__(self) -> None:
@@ -40,13 +55,14 @@ class Activity:
         self.layers: set[int] = set()
         self.served: set[int] = set()
         self.bypassed = 0
-        self.depth = 0
         self.observers: list[Observer] = []
         self.phase_hook = self.prompt_hooks = False
         self.path_modules: Sequence[tuple[str, weakref.ref[nn.Module]]] = ()
+        self.facts: ReadFacts | None = None
         self._sought_idle = False
         self._call_numbers = itertools.count()
-        self._lock = threading.Lock()
+        self._running: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self.lock = threading.Lock()
         self._thread = threading.local()
 
     @property
@@ -58,16 +74,10 @@ class Activity:
     def phase(self, phase: Phase) -> None:
         self._thread.phase = phase
 
-    def take_new_prompt(self, layer: int) -> bool:
-        """Whether cross-attention, after a call of this layer in this thread, has a new prompt to project.
-
-        True once per prompt switch and layer.
-        """
+    def new_prompt(self, layer: int) -> KVStore | None:
+        """The store whose new prompt is to be projected, after a call of this layer in this thread."""
         store: KVStore | None = getattr(self._thread, "wrote", {}).pop(layer, lambda: None)()
-        if store is None or not store.prompt_pending:
-            return False
-        store.prompt_pending = False
-        return True
+        return None if store is None or not store.prompt_pending else store
 
     def note_write(self, layer: int, store: KVStore) -> None:
         """Notes that a layer wrote in this pass, and in which store, for its cross-attention that follows."""
@@ -76,17 +86,24 @@ class Activity:
             wrote.pass_id = pass_id
         self._thread.__dict__.setdefault("wrote", {})[layer] = weakref.ref(store)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Marks a call in progress."""
-        with self._lock:
-            self.depth += 1
+    def running(self) -> _Call:
+        """Marks a call in progress, while entered."""
+        return _Call(self)
+
+    def enter(self, call: _Call) -> None:
+        """A call begins."""
+        with self.lock:
+            self._running.add(call)
         self._thread.call_number = next(self._call_numbers)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.depth -= 1
+
+    def leave(self, call: _Call) -> None:
+        """It ends."""
+        with self.lock:
+            self._running.discard(call)
+
+    def calls_in(self, *, this_thread: bool) -> bool:
+        """Whether calls are in progress in this thread, or in others."""
+        return any((call.thread == threading.get_ident()) is this_thread for call in self._running)
 
     def begin_call(self, layer: int, stream: Stream, start: int) -> None:
         """Counts a call; in the first layer, checks a finished chunk in all layers before any commits it.
@@ -94,10 +111,11 @@ class Activity:
         The layers of a pass learn of each other: they are one timeline.
 
         Raises:
-            NonFiniteKVError: keys or values of the chunk before are broken in some layer; none has
-                committed it, so it can be written again.
+            NonFiniteKVError: the chunk before is broken in some layer; none has committed it, so it can be
+                written again. Or, on an accelerator, a committed one is.
             StreamError: the last pass over the chunk before skipped some layer.
-            PatchedModuleError: a cache of diffusers may skip some.
+            PatchedModuleError: a cache may skip some.
+            ModelChangedError: the model no longer says what it said at apply.
         """
         self.calls += 1
         self.served.add(layer)
@@ -113,6 +131,9 @@ class Activity:
         pass_id = getattr(self._thread, "call_number", None), start
         if pending is not None and grown:
             _check_finished_chunk(stream, pending, pass_id)
+        with self.lock:
+            stream.began = pass_id, threading.get_ident()
+            stream.hand_on(start)
         if pending is None or start != pending.start or not start:
             self._check_runs(stream)
         self._thread.first = weakref.ref(stream)
@@ -127,7 +148,9 @@ class Activity:
             self._thread.serving = weakref.ref(stream), first.pass_id
 
     def _check_runs(self, first: Stream) -> None:
-        """A chunk begins: checks that nothing may skip the attention of some layer."""
+        """A chunk begins: checks that the model says what it said, and that nothing may skip a layer."""
+        if self.facts is not None:
+            self.facts.check()
         by_layer = [(f"layer {one.store.layer}", one.module) for one in first.all_layers if one.module]
         held = self.path_modules or by_layer
         check_runs((path, module) for path, ref in held if (module := ref()) is not None)
@@ -155,8 +178,7 @@ def _check_finished_chunk(first: Stream, pending: range, pass_id: PassId) -> Non
         wrote = {one.store.layer for one in layers if one.pass_id == first.pass_id}
         late = {one.store.layer for one in layers if one.store.pending == pending} - wrote
         check_complete(sorted(late), pending)
-    for one in layers:
-        one.store.check()
+    check_finite(layers)
 
 
 def _copied_activity(phase_hook: bool) -> Activity:

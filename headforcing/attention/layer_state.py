@@ -106,7 +106,8 @@ class LayerState:
         stream = self.streams.get(anchor)
         if stream is None:
             store = self.options.store(self.heads, window=self.options.window, layer=self.layer)
-            stream = self.streams[anchor] = Stream(store, module=self.module)
+            with self.activity.lock:
+                stream = self.streams[anchor] = Stream(store, module=self.module)
         return stream
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,8 +18,9 @@ from headforcing.attention import compile as traced
 from headforcing.attention.layer_call import LayerCall
 from headforcing.attention.layer_state import LayerState
 from headforcing.attention.rerun import rerun
-from headforcing.attention.stream import Stream, check_clean
+from headforcing.attention.stream import Stream, check_clean, unreported_of
 from headforcing.errors import PatchedModuleError, StreamActiveError, StreamError
+from headforcing.stores.checks import check_ended
 from headforcing.types import AttentionCall, Chunk
 
 
@@ -119,7 +120,9 @@ def _follow_cache(module: nn.Module, state: LayerState, stream: Stream, call: At
     """Does to our memory what the base model did to its cache since the last call; whether it edited it."""
     adapter = state.options.adapter
     if adapter.begins_video(call, stream.memo):
+        unreported = unreported_of(stream.all_layers)
         stream.store.reset()
+        check_ended(unreported)
     edits = adapter.edits(module, call, stream.memo)
     for edit in edits:
         stream.store.edit(edit, call.start)

@@ -1,7 +1,8 @@
-"""Finds layers and passes whose attention was skipped (caches of diffusers, a replaced forward)."""
+"""Finds layers and passes whose attention was skipped (caches of blocks, a replaced forward)."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -14,22 +15,39 @@ RUNS_ALWAYS = {"peft_autocast_disable"}
 """Hooks of diffusers that put a forward of their own around the module's and always call it."""
 
 
+SKIPS = re.compile("(tea|mag|easy|delta)_?cache|taylor_?seer", re.IGNORECASE)
+"""Names of the functions that published caches put in the place of a model's forward."""
+
+
 def check_runs(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Checks that no cache of diffusers may skip one of the modules, given with their names.
+    """Checks that no known cache may skip one of the modules, given with their names.
 
     Raises:
         PatchedModuleError: one may.
     """
     for path, module in modules:
-        hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
-        names = [name for name, hook in hooks.items() if hasattr(hook, "new_forward")]
-        names = [name for name in names if name not in RUNS_ALWAYS]
-        if names or module.__dict__.get("_cache_config") is not None:
+        if (found := _cache_on(module)) is not None:
             raise PatchedModuleError(
-                f"{path or 'the model'}: a cache of diffusers ({', '.join(names) or 'enable_cache'}) skips "
-                "calls of attention, whose keys would be missing from the memory. Take it out first, with "
-                "disable_cache() or by removing its hooks: roles and such caches cannot be combined"
+                f"{path or 'the model'}: {found} skips calls of attention, whose keys would be missing from "
+                "the memory. Take it out first, with disable_cache() or by removing its hooks: roles and "
+                "such caches cannot be combined"
             )
+
+
+def _cache_on(module: nn.Module) -> str | None:
+    """The cache on a module that may not call it, or the modules below; `None`: none that is known."""
+    own = module.__dict__
+    hooks = getattr(own.get("_diffusers_hook"), "hooks", {})
+    names = [name for name, hook in hooks.items() if hasattr(hook, "new_forward") and name not in RUNS_ALWAYS]
+    if names or own.get("_cache_config") is not None:
+        return f"a cache of diffusers ({', '.join(names) or 'enable_cache'})"
+    if own.get("_is_cached"):
+        return "a cache of blocks (cache-dit, ParaAttention)"
+    forward = getattr(own.get("forward", type(module).forward), "__name__", "")
+    switch = getattr(module, "enable_teacache", None)
+    if switch or (switch is None and SKIPS.search(forward)):
+        return f"a cache of blocks ({forward})"
+    return None
 
 
 def check_complete(late: Sequence[int], chunk: range) -> None:

@@ -6,15 +6,25 @@ Torch and the drawing libraries are imported inside the commands. Exit codes: 0 
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headforcing.cli import check, contest, demo, estimate, explain, presets, profile, roles, scenes
-from headforcing.cli.console import command_of
+from headforcing.cli.console import command_of, say, show_error
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    """The command line. Errors of a user's own code have their traceback, without ours above it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sys.excepthook = show_error  # as typer does, with a hook of its own
+        return typer.main.get_command(self)(*args, **kwargs)
+
+
+app = _App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +43,7 @@ app.add_typer(roles.app, name="roles")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("headforcing"))
+        say(version("headforcing"))
         raise typer.Exit
 
 

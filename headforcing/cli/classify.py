@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headforcing.cli.console import AsJson, choices, clean_errors, print_json, print_parts
+from headforcing.cli.console import AsJson, choices, clean_errors, print_json, print_parts, say
 from headforcing.cli.profile import facts_file
 from headforcing.errors import OptionError
 
@@ -116,9 +116,7 @@ def _classify(options: Options, profile: HeadProfile) -> tuple[Classification, S
     if not repeated:
         return found, None
     if not options.as_json:
-        typer.echo(
-            f"classifying {options.draws} resamples for the stability report; change with --draws", err=True
-        )
+        say(f"classifying {options.draws} resamples for the stability report; change with --draws", err=True)
     return found, stability(profile, method, draws=options.draws, seed=options.seed)
 
 
@@ -168,6 +166,6 @@ def _print(
     if report is not None:
         print_parts(str(report))
     for file in _outputs(options):
-        typer.echo(file)
+        say(file)
     if options.out is not None:
-        typer.echo(f"next: headforcing roles plot {options.out} --profile {options.profile}")
+        say(f"next: headforcing roles plot {options.out} --profile {options.profile}")

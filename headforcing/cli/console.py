@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import pkgutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 
-from headforcing.errors import HeadForcingError
+from headforcing.errors import HeadForcingError, escaped_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.segment import Segment
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 Tell = Callable[[str, int, int | None], None]
 """Called with the name of a stage, the amount done, and the total, if it is known."""
 
+
+_PACKAGE = str(Path(__file__).parents[1])
+_ENTRY = str(Path(__file__).with_name("__init__.py"))  # which calls typer
+_BETWEEN = (contextlib.__file__, importlib.__file__)
 
 Options = TypeVar("Options")
 QUIET_SECONDS = 5.0
@@ -60,11 +71,30 @@ def command_of(work: Callable[[Options], None], options: type[Options]) -> Calla
     return command
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """Prints text: the one way to do so, because what comes from a file must not drive the terminal."""
+    typer.echo(escaped_lines(str(text)), err=err)
+
+
 def fail(message: object, code: int = 2) -> NoReturn:
     """Prints one line on stderr and exits with the code."""
     line = "; ".join(part.strip() for part in str(message).splitlines() if part.strip())
-    typer.echo(f"error: {line}", err=True)
+    say(f"error: {line}", err=True)
     raise typer.Exit(code)
+
+
+def show_error(_: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback that begins where a command called the user's own code."""
+    inside = False
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith(_PACKAGE):
+            inside = file != _ENTRY
+        elif inside and not file.startswith(("<frozen importlib", *_BETWEEN)):
+            break
+        trace = trace.tb_next
+    shown = error if trace is None else error.with_traceback(trace)
+    say("".join(traceback.format_exception(shown)).rstrip(), err=True)
 
 
 @contextmanager
@@ -79,6 +109,8 @@ def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            fail(f"{error.filename}: {error.strerror}: check the path, and who may use it")
         fail(error)
 
 
@@ -91,7 +123,7 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
 
 def print_json(value: Any) -> None:
     """A value as JSON, which has no NaN."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+    say(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_report(report: Any, as_json: bool) -> None:
@@ -101,19 +133,29 @@ def print_report(report: Any, as_json: bool) -> None:
         return
     print_parts(report.table(), report.reading())
     for file in report.files:
-        typer.echo(file)
+        say(file)
 
 
 def print_parts(*parts: Any) -> None:
     """Prints rich tables and plain text, in order."""
-    from rich.console import Console
-
-    console = Console()
+    console = _console()
     for part in parts:
         if isinstance(part, str):
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
+            console.print(part, highlight=False, soft_wrap=True)
         else:
             console.print(part)
+
+
+def _console(**options: Any) -> Console:
+    """A console of rich that shows text as `say` does; brackets are no markup."""
+    from rich.console import Console
+
+    class Escaping(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else segment._replace(text=escaped_lines(segment.text))
+
+    return Escaping(markup=False, **options)
 
 
 @contextmanager
@@ -136,21 +178,21 @@ def _plain_lines() -> Tell:
         nonlocal printed
         if total is not None:
             if done * 4 // max(total, 1) > (done - 1) * 4 // max(total, 1):
-                typer.echo(f"{stage}: {done}/{total}", err=True)
+                say(f"{stage}: {done}/{total}", err=True)
         elif time.monotonic() - printed > QUIET_SECONDS:
             printed = time.monotonic()
-            typer.echo(f"{stage}: {done}", err=True)
+            say(f"{stage}: {done}", err=True)
 
     return tell
 
 
 @contextmanager
 def _bars() -> Iterator[Tell]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    name = TextColumn("{task.description:<18}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def tell(stage: str, done: int, total: int | None) -> None:

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, require
+from headforcing.cli.console import (
+    AsJson,
+    clean_errors,
+    examples,
+    print_json,
+    print_parts,
+    progress,
+    require,
+    say,
+)
 from headforcing.cli.demo import Camera
+from headforcing.cli.early import check_entrant, check_out
 
 if TYPE_CHECKING:
     from headforcing.demo.contest.contest import Contest, Result
@@ -79,6 +89,9 @@ def contest(options: Options) -> None:
     """
     require(DRAWING, "demo", "comparing")
     with clean_errors():
+        for name in options.names:
+            check_entrant(name)
+        check_out(options.out)
         from headforcing.demo import demo_model
         from headforcing.demo.contest.contest import Setting, compete
         from headforcing.demo.contest.entrants import entrant
@@ -95,7 +108,7 @@ def contest(options: Options) -> None:
         print_json({**found.to_dict(), "files": files})
         return
     print_parts(*_tables(found), _reading(found))
-    typer.echo("\n".join(files))
+    say("\n".join(files))
 
 
 def _write(found: Contest, out: Path) -> list[str]:

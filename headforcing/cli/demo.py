@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_report, progress, require
+from headforcing.cli.early import check_out, check_preset, check_prompt
 
 EXAMPLES = examples(
     "demo --seconds 60",
@@ -63,6 +64,10 @@ def demo(options: Options) -> None:
     """
     require(DRAWING, "demo", "the demo")
     with clean_errors():
+        check_preset(options.preset)
+        if options.prompt is not None:
+            check_prompt(options.prompt)
+        check_out(options.out)
         from headforcing.demo.show.show import Request, show
 
         request = Request(

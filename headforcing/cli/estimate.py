@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
+from headforcing.cli.early import check_preset
 from headforcing.cli.presets import in_units, model_size
 from headforcing.errors import OptionError
 from headforcing.measure.sizes import ITEMSIZES, MODELS, ModelSize
@@ -59,6 +60,7 @@ def estimate(options: Options) -> None:
     such as RoPE of the current chunk and the rest of the model, are not included. It is not a measurement.
     """
     with clean_errors():
+        check_preset(options.preset)
         from headforcing.measure.memory import dense, streaming_at
         from headforcing.measure.memory import estimate as estimated
 
@@ -95,8 +97,7 @@ def _choice(options: Options, size: ModelSize) -> tuple[str, RoleMap]:
         raise OptionError("give one of --preset and --roles: a preset by name, or a role-map file")
     if options.roles is not None:
         return options.roles.name, of_map(options.roles.name, RoleMap.load(options.roles), size)
-    if options.preset not in PRESETS:
-        raise OptionError(f"unknown preset {options.preset!r}: expected one of {', '.join(PRESETS)}")
+    assert options.preset is not None
     return options.preset, of_preset(PRESETS[options.preset], size)
 
 

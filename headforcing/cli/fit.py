@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headforcing.cli.classify import check_files
-from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts
+from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts, say
 from headforcing.cli.presets import itemsize
 from headforcing.errors import OptionError
 from headforcing.measure.sizes import ITEMSIZES
@@ -153,8 +153,8 @@ def _print(options: Options, found: Budget, role_map: RoleMap, profile: HeadProf
     tables = label_tables(found.labels, meaning)
     print_parts(_curve(found, profile), *tables, facts_table("budget", facts))
     if options.out is not None:
-        typer.echo(options.out)
-        typer.echo(f"next: headforcing roles show {options.out}")
+        say(options.out)
+        say(f"next: headforcing roles show {options.out}")
 
 
 def _curve(found: Budget, profile: HeadProfile) -> Any:

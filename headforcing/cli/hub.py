@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, print_json
+from headforcing.cli.console import AsJson, clean_errors, print_json, say
 
 Repository = Annotated[
     str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.", show_default=False)
@@ -32,11 +32,11 @@ def pull(
         role_map = hub.from_hub(repository, revision=revision)
         role_map.save(out)
     for warning in said:
-        typer.echo(f"warning: {warning.message}", err=True)
+        say(f"warning: {warning.message}", err=True)
     if as_json:
         print_json({"hash": role_map.hash, "files": [str(out)]})
     else:
-        typer.echo(f"{out}\n{role_map.hash}\nnext: headforcing roles show {out}")
+        say(f"{out}\n{role_map.hash}\nnext: headforcing roles show {out}")
 
 
 def push(
@@ -68,5 +68,5 @@ def push(
     if as_json:
         print_json({"url": done.url, "commit": done.commit})
     else:
-        typer.echo(done.url)
-        typer.echo(f"next: headforcing roles pull {repository} --revision {done.commit}")
+        say(done.url)
+        say(f"next: headforcing roles pull {repository} --revision {done.commit}")

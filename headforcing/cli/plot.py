@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, print_json, require
+from headforcing.cli.console import AsJson, clean_errors, print_json, require, say
 from headforcing.errors import OptionError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def plot(
     if as_json:
         print_json({"files": written})
     else:
-        typer.echo("\n".join(written))
+        say("\n".join(written))
 
 
 def _pictures(file: Path, profile: HeadProfile | None) -> Iterator[tuple[str, Any]]:
@@ -85,7 +85,7 @@ def _of_map(role_map: RoleMap, profile: HeadProfile | None) -> Iterator[tuple[st
     yield "roles-per-layer", plots.roles_per_layer(role_map)
     model = role_map.origin.model if profile is None else profile.facts.model
     if model is None:
-        typer.echo("stored frames: not plotted, the map does not name its model; pass --profile", err=True)
+        say("stored frames: not plotted, the map does not name its model; pass --profile", err=True)
     else:
         chunks = 2 * model.window // model.chunk
         yield "frames-kept", plots.frames_kept(role_map, model.window, model.chunk, chunks)[0]

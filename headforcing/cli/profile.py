@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress
+from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, progress, say
+from headforcing.cli.early import check_out
 from headforcing.cli.target import check_call, importable_here, kind, named
 from headforcing.errors import HeadForcingError, OptionError
 
@@ -96,7 +97,7 @@ def profile(options: Options) -> None:
 
         files, follow = summary.pop("files"), summary.pop("next")
         print_parts(facts_table("profile", summary))
-        typer.echo("\n".join([*files, f"next: {follow}"]))
+        say("\n".join([*files, f"next: {follow}"]))
 
 
 class _Request(NamedTuple):
@@ -115,6 +116,7 @@ def _checked(options: Options) -> _Request:
     names = [name.strip() for part in options.metrics or [METRICS] for name in part.split(",")]
     prompts = None if options.prompts is None else _read_prompts(options.prompts)
     starts = None if options.starts is None else _numbers(options.starts)
+    check_out(options.out.parent)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     from headforcing.measure.metrics import find_metric
 

@@ -19,6 +19,7 @@ from headforcing.cli.console import (
     fail,
     print_json,
     print_parts,
+    say,
 )
 
 app = typer.Typer(
@@ -63,14 +64,14 @@ def validate(file: RoleFile, as_json: AsJson = False) -> None:
     except RoleMapError as error:
         if not as_json:
             fail(error, code=1)
-        typer.echo(json.dumps({"valid": False, "error": str(error)}))
+        say(json.dumps({"valid": False, "error": str(error)}))
         raise typer.Exit(1) from error
     if as_json:
         print_json({"valid": True, **summary(role_map)})
     else:
         layers, heads = role_map.shape
-        typer.echo(f"{file}: valid, {layers} layers x {heads} heads, {len(role_map.counts())} roles")
-        typer.echo(role_map.hash)
+        say(f"{file}: valid, {layers} layers x {heads} heads, {len(role_map.counts())} roles")
+        say(role_map.hash)
 
 
 @app.command(
@@ -115,7 +116,7 @@ def import_file(
         print_json({**summary(role_map), "files": [str(out)]})
     else:
         print_parts(*role_tables(role_map))
-        typer.echo(out)
+        say(out)
 
 
 app.command(

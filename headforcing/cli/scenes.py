@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from headforcing.cli.console import AsJson, clean_errors, examples, print_report, progress, require
+from headforcing.cli.early import check_out, check_preset, check_prompt
 
 EXAMPLES = examples(
     "scenes --out runs/scenes",
@@ -52,6 +53,10 @@ def scenes(options: Options) -> None:
     """
     require(DRAWING, "demo", "this command")
     with clean_errors():
+        check_preset(options.preset)
+        for prompt in options.prompts or ():
+            check_prompt(prompt)
+        check_out(options.out)
         from headforcing.demo.scenes.run import PROMPTS
         from headforcing.demo.scenes.show import Request, show_scenes
 

@@ -99,7 +99,7 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
 def _letters(names: Iterable[str]) -> dict[str, str]:
     """One letter per name: its initial, or, if several names share it, `1`, `2`, ... in order."""
     known = list(names)
-    initials = [name[0].upper() for name in known]
+    initials = [name[:1].upper() for name in known]
     others = iter([*digits[1:], *ascii_lowercase, *(f"({number})" for number in range(len(known)))])
     return {
         name: initial if initial.isalpha() and initials.count(initial) == 1 else next(others)

@@ -4,18 +4,18 @@
     >>> parse_prompt("day summer balloon red car blue").shape
     torch.Size([8])
 
-The tools for comparing policies are in `headforcing.demo.contest.compare`, training in
-`benchmarks/demo_training`; neither is imported here.
+Names are imported when they are first used, so that a wrong prompt is found before torch is loaded. The tools
+for comparing policies are in `headforcing.demo.contest.compare`, training in `benchmarks/demo_training`.
 """
 
-from importlib import resources
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from headforcing.demo.labels import demo_preset, labels
-from headforcing.demo.model.model import DemoModel, demo_model
-from headforcing.demo.model.pipeline import DemoPipeline
-from headforcing.demo.world.words import format_prompt, parse_prompt
-from headforcing.measure.stability_report import StabilityReport
-from headforcing.roles.maps.role_map import RoleMap
+if TYPE_CHECKING:
+    from headforcing.demo.labels import demo_preset, demo_roles, demo_stability, labels
+    from headforcing.demo.model.model import DemoModel, demo_model
+    from headforcing.demo.model.pipeline import DemoPipeline, demo_pipeline
+    from headforcing.demo.world.words import format_prompt, parse_prompt
 
 __all__ = [
     "DemoModel",
@@ -30,19 +30,21 @@ __all__ = [
     "parse_prompt",
 ]
 
-
-def demo_roles() -> RoleMap:
-    """The role map measured on the demo model; its `origin` says how."""
-    with resources.as_file(resources.files("headforcing.demo") / "roles.json") as path:
-        return RoleMap.load(path)
-
-
-def demo_stability() -> StabilityReport:
-    """How stable the labels of `demo_roles` are."""
-    with resources.as_file(resources.files("headforcing.demo") / "stability.json") as path:
-        return StabilityReport.load(path)
+_HOME = {
+    "DemoModel": "model.model",
+    "DemoPipeline": "model.pipeline",
+    "demo_model": "model.model",
+    "demo_pipeline": "model.pipeline",
+    "format_prompt": "world.words",
+    "parse_prompt": "world.words",
+}
 
 
-def demo_pipeline(*, window: int | None = None, sink: int = 0) -> DemoPipeline:
-    """A `DemoPipeline` with the demo model, which is `pipeline.model`."""
-    return DemoPipeline(demo_model(), window=window, sink=sink)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'labels')}"), name)

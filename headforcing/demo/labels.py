@@ -1,4 +1,4 @@
-"""The labels of the demo model's heads, by preset, with their origin; data of the package."""
+"""What was measured on the demo model, data of the package: a role map, its stability, labels by preset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.errors import OptionError, RoleMapError
 from headforcing.measure.classifiers import Labels
+from headforcing.measure.stability_report import StabilityReport
 from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.origin import Facts, Measurement, ModelFacts, Origin, first_error
 from headforcing.roles.maps.presets import PRESETS
@@ -61,9 +62,21 @@ class LabelFile(Facts):
         try:
             return cls.model_validate(strict_json.parse(text, MAX_BYTES))
         except ValidationError as error:
-            raise RoleMapError(f"not a file of labels: {first_error(error)}") from error
+            raise RoleMapError(f"not a file of labels: {first_error(error)}") from None
         except ValueError as error:
             raise RoleMapError(f"not a file of labels: {error}") from error
+
+
+def demo_roles() -> RoleMap:
+    """The role map measured on the demo model; its `origin` says how."""
+    with resources.as_file(resources.files("headforcing.demo") / "roles.json") as path:
+        return RoleMap.load(path)
+
+
+def demo_stability() -> StabilityReport:
+    """How stable the labels of `demo_roles` are."""
+    with resources.as_file(resources.files("headforcing.demo") / "stability.json") as path:
+        return StabilityReport.load(path)
 
 
 def label_file() -> LabelFile:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headforcing.adapters.base import Adapter, find_adapter
 from headforcing.apply import apply_head_forcing
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.errors import AlreadyAppliedError, OptionError, ProfileError
 from headforcing.measure.meter import Progress
 from headforcing.measure.profile import HeadProfile, ProfileFacts

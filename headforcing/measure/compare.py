@@ -96,7 +96,7 @@ def compare_maps(a: RoleMap, b: RoleMap) -> Comparison:
     models = [each.origin.model for each in (a, b)]
     sizes = {(model.window, model.chunk) for model in models if model is not None}
     if len(sizes) == 1:
-        a, b = (each.fit(*a.shape, *next(iter(sizes))) for each in (a, b))
+        a, b = (each.fit(*each.shape, *next(iter(sizes))) for each in (a, b))
     names = short_names([*a.counts(), *b.counts()])
     tables = ([[names[role] for role in layer] for layer in each.layers] for each in (a, b))
     return compare_labels(*tables)

@@ -176,8 +176,10 @@ class HeadProfile:
             content = load(tensors.read_bytes())
         except OSError as error:
             raise ProfileError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        except KeyError as error:
+            raise ProfileError(f"{path}: not a profile: torch has no dtype {error}") from error
         except (ValueError, SafetensorError) as error:
-            raise ProfileError(f"{path}: not a profile: {error}") from error
+            raise ProfileError(f"{path}: not a profile: {error}") from None  # which shows the file as it is
         if not isinstance(document, dict) or not set(INDEX) <= set(content):
             raise ProfileError(f"{path}: not a profile: expected an object, and tensors {', '.join(INDEX)}")
         expected = document.pop("hash", None)
@@ -193,7 +195,7 @@ class HeadProfile:
                 dict(sorted(content.items())),
             )
         except ValidationError as error:
-            raise ProfileError(f"{facts}: not a profile: {first_error(error)}") from error
+            raise ProfileError(f"{facts}: not a profile: {first_error(error)}") from None
         except ProfileError as error:
             raise ProfileError(f"{path}: not a profile: {error}") from error
         if found.hash != expected:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from headforcing.errors import ProfileError
+from headforcing.errors import ProfileError, escaped
 from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.origin import Facts, Scalar, first_error
 
@@ -166,7 +166,7 @@ class StabilityReport(Facts):
             text.append(f"  {name}: split-half r {raw}, within layers {within}")
         needed = "not reached" if self.prompts_needed is None else f"at least {self.prompts_needed}"
         text.append(f"  prompts needed: {needed}")
-        return "\n".join([*text, *(f"  {said}" for said in (*self.reasons, *self.unjudged))])
+        return "\n".join(map(escaped, [*text, *(f"  {said}" for said in (*self.reasons, *self.unjudged))]))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -187,7 +187,7 @@ class StabilityReport(Facts):
             strict_json.parse(text, MAX_BYTES)  # refuses what pydantic accepts, such as duplicate keys
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise ProfileError(f"{source}: {first_error(error)}") from error
+            raise ProfileError(f"{source}: {first_error(error)}") from None  # which shows the file as it is
         except ValueError as error:
             raise ProfileError(f"{source}: {error}") from error
 

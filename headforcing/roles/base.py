@@ -31,7 +31,7 @@ class HeadRole(ABC):
         clean_window: newest frames that the clean pass sees, current chunk included; `None`: all that noisy
             passes see. Commit Forcing (released code of October 2026, no paper): first frames are visible
             only while they are among the newest, frames chosen by content and compressed tokens not at all.
-            Distances between visible frames do not change.
+            Visible frames sit where they would without it.
     """
 
     positions: PositionScheme = field(default="compact", kw_only=True)
@@ -86,9 +86,7 @@ class HeadRole(ABC):
         found = scheme_positions(self.positions, frames, chunk, window)
         if gap and self.positions == "compact":
             sink = first_frames(self)
-            hidden = 0 if self.clean_window is None else len(set(range(sink)).difference(frames))
-            ranks = [position + hidden for position in found]  # the gap stays where all passes have it
-            found = tuple(rank + gap if rank >= sink else rank for rank in ranks)
+            found = tuple(rank + gap if rank >= sink else rank for rank in found)
         if self.positions in BOUNDED and found[-1] >= window:
             raise WindowError(
                 f"{self} with a chunk of {chunk} frames reaches RoPE position {found[-1]}, but the "
@@ -128,13 +126,12 @@ class HeadRole(ABC):
         return tuple(f.name for f in dataclasses.fields(self) if f.type in counts)
 
 
-def visible_rows(role: HeadRole, table: FrameTable, phase: Phase) -> Sequence[int]:
-    """Rows of the table that a pass sees: those of `role.visible`, in the clean pass only the newest."""
-    rows = role.visible(table, phase)
+def newest_rows(role: HeadRole, table: FrameTable, rows: tuple[int, ...], phase: Phase) -> tuple[int, ...]:
+    """Those of the rows that a pass sees which are in its `clean_window`, if it is a clean one."""
     if role.clean_window is None or phase == "denoise":
         return rows
     first = table.start + table.chunk - role.clean_window
-    return [row for row in rows if (frame := table.frames[row]) is not None and frame >= first]
+    return tuple(row for row in rows if (frame := table.frames[row]) is not None and frame >= first)
 
 
 def sees_compressed(role: HeadRole, phase: Phase) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import StreamShapeError
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.types import Encode, Grid
 
 
@@ -31,9 +32,10 @@ class Blocks(CompressedHistory):
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
         self.keep, self.frames, self.patch = keep, frames, patch
         self.hidden, self.origin = hidden, origin
-        self._starts: deque[int] = deque(maxlen=keep)
-        self._k: deque[Tensor] = deque(maxlen=keep)  # [B, P / patch**2, Hr, D] each
-        self._v: deque[Tensor] = deque(maxlen=keep)
+        length = min(keep, sys.maxsize)  # a deque takes no larger number
+        self._starts: deque[int] = deque(maxlen=length)
+        self._k: deque[Tensor] = deque(maxlen=length)  # [B, P / patch**2, Hr, D] each
+        self._v: deque[Tensor] = deque(maxlen=length)
         self._sum: tuple[Tensor, Tensor] | None = None
         self._count = 0
 
@@ -65,6 +67,10 @@ class Blocks(CompressedHistory):
             if self._count == self.frames:
                 self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
 
+    def restarted(self, past: Past) -> None:
+        """They are the first frames of the first block."""
+        self.add(past)
+
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
         """The blocks that do not overlap the last frames, at their true distance from the query frame."""
         rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
@@ -93,7 +99,8 @@ class Blocks(CompressedHistory):
 
 
 def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
-    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]` float32."""
+    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]`, float32 or wider."""
     batch, _, heads, dim = x.shape
-    squares = x.float().reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
+    x = x.to(wide_dtype(x))
+    squares = x.reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
     return squares.mean((2, 4)).flatten(1, 2)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headforcing.types import Encode, Grid
@@ -44,8 +45,17 @@ Tokens = tuple[Tensor, Tensor]
 """Rotated keys, and values, `[B, m, Hr, D]`."""
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What means and products of keys are taken in: float32, or the dtype of the tensor if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class CompressedHistory(ABC):
-    """The compressed tokens of one role in one layer of one stream."""
+    """The compressed tokens of one role in one layer of one stream.
+
+    A store changes a copy of it, with copies of its lists, dicts and deques, and drops the copy if the chunk
+    fails. So replace tensors, write none in place.
+    """
 
     patch: int = 1
     """Side of the squares of patches that are merged; above 1, the adapter has to rotate merged patches."""
@@ -60,6 +70,9 @@ class CompressedHistory(ABC):
 
     def evicted(self, past: Past) -> None:  # noqa: B027 - optional on purpose
         """Receives whole frames that the role evicts now, in order."""
+
+    def restarted(self, past: Past) -> None:  # noqa: B027 - optional on purpose
+        """Receives, after `clear`, the frames that a new scene begins with because they were kept."""
 
     def max_tokens(self, patches: int) -> int | None:
         """Most tokens it ever shows, of frames of so many patches; default `None`, unknown.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.types import Encode, FrameTable
 
 
@@ -52,10 +52,9 @@ class Participating(HeadRole):
         return self.window - chunk
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        rows = len(table)
-        chosen = 0 if table.frames == tuple(range(rows)) else self.chosen
-        if rows + chosen + table.chunk <= self.window:
-            return range(rows)
+        chosen = self.chosen if table.gap else 0
+        if len(table) + chosen + table.chunk <= self.window:
+            return range(len(table))
         return ends(table, self.sink, max(self.recent - table.chunk, 0))
 
     def fit(self, window: int, chunk: int) -> HeadRole:
@@ -94,7 +93,9 @@ class Chosen(CompressedHistory):
         self._queries = asked[:, -self.role.recent :].clone()
 
     def evicted(self, past: Past) -> None:
-        self._frames.append(past)
+        """Keeps them for the next selection; right after a recache no query is known, and none is made."""
+        if self._queries is not None:
+            self._frames.append(past)
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
         """The selected tokens, oldest first; selected when they are attended to for the first time."""
@@ -121,8 +122,9 @@ class Chosen(CompressedHistory):
             held.append((k.flatten(1, 2), past.v.flatten(1, 2)))
         k, v = torch.cat([k for k, _ in held], 1), torch.cat([v for _, v in held], 1)
         after = tuple(range(position + 1, position + 1 + self._queries.shape[1]))
-        asked = encode(self._queries, after).sum((1, 2), dtype=torch.float32)  # [B, Hr, D]
-        scores = torch.einsum("bmhd,bhd->bm", k.float(), asked)
+        wide = wide_dtype(k)
+        asked = encode(self._queries, after).sum((1, 2), dtype=wide)  # [B, Hr, D]
+        scores = torch.einsum("bmhd,bhd->bm", k.to(wide), asked)
         best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :tokens]
         rows = torch.sort(best, dim=1).values[:, :, None, None].expand(-1, -1, *v.shape[2:])
         return k.gather(1, rows), v.gather(1, rows)

@@ -19,14 +19,22 @@ import torch
 from torch import Tensor
 
 from headforcing.errors import RoleError
+from headforcing.roles.compressed import wide_dtype
 
 
 def similarity(keys: Tensor) -> Tensor:
-    """Mean co-located cosine of every pair of frames, `[B, m, P, Hr, D] -> [B, m, m]` in float32."""
-    spots = keys.flatten(2, 3).transpose(1, 2).contiguous().float()  # [B, P*Hr, m, D]
+    """Mean co-located cosine of every pair of frames, `[B, m, P, Hr, D] -> [B, m, m]` in float32.
+
+    Never NaN, so that a rule chooses rows that exist: whether keys are finite is known later.
+    """
+    spots = keys.flatten(2, 3).transpose(1, 2).contiguous()  # [B, P*Hr, m, D]
+    spots = spots.to(wide_dtype(spots))
+    largest = torch.linalg.vector_norm(spots, torch.inf, -1, keepdim=True)
+    spots = (spots / largest.clamp_min(torch.finfo(largest.dtype).tiny)).float()  # squares do not overflow
     dots = spots @ spots.mT  # [B, P*Hr, m, m]
     scale = dots.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).rsqrt()
-    return (dots * scale[..., :, None] * scale[..., None, :]).mean(1)
+    cosines: Tensor = dots * scale[..., :, None] * scale[..., None, :]
+    return cosines.nan_to_num(0).mean(1)
 
 
 @dataclass(frozen=True)

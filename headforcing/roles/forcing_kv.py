@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, StreamShapeError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.roles.positions import PositionScheme
 from headforcing.types import Encode, FrameTable, Grid
 
@@ -31,7 +31,8 @@ class Dynamic(HeadRole):
     Attributes:
         sink: first frames of the video.
         pieces: bands that a frame is cut into, and bands that are selected.
-        skip: first chunks that are not cut; 2 there, as heads get their labels after the second.
+        skip: first chunks that are not cut; the first one never is. 2 there, as heads get their labels after
+            the second.
     """
 
     sink: int = 1
@@ -143,7 +144,7 @@ class Pieces(CompressedHistory):
         before: _Choice | None = past.shared.get("choice")
         if before is not None and before.layer < past.layer and before.frames == frames:
             return before.pieces.to(k.device)
-        spots = k.flatten(3).float()
+        spots = k.flatten(3).to(wide_dtype(k))
         alike = torch.cosine_similarity(spots[:, :-1], spots[:, 1:], dim=-1)  # [B, n - 1, P]
         scores = alike.unflatten(2, (self.role.pieces, -1)).mean(-1).flatten(1)
         least = torch.sort(scores, dim=1, stable=True).indices[:, : self.role.pieces]

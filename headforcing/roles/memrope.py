@@ -3,7 +3,7 @@
 From its released code: a window of 12 frames has 3 first ones, a slow and a fast running average of evicted
 frames, the last ones, and the current chunk, all at neighbouring positions. An average has one key and one
 value per head: the mean over all patches of the frames that are evicted together, repeated at every patch.
-Our choice: averages are stored in float32, there in the dtype of the cache.
+Our choice: averages are stored in float32 (of float64 keys in float64), there in the dtype of the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.base import HeadRole, ends
-from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.compressed import CompressedHistory, Past, Tokens, wide_dtype
 from headforcing.types import Encode, FrameTable
 
 AVERAGES = 2
@@ -28,7 +28,8 @@ class Averaging(HeadRole):
     """The first `sink` frames, two averages of evicted ones, and the last frames, `window` in all.
 
     While everything fits, nothing is averaged. At the first eviction the two frames right after the sink make
-    room for the averages and are lost, as in the released code.
+    room for the averages and are lost, as in the released code; so also at the first one after a prompt
+    switch that drops the averages.
 
     Attributes:
         window: frames attended to, current chunk and averages included.
@@ -54,9 +55,10 @@ class Averaging(HeadRole):
         return self.window - chunk
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        rows, room = len(table), self.window - table.chunk
-        averaged = rows > room or table.frames != tuple(range(rows))
-        return ends(table, self.sink, room - AVERAGES - self.sink) if averaged else range(rows)
+        room = self.window - table.chunk
+        if len(table) + table.gap <= room:
+            return range(len(table))
+        return ends(table, self.sink, room - AVERAGES - self.sink)
 
     def fit(self, window: int, chunk: int) -> HeadRole:
         least = self.sink + AVERAGES + chunk
@@ -76,7 +78,7 @@ class Averages(CompressedHistory):
 
     def __init__(self, role: Averaging) -> None:
         self.role = role
-        self._both: Tokens | None = None  # [B, 2, Hr, D] float32, slow and fast
+        self._both: Tokens | None = None  # [B, 2, Hr, D] in float32 or wider, slow and fast
         self._kinds: tuple[torch.dtype, torch.dtype] | None = None
         self._patches = 0
 
@@ -89,8 +91,7 @@ class Averages(CompressedHistory):
 
     def evicted(self, past: Past) -> None:
         """Averages all of them at once."""
-        frames = past.k.shape[1]
-        lost = min(AVERAGES, frames - 1) if self._both is None else 0
+        lost = AVERAGES if self._both is None else 0
         k, v = past.k[:, lost:], past.v[:, lost:]
         old = (None, None) if self._both is None else self._both
         self._both = self._averaged(old[0], k), self._averaged(old[1], v)
@@ -114,7 +115,8 @@ class Averages(CompressedHistory):
 
     def _averaged(self, held: Tensor | None, x: Tensor) -> Tensor:
         """Both averages `[B, 2, Hr, D]`, updated by frames `[B, n, P, Hr, D]`."""
-        mean = x.mean((1, 2), dtype=torch.float32)[:, None].expand(-1, AVERAGES, -1, -1)
+        mean = x.mean((1, 2), dtype=wide_dtype(x))
+        mean = mean[:, None].expand(-1, AVERAGES, -1, -1)
         if held is None:
             return mean.clone()
         weights = (self.role.slow, self.role.fast)

@@ -137,7 +137,7 @@ class Wave(_Cyclic):
         return self.sink + self.period * self.cap + self.recent
 
     def retain(self, table: FrameTable) -> Sequence[int]:
-        return self._rows(table, range(self.period))
+        return self._rows(table, sorted({frame % self.period for frame in table.frames if frame is not None}))
 
     def _phase(self, phase: int) -> int:
         return phase
@@ -168,7 +168,8 @@ class Veil(_Clamped):
     A block is four frames, counted from the first one of the video, whose squares of 2 x 2 patches are
     averaged into a quarter of a frame. It sits at the lower median of its frames in time, and at the top left
     of its squares. Of the last `blocks` complete ones, those that overlap the last frames are not visible.
-    The first block contains first frames, too, as in the released code.
+    The first block contains first frames, too, as in the released code; where a prompt switch restarts time,
+    these are the frames that it kept.
 
     Attributes:
         blocks: merged blocks stored.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from headforcing.roles.base import HeadRole
-from headforcing.roles.compressed import Tokens
-from headforcing.types import Encode, FrameTable, Heads, Pin, Selection
+from headforcing.roles.compressed import CompressedHistory, Tokens
+from headforcing.types import Chunk, Encode, FrameTable, Heads, Pin, Selection
 
 PositionsOf = Callable[[Sequence[int | None], int], tuple[float, ...]]
 """RoPE positions of frames, and how many of the last ones are the current chunk."""
@@ -47,26 +47,36 @@ class Bank(ABC):
     A store says when frames come and go; a bank holds their tensors. `begin`, `append`, `put` and `clear`
     count the frames here and move the tensors in subclasses, which extend them.
 
+    A store changes a fork of its banks and then takes it over (`headforcing.stores.fork`). So until `settle`
+    a bank must not overwrite stored frames: such writes go to `moves`. `put` may write at once, because a
+    store gives its banks buffers of their own first.
+
     Args:
         role: whose frames these are.
         heads: those that have the role.
+        compressed: the compressed history of the role.
 
     Attributes:
         frames: of the history, as the role counts them; `None`: chosen by content.
+        moves: what is still to be written, in order. Each may run again after it ran, before the next one.
     """
 
-    def __init__(self, role: HeadRole, heads: Heads) -> None:
-        self.role, self.heads = role, heads
+    def __init__(self, role: HeadRole, heads: Heads, compressed: CompressedHistory | None = None) -> None:
+        self.role, self.heads, self.compressed = role, heads, compressed
         self.frames: tuple[int | None, ...] = ()
+        self.moves: list[Callable[[], object]] = []
         self._new = 0
 
     def table(self, chunk: range, pin: Pin | None = None, query: int | None = None) -> FrameTable:
         """The history as the role sees it in a pass over the frames `chunk`."""
         return FrameTable(self.frames, 0, len(chunk), self.keys, chunk.start, query, pin)
 
-    def choose(self, chunk: range, pin: Pin | None) -> tuple[FrameTable, Selection]:
-        """The history when the frames `chunk` begin, and the rows of it that the role keeps."""
-        table = replace(self.table(chunk, pin), new=self._new)
+    def choose(self, chunk: range, pin: Pin | None, gap: int) -> tuple[FrameTable, Selection]:
+        """The history when the frames `chunk` begin, and the rows of it that the role keeps.
+
+        `gap`: positions that the role's compressed tokens take.
+        """
+        table = replace(self.table(chunk, pin), new=self._new, gap=gap)
         kept = self.role.retain(table)
         return table, kept if isinstance(kept, Selection) else Selection(tuple(kept))
 
@@ -76,6 +86,12 @@ class Bank(ABC):
         `positions` tells where frames sit from now on.
         """
         self.frames, self._new = kept.frames(table), 0
+
+    def settle(self) -> None:
+        """Does the moves; one that was interrupted is done again."""
+        while self.moves:
+            self.moves[0]()
+            del self.moves[0]
 
     @abstractmethod
     def stage(self, k: Tensor, v: Tensor) -> None:
@@ -137,4 +153,16 @@ class Bank(ABC):
 
     def clear(self) -> None:
         """Forgets history and pending chunk; memory may stay for the next video."""
+        self.moves.clear()
         self.frames, self._new = (), 0
+
+
+def copied(every: Iterable[Bank], start: int) -> Chunk:
+    """A copy of the pending chunk of the banks of a layer, which begins at `start`, all heads together."""
+    parts = [(bank.heads, *bank.staged()) for bank in every]
+    count = sum(len(heads) for heads, _, _ in parts)
+    k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
+    for heads, part_k, part_v in parts:
+        heads.put(k, part_k)
+        heads.put(v, part_v)
+    return Chunk(start, k, v)

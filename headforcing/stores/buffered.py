@@ -7,13 +7,14 @@ upstream.
 A role has buffers for `capacity + chunk` frames. Keys before RoPE of all roles of a layer share one
 allocation, values another one, and so on; see `headforcing.stores.buffers`. They are made when the first
 chunk comes and stay where they are, also for the next video. All of them move, with their contents, when a
-role without a capacity or a longer chunk requires more, or when a role requires less from now on because
-compressed tokens took the place of some frames.
+role without a capacity, with one above `AT_ONCE`, or a longer chunk requires more, or when a role requires
+less from now on because compressed tokens took the place of some frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from torch import Tensor
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory
 from headforcing.stores.bank import Bank, Kept, PositionsOf
-from headforcing.stores.buffers import Size, cut, gathered, picked, slide
+from headforcing.stores.buffers import Size, cut, gathered, picked, slides
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 NOTHING = torch.empty(0)
+AT_ONCE = 128
+"""Most frames that buffers are made for before they are needed; a role that may keep more has them grow."""
 
 
 class BufferedBank(Bank):
@@ -40,8 +43,7 @@ class BufferedBank(Bank):
     """
 
     def __init__(self, role: HeadRole, heads: Heads, compressed: CompressedHistory | None = None) -> None:
-        super().__init__(role, heads)
-        self.compressed = compressed
+        super().__init__(role, heads, compressed)
         self.buffers: dict[str, Tensor] = {"raw": NOTHING, "v": NOTHING}
         self._ids = NOTHING  # [B, slots]: frame numbers, also of frames chosen by content
         self._pending = 0  # frames of the pending chunk
@@ -58,7 +60,7 @@ class BufferedBank(Bank):
     def begin(self, table: FrameTable, kept: Selection, chunk: range, positions: PositionsOf) -> None:
         super().begin(table, kept, chunk, positions)
         for buffer in (self._raw, self._v, self._ids):
-            _select(buffer, kept)
+            self.moves += _select(buffer, kept)
         if self.compressed is not None and self.compressed.gap:
             self._shrink_buffers(len(chunk))
 
@@ -87,21 +89,22 @@ class BufferedBank(Bank):
         if needed <= slots:
             return slots
         capacity = self.role.capacity(chunk)
-        return max(needed, 2 * slots if capacity is None else capacity + chunk)
+        if capacity is not None and (capacity <= AT_ONCE or capacity + chunk < 2 * slots):
+            return max(needed, capacity + chunk)
+        return max(needed, 2 * slots)
 
     def front(self, name: str, tokens: int) -> int:
         """Tokens that fit in front of a buffer for frames of `tokens` tokens; none here."""
         return 0
 
-    def move(self, buffers: Mapping[str, Tensor]) -> None:
-        """Moves the history into other buffers."""
-        stored = slice(0, len(self.frames))
+    def move(self, buffers: Mapping[str, Tensor], slots: int) -> None:
+        """Moves the first slots into other buffers."""
         old = {**self.buffers, "ids": self._ids}
         with torch.inference_mode(False):
             ids = torch.empty(buffers["v"].shape[:2], dtype=torch.long, device=buffers["v"].device)
         for name, buffer in {**buffers, "ids": ids}.items():
-            if self.frames:
-                buffer[:, stored] = old[name][:, stored]
+            if slots:
+                self.moves.append(partial(buffer[:, :slots].copy_, old[name][:, :slots]))
         self.buffers, self._ids = dict(buffers), ids
 
     def free(self) -> None:
@@ -111,7 +114,7 @@ class BufferedBank(Bank):
     def stage(self, k: Tensor, v: Tensor) -> None:
         self._pending = k.shape[1]
         for buffer, x in zip(self.staged(), (k, v), strict=True):
-            self.heads.take_into(buffer, x)
+            self.moves.append(partial(self.heads.take_into, buffer, x))
 
     def staged(self) -> tuple[Tensor, Tensor]:
         own = slice(len(self.frames), len(self.frames) + self._pending)
@@ -164,27 +167,51 @@ class BufferedBank(Bank):
         self._largest = None
 
 
-def allocate(every: Iterable[Bank], k: Tensor, v: Tensor) -> None:
-    """Gives the banks of a layer buffers for a chunk `[B, F, P, H, D]`, if one of them has none that fit."""
-    banks = [bank for bank in every if isinstance(bank, BufferedBank)]
-    wanted = [bank.wanted(k, v) for bank in banks]
-    if wanted == [bank.slots(k, v) for bank in banks]:
-        return
-    if not any(bank.frames for bank in banks):  # nothing to copy: free the old ones before there are new ones
+def free_unfit(every: Iterable[Bank], k: Tensor, v: Tensor) -> None:
+    """Frees the buffers of empty banks, before there are new ones, if they do not fit such a chunk."""
+    banks = _buffered(every)
+    if [bank.wanted(k, v) for bank in banks] != [bank.slots(k, v) for bank in banks]:
         for bank in banks:
             bank.free()
+
+
+def allocate(every: Iterable[Bank], k: Tensor, v: Tensor) -> None:
+    """Gives the banks of a layer buffers for a chunk `[B, F, P, H, D]`, if one of them has none that fit."""
+    banks = _buffered(every)
+    wanted = [bank.wanted(k, v) for bank in banks]
+    if wanted != [bank.slots(k, v) for bank in banks]:
+        _move(banks, wanted, (k, v), [len(bank.frames) for bank in banks])
+
+
+def separate(every: Iterable[Bank]) -> None:
+    """Gives the banks of a layer other buffers with the same contents; the old ones stay as they are."""
+    banks = _buffered(every)
+    if banks:
+        slots = [bank.buffers["v"].shape[1] for bank in banks]
+        _move(banks, slots, (banks[0].buffers["raw"], banks[0].buffers["v"]), slots)
+
+
+def _buffered(every: Iterable[Bank]) -> list[BufferedBank]:
+    return [bank for bank in every if isinstance(bank, BufferedBank)]
+
+
+def _move(
+    banks: Sequence[BufferedBank], slots: Sequence[int], like: tuple[Tensor, Tensor], stored: Sequence[int]
+) -> None:
+    """Moves the stored slots of the banks of a layer into new buffers for such keys and values."""
+    k, v = like
     frame = (k.shape[0], k.shape[2], k.shape[4])
     buffers: list[dict[str, Tensor]] = [{} for _ in banks]
     for name in dict.fromkeys(name for bank in banks for name in bank.buffers):
         some = [index for index, bank in enumerate(banks) if name in bank.buffers]
         sizes = [
-            Size(wanted[index], len(banks[index].heads), banks[index].front(name, k.shape[2]))
+            Size(slots[index], len(banks[index].heads), banks[index].front(name, k.shape[2]))
             for index in some
         ]
         for index, buffer in zip(some, cut(sizes, frame, k if name == "raw" else v), strict=True):
             buffers[index][name] = buffer
-    for bank, own in zip(banks, buffers, strict=True):
-        bank.move(own)
+    for bank, own, count in zip(banks, buffers, stored, strict=True):
+        bank.move(own, count)
 
 
 def known_moves(kept: Selection) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -193,11 +220,11 @@ def known_moves(kept: Selection) -> tuple[list[tuple[int, int]], list[tuple[int,
     return list(enumerate(kept.before)), list(enumerate(kept.after, after))
 
 
-def _select(buffer: Tensor, kept: Selection) -> None:
-    """Slides the selected rows to the front."""
+def _select(buffer: Tensor, kept: Selection) -> list[Callable[[], object]]:
+    """Moves that slide the selected rows to the front."""
     before, after = known_moves(kept)
-    chosen = None if kept.chosen is None else picked(buffer, kept.chosen)
-    slide(buffer, before)
-    if chosen is not None:
-        buffer[:, len(before) : len(before) + chosen.shape[1]] = chosen
-    slide(buffer, after)
+    if kept.chosen is None:
+        return [*slides(buffer, before), *slides(buffer, after)]
+    chosen = picked(buffer, kept.chosen)
+    there = buffer[:, len(before) : len(before) + chosen.shape[1]]
+    return [*slides(buffer, before), partial(there.copy_, chosen), *slides(buffer, after)]

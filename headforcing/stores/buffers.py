@@ -9,7 +9,8 @@ frame.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,12 @@ def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
     return copy
 
 
-def slide(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> None:
-    """Copies rows to the same or earlier slots, `(slot, row)` ascending."""
-    for slot, row, count in _blocks(moves):
-        buffer[:, slot : slot + count] = buffer[:, row : row + count]
+def slides(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
+    """Copies of rows to the same or earlier slots, `(slot, row)` ascending; none reads what it writes."""
+    return [
+        partial(buffer[:, slot : slot + count].copy_, buffer[:, row : row + count])
+        for slot, row, count in _blocks(moves)
+    ]
 
 
 def picked(buffer: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,14 @@ def rolls(chunk: Chunk, pending: range | None) -> bool:
     return pending.start == chunk.start and pending.stop != chunk.frames.stop
 
 
-def begins_video(chunk: Chunk, shape: Shape, pending: range | None, before: Shape | None) -> bool:
-    """Whether it begins at frame 0 and is not the pending chunk, of shape `before`, again."""
-    if chunk.start != 0:
+def begins_video(chunk: Chunk, pending: range | None, before: Shape | None, again: int | None) -> bool:
+    """Whether it begins at frame 0 and is not the pending chunk, of shape `before`, again.
+
+    Nor does it if it rolls, or if a prompt switch announced that frames from `again` = 0 on are recomputed.
+    """
+    if chunk.start != 0 or again == 0 or (again is None and rolls(chunk, pending)):
         return False
-    return pending is None or pending != chunk.frames or before != shape
+    return pending is None or pending != chunk.frames or before != Shape.of(chunk)
 
 
 def check_order(frames: range, pending: range | None, end: int, again: int | None, layer: int) -> None:
@@ -109,31 +112,60 @@ def check_order(frames: range, pending: range | None, end: int, again: int | Non
 
 
 class FiniteCheck:
-    """Sums per head on their way to the CPU; a sum that is not finite reveals a broken head."""
+    """Largest magnitudes per head on their way to the CPU; one that is not finite reveals a broken head.
 
-    def __init__(self, sums: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
-        waits = sums.device.type not in ("cpu", "meta")
-        self._sums = sums.to("cpu", non_blocking=True) if waits else sums
+    Attributes:
+        reported: whether the result was reported.
+    """
+
+    reported = False
+
+    def __init__(self, largest: Tensor, heads: tuple[int, ...], layer: int, frames: range) -> None:
+        waits = largest.device.type not in ("cpu", "meta")
+        self._largest = largest.to("cpu", non_blocking=True) if waits else largest
         self._event: Any = None
         if waits:
-            self._event = torch.Event(sums.device)
+            self._event = torch.Event(largest.device)
             self._event.record()
         self._heads, self._layer, self._frames = heads, layer, frames
 
     @classmethod
-    def of(cls, banks: Iterable[Bank], layer: int, frames: range) -> FiniteCheck:
-        """Sums of the keys and values of the pending chunk, `frames`; one reduction per bank."""
-        sums: list[Tensor] = []
+    def of(cls, banks: Iterable[Bank], queries: Tensor | None, layer: int, frames: range) -> FiniteCheck:
+        """Of the pending chunk, `frames`: of keys and values as they are staged.
+
+        `queries` are the largest magnitudes of queries, `[H]`.
+        """
+        found: list[Tensor] = []
         heads: tuple[int, ...] = ()
         for bank in banks:
-            sums += [x.sum(-1, dtype=torch.float32).sum((0, 1, 2)) for x in bank.staged()]  # [Hr]
+            found += map(largest_of, bank.staged())
             heads += bank.heads.indices * 2
-        return cls(torch.cat(sums), heads, layer, frames)
+        if queries is not None:
+            found.append(queries)
+            heads += tuple(range(len(queries)))
+        return cls(torch.cat(found), heads, layer, frames)
 
     @property
     def ready(self) -> bool:
         """Whether the result is there without waiting."""
         return self._event is None
+
+    def broken(self) -> str | None:
+        """Waits for the result: which heads hold NaN or infinity; `None`: none does."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._largest.is_meta:  # a shape without numbers
+            return None
+        finite = torch.isfinite(self._largest).tolist()
+        stored = 2 * len(set(self._heads))  # keys and values come first
+        for what, part in (("keys or values", slice(stored)), ("queries", slice(stored, None))):
+            each = zip(self._heads[part], finite[part], strict=True)
+            if broken := sorted({head for head, fine in each if not fine}):
+                return (
+                    f"layer {self._layer}, heads {', '.join(map(str, broken))}: {what} of frames "
+                    f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity"
+                )
+        return None
 
     def check(self, consequence: str) -> None:
         """Waits for the result.
@@ -141,34 +173,95 @@ class FiniteCheck:
         Raises:
             NonFiniteKVError: a head holds NaN or infinity.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        if self._sums.is_meta:  # a shape without numbers
-            return
-        finite = torch.isfinite(self._sums).numpy()
-        broken = sorted({head for head, fine in zip(self._heads, finite, strict=True) if not fine})
-        if broken:
-            raise NonFiniteKVError(
-                f"layer {self._layer}, heads {', '.join(map(str, broken))}: keys or values of frames "
-                f"{self._frames.start}..{self._frames.stop - 1} hold NaN or infinity, and {consequence}"
+        if (broken := self.broken()) is not None:
+            raise NonFiniteKVError(f"{broken}, and {consequence}")
+
+
+class FiniteGuard:
+    """The checks of one layer on one stream.
+
+    On an accelerator the result of a check is read one chunk later, when it is there without waiting. A
+    history that turned out to be broken stays so until the next video.
+
+    Args:
+        banks: where the pending chunk lies.
+        layer: for messages.
+    """
+
+    def __init__(self, banks: Collection[Bank], layer: int) -> None:
+        self._banks, self._layer = banks, layer
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all of it, with the history."""
+        self._committed: FiniteCheck | None = None
+        self.drop()
+
+    def drop(self) -> None:
+        """There is no pending chunk any more."""
+        self._frames: range | None = None
+        self._queries: Tensor | None = None
+        self._pending: FiniteCheck | None = None
+
+    def wrote(self, chunk: Chunk) -> None:
+        """The pending chunk is this one now."""
+        self._queries = None if chunk.q is None else largest_of(chunk.q)
+        self._frames, self._pending = chunk.frames, None
+
+    def check(self, wait: bool) -> None:
+        """Checks the pending chunk and reads the results that are there; with `wait`, also its own.
+
+        Raises:
+            NonFiniteKVError: a head holds NaN or infinity.
+        """
+        if self._committed is not None:
+            self._committed.check(
+                "were committed before this was known: reset the stream, or start a new video at frame 0"
             )
+            self._committed = None
+        self._begin()
+        if self._pending is not None and (wait or self._pending.ready):
+            self._pending.check("were not committed: write the chunk again, or reset the stream")
+
+    def commit(self) -> None:
+        """The pending chunk is history now; its result is read with the next one."""
+        late = self._pending is not None and not self._pending.ready
+        self._committed = self._pending if late else None
+        self.drop()
+
+    def unreported(self) -> list[FiniteCheck]:
+        """Checks whose results were not reported, that of the pending chunk included."""
+        self._begin()
+        return [
+            check for check in (self._committed, self._pending) if check is not None and not check.reported
+        ]
+
+    def _begin(self) -> None:
+        if self._frames is not None and self._pending is None:
+            self._pending = FiniteCheck.of(self._banks, self._queries, self._layer, self._frames)
 
 
-def check_finite(
-    banks: Iterable[Bank], layer: int, frames: range, late: FiniteCheck | None
-) -> FiniteCheck | None:
-    """Checks the pending chunk, `frames`, and the one before it if its result was not there yet.
+def largest_of(x: Tensor) -> Tensor:
+    """Largest magnitude per head, `[B, F, P, Hr, D] -> [Hr]`: finite if all are, where a sum may overflow."""
+    largest: Tensor = torch.linalg.vector_norm(x, torch.inf, (0, 1, 2, 4))
+    return largest
 
-    Returns:
-        A check whose result is not there yet: on an accelerator it is read one chunk later, without a sync.
+
+def check_ended(videos: Iterable[Sequence[FiniteCheck]]) -> None:
+    """Waits for the results of chunks that videos ended with; each video is reported once.
+
+    Args:
+        videos: checks of every video that were not reported, its first layer first.
 
     Raises:
-        NonFiniteKVError: a head holds NaN or infinity.
+        NonFiniteKVError: one holds NaN or infinity.
     """
-    if late is not None:
-        late.check("were committed before this was known: reset the stream")
-    now = FiniteCheck.of(banks, layer, frames)
-    if not now.ready:
-        return now
-    now.check("were not committed: write the chunk again, or reset the stream")
-    return None
+    found = []
+    for checks in videos:
+        for check in checks:  # the first broken layer broke those after it
+            check.reported = True
+        found.append(next(filter(None, (check.broken() for check in checks)), None))
+    if broken := "; ".join(filter(None, found)):
+        raise NonFiniteKVError(
+            f"{broken}, and the video ended with them, so it is broken; the next one knows nothing of it"
+        )

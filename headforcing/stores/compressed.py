@@ -10,6 +10,7 @@ from torch import Tensor
 from headforcing.errors import RoleError, StreamError, StreamShapeError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.stores.fork import fork
 from headforcing.types import Chunk, Encode, FrameTable, Grid, Selection
 
 
@@ -30,9 +31,19 @@ class CompressedHistories:
         self._layer = layer
         self.shared: MutableMapping[Any, Any] = {}
 
+    def fork(self) -> CompressedHistories:
+        """The same contents, to change in its place; what layers share stays shared."""
+        histories = {role: fork(history) for role, history in self._histories.items()}
+        return fork(self, _histories=histories, shared=self.shared)
+
     def get(self, role: HeadRole) -> CompressedHistory | None:
         """The compressed history of a role."""
         return self._histories.get(role)
+
+    def gap(self, role: HeadRole) -> int:
+        """RoPE positions that compressed tokens of a role take."""
+        history = self.get(role)
+        return 0 if history is None else history.gap
 
     @property
     def want_queries(self) -> bool:
@@ -90,6 +101,18 @@ class CompressedHistories:
             frames = [table.frames[row] for row in gone]
             self._histories[role].evicted(Past(frames, *fetch(gone), grid, self._layer, self._shared(role)))
 
+    def restart(
+        self,
+        role: HeadRole,
+        frames: Sequence[int | None],
+        fetch: Callable[[Sequence[int]], Tokens],
+        grid: Grid | None,
+    ) -> None:
+        """Passes on the frames that a role keeps while time restarts, after `clear`."""
+        if role in self._histories:
+            kept = fetch(range(len(frames)))
+            self._histories[role].restarted(Past(frames, *kept, grid, self._layer, self._shared(role)))
+
     def view(
         self, role: HeadRole, start: int, query: int | None, encode: Encode, put: Callable[[Tokens], Tokens]
     ) -> Tokens | None:
@@ -119,5 +142,5 @@ class CompressedHistories:
         """What is stored, and what was rotated; each once."""
         stored = [tensor for history in self._histories.values() for tensor in history.tensors()]
         yield from stored
-        for tokens in self._views.values():
+        for tokens in list(self._views.values()):  # another thread may add some
             yield from (x for x in tokens or () if not any(x is tensor for tensor in stored))

@@ -9,7 +9,7 @@ The price is time: a pass rotates its whole view instead of the current chunk, a
 part of its history, or reads per query frame, copies that part in every pass. Compressed tokens are rotated
 and joined with the frames in every pass, too.
 
-A role without a capacity has buffers for up to twice what it keeps, as in `ring`.
+A role without a capacity, or with a large one, has buffers for up to twice what it keeps, as in `ring`.
 """
 
 from __future__ import annotations

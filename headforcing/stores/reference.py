@@ -50,8 +50,10 @@ class FrameLists(Bank):
         return self._pending
 
     def append(self, frames: range, inside: range) -> None:
-        for sample, k, v in zip(self._samples, *self.staged(), strict=True):
-            sample += [_Frame(n, k[i].clone(), v[i].clone()) for i, n in enumerate(frames)]
+        self._samples = [
+            [*sample, *(_Frame(n, k[i].clone(), v[i].clone()) for i, n in enumerate(frames))]
+            for sample, k, v in zip(self._samples, *self.staged(), strict=True)
+        ]
         super().append(frames, inside)
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

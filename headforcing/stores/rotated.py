@@ -11,8 +11,8 @@ from headforcing.errors import RoleError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
-from headforcing.stores.buffered import NOTHING, BufferedBank, known_moves
-from headforcing.stores.buffers import Size, cut, front, gathered, slide
+from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_moves
+from headforcing.stores.buffers import Size, cut, front, gathered, slides
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 
@@ -51,10 +51,10 @@ class RotatedBank(BufferedBank):
         self._forget_copies()
         self._last_view.clear()
 
-    def move(self, buffers: Mapping[str, Tensor]) -> None:
-        """Moves the history into other buffers; copies are made anew."""
-        super().move(buffers)
-        settled = self._rotated_to[: len(self.frames)]
+    def move(self, buffers: Mapping[str, Tensor], slots: int) -> None:
+        """Moves the first slots into other buffers; copies are made anew."""
+        super().move(buffers, slots)
+        settled = self._rotated_to[:slots]
         self._rotated_to = [*settled, *[None] * (self._v.shape[1] - len(settled))]
         self._copies.clear()
         self._last_view.clear()
@@ -68,10 +68,10 @@ class RotatedBank(BufferedBank):
 
     def front(self, name: str, tokens: int) -> int:
         """The most compressed tokens the role will ever have, for the buffers that are read with them."""
-        return 0 if self.compressed is None or name == "raw" else self.compressed.max_tokens(tokens) or 0
+        return 0 if name == "raw" else self._most_tokens(tokens) or 0
 
     def prepend(self, query: int | None, tokens: Tokens) -> Tokens:
-        """Copies compressed tokens right in front of the frames; they stay if the role names no maximum.
+        """Copies compressed tokens right in front of the frames; they stay if nothing was reserved there.
 
         Raises:
             RoleError: they are more than the maximum that the role names.
@@ -79,8 +79,7 @@ class RotatedBank(BufferedBank):
         if self.compressed is None or query not in self._last_view:
             return tokens
         buffers, count, patches = self._last_view[query], tokens[0].shape[1], self._v.shape[2]
-        most = self.compressed.max_tokens(patches)
-        if most is None:
+        if (most := self._most_tokens(patches)) is None:
             return tokens
         if count > most:
             raise RoleError(
@@ -114,6 +113,7 @@ class RotatedBank(BufferedBank):
         rotated = self.buffers["rotated"]
         stale = [slot for slot, position in enumerate(positions) if self._rotated_to[slot] != position]
         for first, last in runs(stale):
+            self._rotated_to[first:last] = [None] * (last - first)
             rotated[:, first:last] = encode(self._raw[:, first:last], positions[first:last])
             self._rotated_to[first:last] = positions[first:last]
         return rotated, self._v
@@ -136,7 +136,7 @@ class RotatedBank(BufferedBank):
         return copy.k, copy.v
 
     def tensors(self) -> list[Tensor]:
-        copies = [tensor for copy in self._copies.values() for tensor in (copy.k, copy.v)]
+        copies = [tensor for copy in list(self._copies.values()) for tensor in (copy.k, copy.v)]
         return [*super().tensors(), *copies]
 
     def clear(self) -> None:
@@ -146,7 +146,13 @@ class RotatedBank(BufferedBank):
 
     def copies(self) -> list[tuple[_Copy, Size]]:
         """The copies of parts of the history, and the sizes of their buffers."""
-        return [(copy, self._size(copy.k.shape[1])) for copy in self._copies.values()]
+        made = [copy for copy in self._copies.values() if copy.k is not NOTHING]
+        return [(copy, self._size(copy.k.shape[1])) for copy in made]
+
+    def _most_tokens(self, patches: int) -> int | None:
+        """Most compressed tokens, if the role names a maximum and it is not too large to be reserved."""
+        most = None if self.compressed is None else self.compressed.max_tokens(patches)
+        return None if most is None or most > AT_ONCE * patches else most
 
     def _copy(self, query: int | None, slots: int) -> _Copy:
         """The copy for a query frame, with at least so many slots."""
@@ -179,7 +185,7 @@ class RotatedBank(BufferedBank):
         settled = [(slot, row) for slot, row in moves if self._rotated_to[row] == positions[slot] is not None]
         self._rotated_to = [None] * len(self._rotated_to)
         if settled:
-            slide(self.buffers["rotated"], settled)
+            self.moves += slides(self.buffers["rotated"], settled)
         for slot, _ in settled:
             self._rotated_to[slot] = positions[slot]
 

@@ -13,7 +13,7 @@ from headforcing.roles.positions import TRUE
 from headforcing.stores.bank import Bank, Kept
 from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.switch import Switch
-from headforcing.types import Pin, Tier
+from headforcing.types import Grid, Pin, Tier
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Scenes:
         """Names that can be recalled."""
         return (*self._marks, *(name for name in self._due if name not in self._marks))
 
+    @property
+    def due(self) -> bool:
+        """Whether a mark or a switch was requested."""
+        return bool(self._due) or self._switch is not None
+
     def inside(self, role: HeadRole, frames: range) -> range:
         """Frames of the base model as a role counts them."""
         scene = self._scenes[role]
@@ -96,7 +101,7 @@ class Scenes:
         if self._pin is not None and self._pin.begin == start:
             self._pin = replace(self._pin, begin=start + frames)
 
-    def empty(self, keep: int, start: int) -> None:
+    def empty(self, keep: int, start: int, grid: Grid | None) -> None:
         """Drops all but frames before `keep`: the base model did, and recomputes frames from `start` on.
 
         Roles without true positions count anew.
@@ -111,6 +116,7 @@ class Scenes:
             names = self.outside(role, kept.frames)
             self._scenes[role] = Scene(names, start, len(names))
             bank.put(kept.restarted())
+        self._restart_compressed(start, grid)
 
     def mark(self, name: str) -> None:
         """Names what the heads store when the next chunk begins.
@@ -118,19 +124,27 @@ class Scenes:
         Raises:
             OptionError: the name is no text.
         """
-        if not isinstance(name, str):
-            raise OptionError(f"a mark is named {name!r}: expected a text")
-        self._due.append(name)
+        check_name(name)
+        if name not in self._due:
+            self._due.append(name)
 
-    def check(self, switch: Switch, stop: int, layer: int) -> None:
-        """Checks that a switch is possible before frame `stop`.
+    def request(self, marks: Sequence[str], switch: Switch | None) -> None:
+        """Requests marks and a switch when the next chunk begins."""
+        for name in marks:
+            self.mark(name)
+        if switch is not None:
+            self.ask(switch)
+
+    def check(self, switch: Switch, stop: int, layer: int, due: Sequence[str] = ()) -> None:
+        """Checks that a switch is possible before frame `stop`; `due`: marks that will be made before it.
 
         Raises:
             StreamError: there is no such mark, or recomputed frames lie before the last restart of time or
                 cannot be told from others.
         """
-        if switch.mark is not None and switch.mark not in self.marks:
-            known = ", ".join(self.marks) if self.marks else "none"
+        marks = tuple(dict.fromkeys((*self.marks, *due)))
+        if switch.mark is not None and switch.mark not in marks:
+            known = ", ".join(marks) if marks else "none"
             raise StreamError(f"layer {layer}: nothing is marked {switch.mark!r}, marks are: {known}")
         if switch.mode != "recache":
             return
@@ -161,7 +175,7 @@ class Scenes:
             return None
         return stop - self._switch.frames
 
-    def apply_switch(self, start: int) -> Switch | None:
+    def apply_switch(self, start: int, grid: Grid | None) -> Switch | None:
         """Makes the marks and the switch that were requested, because a chunk begins at `start`."""
         for name in self._due:
             rows = {role: self._rows(role, recalled(role), start) for role in self._scenes}
@@ -172,6 +186,7 @@ class Scenes:
             return switch
         for role, bank in self._banks.items():
             bank.put(self._survivors(switch, role, start))
+        self._restart_compressed(start, grid)
         return switch
 
     def clear(self) -> None:
@@ -187,6 +202,13 @@ class Scenes:
             for kept, _ in mark.values():
                 yield from kept.tensors()
 
+    def _restart_compressed(self, start: int, grid: Grid | None) -> None:
+        """Compressed histories begin anew, with what was kept where time restarts at frame `start`."""
+        self._compressed.clear()
+        for role, bank in self._banks.items():
+            if bank.frames and self._scenes[role].begin == start:
+                self._compressed.restart(role, bank.frames, bank.rows, grid)
+
     def _take(self, role: HeadRole, rows: Sequence[int]) -> _Named:
         kept = self._banks[role].take(rows)
         return kept, self.outside(role, kept.frames)
@@ -194,7 +216,8 @@ class Scenes:
     def _rows(self, role: HeadRole, tiers: Sequence[Tier], start: int) -> list[int]:
         """Rows of a role's history that lie in some tiers when a chunk begins at `start`."""
         scene, pin, frames = self._scenes[role], self.pin(role), self._banks[role].frames
-        found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in frames]
+        known = _with_first(frames, first_frames(role))
+        found = [scene.tier(role, frame, scene.inside(start)) in tiers for frame in known]
         if pin is not None and "sink" in tiers:
             pinned = range(pin.begin, pin.begin + min(pin.frames, first_frames(role)))
             found = [stays or frame in pinned for stays, frame in zip(found, frames, strict=True)]
@@ -216,6 +239,21 @@ class Scenes:
             return kept.restarted()
         self._scenes[role] = replace(scene, since=first)
         return kept
+
+
+def _with_first(frames: Sequence[int | None], sink: int) -> list[int | None]:
+    """Frames, numbered also where those that a scene begins with had been chosen by content."""
+    return [row if frame is None and row < sink else frame for row, frame in enumerate(frames)]
+
+
+def check_name(name: object) -> None:
+    """Checks the name of a mark.
+
+    Raises:
+        OptionError: it is no text.
+    """
+    if not isinstance(name, str):
+        raise OptionError(f"a mark is named {name!r}: expected a text")
 
 
 def _rows_before(frames: Sequence[int | None], first: int) -> list[int]:

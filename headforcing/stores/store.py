@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole, visible_rows
+from headforcing.roles.base import HeadRole, newest_rows
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
-from headforcing.stores.bank import Bank
-from headforcing.stores.buffered import allocate
-from headforcing.stores.checks import FiniteCheck, Shape, begins_video, check_finite, check_order, rolls
+from headforcing.stores.bank import Bank, copied
+from headforcing.stores.buffered import allocate, free_unfit, separate
+from headforcing.stores.checks import FiniteCheck, FiniteGuard, Shape, begins_video, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
+from headforcing.stores.fork import fork_store
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.shifts import Shifts
@@ -43,13 +44,14 @@ class KVStore(ABC):
         compressed: the compressed histories of the roles.
         scenes: marks, and the prompt switch that was requested.
         prompt_pending: a switch took effect and cross-attention has not projected the new prompt yet.
+        unfinished: whether the first chunk of a window of several chunks still gets its clean pass.
     """
 
     def __init__(self, heads: Mapping[HeadRole, Heads], *, window: int, layer: int) -> None:
         self.heads = dict(heads)
         self.window = window
         self.layer = layer
-        self.prompt_pending = False
+        self.prompt_pending = self.unfinished = False
         self.compressed = CompressedHistories(heads, layer)
         self._banks = {role: self.new_bank(role, own) for role, own in heads.items()}
         self.scenes = Scenes(self._banks, self.compressed)
@@ -59,9 +61,8 @@ class KVStore(ABC):
         self._pending: range | None = None
         self._shape: Shape | None = None
         self._end = 0
-        self._moving = False
-        self._checked = False
-        self._finite: FiniteCheck | None = None
+        self._apart = False
+        self._finite = FiniteGuard(self._banks.values(), layer)
 
     @abstractmethod
     def new_bank(self, role: HeadRole, heads: Heads) -> Bank:
@@ -83,21 +84,26 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
             WindowError: a role with so long a chunk exceeds the window.
         """
-        if self._moving:
-            raise StreamError(
-                f"layer {self.layer}: an earlier commit was interrupted while frames moved, so this "
-                "history is lost: reset the stream and start the video again"
-            )
         shape = Shape.of(chunk)
         self.compressed.check(chunk, self._grid if chunk.start else None)
         again = self.scenes.rerun(self.frames_so_far)
+        if self.begins_video(chunk):
+            self._check_roles(shape.frames, pinned=False)
+            self.reset()
+            free_unfit(self._banks.values(), chunk.k, chunk.v)
+        self.settle()
+        after = fork_store(self)
+        after._take(chunk, shape, again)
+        self._take_over(after)
+
+    def _take(self, chunk: Chunk, shape: Shape, again: int | None) -> None:
+        """Does to a fork what `write` says; `again`: first of the recomputed frames, if any."""
+        before = self._pending
         if again is None and rolls(chunk, self._pending):
             shape.check_follows(self._shape, self.layer)
             self._check_roles(shape.frames)
             self._begin(chunk.frames)
-        elif begins_video(chunk, shape, self._pending, self._shape) and again != 0:
-            self._check_roles(shape.frames, pinned=False)
-            self.reset()
+        elif self._pending is None and chunk.start == 0 and again != 0:
             self._begin(chunk.frames)
         elif chunk.frames == self._pending and again != chunk.start:
             shape.check_follows(self._shape, self.layer)
@@ -106,6 +112,8 @@ class KVStore(ABC):
             shape.check_follows(self._shape, self.layer)
             if not (again == 0 or chunk.alone) or shape.frames > self.window:
                 self._check_roles(shape.frames)
+            if self.scenes.due:
+                self._set_apart()
             self._commit_before(chunk.start)
             if again is None:  # roles choose first: a switch keeps what they would have kept
                 self._begin(chunk.frames)
@@ -113,7 +121,9 @@ class KVStore(ABC):
                 self._begin(chunk.frames)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
-        self._pending, self._shape, self._checked = chunk.frames, shape, False
+        self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
+        self._pending, self._shape = chunk.frames, shape
+        self._finite.wrote(chunk)
         self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None
 
     def commit(self) -> None:
@@ -123,29 +133,41 @@ class KVStore(ABC):
             NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
         """
         if self._pending is not None:
-            end, chunk = self._pending.stop, len(self._pending)
-            self._commit_before(end)
-            self._begin(range(end, end + chunk))
+            self.settle()
+            after, end, chunk = fork_store(self), self._pending.stop, len(self._pending)
+            after._commit_before(end)
+            after._begin(range(end, end + chunk))
+            self._take_over(after)
 
-    def check(self) -> None:
-        """Checks the pending chunk before it is committed; one reduction per role, once per pass.
+    def begins_video(self, chunk: Chunk) -> bool:
+        """Whether `write` of this chunk would forget the video so far."""
+        return begins_video(chunk, self._pending, self._shape, self.scenes.rerun(self.frames_so_far))
 
-        On an accelerator the result is read one chunk later, without a sync.
+    def check(self, wait: bool = False) -> None:
+        """Checks the pending chunk before it is committed; one reduction per role for keys, one for values.
+
+        On an accelerator the result is read one chunk later, without a host wait.
+
+        Args:
+            wait: whether to wait for it now.
 
         Raises:
-            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending.
+            NonFiniteKVError: the pending chunk holds NaN or infinity; it stays pending. Or a committed one
+                did: this history is broken.
         """
-        if self._pending is not None and not self._checked:
-            late, self._finite = self._finite, None
-            self._finite = check_finite(self._banks.values(), self.layer, self._pending, late)
-            self._checked = True
+        self.settle()
+        self._finite.check(wait)
+
+    def unreported(self) -> list[FiniteCheck]:
+        """Checks of this video whose results were not reported, that of the pending chunk included."""
+        self.settle()
+        return self._finite.unreported()
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
-        self._pending = None
-        self._end = 0
-        self._moving = self.prompt_pending = False
-        self._finite = None
+        self._pending = None  # first: from now on nothing but a new video can begin, which resets again
+        self._end, self.prompt_pending, self.unfinished = 0, False, False
+        self._finite.clear()
         self.compressed.clear()
         self.scenes.clear()
         self._shifts.clear()
@@ -167,20 +189,25 @@ class KVStore(ABC):
                 f"layer {self.layer}: the base model emptied its KV cache before frame {start}, but {what} "
                 "recomputed: reset the stream with handle.reset()"
             )
-        pending = self._copy_pending(self._pending.start)
-        self._moving = True
-        self.scenes.empty(edit.keep, start)
-        self.compressed.clear()
-        self._stage(pending)
-        self._moving = False
+        self.settle()
+        after, pending = fork_store(self), copied(self._banks.values(), self._pending.start)
+        after._set_apart()
+        after.scenes.empty(edit.keep, start, self._grid)
+        after._stage(pending)
+        self._take_over(after)
 
-    def check_switch(self, switch: Switch) -> None:
-        """Checks that a prompt switch is possible now.
+    def settle(self) -> None:
+        """Finishes what an earlier call was interrupted in, so that the store is as if it were not."""
+        for bank in self._banks.values():
+            bank.settle()
+
+    def check_switch(self, switch: Switch, due: Sequence[str] = ()) -> None:
+        """Checks that a prompt switch is possible now; `due`: marks that will be made before it.
 
         Raises:
             StreamError: there is no such mark, or recomputed frames cannot be told from others.
         """
-        self.scenes.check(switch, self.frames_so_far, self.layer)
+        self.scenes.check(switch, self.frames_so_far, self.layer, due)
 
     @property
     def pending(self) -> range | None:
@@ -208,10 +235,13 @@ class KVStore(ABC):
         """
         bank, pin = self._banks[role], self.scenes.pin(role)
         own, query = self._inside(role, query)
-        rows = tuple(visible_rows(role, bank.table(own, pin, query), phase))
-        frames = (*(bank.frames[row] for row in rows), *own)
-        positions = self._positions(role, frames, len(own), query)
+        table = bank.table(own, pin, query)
+        every = tuple(role.visible(table, phase))
+        rows = newest_rows(role, table, every, phase)
+        placed = self._positions(role, (*(bank.frames[row] for row in every), *own), len(own), query)
+        positions = (*(placed[every.index(row)] for row in rows), *placed[len(every) :])
         k, v = bank.view(rows, positions, encode, None if query is None else query - own.start)
+        frames = (*(bank.frames[row] for row in rows), *own)
         return KVView(self.scenes.outside(role, frames), positions, k, v)
 
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
@@ -231,6 +261,7 @@ class KVStore(ABC):
 
     def frames(self, role: HeadRole) -> list[list[int]]:
         """Frames stored for `role`, per sample, oldest first. Reads the device: for people, not paths."""
+        self.settle()
         return self._banks[role].numbers()
 
     def nbytes(self) -> int:
@@ -267,10 +298,10 @@ class KVStore(ABC):
             return
         if start <= self._pending.start:  # all of it is recomputed
             self._pending = None
+            self._finite.drop()
             return
         self.check()
         done = range(self._pending.start, start)
-        self._moving = True
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, done)
             if self.compressed.get(role) is not None:
@@ -279,43 +310,40 @@ class KVStore(ABC):
             bank.append(done, inside)
         self.compressed.forget_views()
         self._end, self._pending = start, None
-        self._moving = False
+        self._finite.commit()
 
     def _begin(self, chunk: range) -> None:
         """Every role chooses what it keeps, and evicts the rest, because the frames `chunk` begin."""
-        self._moving = True
         self.compressed.forget_views()
         for role, bank in self._banks.items():
             inside = self.scenes.inside(role, chunk)
-            table, kept = bank.choose(inside, self.scenes.pin(role))
+            table, kept = bank.choose(inside, self.scenes.pin(role), self.compressed.gap(role))
             self.compressed.evicted(role, kept, table, bank.rows, self._grid)
             bank.begin(table, kept, inside, functools.partial(self._positions, role))
         share_copies(self._banks.values())
-        self._moving = False
+        if self._apart:
+            self.settle()
 
     def _apply_switch(self, start: int) -> bool:
         """Makes requested marks and switches before frame `start`; returns whether frames were dropped."""
-        self._moving = True
-        switch = self.scenes.apply_switch(start)
-        dropped = switch is not None and switch.mode != "continue"
-        if dropped:
-            self.compressed.clear()
+        switch = self.scenes.apply_switch(start, self._grid)
         self._end, self.prompt_pending = start, self.prompt_pending or switch is not None
-        self._moving = False
-        return dropped
+        return switch is not None and switch.mode != "continue"
+
+    def _set_apart(self) -> None:
+        """Copies the buffers of a fork, which then may read what it wrote."""
+        separate(self._banks.values())
+        self.settle()
+        self._apart = True
+
+    def _take_over(self, after: KVStore) -> None:
+        """Becomes what its fork is, in one step that nothing interrupts, then does the moves."""
+        after._apart = False
+        self.__dict__.update(after.__dict__)
+        self.settle()
 
     def _stage(self, chunk: Chunk) -> None:
         """Overwrites the pending chunk."""
         allocate(self._banks.values(), chunk.k, chunk.v)
         for bank in self._banks.values():
             bank.stage(chunk.k, chunk.v)
-
-    def _copy_pending(self, start: int) -> Chunk:
-        """A copy of the pending chunk, which begins at `start`, all heads together."""
-        parts = [(bank.heads, *bank.staged()) for bank in self._banks.values()]
-        count = sum(len(heads) for heads, _, _ in parts)
-        k, v = (x.new_empty(*x.shape[:3], count, x.shape[4]) for x in parts[0][1:])
-        for heads, part_k, part_v in parts:
-            heads.put(k, part_k)
-            heads.put(v, part_v)
-        return Chunk(start, k, v, self._grid)

@@ -761,17 +761,6 @@ def test_attention_wrapped_by_compile_while_applied_must_be_unwrapped_before_rem
     assert equal(play(rig), plain())
 
 
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    """A process group of this process alone."""
-    distributed = torch.distributed
-    if not distributed.is_available() or distributed.is_initialized():
-        pytest.skip("no process group of our own")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("group")
 @ORDERS
 def test_distributed_data_parallel(rig: Rig, first: str) -> None:

@@ -21,7 +21,7 @@ import headforcing as hf
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.demo.model.attention import DemoConfig, rope_table
-from headforcing.errors import ChunkOrderError, StreamActiveError, StreamError
+from headforcing.errors import ChunkOrderError, PatchedModuleError, StreamActiveError, StreamError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import bits, snapshot
 from headforcing.types import AttentionCall
@@ -409,6 +409,16 @@ def test_a_new_video_whose_first_call_failed_can_be_started_again(layer: int) ->
         rig.call(caches, 0, 3, draw=1)
     hook.remove()
     assert equal(rig.video(caches, 4), alone(4))
+
+
+def test_a_replacement_that_is_refused_leaves_the_roles_before() -> None:
+    rig, handle = applied()
+    rig.model.__dict__["_cache_config"] = object()  # as diffusers' enable_cache leaves it
+    with pytest.raises(PatchedModuleError):
+        hf.apply_head_forcing(rig.model, Local(), replace=True)
+    del rig.model.__dict__["_cache_config"]
+    assert handle.applied
+    assert equal(rig.video(rig.caches(), 4), alone(4))
 
 
 # Threads ------------------------------------------------------------------------------------------

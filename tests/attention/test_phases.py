@@ -275,7 +275,8 @@ def written_out(o: Observation, role: Local, keys: dict[int, Tensor], values: di
 
 
 def test_on_the_demo_pipeline_attention_is_what_the_definition_says() -> None:
-    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2, window=9)).randomize(torch.Generator().manual_seed(3))
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2, window=9))
+    model.randomize(torch.Generator().manual_seed(3))
     model.eval().requires_grad_(False)
     role = Local(6, clean_window=4)
     pipe = DemoPipeline(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import types
 import warnings
@@ -32,6 +33,7 @@ def rig() -> Rig:
     return Rig(9)
 
 
+@functools.cache
 def alone() -> list[Tensor]:
     rig = Rig(9)
     apply(rig)
@@ -159,6 +161,146 @@ def test_caches_that_a_host_of_diffusers_enables_later_are_refused(
     model.disable_cache()
     got += [host.call(model, caches, 3, 3, draw) for draw in (1, 0)]
     assert equal(got, expected)
+
+
+# Caches of blocks ---------------------------------------------------------------------------------
+
+Undo = Callable[[], None]
+
+
+def cache_dit(model: Any) -> Undo:
+    """The real one."""
+    library = pytest.importorskip("cache_dit")
+    blocks = library.BlockAdapter(
+        transformer=model,
+        blocks=model.blocks,
+        forward_pattern=library.ForwardPattern.Pattern_3,
+        check_forward_pattern=False,
+        has_separate_cfg=False,
+    )
+    config = library.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=9.0)
+    library.enable_cache(blocks, cache_config=config)
+    return lambda: library.disable_cache(model)
+
+
+def as_cache_dit(model: Any) -> Undo:
+    """A forward in which other blocks are in place, and a mark; ParaAttention does the same."""
+    own, blocks = model.forward, nn.ModuleList([Skipping(model.blocks)])
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(model._modules, "blocks", blocks)
+            return own(*args, **kwargs)
+
+    model.forward, model._is_cached = forward, True
+
+    def undo() -> None:
+        del model.forward, model._is_cached
+
+    return undo
+
+
+class Skipping(nn.Module):
+    """Runs all blocks, and every third time only the first one."""
+
+    def __init__(self, blocks: Any) -> None:
+        super().__init__()
+        self.blocks, self.calls = blocks, 0
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        self.calls += 1
+        for block in self.blocks[:1] if self.calls % 3 == 0 else self.blocks:
+            x = block(x, *args)
+        return x
+
+
+def named(name: str, **attributes: Any) -> Callable[[Any], Undo]:
+    """Another forward on the class, under its published name; the class is one of this model alone."""
+
+    def put(model: Any) -> Undo:
+        own = type(model)
+        cls: Any = type(
+            own.__name__, (own,), {"forward": lambda self, *args, **more: own.forward(self, *args, **more)}
+        )
+        cls.forward.__name__ = name
+        for key, value in attributes.items():
+            setattr(cls, key, value)
+        model.__class__ = cls
+
+        def undo() -> None:
+            model.__class__ = own
+
+        return undo
+
+    return put
+
+
+def on_the_object(name: str) -> Callable[[Any], Undo]:
+    def put(model: Any) -> Undo:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return type(self).forward(self, *args, **kwargs)
+
+        forward.__name__ = name
+        model.forward = types.MethodType(forward, model)
+
+        def undo() -> None:
+            del model.forward
+
+        return undo
+
+    return put
+
+
+BLOCKS: dict[str, Callable[[Any], Undo]] = {
+    "cache-dit": cache_dit,
+    "as cache-dit": as_cache_dit,
+    "TeaCache": named("teacache_forward", enable_teacache=True),
+    "TeaCache by its switch": named("forward", enable_teacache=True),
+    "TeaCache by its name": named("wan_teacache_forward"),
+    "MagCache": on_the_object("magcache_forward"),
+    "EasyCache": named("easycache_forward"),
+    "TaylorSeer": on_the_object("taylorseer_forward"),
+}
+refused = functools.partial(
+    pytest.raises, PatchedModuleError, match=r"the model: a cache of blocks \(.*cannot be combined"
+)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_cache_of_blocks_is_refused_before_and_after_apply(rig: Rig, kind: str) -> None:
+    undo = BLOCKS[kind](rig.model)
+    before = snapshot(rig.model)
+    with refused():
+        apply(rig)
+    assert before.diff(snapshot(rig.model)) == []
+    undo()
+    handle = apply(rig)
+    for chunks in (0, 2):  # from the first pass on, also in the middle of a video
+        caches = rig.caches()
+        outs = rig.video(caches, chunks)
+        undo = BLOCKS[kind](rig.model)
+        with refused():
+            rig.call(caches, 3 * chunks, 3, draw=1)
+        with refused():
+            apply(rig)
+        undo()
+        assert apply(rig) is handle
+        assert equal(outs + rig.video(caches, 4 - chunks, first=chunks), alone())
+
+
+def test_a_teacache_that_is_switched_off_skips_nothing(rig: Rig) -> None:
+    named("teacache_forward", enable_teacache=False)(rig.model)
+    apply(rig)
+    assert equal(rig.video(rig.caches(), 4), alone())
+
+
+@pytest.mark.parametrize("kind", ["as cache-dit", "TeaCache"])
+def test_a_cache_that_is_not_recognised_would_be_noticed(
+    rig: Rig, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headforcing.attention.skipped._cache_on", lambda module: None)
+    with pytest.raises((pytest.fail.Exception, StreamError)):
+        test_a_cache_of_blocks_is_refused_before_and_after_apply(rig, kind)
 
 
 # Passes that leave a layer out --------------------------------------------------------------------

@@ -436,7 +436,13 @@ def test_no_tensor_stays_in_the_lean_store(chunks):
 
 @at_length
 @lean_at_length
-@pytest.mark.parametrize("role", BESIDE.values(), ids=BESIDE.keys())
+@pytest.mark.parametrize(
+    "role",
+    [
+        pytest.param(role, id=name, marks=() if name == "averages" else pytest.mark.slow)
+        for name, role in BESIDE.items()
+    ],
+)
 def test_nothing_stays_of_what_is_kept_beside_frames(role, store, chunks):
     layer = Layer([role, role], passes=2, addresses=store is RingStore, store=store)
     check_no_tensor_stays(layer, chunks)

@@ -26,6 +26,7 @@ from headforcing.demo.world.scene import CHOICES, asked_by, render, sample_scene
 from headforcing.demo.world.sprites import ACTORS, CLOUDS, LANDMARKS, VERGES
 from headforcing.demo.world.words import (
     COLOURS,
+    POSES,
     PROMPT_WORDS,
     SEASONS,
     TIMES,
@@ -232,6 +233,10 @@ def test_every_scene_prompt_can_be_parsed_and_says_what_is_asked_for():
 def test_a_bad_prompt_names_the_allowed_words(text, expected):
     with pytest.raises(ValueError, match=expected):
         parse_prompt(text)
+
+
+def test_the_camera_has_a_word_for_every_position():
+    assert len(POSES) == MAX_POSE + 1
 
 
 def test_words_are_unique():

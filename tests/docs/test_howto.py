@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headforcing.apply import apply_head_forcing, remove_head_forcing
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.testing import Host
 from tests.docs.pages import ROOT, fences
 from tests.hosts import find_host

@@ -166,7 +166,8 @@ class FastVideoModel(nn.Module):
         times = self.condition_embedder(timestep[:, None].to(hidden_states.dtype) / 1000)
         tokens = self.patch_embedding(hidden_states).flatten(1, 2) + times
         late = self.policy == "relativistic" and kv_cache is not None
-        tables = tables_of(0, WINDOW) if late else tables_of(start_frame, hidden_states.shape[1])
+        made = tables_of(0, WINDOW) if late else tables_of(start_frame, hidden_states.shape[1])
+        tables = tuple(table.to(hidden_states.device) for table in made)
         for number, block in enumerate(self.blocks):
             cached = {} if kv_cache is None else {"kv_cache": kv_cache[number]}
             cross = None if crossattn_cache is None else crossattn_cache[number]

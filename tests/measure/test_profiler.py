@@ -200,9 +200,7 @@ def test_branches_of_one_video_share_its_number(model):
             for index in range(3):
                 for _ in range(2):
                     for pipeline in branches:
-                        pipeline._predict(
-                            torch.randn(2, *LATENTS, generator=seeded(3)), 1.0, context, index
-                        )
+                        pipeline._predict(torch.randn(2, *LATENTS, generator=seeded(3)), 1.0, context, index)
 
     profile = profile_heads(model, torch.no_grad()(guided), ["mass_ratio"])
     assert videos_of(profile) == [0, 1, 0, 1, 2, 3, 2, 3]

@@ -1,14 +1,19 @@
-"""`Uniform`: a memory spread over time, down to a single frame."""
+"""`Uniform`: a memory spread over time, down to a single frame. Rules that read keys: whatever these are."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from headforcing.roles import Memory, episodic
-from headforcing.roles.episodic import Uniform
+from headforcing.roles.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform, similarity
 from headforcing.types import FrameTable
+from tests.examples import examples
 
 
 def by_definition(frames: list[int], stored: int, places: int) -> list[int]:
@@ -61,3 +66,69 @@ def test_a_rule_that_drops_another_frame_is_found(monkeypatch: pytest.MonkeyPatc
             check([3, 4, 8], 1, 1)
         with pytest.raises(AssertionError):
             test_a_memory_of_one_place_keeps_the_first_frame_that_enters_it()
+
+
+# Rules that read keys ---------------------------------------------------------------------------------
+
+RULES = (MaxMin(), ThresholdFifo(), ThresholdFifo(1.5))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+rules, dtypes = st.sampled_from(RULES), st.sampled_from(DTYPES)
+
+
+def drawn_keys(seed: int, frames: int, dtype: torch.dtype) -> Tensor:
+    """Keys `[2, frames, 2, 2, 4]` with magnitudes below 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(2, frames, 2, 2, 4, generator=generator) * 2 - 1).to(dtype)
+
+
+def check_rows_exist(rule: EpisodicUpdate, keys: Tensor, stored: int, places: int) -> None:
+    rows = rule.choose(keys, stored, places)
+    assert rows.shape == (len(keys), places)
+    assert bool((rows[:, 1:] > rows[:, :-1]).all())
+    assert rows.min() >= 0
+    assert rows.max() < keys.shape[1]
+
+
+@given(rules, dtypes, st.integers(0, 99), st.data())
+@settings(max_examples=examples(50))
+def test_rows_exist_whatever_keys_are(
+    rule: EpisodicUpdate, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
+    stored = data.draw(st.integers(1, 4))
+    keys = drawn_keys(seed, stored + data.draw(st.integers(1, 3)), dtype)
+    for _ in range(data.draw(st.integers(0, 3))):
+        value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max, 0.0]))
+        frame = data.draw(st.integers(0, keys.shape[1] - 1))
+        keys[0, frame, data.draw(st.integers(0, 1)), 0, data.draw(st.integers(0, 3)) :] = value
+    check_rows_exist(rule, keys, stored, stored)
+
+
+def check_magnitude_does_not_matter(dtype: torch.dtype, seed: int) -> None:
+    """Cosines: by a power of two, so that no key is rounded."""
+    keys = drawn_keys(seed, 5, dtype)
+    largest = 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1)
+    assert torch.equal(similarity(keys * largest), similarity(keys))
+
+
+@given(dtypes, st.integers(0, 99))
+@settings(max_examples=examples(30))
+def test_frames_are_alike_however_large_their_keys_are(dtype: torch.dtype, seed: int) -> None:
+    check_magnitude_does_not_matter(dtype, seed)
+
+
+def similarity_as_it_was(keys: Tensor) -> Tensor:
+    spots = keys.flatten(2, 3).transpose(1, 2).contiguous().float()
+    dots = spots @ spots.mT
+    scale = dots.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).rsqrt()
+    return (dots * scale[..., :, None] * scale[..., None, :]).mean(1)
+
+
+def test_a_choice_among_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodic, "similarity", similarity_as_it_was)
+    monkeypatch.setitem(globals(), "similarity", similarity_as_it_was)
+    keys = drawn_keys(0, 4, torch.float32)
+    keys[0] = torch.nan
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check_rows_exist(MaxMin(), keys, 3, 3)
+    with pytest.raises(AssertionError):
+        check_magnitude_does_not_matter(torch.float32, 0)

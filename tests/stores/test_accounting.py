@@ -37,6 +37,8 @@ TOKENS = GRID[0] * GRID[1]
 FRAME = 2 * TOKENS * DIM * 4  # keys and values of one frame in one head, float32
 FULL_AFTER = 8  # chunks
 A_HUNDREDTH = 0.01
+COMPRESSED_OR_NOT = ("head_forcing", "memrope")
+"""Presets of both kinds; the others are in the long run."""
 
 
 class Video:
@@ -149,7 +151,7 @@ def test_so_it_is_before_the_memory_is_full(chunks: int, store: str) -> None:
     check_said_is_held(row, store, lambda video: video.run(chunks))
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", ["lean", "ring", pytest.param("reference", marks=pytest.mark.slow)])
 def test_so_it_is_with_marks_and_behind_another_video(store: str) -> None:
     def go(video: Video) -> None:
         video.run(FULL_AFTER)
@@ -171,7 +173,14 @@ def most(row: Sequence[HeadRole], store: str) -> tuple[int, int]:
     return max(said), max(said[FULL_AFTER + 4 :])
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in COMPRESSED_OR_NOT else pytest.mark.slow)
+        for name in PRESETS
+        if name != "full"
+    ],
+)
 def test_the_lean_store_holds_what_the_roles_keep(name: str) -> None:
     """The most that they keep, as whole frames and beside them, current chunk included."""
     kept, lean, ring = (most(row_of(name), store) for store in ("reference", "lean", "ring"))
@@ -191,7 +200,9 @@ def test_room_that_other_things_took_the_place_of_is_given_up_and_comes_back_for
     assert max(second) == max(first)
 
 
-@pytest.mark.parametrize("name", ["head_forcing", "pyramid_forcing", "memrope"])
+@pytest.mark.parametrize(
+    "name", [*COMPRESSED_OR_NOT, pytest.param("pyramid_forcing", marks=pytest.mark.slow)]
+)
 def test_what_the_lean_store_rotates_is_free_when_the_layer_is_through(name: str) -> None:
     """At its peak a pass takes no more beside what is held with four layers than with two."""
     above = []

@@ -227,8 +227,8 @@ def test_memory_that_runs_out_while_buffers_are_made_loses_nothing(monkeypatch: 
 class Apart(RotatedBank):
     """Makes its own buffers."""
 
-    def move(self, buffers: Any) -> None:
-        super().move({name: buffer.clone() for name, buffer in buffers.items()})
+    def move(self, buffers: Any, slots: int) -> None:
+        super().move({name: buffer.clone() for name, buffer in buffers.items()}, slots)
 
 
 def test_a_role_with_memory_of_its_own_is_found() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ CHUNK, FRAMES, CUT, OFFSET = 3, 42, 12, 8.0
 STORES = sorted(STORES)
 OWN = SlidingWindow(9, 1, positions="absolute")
 MODES = (torch.no_grad, torch.inference_mode)
+FEW_HOSTS = ((False, False, 2.5), (True, True, 0.0))
+"""Relative positions, an emptied cache, an offset: a fast run has each once."""
 
 
 def model_of(sink: int = 3, relative: bool = False, shared: bool = True) -> LongLive2Model:
@@ -122,9 +125,13 @@ def seen(store: KVStore, role: HeadRole) -> tuple[list[int | None], list[float],
     return list(view.frames), list(view.positions), view.v[0, :, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("emptied", [False, True])
-@pytest.mark.parametrize("offset", [0.0, 2.5])
+@pytest.mark.parametrize(
+    ("relative", "emptied", "offset"),
+    [
+        pytest.param(*case, marks=() if case in FEW_HOSTS else pytest.mark.slow)
+        for case in product((False, True), (False, True), (0.0, 2.5))
+    ],
+)
 @pytest.mark.parametrize("cuts", [(6, 24)], ids=str)
 def test_the_hosts_own_memory_changes_nothing(
     relative: bool, emptied: bool, offset: float, cuts: Sequence[int]

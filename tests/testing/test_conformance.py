@@ -30,8 +30,8 @@ def test_every_adapter_in_the_folder_has_a_host() -> None:
     assert set(host_names()) == {adapter.name for adapter in adapters()}
 
 
-FAST = ("self_forcing", "longlive2", "fastvideo")
-"""A kind each: counters, shots, no counters. `tests/integrations/test_parity.py` runs all of them."""
+FAST = ("self_forcing", "fastvideo")
+"""With counters and without. `tests/integrations/test_parity.py` runs all of them."""
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headforcing.apply import apply_head_forcing
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.apply.status import Status
 from headforcing.attention.backends import Part
 from headforcing.attention.backends.sdpa import attend
@@ -224,7 +224,9 @@ def _held(
     return stored, float(frames if pipeline.window == -1 else min(pipeline.window, frames))
 
 
-def _measure(video: Tensor, scene: Scene, given_chunks: int, window: int) -> tuple[Tensor, ...]:
+def _measure(
+    video: Tensor, scene: Scene, given_chunks: int, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """PSNR, landmarks, actors and sharpness, each `[B, T]`; the given frames are not evaluated."""
     chunks = video.shape[2] // CHUNK
     away = window if bool((scene.camera.motion != 0).any()) else 0

@@ -249,7 +249,9 @@ def _result(
     return Result(
         one,
         of,
-        *(mean(metric) for metric in ("psnr", "landmarks", "actors")),
+        mean("psnr"),
+        mean("landmarks"),
+        mean("actors"),
         stored_frames(one.roles, config),
         attended_frames(one.roles, config),
         round(sum(made.stored_bytes for made in first) / len(setting.seeds)),

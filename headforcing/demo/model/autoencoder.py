@@ -112,7 +112,8 @@ class Autoencoder(nn.Module):
         for layer in finer:
             x = layer(x)
         x = self.pixels(functional.rms_norm(x, x.shape[-1:]))
-        return rearrange(x, "n h w (p q c) -> n (h p) (w q) c", p=PATCH, q=PATCH)
+        frames: Tensor = rearrange(x, "n h w (p q c) -> n (h p) (w q) c", p=PATCH, q=PATCH)
+        return frames
 
     def save_weights(self, path: str | Path) -> None:
         """Write the weights as fp16 safetensors."""

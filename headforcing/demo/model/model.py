@@ -219,7 +219,7 @@ class DemoModel(nn.Module):
         """Read what `save_weights` wrote; the configurations must be equal."""
         with safe_open(path, framework="pt") as file:
             config = DemoConfig(**json.loads(file.metadata()["config"]))
-            config = replace(config, grid=tuple(config.grid))
+            config = replace(config, grid=(config.grid[0], config.grid[1]))
             if config != self.config:
                 raise ValueError(f"{path} has {config}, this model is {self.config}")
             names = list(file.keys())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headforcing.demo.model.attention import Cache, CrossCache
 from headforcing.demo.model.autoencoder import Autoencoder, autoencoder
-from headforcing.demo.model.model import DemoModel
+from headforcing.demo.model.model import DemoModel, demo_model
 
 NOISE_LEVELS = (1.0, 0.9, 0.75, 0.5, 0.25)
 
@@ -141,3 +141,8 @@ class DemoPipeline:
                 cache[name] = torch.zeros(1, dtype=torch.long, device=like.device)
         for cross in self.crossattn_cache:
             cross["is_init"] = False
+
+
+def demo_pipeline(*, window: int | None = None, sink: int = 0) -> DemoPipeline:
+    """A `DemoPipeline` with the demo model, which is `pipeline.model`."""
+    return DemoPipeline(demo_model(), window=window, sink=sink)

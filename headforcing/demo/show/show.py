@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from headforcing.apply.handle import handles_of
+from headforcing.apply.handles import handles_of
 from headforcing.demo import demo_preset, demo_roles
 from headforcing.demo.contest.compare import GIVEN_CHUNKS, Policy, Rollout, make_scene, roll
 from headforcing.demo.model.attention import DemoConfig
@@ -153,14 +153,16 @@ def load_model(weights: Path | None) -> DemoModel:
     """The demo model, with the weights of the package or of a file.
 
     Raises:
-        ValueError: the file does not contain weights of the demo model.
+        OptionError: the file cannot be read, or does not contain weights of the demo model.
     """
     if weights is None:
         return demo_model()
     try:
         return DemoModel().load_weights(weights).eval().requires_grad_(False)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{weights}: not weights of the demo model ({error})") from error
+    except OSError as error:
+        raise OptionError(f"{weights}: cannot be read ({error.strerror or 'no such file'})") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"{weights}: not weights of the demo model ({error!s:.200})") from None
 
 
 def find_roles(request: Request, config: DemoConfig) -> RoleMap:

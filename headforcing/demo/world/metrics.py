@@ -139,7 +139,8 @@ def returned_slots(scene: Scene, num_chunks: int, away: int, given: int) -> Tens
     wanted = (scene.camera.absence(num_chunks) >= away) & known_columns(scene, num_chunks, given)
     columns = scene.camera.columns(num_chunks)
     town = torch.zeros(*columns.shape[:2], SLOTS * CELL, dtype=torch.bool, device=columns.device)
-    return town.scatter(2, columns, wanted).unflatten(-1, (SLOTS, CELL)).all(-1)
+    back: Tensor = town.scatter(2, columns, wanted).unflatten(-1, (SLOTS, CELL)).all(-1)
+    return back
 
 
 def known_columns(scene: Scene, num_chunks: int, given: int) -> Tensor:

@@ -179,11 +179,11 @@ def skies() -> Tensor:
         if time == 2:
             for x, y in STARS:
                 image[y, x] = torch.tensor((1.0, 1.0, 0.9))
-        x, y, radius, colour = DISCS[time]
-        distance = (columns - x) ** 2 + (rows[:, None] - y) ** 2
+        across, down, radius, colour = DISCS[time]
+        distance = (columns - across) ** 2 + (rows[:, None] - down) ** 2
         disc = distance < radius**2
         if time == 2:
-            disc &= (columns - x - 2.5) ** 2 + (rows[:, None] - y + 1) ** 2 >= 14
+            disc &= (columns - across - 2.5) ** 2 + (rows[:, None] - down + 1) ** 2 >= 14
         image[disc] = torch.tensor(colour)
         found.append(image)
     return torch.stack(found)

@@ -21,6 +21,7 @@ from headforcing.demo.world.camera import (
     CELL,
     CHUNK,
     HEIGHT,
+    KERB,
     SLOTS,
     TOWN,
     WIDTH,
@@ -227,7 +228,7 @@ def _land(ridge: Tensor, time: int, season: int) -> Tensor:
         ((rows >= line) & (rows < line + 3) & (line < SNOW_LINE), paint.SNOW),
         (rows >= GRASS_TOP, tuple(0.94 * part for part in paint.GRASS[season])),
         (rows >= GRASS_EDGE, paint.GRASS[season]),
-        (rows >= paint.KERB, paint.ASPHALT),
+        (rows >= KERB, paint.ASPHALT),
         ((rows == DASH_ROW) & (across % CELL < CELL // 2), paint.DASH),
     )
     for where, colour in layers:

@@ -1,21 +1,21 @@
-"""The words of the demo world: one prompt per chunk, parsed from text.
+"""The words of the demo world: one prompt per chunk, parsed from text; torch is loaded for ids alone.
 
 A prompt is eight words; the last two are the camera pose.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from headforcing.demo.world.camera import MAX_POSE
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TIMES = ("day", "dusk", "night")
 SEASONS = ("summer", "autumn", "winter")
 AIR = ("calm", "balloon", "plane")
 ROAD = ("quiet", "car", "bus")
 COLOURS = ("red", "blue", "yellow", "green", "white", "purple")
-POSES = tuple(f"at{pose}" for pose in range(MAX_POSE + 1))
+POSES = tuple(f"at{pose}" for pose in range(13))
 MOTIONS = ("left", "still", "right")
 WORDS = ("none", *TIMES, *SEASONS, *AIR, *ROAD, *COLOURS, *POSES, *MOTIONS)
 PROMPT_WORDS = 8
@@ -23,8 +23,8 @@ PROMPT_WORDS = 8
 WORD_ID = {word: index for index, word in enumerate(WORDS)}
 
 
-def parse_prompt(text: str) -> Tensor:
-    """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long.
+def prompt_words(text: str) -> list[str]:
+    """The words of one chunk's prompt, completed.
 
     The order is: time of day, season, what flies and its colour, what drives and its colour; then,
     optionally, the camera's position and motion (default: `at6 still`). `calm` and `quiet` have no colour.
@@ -35,8 +35,8 @@ def parse_prompt(text: str) -> Tensor:
     Raises:
         ValueError: a word is missing, unknown or out of place; the message names the allowed ones.
 
-    >>> parse_prompt("day summer calm car blue").tolist()
-    [1, 4, 7, 0, 11, 14, 25, 33]
+    >>> prompt_words("day summer calm car blue")
+    ['day', 'summer', 'calm', 'none', 'car', 'blue', 'at6', 'still']
     """
     given = text.split()
     place = 0
@@ -57,12 +57,23 @@ def parse_prompt(text: str) -> Tensor:
     if place < len(given):
         words += [take(POSES, "camera position"), take(MOTIONS, "camera motion")]
     else:
-        words += [POSES[MAX_POSE // 2], "still"]
+        words += [POSES[len(POSES) // 2], "still"]
     if place != len(given):
         raise ValueError(
             f"the prompt has {len(given)} words, expected {place}: remove {' '.join(given[place:])!r}"
         )
-    return torch.tensor([WORD_ID[word] for word in words])
+    return words
+
+
+def parse_prompt(text: str) -> Tensor:
+    """Word ids of one chunk's prompt, `[PROMPT_WORDS]` long; see `prompt_words`.
+
+    >>> parse_prompt("day summer calm car blue").tolist()
+    [1, 4, 7, 0, 11, 14, 25, 33]
+    """
+    import torch
+
+    return torch.tensor([WORD_ID[word] for word in prompt_words(text)])
 
 
 def format_prompt(ids: Tensor) -> str:

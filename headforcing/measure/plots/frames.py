@@ -14,6 +14,7 @@ from headforcing.errors import RoleMapError
 from headforcing.measure.plots import style
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.role_map import RoleMap
+from headforcing.stores.compressed import CompressedHistories
 from headforcing.types import FrameTable, Selection
 
 OWN = "#C9C9C9"
@@ -100,10 +101,12 @@ def simulate(role: HeadRole, window: int, chunk: int, chunks: int) -> Iterator[K
         chunks: chunks of the video.
     """
     known: tuple[int | None, ...] = ()
+    compressed = CompressedHistories([role], 0)
     for start in range(0, chunk * chunks, chunk):
-        table = FrameTable(known, min(chunk, start), chunk, _blank, start)
+        table = FrameTable(known, min(chunk, start), chunk, _blank, start, gap=compressed.gap(role))
         kept = role.retain(table)
         chosen = kept if isinstance(kept, Selection) else Selection(tuple(kept))
+        compressed.evicted(role, chosen, table, lambda rows: (_blank(rows), _blank(rows)), None)
         frames = chosen.frames(table)
         own = tuple(range(start, start + chunk))
         together = "query" not in role.depends_on  # otherwise positions differ per query frame

@@ -110,7 +110,7 @@ def decode(text: str | bytes, source: str) -> Content:
         entries = strict_json.parse(text, MAX_BYTES)
         found = _Document.model_validate(entries)
     except ValidationError as error:
-        raise RoleMapError(f"{source}: {first_error(error)}") from error
+        raise RoleMapError(f"{source}: {first_error(error)}") from None  # which shows the file as it is
     except ValueError as error:
         raise RoleMapError(f"{source}: {error}") from error
     roles = {}

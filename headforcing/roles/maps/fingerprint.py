@@ -23,16 +23,56 @@ _STEP, _SPREAD = -7046029254386353131, -4658895280553007687  # odd, so multiplyi
 
 
 def fingerprint(model: nn.Module, adapter: Adapter) -> str | None:
-    """`sha256:...` of the attention weights; `None` while some of them are elsewhere (meta tensors)."""
+    """`sha256:...` of the attention weights; `None` where some of them cannot be read, see `unreadable`."""
+    if unreadable(model, adapter) is not None:
+        return None
     found: dict[str, Tensor] = {}
     for layer, (_, module) in enumerate(adapter.attentions(model)):
         for name, tensor in _tensors(module):
-            if tensor.is_meta:
-                return None
             plain = name.replace("_orig_mod.", "")  # torch.compile's wrapper around a part of the attention
             found[f"{layer}.{plain} {list(tensor.shape)}"] = _mixed(tensor.detach())
     table = [[name, int(number)] for name, number in sorted(found.items())]
     return digest(json.dumps(table).encode())
+
+
+def unreadable(model: nn.Module, adapter: Adapter) -> str | None:
+    """What some attention weights are that cannot be read as they were when measured; `None`: all can.
+
+    Weights that were quantised, cast to eight bits, sharded or sent elsewhere are other numbers, or are not
+    here. Nothing is gathered or dequantised: processes would wait for each other, and rounded weights differ.
+    """
+    for path, module in adapter.attentions(model):
+        for name, tensor in _tensors(module):
+            if (kind := _foreign_kind(tensor)) is not None:
+                return f"{kind}, such as {path}.{name}"
+        for name, part in module.named_modules():
+            if getattr(part, "weight", None) is not None and not any(True for _ in _tensors(part)):
+                return f"no parameters (quantised, or flattened by FSDP), such as {path}.{name}.weight"
+    return None
+
+
+def is_half(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether some weights are float16, whose smallest numbers are rounded more than those of bfloat16."""
+    tensors = (tensor for _, module in adapter.attentions(model) for _, tensor in _tensors(module))
+    return any(tensor.dtype == torch.float16 for tensor in tensors)
+
+
+def _foreign_kind(tensor: Tensor) -> str | None:
+    """In the plural, what a weight is that is no plain tensor of numbers; `None`: it is one."""
+    if tensor.is_meta:
+        return "meta tensors"
+    if getattr(tensor, "_fsdp_flattened", False):
+        return "sharded by FSDP"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"quantised or sharded ({type(tensor).__name__})"
+    if tensor.layout is not torch.strided:
+        return f"stored as {tensor.layout}"
+    if tensor.numel() == 0:
+        return "empty (sharded, or not brought yet)"
+    numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return f"stored as {tensor.dtype}"
+    return None if numbers or tensor.dim() < 2 else f"packed as {tensor.dtype}"
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

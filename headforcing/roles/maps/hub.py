@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headforcing.errors import HeadForcingError, OptionError
+from headforcing.errors import HeadForcingError, OptionError, escaped
 from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.file import MAX_BYTES
 from headforcing.roles.maps.role_map import RoleMap
@@ -91,7 +91,7 @@ def from_hub(
                 raise HubError(f"{problem}: it has {size} bytes, no role map has more than {MAX_BYTES}")
             path = hub.hf_hub_download(**where, token=token, cache_dir=cache_dir)
     except _failures(hub) as error:
-        raise HubError(f"{problem}: {error}") from error
+        raise HubError(f"{problem}: {_in_one_line(error)}") from error
     return RoleMap.load(path)
 
 
@@ -137,7 +137,7 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, commit_message=message, allow_patterns=list(names)
             )
         except _failures(hub) as error:
-            raise HubError(f"{repo_id}: cannot be written: {error}") from error
+            raise HubError(f"{repo_id}: cannot be written: {_in_one_line(error)}") from error
     return Pushed(str(done.commit_url), str(done.oid))
 
 
@@ -192,8 +192,11 @@ def _table(title: str, facts: Mapping[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     """Text that markdown shows as it stands and that cannot leave its cell."""
-    text = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@:-])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@:-])", r"\\\1", escaped(_in_one_line(value)))
+
+
+def _in_one_line(value: Any) -> str:
+    return " ".join(str(value).split())
 
 
 def _is_repository(name: str) -> bool:

@@ -1,0 +1,37 @@
+"""A fork of a store: all that can fail happens to it, then the store takes it over in one step.
+
+So an error, an interrupt, or a device out of memory, at whatever line or operator, leaves the store as it
+was, and the chunk can be written again. What overwrites stored frames is noted on the fork (`Bank.moves`) and
+done last, when the store took it over; interrupted there, it is finished before anything else happens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+def fork(one: _T, **changed: Any) -> _T:
+    """A shallow copy with lists, dicts and deques of its own; attributes in `changed` are replaced."""
+    twin = object.__new__(type(one))
+    for name, value in {**one.__dict__, **changed}.items():
+        own = isinstance(value, list | dict | deque) and name not in changed
+        twin.__dict__[name] = value.copy() if own else value
+    return twin
+
+
+def fork_store(store: _T) -> _T:
+    """A `KVStore` with the same contents, to change in its place."""
+    parts = vars(store)
+    compressed = parts["compressed"].fork()
+    banks = {role: fork(bank, compressed=compressed.get(role)) for role, bank in parts["_banks"].items()}
+    return fork(
+        store,
+        compressed=compressed,
+        _banks=banks,
+        scenes=fork(parts["scenes"], _banks=banks, _compressed=compressed),
+        _shifts=fork(parts["_shifts"]),
+        _finite=fork(parts["_finite"], _banks=banks.values()),
+    )

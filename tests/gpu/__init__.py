@@ -1,0 +1,1 @@
+"""The GPU path on a simulated device with two GPUs; see `tests.gpu.simulated`."""
