@@ -27,6 +27,7 @@ CLASSIFIERS = {
 """Which classifier labels heads for which preset."""
 METRICS = ("attention_mass", "mass_ratio", "qk_logits")
 """What they read."""
+PACKAGED = Path(__file__).parents[2] / "headforcing" / "demo" / FILE
 
 
 def label_heads(profile: HeadProfile | None = None) -> LabelFile:
@@ -49,7 +50,7 @@ def label_heads(profile: HeadProfile | None = None) -> LabelFile:
 def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name(FILE))
+    parser.add_argument("--out", type=Path, default=PACKAGED)
     parser.parse_args().out.write_text(label_heads().to_json(), encoding="utf-8")
 
 
