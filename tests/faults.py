@@ -93,7 +93,7 @@ def meet(
 
 
 def places(seen: Sequence[Any], least: int, seed: int = 0) -> list[int]:
-    """Where to fail: at each operator and each line once in the long run, in the fast one at `least`, drawn."""
+    """Where to fail: each operator and line once in the long run, `least` of them, drawn, in the fast one."""
     dice = random.Random(seed)
     order = dice.sample(range(len(seen)), len(seen))
     each = sorted({seen[at]: at for at in order}.values())
