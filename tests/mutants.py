@@ -35,6 +35,7 @@ from queue import SimpleQueue
 from threading import Lock
 
 ROOT = Path(__file__).parents[1]
+FAULTS, THREADS = "tests/stores/test_faults.py", "tests/apply/test_threads.py"
 GOLDEN, SWITCH = "tests/roles/test_golden.py", "tests/apply/test_prompt_switch.py"
 STORES = ["tests/stores/test_front.py", "tests/stores/test_buffers.py", "tests/stores/test_stores.py"]
 MAPS = [
@@ -57,7 +58,8 @@ TESTS: dict[str, list[str]] = {
     "headforcing/roles/blocks.py": ["tests/roles/test_pyramid.py", *STORES],
     "headforcing/roles/pyramid_forcing.py": ["tests/roles/test_pyramid.py", *STORES],
     "headforcing/roles/rolling_forcing.py": ["tests/roles/test_rolling.py", *STORES],
-    "headforcing/stores/": [*STORES, SWITCH, "tests/stores/test_accounting.py"],
+    "headforcing/stores/": [*STORES, SWITCH, "tests/stores/test_accounting.py", FAULTS],
+    "headforcing/stores/fork.py": [FAULTS],
     "headforcing/stores/shifts.py": ["tests/stores/test_shots.py", *STORES],
     "headforcing/roles/maps/": MAPS,
     "headforcing/roles/maps/fingerprint.py": [
@@ -71,6 +73,8 @@ TESTS: dict[str, list[str]] = {
         "tests/roles/maps/test_importers.py",
     ],
     "headforcing/attention/": [*ATTENTION, SWITCH],
+    "headforcing/attention/activity.py": [*ATTENTION, SWITCH, THREADS],
+    "headforcing/attention/stream.py": [*ATTENTION, SWITCH, THREADS],
     "headforcing/attention/compile.py": ["tests/attention/test_compile.py"],
     "headforcing/attention/ragged.py": RAGGED,
     "headforcing/attention/part.py": RAGGED,
