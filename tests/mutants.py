@@ -84,6 +84,7 @@ TESTS: dict[str, list[str]] = {
     "headforcing/roles/maps/importers/": ["tests/roles/maps/test_importers.py"],
     "headforcing/roles/maps/preset": [
         "tests/roles/maps/test_presets.py",
+        GOLDEN,
         "tests/roles/maps/test_importers.py",
     ],
     "headforcing/attention/": [*ATTENTION, SWITCH],
@@ -339,6 +340,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--most", type=int, default=240, help="without --sample: run at most so many")
     parser.add_argument("--only", action="append", default=[], help="modules whose path begins so")
+    parser.add_argument(
+        "--again", type=Path, help="those that were not killed in this report of the same tree"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.json", help="the report")
     parser.add_argument("--list", action="store_true", help="name them, run nothing")
@@ -348,6 +352,11 @@ def main() -> None:
         raise SystemExit(
             f"no mutants in {', '.join(options.only)}: expected paths such as headforcing/stores"
         )
+    if options.again is not None:
+        report = json.loads(options.again.read_text(encoding="utf-8"))
+        undecided = [row for row in report["rows"] if row["result"] != "killed"]
+        left = {(row["path"], *row["span"], row["after"]) for row in undecided}
+        found = [one for one in found if (one.path, *one.span, one.after) in left]
     chosen = drawn(found, options.sample or options.most, options.seed)
     if options.list:
         for one in sorted(chosen, key=lambda one: (one.path, one.span)):

@@ -140,6 +140,15 @@ def test_a_whole_window_runs_again_behind_an_emptied_cache(rolled: tuple[Stream,
     assert seen(stream, ROLLED)[2].tolist() == [frame + 0.5 for frame in range(6, 18)]
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_one_frame_runs_again_where_there_is_room_for_one(store: str) -> None:
+    stream, options = stream_of(store, SlidingWindow(4, sink=3))
+    for start in range(6):
+        stream.store.write(rerun(chunk_of(start, 1), stream, options))
+    again = rerun(chunk_of(3, 3, 0.5), stream, options)
+    assert again.frames == range(5, 6)
+
+
 def test_only_a_call_of_a_base_model_that_recomputes_frames_is_taken_for_that() -> None:
     """LongLive's is; any other model's is out of order."""
     for name in ("longlive", "self_forcing"):
