@@ -88,6 +88,7 @@ TESTS: dict[str, list[str]] = {
         "tests/roles/maps/test_importers.py",
     ],
     "headforcing/attention/": [*ATTENTION, SWITCH],
+    "headforcing/attention/module.py": [*ATTENTION, SWITCH, "tests/attention/test_compile.py"],
     "headforcing/attention/activity.py": [*ATTENTION, SWITCH, THREADS],
     "headforcing/attention/stream.py": [*ATTENTION, SWITCH, THREADS, FINITE],
     "headforcing/attention/compile.py": ["tests/attention/test_compile.py"],

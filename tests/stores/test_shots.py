@@ -288,8 +288,9 @@ def test_an_emptied_cache_leaves_the_first_frames(name: str, keep: int) -> None:
     for start in range(0, 15, CHUNK):
         store.write(chunk_of(start))
     store.edit(Truncation(keep), 12)
-    store.write(chunk_of(12))
-    assert seen(store, role) == ([*range(keep), 12, 13, 14],) * 3
+    for _ in range(2):  # the chunk is there before it is written again, too
+        assert seen(store, role) == ([*range(keep), 12, 13, 14],) * 3
+        store.write(chunk_of(12))
     store.write(chunk_of(15))
     assert store.frames(role)[0] == [*range(keep), 12, 13, 14]
 
