@@ -95,6 +95,17 @@ def test_everything_runs_again_where_everything_is_kept(store: str) -> None:
     assert seen(stream, Full())[2].tolist() == [frame + 0.5 for frame in range(9)]
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_everything_runs_again_after_a_commit_by_hand(store: str) -> None:
+    stream, _ = stream_of(store, Full())
+    for start in range(0, 9, 3):
+        stream.store.write(chunk_of(start, 3))
+    stream.store.commit()
+    stream.store.scenes.ask(Switch("recache", frames=9))
+    stream.store.write(chunk_of(0, 9, 0.5))
+    assert seen(stream, Full())[2].tolist() == [frame + 0.5 for frame in range(9)]
+
+
 def test_frames_before_a_cut_cannot_run_again(rolled: tuple[Stream, Options]) -> None:
     stream, options = rolled
     stream.store.scenes.ask(Switch("cut"))
