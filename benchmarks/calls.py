@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from headforcing.attention.backends import Part, find_backend
-from headforcing.cli.presets import parse_grid
+from headforcing.cli.amounts import parse_grid
 from headforcing.types import Heads
 
 ABOUT = {

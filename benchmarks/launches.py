@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headforcing.cli.presets import parse_grid
+from headforcing.cli.amounts import parse_grid
 from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole
 

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from variant import SCOPE, WARM_UP, Variant, facts_of, fill
 
-from headforcing.cli.presets import parse_grid
+from headforcing.cli.amounts import parse_grid
 from headforcing.roles import SlidingWindow
 
 BLOCKS, SMALLEST, FEWEST = 40, 5, 4

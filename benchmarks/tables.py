@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from headforcing.cli.presets import in_units
+from headforcing.cli.amounts import in_units
 
 
 def about(row: dict[str, Any]) -> str:

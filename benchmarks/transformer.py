@@ -45,7 +45,7 @@ from torch import Tensor
 from wan_shaped import CHANNELS, PATCH, SHAPES, TEXT_CHANNELS, TEXT_TOKENS, WanShaped, random_model
 
 import headforcing as hf
-from headforcing.cli.presets import parse_grid
+from headforcing.cli.amounts import parse_grid
 
 SCOPE = "whole transformer: embeddings, self- and cross-attention, MLP, head"
 WARM_UP = f"{FILL} chunks through self-attention without its softmax, then 2 whole passes"

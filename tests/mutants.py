@@ -35,12 +35,25 @@ from queue import SimpleQueue
 from threading import Lock
 
 ROOT = Path(__file__).parents[1]
+FAULTS, THREADS = "tests/stores/test_faults.py", "tests/apply/test_threads.py"
+FINITE, ERRORS = "tests/gpu/test_finite.py", "tests/test_errors.py"
 GOLDEN, SWITCH = "tests/roles/test_golden.py", "tests/apply/test_prompt_switch.py"
-STORES = ["tests/stores/test_front.py", "tests/stores/test_buffers.py", "tests/stores/test_stores.py"]
+STORES = [
+    ERRORS,
+    "tests/stores/test_front.py",
+    "tests/stores/test_buffers.py",
+    "tests/stores/test_stores.py",
+    "tests/roles/test_rolling.py",
+]
 MAPS = [
-    f"tests/roles/maps/test_{name}.py" for name in ("role_map", "versions", "foreign_roles", "role_map_fuzz")
+    ERRORS,
+    *(
+        f"tests/roles/maps/test_{name}.py"
+        for name in ("role_map", "versions", "foreign_roles", "role_map_fuzz")
+    ),
 ]
 ATTENTION = [
+    ERRORS,
     "tests/attention/test_phases.py",
     "tests/attention/test_rerun.py",
     "tests/attention/test_skipping.py",
@@ -49,15 +62,19 @@ ATTENTION = [
 RAGGED = ["tests/attention/test_ragged.py", "tests/attention/test_backends.py"]
 TESTS: dict[str, list[str]] = {
     "headforcing/roles/": [GOLDEN, *STORES],
+    "headforcing/roles/windows.py": [GOLDEN, *STORES, "tests/stores/test_shots.py"],
     "headforcing/roles/positions.py": ["tests/roles/test_positions.py", GOLDEN, *STORES],
+    "headforcing/roles/head_forcing.py": [ERRORS, "tests/roles/test_episodic.py", GOLDEN, *STORES],
     "headforcing/roles/episodic.py": ["tests/roles/test_episodic.py", GOLDEN, *STORES],
     "headforcing/roles/deep_forcing.py": ["tests/roles/test_deep_forcing.py", *STORES],
     "headforcing/roles/forcing_kv.py": ["tests/roles/test_forcing_kv.py", *STORES],
     "headforcing/roles/memrope.py": ["tests/roles/test_memrope.py", *STORES],
     "headforcing/roles/blocks.py": ["tests/roles/test_pyramid.py", *STORES],
-    "headforcing/roles/pyramid_forcing.py": ["tests/roles/test_pyramid.py", *STORES],
+    "headforcing/roles/pyramid_forcing.py": ["tests/roles/test_pyramid.py", GOLDEN, *STORES],
     "headforcing/roles/rolling_forcing.py": ["tests/roles/test_rolling.py", *STORES],
-    "headforcing/stores/": [*STORES, SWITCH, "tests/stores/test_accounting.py"],
+    "headforcing/stores/": [*STORES, SWITCH, "tests/stores/test_accounting.py", FAULTS],
+    "headforcing/stores/checks.py": [*STORES, SWITCH, FINITE],
+    "headforcing/stores/fork.py": [FAULTS],
     "headforcing/stores/shifts.py": ["tests/stores/test_shots.py", *STORES],
     "headforcing/roles/maps/": MAPS,
     "headforcing/roles/maps/fingerprint.py": [
@@ -68,9 +85,14 @@ TESTS: dict[str, list[str]] = {
     "headforcing/roles/maps/importers/": ["tests/roles/maps/test_importers.py"],
     "headforcing/roles/maps/preset": [
         "tests/roles/maps/test_presets.py",
+        GOLDEN,
         "tests/roles/maps/test_importers.py",
     ],
     "headforcing/attention/": [*ATTENTION, SWITCH],
+    "headforcing/attention/module.py": [*ATTENTION, SWITCH, "tests/attention/test_compile.py"],
+    "headforcing/attention/layer_state.py": [*ATTENTION, SWITCH, "tests/apply/test_lifecycle.py"],
+    "headforcing/attention/activity.py": [*ATTENTION, SWITCH, THREADS],
+    "headforcing/attention/stream.py": [*ATTENTION, SWITCH, THREADS, FINITE],
     "headforcing/attention/compile.py": ["tests/attention/test_compile.py"],
     "headforcing/attention/ragged.py": RAGGED,
     "headforcing/attention/part.py": RAGGED,
@@ -173,8 +195,13 @@ def is_joined(side: ast.expr) -> bool:
 
 
 def nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that are worth a change: no annotations, decorators, messages, or what only people read."""
+    """The nodes that are worth a change: no annotations, decorators, messages, or what only people read.
+
+    `strict=` of `zip` only turns a fault of ours into another error.
+    """
     if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "__str__"):
+        return
+    if isinstance(node, ast.keyword) and node.arg in ("strict", "repr"):
         return
     yield node
     if isinstance(node, ast.Raise | ast.JoinedStr):
@@ -316,6 +343,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--most", type=int, default=240, help="without --sample: run at most so many")
     parser.add_argument("--only", action="append", default=[], help="modules whose path begins so")
+    parser.add_argument(
+        "--again", type=Path, help="those that were not killed in this report of the same tree"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.json", help="the report")
     parser.add_argument("--list", action="store_true", help="name them, run nothing")
@@ -325,6 +355,11 @@ def main() -> None:
         raise SystemExit(
             f"no mutants in {', '.join(options.only)}: expected paths such as headforcing/stores"
         )
+    if options.again is not None:
+        report = json.loads(options.again.read_text(encoding="utf-8"))
+        undecided = [row for row in report["rows"] if row["result"] != "killed"]
+        left = {(row["path"], *row["span"], row["after"]) for row in undecided}
+        found = [one for one in found if (one.path, *one.span, one.after) in left]
     chosen = drawn(found, options.sample or options.most, options.seed)
     if options.list:
         for one in sorted(chosen, key=lambda one: (one.path, one.span)):

@@ -34,7 +34,7 @@ from headforcing.errors import (
     WindowError,
 )
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
+from headforcing.roles import Anchor, Full, Local, Memory, Rolling, SlidingWindow
 from headforcing.testing import snapshot
 from tests.hosts.rig import Caches, Rig
 
@@ -226,6 +226,7 @@ def test_a_sliding_window_without_room_for_sink_and_chunk_says_what_it_needs(rig
         (lambda: Local(recent=True), "Local.recent is True ... expected"),
         (lambda: Local(positions="relative"), "'relative' ... expected one of absolute, adjoining, compact"),
         (lambda: SlidingWindow(3, sink=3), "sink must be smaller than window"),
+        (lambda: Rolling(3, sink=3), "sink must be smaller than window"),
         (lambda: Memory(update="maxmin"), "Memory.update is 'maxmin' ... expected an EpisodicUpdate"),
         (lambda: Memory(positions="clamped"), "use positions='compact' or update=Uniform()"),
     ],

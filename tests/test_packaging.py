@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import headforcing
+import headforcing.demo
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,9 +83,16 @@ def test_a_clone_finds_its_adapters_without_an_import_hook(tmp_path):
     assert answer.stdout.strip() == str(ROOT / "integrations" / "self_forcing.py")
 
 
-def test_completion_shows_the_api():
-    assert set(headforcing.__all__) <= set(dir(headforcing))
-    assert all(hasattr(headforcing, name) for name in dir(headforcing))
+@pytest.mark.parametrize("package", [headforcing, headforcing.demo], ids=lambda package: package.__name__)
+def test_completion_shows_the_api(package):
+    assert set(package.__all__) <= set(dir(package))
+    assert all(hasattr(package, name) for name in dir(package))
+
+
+@pytest.mark.parametrize("package", [headforcing, headforcing.demo], ids=lambda package: package.__name__)
+def test_no_name_that_is_imported_when_it_is_used_is_that_of_a_module(package):
+    """Once that module is imported, the name would be the module."""
+    assert not set(package.__all__) & {module.name for module in pkgutil.iter_modules(package.__path__)}
 
 
 def test_every_code_file_is_in_a_package():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headforcing.demo.labels import FILE, LabelFile, Labelled
+from headforcing.demo.measured import FILE, LabelFile, Labelled
 from headforcing.demo.profiled import profile_demo
 from headforcing.measure.classifiers import find_classifier
 from headforcing.measure.labels import measured_map

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def apply_head_forcing(
     facts = ReadFacts(model, adapter, [name for name in NAMES if given.get(name) is None])
     window = _count(facts.values.get("window", window), "window")
     chunk = _count(facts.values.get("chunk", chunk), "chunk")
-    step = adapter.step(chunk)
-    role_map = _role_map(roles, layers, heads, window, step).fit(layers, heads, window, chunk)
+    facts.fitted = partial(_fitted, _loaded(roles, layers, heads), adapter, layers, heads, window)
+    role_map = facts.fitted(chunk)
     _check_merging(role_map, adapter)
     check_phases(role_map, adapter, model)
     check_runs(model.named_modules())
@@ -249,14 +250,21 @@ def _shape(model: nn.Module, adapter: Adapter) -> tuple[int, int, int]:
     return len(shapes), *shapes[0]
 
 
-def _role_map(roles: Roles, layers: int, heads: int, window: int, step: int) -> RoleMap:
-    """Whatever stands for roles, as a map."""
-    if isinstance(roles, RoleMap):
+def _fitted(
+    roles: RoleMap | str, adapter: Adapter, layers: int, heads: int, window: int, chunk: int
+) -> RoleMap:
+    """A map, or a preset by name, with the numbers that fit the model."""
+    if isinstance(roles, str):
+        roles = PRESETS[roles].uniform(layers, heads, window, adapter.step(chunk))
+    return roles.fit(layers, heads, window, chunk)
+
+
+def _loaded(roles: Roles, layers: int, heads: int) -> RoleMap | str:
+    """Whatever stands for roles, as a map; a preset stays its name."""
+    if isinstance(roles, RoleMap) or (isinstance(roles, str) and roles in PRESETS):
         return roles
     if isinstance(roles, HeadRole):
         return RoleMap.uniform(roles, layers, heads)
-    if isinstance(roles, str) and roles in PRESETS:
-        return PRESETS[roles].uniform(layers, heads, window, step)
     if isinstance(roles, str | Path):
         if Path(roles).suffix != ".json" and not Path(roles).exists():
             raise RoleMapError(

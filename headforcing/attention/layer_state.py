@@ -53,7 +53,7 @@ class Options:
     attend: Attend
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerState:
     """The state of one layer; the only attribute that head forcing puts on the attention module.
 
@@ -76,8 +76,8 @@ class LayerState:
     original: weakref.ref[Any] | None = None
     module: weakref.ref[nn.Module] | None = None
     own_forward: Any = None
-    streams: MutableMapping[object, Stream] = field(default_factory=_by_anchor, compare=False)
-    key: Tensor = field(init=False, compare=False, repr=False)
+    streams: MutableMapping[object, Stream] = field(default_factory=_by_anchor)
+    key: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.activity.layers.add(self.layer)

@@ -44,8 +44,8 @@ class Observation:
     positions: Sequence[tuple[float, ...]]
     out: Tensor
     encode: Encode
-    sizes: Sequence[tuple[int, ...]] | None = None
-    edited: bool = False
+    sizes: Sequence[tuple[int, ...]] | None
+    edited: bool
 
 
 Observer = Callable[[Observation], None]

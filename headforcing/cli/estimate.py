@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headforcing.cli.amounts import in_units, model_size, parse_bytes
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.cli.early import check_preset
-from headforcing.cli.presets import in_units, model_size
-from headforcing.errors import OptionError
+from headforcing.errors import OptionError, WindowError
 from headforcing.measure.sizes import ITEMSIZES, MODELS, ModelSize
 
 if TYPE_CHECKING:
-    from headforcing.measure.memory import MemoryEstimate
+    from headforcing.measure.estimate import MemoryEstimate
     from headforcing.roles.maps.role_map import RoleMap
 
 EXAMPLES = examples(
     "estimate --preset head_forcing",
     "estimate --model wan-14b --grid 45x80 --preset head_forcing --branches 2",
     "estimate --model wan-1.3b --grid 30x52 --roles roles.json --json",
+    "estimate --model wan-1.3b --vram 24GB --weights 16GB --preset head_forcing",
 )
 
 
@@ -43,6 +44,13 @@ class Options:
     chunk: Annotated[int | None, typer.Option(help="Frames of a chunk.")] = None
     dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     store: Annotated[str, typer.Option(help="One of lean, ring.")] = "ring"
+    vram: Annotated[
+        str | None, typer.Option(metavar="24GB", help="Show what fits; without a choice, of all presets.")
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="16GB", help="With --vram: all that is there beside the stores."),
+    ] = None
     videos: Annotated[int, typer.Option(help="Videos in a batch.")] = 1
     branches: Annotated[int, typer.Option(help="Timelines per video, 2 with CFG.")] = 1
     as_json: AsJson = False
@@ -61,8 +69,13 @@ def estimate(options: Options) -> None:
     """
     with clean_errors():
         check_preset(options.preset)
-        from headforcing.measure.memory import dense, streaming_at
-        from headforcing.measure.memory import estimate as estimated
+        if options.vram is not None:
+            _show_fitting(options, model_size(options), _streams(options))
+            return
+        if options.weights is not None:
+            raise OptionError("--weights works with --vram only: leave it out")
+        from headforcing.measure.estimate import dense, streaming_at
+        from headforcing.measure.estimate import estimate as estimated
 
         size, streams = model_size(options), _streams(options)
         rows, choice = [dense(size, streams)], _choice(options, size)
@@ -89,7 +102,7 @@ def _streams(options: Options) -> int:
 
 
 def _choice(options: Options, size: ModelSize) -> tuple[str, RoleMap]:
-    from headforcing.measure.memory import of_map, of_preset
+    from headforcing.measure.estimate import of_map, of_preset
     from headforcing.roles.maps.presets import PRESETS
     from headforcing.roles.maps.role_map import RoleMap
 
@@ -177,3 +190,69 @@ def _notes(rows: list[MemoryEstimate], size: ModelSize, options: Options) -> str
         )
     lines.append("Weights, activations and the rest of the model are not included.")
     return "\n".join(lines)
+
+
+def _show_fitting(options: Options, size: ModelSize, streams: int) -> None:
+    """Shows which memories fit, in which store, and for how long a video.
+
+    Raises:
+        OptionError: --weights are missing, or take everything.
+    """
+    if options.weights is None:
+        raise OptionError(
+            "--vram requires --weights: the bytes of all that is on the device beside the stores, such as "
+            "weights of the model, text encoder and VAE, and activations"
+        )
+    vram, weights = parse_bytes(options.vram or "", "--vram"), parse_bytes(options.weights, "--weights")
+    if (room := vram - weights) <= 0:
+        raise OptionError(f"--weights {options.weights} leave nothing of --vram {options.vram}")
+    rows, left_out = _fitting(options, size, room, streams)
+    if options.as_json:
+        print_json({"room": room, "streams": streams, "rows": rows, "left_out": left_out})
+        return
+    from rich.table import Table
+
+    table = Table(title=f"what fits into {in_units(room)}", show_edge=False, pad_edge=False)
+    for column in ("memory", "store", "stored", "fits"):
+        table.add_column(column, justify="right" if column == "stored" else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(row["name"], row["store"], _cell("stored", row["stored"]), _verdict(row))
+    print_parts(table, *left_out)
+
+
+def _fitting(
+    options: Options, size: ModelSize, room: int, streams: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What was asked for, or every preset, in every store; and why some presets are left out."""
+    from headforcing.measure.estimate import of_preset
+    from headforcing.roles.maps.presets import PRESETS
+
+    if options.preset is not None or options.roles is not None:
+        return _in_stores(*_choice(options, size), size, room, streams), []
+    rows, left_out = [], []
+    for name, preset in PRESETS.items():
+        try:
+            rows += _in_stores(name, of_preset(preset, size), size, room, streams)
+        except (OptionError, WindowError) as error:
+            left_out.append(f"left out: {name}: {str(error).removeprefix(f'{name}: ')}")
+    return rows, left_out
+
+
+def _in_stores(name: str, roles: RoleMap, size: ModelSize, room: int, streams: int) -> list[dict[str, Any]]:
+    """What a choice takes, `None`: it grows; and for how many frames it fits, `None`: for any number."""
+    from headforcing.measure.estimate import estimate as estimated
+    from headforcing.measure.memory import longest
+
+    rows = []
+    for store in ("lean", "ring"):
+        stored = estimated(name, roles, size, store=store, streams=streams).stored
+        fits = stored is not None and stored <= room
+        frames = None if fits else longest(roles, size, store, room, streams)
+        rows.append({"name": name, "store": store, "stored": stored, "frames": frames})
+    return rows
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if row["frames"] is None:
+        return "any length" if row["stored"] is not None else "any length that was tried"
+    return f"up to {row['frames']} frames" if row["frames"] else "no"

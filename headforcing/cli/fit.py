@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headforcing.cli.amounts import itemsize, parse_bytes
 from headforcing.cli.classify import check_files
 from headforcing.cli.console import AsJson, clean_errors, print_json, print_parts, say
-from headforcing.cli.presets import itemsize
 from headforcing.errors import OptionError
 from headforcing.measure.sizes import ITEMSIZES
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from headforcing.measure.profile import HeadProfile
     from headforcing.roles.maps.role_map import RoleMap
 
-AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?((?:[kKMGT]i?)?B)?", re.ASCII)
-POWERS = " kMGT"
 ROWS = 12
 """Points of the curve that are printed."""
 
@@ -87,20 +83,6 @@ def fit(options: Options) -> None:
         _print(options, found, role_map, profile)
 
 
-def parse_bytes(text: str) -> int:
-    """An amount such as `2GB`, `1.5 GiB` or `4096`; without an `i` in thousands, rounded down.
-
-    Raises:
-        OptionError: it is no such amount.
-    """
-    match = AMOUNT.fullmatch(text.strip())
-    if match is None:
-        raise OptionError(f"--bytes is {text!r}: expected an amount such as 2GB, 1.5GiB or 4096")
-    unit = match[2] or "B"
-    power = 0 if unit == "B" else POWERS.index(unit[0].replace("K", "k"))
-    return int(Fraction(match[1]) * (1024 if "i" in unit else 1000) ** power)
-
-
 def _spend(options: Options) -> dict[str, Any]:
     """The budget as keyword arguments.
 
@@ -118,7 +100,7 @@ def _spend(options: Options) -> dict[str, Any]:
     if options.tokens_per_frame is None:
         raise OptionError("--bytes requires --tokens-per-frame, the patches of one frame")
     return {
-        "bytes": parse_bytes(options.amount or ""),
+        "bytes": parse_bytes(options.amount or "", "--bytes"),
         "tokens_per_frame": options.tokens_per_frame,
         "itemsize": itemsize(options.dtype or "bf16"),
         "held": options.held,

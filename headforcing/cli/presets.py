@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headforcing.cli.amounts import in_units, model_size
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts
 from headforcing.errors import OptionError, WindowError
-from headforcing.measure.sizes import ITEMSIZES, MODELS, ModelSize
+from headforcing.measure.sizes import ITEMSIZES, MODELS
 
 if TYPE_CHECKING:
+    from headforcing.measure.sizes import ModelSize
     from headforcing.roles import HeadRole
     from headforcing.roles.maps.preset import Preset
 
@@ -60,55 +61,6 @@ def presets(options: Options) -> None:
         print_json({"model": {**dataclasses.asdict(size), **sums}, "presets": rows})
     else:
         print_parts(_table(rows), _notes(rows), _facts(size))
-
-
-def model_size(options: Any) -> ModelSize:
-    """The sizes of a known model, with given ones replacing its own.
-
-    Raises:
-        OptionError: there is no such model or dtype, or a number is less than 1.
-    """
-    if options.model not in MODELS:
-        raise OptionError(f"unknown model {options.model!r}: expected one of {', '.join(MODELS)}")
-    names = ("layers", "heads", "head_dim", "window", "chunk")
-    asked = {name: getattr(options, name, None) for name in names}
-    given = {name: number for name, number in asked.items() if number is not None}
-    if options.dtype is not None:
-        given["itemsize"] = itemsize(options.dtype)
-    if options.grid is not None:
-        given["grid"] = parse_grid(options.grid)
-    return dataclasses.replace(MODELS[options.model], **given)
-
-
-def parse_grid(text: str) -> tuple[int, int]:
-    """Height and width in patches.
-
-    Raises:
-        OptionError: it is no HEIGHTxWIDTH.
-    """
-    if (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)) is None:
-        raise OptionError(f"grid is {text!r}: expected HEIGHTxWIDTH in patches of a frame, as in 30x52")
-    return int(found[1]), int(found[2])
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of one number.
-
-    Raises:
-        OptionError: there is no such dtype.
-    """
-    if dtype not in ITEMSIZES:
-        raise OptionError(f"unknown dtype {dtype!r}: expected one of {', '.join(ITEMSIZES)}")
-    return ITEMSIZES[dtype]
-
-
-def in_units(count: float) -> str:
-    """Bytes in readable units, in powers of 1024."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while count >= 1024 and len(units) > 1:
-        count, units = count / 1024, units[1:]
-    digits = 0 if units[0] == "B" or count >= 100 else 1 if count >= 10 else 2
-    return f"{count:.{digits}f} {units[0]}"
 
 
 def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
@@ -164,7 +116,8 @@ BYTES = ("bytes", "ring_bytes", "of_window")
 
 def _bytes(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> dict[str, float | int | None]:
     """Bytes for all heads of the model, in the published proportions."""
-    from headforcing.measure.memory import kept_bytes, published_map, stored_bytes
+    from headforcing.measure.estimate import published_map
+    from headforcing.measure.memory import kept_bytes, stored_bytes
 
     found = published_map(preset, roles, size)
     share = Fraction(size.count, sum(found.counts().values()))

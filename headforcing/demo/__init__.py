@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headforcing.demo.labels import demo_preset, demo_roles, demo_stability, labels
+    from headforcing.demo.measured import demo_preset, demo_roles, demo_stability, labels
     from headforcing.demo.model.model import DemoModel, demo_model
     from headforcing.demo.model.pipeline import DemoPipeline, demo_pipeline
     from headforcing.demo.world.words import format_prompt, parse_prompt
@@ -47,4 +47,4 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'labels')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'measured')}"), name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -18,21 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headforcing.errors import OptionError, RoleMapMismatchError, StreamShapeError
+from headforcing.errors import OptionError, StreamShapeError
 from headforcing.measure.sizes import ModelSize
-from headforcing.roles import HeadRole, SlidingWindow
+from headforcing.roles import HeadRole
 from headforcing.roles.base import reads_phase
 from headforcing.roles.compressed import nbytes
-from headforcing.roles.maps.preset import Preset
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import KVStore, ReferenceStore, store_class
 from headforcing.types import Chunk, Grid, Heads, Phase
 
-STREAMING = "streaming_llm"
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 """Types by the bytes of a number."""
 CHUNKS = 40
 """Chunks of a simulated video, at least; the second half is counted."""
+LONGEST = 1 << 12
+"""Chunks after which a video is as long as anybody wants."""
 SMALL = 1 << 16
 """Largest number of elements in the keys of a chunk for which the CPU is faster than `meta`."""
 GRID = (12, 12)
@@ -72,23 +73,6 @@ class Steady:
     attended: Fraction
     most: Fraction
     cycle: int
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What memories take, all layers and timelines together; `None`: it grows with the video.
-
-    Attributes:
-        name: of the choice.
-        stored: bytes of the store once it is full.
-        kept: bytes of keys and values that the roles keep, current chunk included.
-        attended: frames that a query attends to in a noisy pass, current chunk included, mean over heads.
-    """
-
-    name: str
-    stored: int | None
-    kept: int | None
-    attended: Fraction | None
 
 
 @functools.lru_cache(maxsize=256)
@@ -138,83 +122,6 @@ def stored_bytes(size: ModelSize, store: str, roles: RoleMap) -> int | None:
     return _most(size, store, roles, "stored")
 
 
-def of_preset(preset: Preset, size: ModelSize) -> RoleMap:
-    """The map of a preset, or one layer with the published numbers of heads where heads differ.
-
-    Raises:
-        OptionError: how many heads have which label is not published.
-        WindowError: a role does not fit the window.
-    """
-    if preset.shares(size.window, size.chunk) is None:
-        raise OptionError(
-            f"{preset.name}: {preset.counted}, so what it takes is not known: give a role map of your model "
-            "with --roles"
-        )
-    named = preset.roles(size.window, size.chunk)
-    return published_map(preset, {k: role.fit(size.window, size.chunk) for k, role in named.items()}, size)
-
-
-def published_map(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> RoleMap:
-    """A map with the published numbers of heads, as one layer; of the model, where all heads are alike."""
-    if not preset.labels_needed(size.window, size.chunk):
-        (role,) = roles.values()
-        return RoleMap.uniform(role, size.layers, size.heads)
-    return RoleMap((tuple(role for label, role in roles.items() for _ in range(preset.published[label])),))
-
-
-def of_map(name: str, roles: RoleMap, size: ModelSize) -> RoleMap:
-    """A role map of the model, fitted.
-
-    Raises:
-        RoleMapMismatchError: it is for other layers or heads.
-        WindowError: a role does not fit the window.
-    """
-    if roles.shape != (size.layers, size.heads):
-        raise RoleMapMismatchError(
-            f"{name} is for {roles.shape[0]} layers x {roles.shape[1]} heads, the model has {size.layers} x "
-            f"{size.heads}: give another --model, or --layers {roles.shape[0]} --heads {roles.shape[1]}"
-        )
-    return roles.fit(size.layers, size.heads, size.window, size.chunk)
-
-
-def streaming_at(frames: Fraction, size: ModelSize) -> tuple[str, RoleMap]:
-    """StreamingLLM that attends to as many frames, to the nearest; its sink is a chunk if that fits."""
-    count = min(max(round(frames), size.chunk + 1), size.window)
-    role = SlidingWindow(count, sink=min(size.chunk, count - size.chunk)).fit(size.window, size.chunk)
-    return f"{STREAMING}, {count} frames", RoleMap.uniform(role, size.layers, size.heads)
-
-
-def estimate(name: str, roles: RoleMap, size: ModelSize, *, store: str, streams: int = 1) -> MemoryEstimate:
-    """What a choice of roles takes.
-
-    Args:
-        name: of the choice.
-        roles: fitted to the model; one layer of other numbers of heads stands for all heads, in proportion.
-        size: of the model.
-        store: name of the store.
-        streams: timelines in memory: videos of a batch times branches of guidance.
-
-    Raises:
-        OptionError: there is no such store, or a role cannot compress frames of this grid.
-    """
-    stored, kept = stored_bytes(size, store, roles), kept_bytes(size, roles)
-    if stored is None or kept is None:
-        return MemoryEstimate(name, None, None, None)
-    counts, attended = roles.counts(), Fraction()
-    for role, count in counts.items():
-        found = steady(role, size.window, size.chunk, size.grid)
-        attended += count * found.attended if found else 0
-    heads = sum(counts.values())
-    share = Fraction(size.count, heads) * streams
-    return MemoryEstimate(name, math.ceil(stored * share), math.ceil(kept * share), attended / heads)
-
-
-def dense(size: ModelSize, streams: int = 1) -> MemoryEstimate:
-    """What the base model's own rolling KV cache takes, a window long."""
-    held = size.window_bytes * streams
-    return MemoryEstimate(f"dense, {size.window} frames", held, held, Fraction(size.window))
-
-
 @functools.lru_cache(maxsize=256)
 def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) -> list[Moment]:
     """One layer of so many heads per role, chunk by chunk through the second half of a long video.
@@ -229,14 +136,43 @@ def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) 
         OptionError: there is no such store, a role cannot compress frames of this grid, or there is no type
             of so many bytes.
     """
+    chunks = max(chunks, -(-4 * size.window // size.chunk))
+    return list(itertools.islice(_moments(counts, size, store), chunks // 2, chunks))
+
+
+def longest(roles: RoleMap, size: ModelSize, store: str, room: int, streams: int = 1) -> int | None:
+    """Frames of a video until the store takes more than `room` bytes; `None`: more than `LONGEST` chunks.
+
+    Args:
+        roles: see `estimate`.
+        size: of the model.
+        store: name of the store.
+        room: bytes for all layers and timelines.
+        streams: timelines in memory.
+
+    Raises:
+        OptionError: see `estimate`.
+    """
+    layers, one = _by_counts(roles), dataclasses.replace(size, layers=1)
+    share = Fraction(size.count, sum(roles.counts().values())) * streams
+    series = [_moments(counts, one, store) for counts in layers]
+    for chunk, moments in enumerate(itertools.islice(zip(*series, strict=True), LONGEST)):
+        taken = sum(moment.stored * times for moment, times in zip(moments, layers.values(), strict=True))
+        if taken * share > room:
+            return chunk * size.chunk
+    return None
+
+
+def _moments(counts: Counts, size: ModelSize, store: str) -> Iterator[Moment]:
+    """One layer of so many heads per role, chunk by chunk, without end."""
     if size.itemsize not in DTYPES:
         raise OptionError(f"numbers of {size.itemsize} bytes: expected 2 or 4")
     for role, _ in counts:
         _check_grid(role, size.grid)
-    held, chunks = _empty(counts, size, store), max(chunks, -(-4 * size.window // size.chunk))
+    held = _empty(counts, size, store)
     shape = (1, size.chunk, size.tokens_per_frame, sum(count for _, count in counts), size.head_dim)
-    device, found = "cpu" if math.prod(shape) <= SMALL else "meta", []
-    for start in range(0, chunks * size.chunk, size.chunk):
+    device = "cpu" if math.prod(shape) <= SMALL else "meta"
+    for start in itertools.count(0, size.chunk):
         q, k, v = (torch.zeros(shape, dtype=DTYPES[size.itemsize], device=device) for _ in "qkv")
         held.write(Chunk(start, k, v, size.grid, q))
         kept = _kept(held)
@@ -244,8 +180,7 @@ def simulate(counts: Counts, size: ModelSize, store: str, chunks: int = CHUNKS) 
         for role, _ in counts:
             if reads_phase(role):
                 _attended(held, role, "clean")  # a store may hold what the last pass attended to
-        found.append(Moment(held.nbytes(), min(kept, _kept(held)), attended))
-    return found[chunks // 2 :]
+        yield Moment(held.nbytes(), min(kept, _kept(held)), attended)
 
 
 def _check_grid(role: HeadRole, grid: Grid) -> None:
@@ -299,16 +234,22 @@ def _most(size: ModelSize, store: str, roles: RoleMap, what: str) -> int | None:
     bounded = [one.cycle for one in found if one is not None]
     if len(bounded) < len(found):
         return None
-    layers: dict[Counts, int] = {}
-    for layer in roles.layers:
-        counts = {role: layer.count(role) for role in sorted(set(layer), key=repr)}
-        layers[tuple(counts.items())] = layers.get(tuple(counts.items()), 0) + 1
+    layers = _by_counts(roles)
     one, chunks = dataclasses.replace(size, layers=1), max(CHUNKS, 2 * math.lcm(*bounded))
     series = [
         [getattr(moment, what) * times for moment in simulate(counts, one, store, chunks)]
         for counts, times in layers.items()
     ]
     return max(map(sum, zip(*series, strict=True)))
+
+
+def _by_counts(roles: RoleMap) -> dict[Counts, int]:
+    """How many layers have so many heads per role."""
+    layers: dict[Counts, int] = {}
+    for layer in roles.layers:
+        counts = {role: layer.count(role) for role in sorted(set(layer), key=repr)}
+        layers[tuple(counts.items())] = layers.get(tuple(counts.items()), 0) + 1
+    return layers
 
 
 def _mean(values: Sequence[Fraction | int]) -> Fraction:

@@ -17,7 +17,7 @@ from torch import Tensor
 from headforcing.types import Encode, Grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Past:
     """Frames that are committed or evicted, in memory that the next chunk overwrites: copy what is kept.
 
@@ -37,7 +37,7 @@ class Past:
     v: Tensor
     grid: Grid | None
     layer: int
-    shared: MutableMapping[str, Any] = field(repr=False, compare=False)
+    shared: MutableMapping[str, Any] = field(repr=False)
     q: Tensor | None = None
 
 

@@ -120,8 +120,11 @@ class CompressedHistories:
         if role not in self._histories:
             return None
         if (role, query) not in self._views:
-            tokens = self._histories[role].view(start, query, encode)
-            self._views[role, query] = None if tokens is None else put(tokens)
+            history, after = self._histories[role], fork(self._histories[role])
+            tokens = after.view(start, query, encode)
+            placed = None if tokens is None else put(tokens)
+            vars(history).update(vars(after))  # first: after a fault here the view is made again
+            self._views[role, query] = placed
         return self._views[role, query]
 
     def _shared(self, role: HeadRole) -> MutableMapping[str, Any]:

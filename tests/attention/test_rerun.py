@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import headforcing as hf
 from headforcing.attention.backends.sdpa import attend
 from headforcing.attention.layer_state import Options
 from headforcing.attention.rerun import query_positions, rerun
@@ -16,8 +17,10 @@ from headforcing.errors import ChunkOrderError, StreamError, WindowError
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import STORES, store_class
+from headforcing.stores.scenes import _rows_before
 from headforcing.stores.switch import Switch
 from headforcing.types import Chunk, Heads, Pin, Truncation
+from tests.hosts import find_host
 
 STORES = sorted(STORES)
 WINDOW = 12
@@ -92,6 +95,17 @@ def test_everything_runs_again_where_everything_is_kept(store: str) -> None:
     assert seen(stream, Full())[2].tolist() == [frame + 0.5 for frame in range(9)]
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_everything_runs_again_after_a_commit_by_hand(store: str) -> None:
+    stream, _ = stream_of(store, Full())
+    for start in range(0, 9, 3):
+        stream.store.write(chunk_of(start, 3))
+    stream.store.commit()
+    stream.store.scenes.ask(Switch("recache", frames=9))
+    stream.store.write(chunk_of(0, 9, 0.5))
+    assert seen(stream, Full())[2].tolist() == [frame + 0.5 for frame in range(9)]
+
+
 def test_frames_before_a_cut_cannot_run_again(rolled: tuple[Stream, Options]) -> None:
     stream, options = rolled
     stream.store.scenes.ask(Switch("cut"))
@@ -128,6 +142,50 @@ def test_frames_that_run_again_behind_an_emptied_cache_are_all_remembered(
     assert seen(stream, ROLLED)[2].tolist() == again
     stream.store.write(rerun(chunk_of(18, 3), stream, options))
     assert seen(stream, ROLLED)[2].tolist() == [*again[:3], *again[6:], 18, 19, 20]
+
+
+def test_a_whole_window_runs_again_behind_an_emptied_cache(rolled: tuple[Stream, Options]) -> None:
+    stream, options = rolled
+    stream.store.edit(Truncation(), 6)
+    stream.store.write(rerun(chunk_of(6, WINDOW, 0.5), stream, options, emptied=True))
+    assert seen(stream, ROLLED)[2].tolist() == [frame + 0.5 for frame in range(6, 18)]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_one_frame_runs_again_where_there_is_room_for_one(store: str) -> None:
+    stream, options = stream_of(store, SlidingWindow(4, sink=3))
+    for start in range(6):
+        stream.store.write(rerun(chunk_of(start, 1), stream, options))
+    again = rerun(chunk_of(3, 3, 0.5), stream, options)
+    assert again.frames == range(5, 6)
+
+
+def test_only_a_call_of_a_base_model_that_recomputes_frames_is_taken_for_that() -> None:
+    """LongLive's is; any other model's is out of order."""
+    for name in ("longlive", "self_forcing"):
+        host = find_host(name)
+        model = host.model()
+        handle, caches = hf.apply_head_forcing(model, SlidingWindow(9, sink=3)), host.caches(model)
+        with torch.no_grad():
+            for start in range(0, 12, 3):
+                host.call(model, caches, start, 3, 0)
+            if name == "longlive":
+                host.call(model, caches, 6, 6, 10)
+                host.call(model, caches, 12, 3, 10)
+                assert handle.frames(0, 0) == [[[0, 1, 2, 9, 10, 11]]]
+                continue
+            with pytest.raises(ChunkOrderError, match="chunks come in order"):
+                host.call(model, caches, 6, 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("first", "kept"), [(4, [0]), (5, [0, 1, 2]), (6, [0, 1, 2, 3]), (7, [0, 1, 2, 3, 4]), (0, [])]
+)
+def test_frames_chosen_by_content_stay_where_a_known_one_shows_that_they_are_old(
+    first: int, kept: list[int]
+) -> None:
+    """Frame numbers ascend, so what lies before a known frame is older than it."""
+    assert _rows_before((0, None, None, 5, 6), first) == kept
 
 
 def test_more_frames_than_the_window_do_not_run_again_alone(rolled: tuple[Stream, Options]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from fractions import Fraction
@@ -18,9 +19,11 @@ import headforcing as hf
 from benchmarks.meta_layer import Layer
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.cli import app
-from headforcing.measure.memory import dense, estimate, of_map, of_preset, steady, streaming_at
+from headforcing.measure import memory
+from headforcing.measure.estimate import dense, estimate, of_map, of_preset, streaming_at
+from headforcing.measure.memory import longest, steady
 from headforcing.measure.sizes import MODELS, ModelSize
-from headforcing.roles import Anchor, Local, Memory, SlidingWindow
+from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.pyramid_forcing import Veil, Wave
 from tests.examples import examples
@@ -115,6 +118,35 @@ def test_a_real_model_of_several_layers_stores_and_releases_what_was_said():
     assert max(held[12:]) == said.stored
 
 
+def check_that_it_fits_as_long_as_is_said(store):
+    """A real model stores more than a room for the first time after as many frames as were said."""
+    rig, held = Rig(window=21), []
+    roles = hf.RoleMap(((Full(), Veil(), Local(1), Memory()), (Full(), Anchor(1), Veil(), Full())))
+    size = ModelSize(2, 4, 16, window=21, chunk=3, grid=(4, 4), itemsize=4)
+    caches = rig.caches()
+    with hf.apply_head_forcing(rig.model, roles, store=store) as handle:
+        for chunk in range(12):
+            rig.video(caches, 1, first=chunk)
+            held.append(handle.status().stored_bytes)
+    fitted = of_map("mine", roles, size)
+    for room in (0, held[0] - 1, held[0], held[4], held[-1] - 1):
+        first = next(chunk for chunk, stored in enumerate(held) if stored > room)
+        assert longest(fitted, size, store, room) == 3 * first
+        assert longest(fitted, size, store, 2 * room, streams=2) == 3 * first
+
+
+@pytest.mark.parametrize("store", ["ring", pytest.param("lean", marks=pytest.mark.slow)])
+def test_what_grows_fits_as_long_as_is_said(store):
+    check_that_it_fits_as_long_as_is_said(store)
+
+
+def test_a_chunk_that_is_not_counted_is_found(monkeypatch):
+    right = memory._moments
+    monkeypatch.setattr(memory, "_moments", lambda *given: itertools.islice(right(*given), 1, None))
+    with pytest.raises(AssertionError):
+        check_that_it_fits_as_long_as_is_said("ring")
+
+
 def test_timelines_multiply_what_is_stored():
     roles = of_preset(PRESETS["streaming_llm"], SMALL)
     one, many = (estimate("s", roles, SMALL, store="ring", streams=streams) for streams in (1, 6))
@@ -192,6 +224,27 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_counted():
         assert word in said.stdout
 
 
+def test_what_fits_beside_the_weights():
+    size = ("--model", "demo", "--weights", "10MB")
+    (lean, ring) = told("--preset", "streaming_llm", "--vram", "20MB", *size)["rows"]
+    assert (lean["store"], ring["store"]) == ("lean", "ring")
+    (_, _, streaming) = told("--preset", "streaming_llm", "--model", "demo", "--store", "lean")["rows"]
+    assert lean["stored"] == streaming["stored"]
+    room = lean["stored"] + 10_000_000
+    (lean, ring) = told("--preset", "streaming_llm", "--vram", room, *size)["rows"]
+    assert lean["frames"] is None
+    assert ring["frames"] is not None
+    (lean, _) = told("--preset", "streaming_llm", "--vram", room - 1, *size)["rows"]
+    assert lean["frames"] is not None
+
+
+def test_every_preset_that_can_be_counted_is_shown():
+    said = RUN.invoke(app, ["estimate", "--vram", "40MB", "--weights", "39MB", "--model", "demo"]).stdout
+    for word in ("full", "grows", "any length", "up to", "left out: dummy_forcing"):
+        assert word in said
+    assert max(len(line) for line in said.splitlines() if "│" in line) <= 80
+
+
 def test_the_documentation_shows_what_the_command_prints():
     page = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
     options = "--model wan-1.3b --grid 30x52 --preset head_forcing"
@@ -226,6 +279,10 @@ def test_the_table_says_what_grows():
         (["--preset", "streaming_llm", "--grid", "0x4"], ["'0x4'"]),
         (["--preset", "streaming_llm", "--store", "nope"], ["'nope'", "reference, ring"]),
         (["--preset", "streaming_llm", "--videos", "0"], ["videos is 0"]),
+        (["--preset", "full", "--weights", "6GB"], ["--vram only"]),
+        (["--vram", "24GB"], ["--vram requires --weights"]),
+        (["--vram", "24GB", "--weights", "24GB"], ["leave nothing of --vram 24GB"]),
+        (["--vram", "much", "--weights", "1GB"], ["--vram is 'much'", "such as 2GB"]),
         (["--preset", "streaming_llm", "--dtype", "fp8"], ["bf16, fp16, fp32"]),
         (["--preset", "infinity_rope", "--window", "5"], ["trained on 5", "at most 2"]),
         (["--roles", "missing.json"], ["missing.json", "cannot be read"]),

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from headforcing import RoleMap
 from headforcing.cli import app
-from headforcing.cli.fit import parse_bytes
+from headforcing.cli.amounts import parse_bytes
 from headforcing.errors import OptionError
 from headforcing.measure.budget import COLUMNS, fit_budget
 from tests.profiles import random_profile
@@ -77,13 +77,13 @@ def test_bytes_of_a_type(profile):
     ],
 )
 def test_amounts(text, count):
-    assert parse_bytes(text) == count
+    assert parse_bytes(text, "--bytes") == count
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2G", "2gb", "-1GB", "1e9", "1.GB", "2GB2", "2iB", "two"])
 def test_what_is_no_amount(text):
     with pytest.raises(OptionError, match="such as 2GB"):
-        parse_bytes(text)
+        parse_bytes(text, "--bytes")
 
 
 @pytest.mark.parametrize(

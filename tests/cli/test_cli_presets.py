@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import headforcing as hf
 from headforcing.cli import app
-from headforcing.cli.presets import in_units
+from headforcing.cli.amounts import in_units
 from headforcing.errors import OptionError
 from headforcing.measure import memory
 from headforcing.measure.memory import Moment, kept_bytes, simulate, steady, stored_bytes

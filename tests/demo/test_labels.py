@@ -12,7 +12,7 @@ import headforcing as hf
 from benchmarks.demo_training.labelled import CLASSIFIERS, METRICS, label_heads, main
 from headforcing.adapters.base import find_adapter
 from headforcing.demo import DemoPipeline, demo_model, demo_preset, labels, parse_prompt
-from headforcing.demo.labels import LabelFile, label_file
+from headforcing.demo.measured import LabelFile, label_file
 from headforcing.demo.profiled import profile_demo
 from headforcing.errors import ForeignRolesWarning, OptionError, RoleMapError
 from headforcing.roles.maps.fingerprint import fingerprint

@@ -514,6 +514,17 @@ class Weighing(Hiding):
             self.found.append(torch.stack([share[:, own].sum(-1), share[:, first].sum(-1)]))
 
 
+def test_of_a_call_over_several_chunks_the_last_one_is_shown() -> None:
+    """The others are recomputed: what their heads attend to was shown when they were made."""
+    model, shown, calls = made(), [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    with hf.apply_head_forcing(model, Full()) as handle:
+        with handle.observe(lambda seen: shown.append(seen.layer)):
+            play(model)
+        assert len(shown) == len(calls) < handle.status().calls
+
+
 def test_a_profile_tells_where_heads_look_among_full_and_coarse_frames() -> None:
     model, beside = made(), made()
     weighing = [Weighing() for _ in beside.blocks]

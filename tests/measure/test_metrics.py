@@ -42,7 +42,18 @@ def observation(q, k, v, frames, start, *, layer=0, timeline=None) -> Observatio
     own = Chunk(start, k[:, -chunk:], v[:, -chunk:])
     places = tuple(range(len(frames)))
     return Observation(
-        layer, call, timeline or Timeline(), own, q, [part], [tuple(frames)], [places], out, lambda x, at: x
+        layer,
+        call,
+        timeline or Timeline(),
+        own,
+        q,
+        [part],
+        [tuple(frames)],
+        [places],
+        out,
+        lambda x, at: x,
+        sizes=None,
+        edited=False,
     )
 
 

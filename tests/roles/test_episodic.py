@@ -132,3 +132,24 @@ def test_a_choice_among_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         check_rows_exist(MaxMin(), keys, 3, 3)
     with pytest.raises(AssertionError):
         check_magnitude_does_not_matter(torch.float32, 0)
+
+
+class Spy(EpisodicUpdate):
+    """Notes what it is asked."""
+
+    reads_keys = True
+    asked: list[tuple[int, int]] = []  # noqa: RUF012 - one list for the test below
+
+    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
+        self.asked.append((stored, capacity))
+        return torch.arange(capacity)[None]
+
+
+@pytest.mark.parametrize(("before", "stored"), [(6, 3), (5, 2), (7, 4), (12, 4)])
+def test_frames_that_were_recent_are_candidates_like_new_ones(before: int, stored: int) -> None:
+    """Of `before` frames one is the sink, and up to two are the last ones; three more come."""
+    Spy.asked.clear()
+    rows = before + 3
+    table = FrameTable(tuple(range(rows)), 3, 3, keys=lambda rows: torch.ones(1, len(rows), 1, 1, 1))
+    Memory(1, 4, 2, Spy()).retain(table)
+    assert Spy.asked == [(stored, 4)]

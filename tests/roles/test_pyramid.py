@@ -433,6 +433,13 @@ def test_positions_below_zero_are_refused_by_rope():
         rope.rotate(torch.zeros(1, 2, 24, 1, 24), table, [-1, 0], *GRID)
 
 
+def test_merged_blocks_take_no_positions() -> None:
+    """They are where their frames were."""
+    history = Veil().compressed()
+    assert history is not None
+    assert history.gap == 0
+
+
 @pytest.mark.parametrize("role", [Wave(), Strided(), Veil()])
 def test_passes_may_alternate_between_inference_mode_and_no_grad(role):
     stores = [store_class(name)({role: Heads(range(2), 2)}, window=21, layer=0) for name in sorted(STORES)]

@@ -10,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from headforcing.roles import Full, HeadRole, Local, Memory
 from headforcing.roles.pyramid_forcing import Wave
 from headforcing.stores import KVStore
 from headforcing.stores.buffers import Size, cut, front, gathered, joined
+from headforcing.stores.lean import LeanStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
 from headforcing.types import Chunk, Heads
@@ -198,6 +200,25 @@ def test_another_batch_leaves_nothing_of_the_buffers_before() -> None:
     for each in (store, other):
         write(each, range(CHUNK), batch=1, dtype=torch.bfloat16)
     assert store.nbytes() == other.nbytes()
+
+
+@pytest.mark.parametrize("store", [LeanStore, RingStore])
+def test_the_buffers_before_are_free_when_those_of_another_batch_are_made(
+    store: type[KVStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, left = store_of([Local(2), Full()], store), []
+    for start in range(0, 3 * CHUNK, CHUNK):
+        write(held, range(start, start + CHUNK))
+    before = [StorageWeakRef(x.untyped_storage()) for bank in held._banks.values() for x in bank.tensors()]
+
+    def watched(*given: Any) -> Any:
+        left.extend(ref for ref in before if not ref.expired())
+        return cut(*given)
+
+    monkeypatch.setattr("headforcing.stores.buffered.cut", watched)
+    write(held, range(CHUNK), batch=2)
+    assert len(before) > 3
+    assert left == []
 
 
 def test_memory_that_runs_out_while_buffers_are_made_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from headforcing.stores.reference import ReferenceStore
 from headforcing.stores.ring import RingStore
 from headforcing.stores.rotated import RotatedBank
 from headforcing.stores.switch import Switch
-from headforcing.types import Chunk, FrameTable, Phase, Selection
+from headforcing.types import Chunk, FrameTable, Heads, Phase, Selection
 from tests.examples import examples
 from tests.machine import CHUNK, ROLES, WINDOW, VideoMachine, encode, grouped, tell_story
 from tests.oracle import RULES
@@ -484,6 +484,17 @@ def test_max_min_keeps_every_distinct_scene(shown):
     assume(len(set(shown)) == 3)
     kept = MaxMin().choose(keys, stored=0, capacity=3)[0].tolist()
     assert {shown[row] for row in kept} == {0, 1, 2}
+
+
+def test_frames_are_chosen_by_keys_whatever_the_values_are():
+    role, found = Memory(1, 3, 2), []
+    for store in STORES:
+        held = store_class(store)({role: Heads(range(1), 1)}, window=WINDOW, layer=0)
+        for start in range(0, 30, 3):
+            k, v = torch.randn(2, 1, 3, 4, 1, 8, generator=torch.Generator().manual_seed(start))
+            held.write(Chunk(start, k, v))
+        found.append(held.frames(role))
+    assert found[1:] == found[:-1]
 
 
 def test_samples_of_a_batch_remember_on_their_own():

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from headforcing.demo.labels import demo_preset
+from headforcing.demo.measured import demo_preset
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.errors import OptionError
 from headforcing.measure.memory import Steady, steady, stored_bytes

@@ -192,3 +192,12 @@ class _Alone:
 
     def attentions(self, model):
         yield "", model
+
+
+def test_parts_without_weights_are_nothing_to_read() -> None:
+    rig = Rig()
+    expected = fingerprint(rig.model, find_adapter(rig.model))
+    for block in rig.model.blocks:
+        block.self_attn.norm = nn.Identity()
+    assert fingerprint(rig.model, find_adapter(rig.model)) == expected
+    assert module.unreadable(rig.model, find_adapter(rig.model)) is None

@@ -50,6 +50,25 @@ def test_labels_make_a_map():
 
 
 @pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((("a",),), "expected 1 rows of 2"),
+        ((("a", "b"), ("a", "b")), "expected 1 rows of 2"),
+        ((("a", "a"),), "layer 0, head 0: 'a' is Local.*, elsewhere Memory"),
+    ],
+)
+def test_labels_that_do_not_fit_the_roles_are_refused(labels, message):
+    with pytest.raises(RoleMapError, match=message):
+        RoleMap(((Local(), Memory()),), labels=labels)
+
+
+def test_what_is_no_json_is_said_to_be_none():
+    for text in ("{", b"\xff", "[1,]"):
+        with pytest.raises(RoleMapError, match="not strict JSON"):
+            RoleMap.from_json(text)
+
+
+@pytest.mark.parametrize(
     "layers", [(), ((),), ((Local(),), ()), ((Local(),), (Local(), Local())), (("local",),)]
 )
 def test_a_table_that_is_no_table_of_roles_is_refused(layers):
