@@ -43,6 +43,8 @@ STORES = [
     "tests/stores/test_front.py",
     "tests/stores/test_buffers.py",
     "tests/stores/test_stores.py",
+    "tests/attention/test_rerun.py",
+    "tests/stores/test_shots.py",
     "tests/roles/test_rolling.py",
 ]
 MAPS = [

@@ -160,6 +160,16 @@ def test_one_frame_runs_again_where_there_is_room_for_one(store: str) -> None:
     assert again.frames == range(5, 6)
 
 
+def test_frames_in_the_middle_run_again_where_everything_is_kept() -> None:
+    stream, options = stream_of("ring", Full())
+    for start in range(0, 9, 3):
+        stream.store.write(rerun(chunk_of(start, 3), stream, options))
+    again = rerun(chunk_of(3, 6, 0.5), stream, options)
+    assert again.frames == range(3, 9)
+    stream.store.write(again)
+    assert seen(stream, Full())[2].tolist() == [0, 1, 2, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5]
+
+
 def test_only_a_call_of_a_base_model_that_recomputes_frames_is_taken_for_that() -> None:
     """LongLive's is; any other model's is out of order."""
     for name in ("longlive", "self_forcing"):

@@ -123,6 +123,7 @@ def store_of(name: str, role: HeadRole, window: int = 9) -> KVStore:
 
 def seen(store: KVStore, role: HeadRole) -> tuple[list[int | None], list[float], list[float]]:
     view = store.view(role, "denoise", lambda x, positions: x)
+    assert torch.equal(view.k, view.v)  # as in `chunk_of`
     return list(view.frames), list(view.positions), view.v[0, :, 0, 0, 0].tolist()
 
 
