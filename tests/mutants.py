@@ -64,7 +64,6 @@ ATTENTION = [
 RAGGED = ["tests/attention/test_ragged.py", "tests/attention/test_backends.py"]
 TESTS: dict[str, list[str]] = {
     "headforcing/roles/": [GOLDEN, *STORES],
-    "headforcing/roles/windows.py": [GOLDEN, *STORES, "tests/stores/test_shots.py"],
     "headforcing/roles/positions.py": ["tests/roles/test_positions.py", GOLDEN, *STORES],
     "headforcing/roles/head_forcing.py": [ERRORS, "tests/roles/test_episodic.py", GOLDEN, *STORES],
     "headforcing/roles/episodic.py": ["tests/roles/test_episodic.py", GOLDEN, *STORES],

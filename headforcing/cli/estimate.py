@@ -45,7 +45,10 @@ class Options:
     dtype: Annotated[str | None, typer.Option(help=f"Dtype of the cache: {', '.join(ITEMSIZES)}.")] = None
     store: Annotated[str, typer.Option(help="One of lean, ring.")] = "ring"
     vram: Annotated[
-        str | None, typer.Option(metavar="24GB", help="Show what fits; without a choice, of all presets.")
+        str | None,
+        typer.Option(
+            metavar="24GB", help="Show what fits, in every store; without a choice, of all presets."
+        ),
     ] = None
     weights: Annotated[
         str | None,
@@ -62,7 +65,8 @@ def estimate(options: Options) -> None:
     Stored is the size of the store once a video is long; kept is the part of it with the keys and values that
     roles keep; attended are the frames that a query attends to in a noisy pass, current chunk included, mean
     over heads. Weights, activations and the rest of the model are not included. StreamingLLM has the same
-    number of attended frames, rounded.
+    number of attended frames, rounded. With --vram: which memories fit beside --weights, in which store, and
+    for how long a video.
 
     The cost of attention is estimated from the number of attended frames. Costs that do not depend on it,
     such as RoPE of the current chunk and the rest of the model, are not included. It is not a measurement.
@@ -242,9 +246,10 @@ def _in_stores(name: str, roles: RoleMap, size: ModelSize, room: int, streams: i
     """What a choice takes, `None`: it grows; and for how many frames it fits, `None`: for any number."""
     from headforcing.measure.estimate import estimate as estimated
     from headforcing.measure.memory import longest
+    from headforcing.stores import STORES, ReferenceStore
 
     rows = []
-    for store in ("lean", "ring"):
+    for store in (name for name, kind in STORES.items() if kind is not ReferenceStore):
         stored = estimated(name, roles, size, store=store, streams=streams).stored
         fits = stored is not None and stored <= room
         frames = None if fits else longest(roles, size, store, room, streams)

@@ -109,25 +109,20 @@ def test_a_real_model_of_several_layers_stores_and_releases_what_was_said():
     roles = hf.RoleMap(((Wave(), Veil(), Local(1), Memory()), (Anchor(1), Anchor(1), Veil(), Wave())))
     size = ModelSize(2, 4, 16, window=21, chunk=3, grid=(4, 4), itemsize=4)
     said = estimate("mine", of_map("mine", roles, size), size, store="ring")
-    caches, held = rig.caches(), []
+    caches = rig.caches()
     with hf.apply_head_forcing(rig.model, roles) as handle:
-        for chunk in range(28):
-            rig.video(caches, 1, first=chunk)
-            held.append(handle.status().stored_bytes)
+        held = rig.stored(handle, caches, 28)
         assert handle.status().released_bytes == dense(size).stored
     assert max(held[12:]) == said.stored
 
 
 def check_that_it_fits_as_long_as_is_said(store):
     """A real model stores more than a room for the first time after as many frames as were said."""
-    rig, held = Rig(window=21), []
+    rig = Rig(window=21)
     roles = hf.RoleMap(((Full(), Veil(), Local(1), Memory()), (Full(), Anchor(1), Veil(), Full())))
     size = ModelSize(2, 4, 16, window=21, chunk=3, grid=(4, 4), itemsize=4)
-    caches = rig.caches()
     with hf.apply_head_forcing(rig.model, roles, store=store) as handle:
-        for chunk in range(12):
-            rig.video(caches, 1, first=chunk)
-            held.append(handle.status().stored_bytes)
+        held = rig.stored(handle, rig.caches(), 12)
     fitted = of_map("mine", roles, size)
     for room in (0, held[0] - 1, held[0], held[4], held[-1] - 1):
         first = next(chunk for chunk, stored in enumerate(held) if stored > room)

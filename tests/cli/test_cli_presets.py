@@ -119,13 +119,10 @@ PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
-    rig, roles, held = Rig(window=21), hf.RoleMap((row,) * 2), []
+    rig, roles = Rig(window=21), hf.RoleMap((row,) * 2)
     size = ModelSize(2, 4, 16, window=21, chunk=3, grid=(4, 4), itemsize=4)
-    caches = rig.caches()
     with hf.apply_head_forcing(rig.model, roles, store=store) as handle:
-        for chunk in range(32):
-            rig.video(caches, 1, first=chunk)
-            held.append(handle.status().stored_bytes)
+        held = rig.stored(handle, rig.caches(), 32)
     assert max(held[12:]) == stored_bytes(size, store, roles)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headforcing.apply.handle import HeadForcing
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.model.model import DemoModel
 from headforcing.demo.world.words import PROMPT_WORDS, WORDS
@@ -105,3 +106,11 @@ class Rig:
             for chunk in range(first, first + chunks)
             for step in (draw + 1, draw)
         ]
+
+    def stored(self, handle: HeadForcing, caches: Caches, chunks: int) -> list[int]:
+        """Makes a video; bytes stored at the end of every chunk."""
+        held = []
+        for chunk in range(chunks):
+            self.video(caches, 1, first=chunk)
+            held.append(handle.status().stored_bytes)
+        return held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ class Spy(EpisodicUpdate):
     """Notes what it is asked."""
 
     reads_keys = True
-    asked: list[tuple[int, int]] = []  # noqa: RUF012 - one list for the test below
+    asked: ClassVar[list[tuple[int, int]]] = []
 
     def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
         self.asked.append((stored, capacity))
