@@ -47,8 +47,8 @@ and their default thresholds; nothing was chosen on the videos of this page. Dat
   current chunk included, mean over the heads, once a video is long. **MB** of one video, counted from the
   tensors; our store holds keys twice, and for some roles copies of what each query frame attends to.
 * **Late** and **early**: PSNR of the town in dB; 95 % bootstrap interval over videos.
-* **Landmarks**: share that is right; where the camera pans, of those that are back after more than a window.
-  **Actors** and **sharpness**: late; 1 is right.
+* **Landmarks**: share that is right of those that are back after more than a window. **Actors** and
+  **sharpness**: late; 1 is right.
 * **Controls**: *StreamingLLM with as many frames*: the first and the last frames for all heads, as many as
   the preset attends to, rounded. *Sink*: if a preset has more first frames than a chunk, these and the last
   frames, {trained} in all, and no selected tokens; this control was added after seeing deep_forcing's
@@ -91,48 +91,38 @@ def page(results: Mapping[str, Any], data: str, picture: str) -> str:
         _short(results),
         f"![Late PSNR of every preset and of its controls](assets/{picture})",
     ]
-    for camera, text in SCENARIOS.items():
-        parts += [f"## Camera: {camera}", text, _table(results, camera)]
-        if labelled := _labelled(results, camera):
-            parts += [labelled]
-    if missing := _missing(results):
-        parts.append(missing)
+    parts += ["## All of them", SCENARIOS["pan"], _table(results), _labelled(results)]
     parts += ["## What the intervals show", _verdicts(results), "## The roles", _roles(results)]
     return "\n\n".join(part.strip() for part in [*parts, LIMITS]) + "\n"
 
 
 def draw(results: Mapping[str, Any]) -> Any:
-    """Late PSNR of every preset with its interval, and its controls: a panel per camera."""
+    """Late PSNR of every preset with its interval, and its controls."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    names = [one for one in (*results["entrants"], OWN) if one in results["scenarios"]["pan"]]
+    records = results["records"]
+    names = [one for one in (*results["entrants"], OWN) if one in records]
     figure = style.new_figure(6.9, 0.3 * len(names) + 1.2)
-    panels = figure.subplots(1, 2, sharey=True)
-    for ax, camera in zip(panels, SCENARIOS, strict=True):
-        records = results["scenarios"][camera]
-        for row, name in enumerate(names):
-            if name not in records:
-                continue
-            found = bootstrap_interval(values_of(records[name], "psnr_late"))
-            ax.plot([found.low, found.high], [row, row], color="#0072B2", lw=2.2, zorder=3)
-            ax.plot([found.mean], [row], "o", color="#0072B2", ms=5, zorder=4)
-            for kind, key in _controls(results, name).items():
-                if key in records:
-                    mark, colour = MARKS[kind]
-                    late = float(values_of(records[key], "psnr_late").nanmean())
-                    ax.plot([late], [row], mark, color=colour, ms=5, mew=1.4, zorder=2)
-        ax.set_title(f"camera: {camera}", loc="left", fontsize=style.TEXT, color=style.INK)
-        ax.set(xlabel="late background PSNR, dB", ylim=(len(names) - 0.5, -0.5))
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        style.dress(ax, grid="x")
-    panels[0].set_yticks(range(len(names)), [_name(results, name).replace("\\*", "*") for name in names])
+    ax = figure.subplots()
+    for row, name in enumerate(names):
+        found = bootstrap_interval(values_of(records[name], "psnr_late"))
+        ax.plot([found.low, found.high], [row, row], color="#0072B2", lw=2.2, zorder=3)
+        ax.plot([found.mean], [row], "o", color="#0072B2", ms=5, zorder=4)
+        for kind, key in _controls(results, name).items():
+            mark, colour = MARKS[kind]
+            late = float(values_of(records[key], "psnr_late").nanmean())
+            ax.plot([late], [row], mark, color=colour, ms=5, mew=1.4, zorder=2)
+    ax.set(xlabel="late background PSNR, dB", ylim=(len(names) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.set_yticks(range(len(names)), [_name(results, name).replace("\\*", "*") for name in names])
+    style.dress(ax, grid="x")
     looks: list[Any] = [Line2D([], [], color="#0072B2", marker="o", ms=5, label="preset, 95 % interval")]
     for kind, (mark, colour) in MARKS.items():
         looks.append(Line2D([], [], ls="none", marker=mark, color=colour, ms=5, mew=1.4, label=AGAINST[kind]))
     size: Any = {"fontsize": style.TICK, "frameon": False, "handlelength": 1.6}
     figure.legend(handles=looks, loc="outside upper left", ncols=2, **size)
-    return panels[0]
+    return ax
 
 
 def _controls(results: Mapping[str, Any], name: str) -> Mapping[str, str]:
@@ -146,8 +136,8 @@ def _name(results: Mapping[str, Any], name: str) -> str:
 
 
 def _paired(records: Mapping[str, Any], name: str, key: str | None, measure: str = "psnr_late") -> Interval:
-    """An entrant minus another one; an empty interval if one of them was not run."""
-    if key is None or not {name, key} <= records.keys():
+    """An entrant minus another one; an empty interval if there is none."""
+    if key is None:
         return Interval(torch.nan, torch.nan, torch.nan, 0)
     return paired_difference(values_of(records[name], measure), values_of(records[key], measure))
 
@@ -157,9 +147,9 @@ def _late(record: Mapping[str, Any]) -> str:
     return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]"
 
 
-def _table(results: Mapping[str, Any], camera: str) -> str:
+def _table(results: Mapping[str, Any]) -> str:
     """Every preset, and StreamingLLM with as many frames."""
-    records, frames = results["scenarios"][camera], results["settings"]["frames"]
+    records, frames = results["records"], results["settings"]["frames"]
     head = ["preset", "stored", "attended", "MB", "early", "late", "minus StreamingLLM"]
     rows = [[*head, "landmarks", "actors", "sharpness"]]
     for name in [*results["entrants"], OWN]:
@@ -179,80 +169,60 @@ def _table(results: Mapping[str, Any], camera: str) -> str:
     return f"{markdown_table(rows, right=True)}\n\n" + (f"{note}(demo-results.md)." if OWN in records else "")
 
 
-def _labelled(results: Mapping[str, Any], camera: str) -> str:
+def _labelled(results: Mapping[str, Any]) -> str:
     """Presets with several roles, against the same roles on other heads."""
-    records = results["scenarios"][camera]
+    records = results["records"]
     rows = [["preset", "late", "minus shuffled", "each draw", "minus random", "each draw"]]
     for name in results["entrants"]:
         keys = [_controls(results, name).get(kind) for kind in ("shuffled", "random")]
-        if name not in records or not any(key in records for key in keys):
+        if None in keys:
             continue
         row = [_name(results, name), _late(records[name])]
         for key in keys:
-            draws = records[key]["draws"] if key in records else []
-            row += [difference(_paired(records, name, key)), ", ".join(f"{one:.1f}" for one in draws) or "–"]
+            draws = ", ".join(f"{one:.1f}" for one in records[key]["draws"])
+            row += [difference(_paired(records, name, key)), draws]
         rows.append(row)
-    if len(rows) == 1:
-        return ""
     head = "Labels against the same roles on other heads; the number of a draw is the mean over its videos:"
     return f"{head}\n\n{markdown_table(rows, right=True)}"
 
 
-def _missing(results: Mapping[str, Any]) -> str:
-    """Controls that were not run."""
-    lines = []
-    for camera, records in results["scenarios"].items():
-        wanted = [key for name in results["entrants"] for key in _controls(results, name).values()]
-        if left := [key for key in dict.fromkeys(wanted) if key not in records]:
-            lines.append(f"Not run with the camera {camera}: {'; '.join(left)}.")
-    return "\n\n".join(lines)
-
-
 def _verdicts(results: Mapping[str, Any]) -> str:
     """Which presets are better or worse than their controls, or not significantly different."""
-    lines = []
+    lines, records = [], results["records"]
     for kind, told in {**AGAINST, BASE: f"`{BASE}`, what the unmodified model does"}.items():
-        start = len(lines)
-        for camera, records in results["scenarios"].items():
-            for measure, unit in MEASURES.items():
-                groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
-                for name in results["entrants"]:
-                    key = kind if kind == BASE else _controls(results, name).get(kind)
-                    found = _paired(records, name, key, measure)
-                    if name == key or not found.count:
-                        continue
-                    word = "better" if found.mean > 0 else "worse"
-                    digits = 1 if "psnr" in measure else 2
-                    said = f"{name} ({found.mean:+.{digits}f})"
-                    groups[word if decided(found) else "no significant difference"].append(said)
-                said = "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
-                lines += [f"* *{camera}, {unit}*: {said}."] if said else []
-        if len(lines) > start:
-            lines.insert(start, f"Compared with {told}:\n")
-            lines.append("")
+        lines.append(f"Compared with {told}:\n")
+        for measure, unit in MEASURES.items():
+            groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
+            for name in results["entrants"]:
+                key = kind if kind == BASE else _controls(results, name).get(kind)
+                found = _paired(records, name, key, measure)
+                if name == key or not found.count:
+                    continue
+                word = "better" if found.mean > 0 else "worse"
+                digits = 1 if "psnr" in measure else 2
+                said = f"{name} ({found.mean:+.{digits}f})"
+                groups[word if decided(found) else "no significant difference"].append(said)
+            said = "; ".join(f"{word}: {', '.join(names)}" for word, names in groups.items() if names)
+            lines += [f"* *{unit}*: {said}."]
+        lines.append("")
     return "\n".join(lines)
 
 
 def _short(results: Mapping[str, Any]) -> str:
-    """Which presets are better or worse than a control in late PSNR, by camera; from the intervals alone."""
+    """Which presets are better or worse than a control in late PSNR; from the intervals alone."""
     lines = []
     for kind, told in AGAINST.items():
-        for camera, records in results["scenarios"].items():
-            names = {name: _controls(results, name).get(kind) for name in results["entrants"]}
-            paired = {name: _paired(records, name, key) for name, key in names.items()}
-            found = {name: one for name, one in paired.items() if one.count}
-            if not found:
-                continue
-            sides = [
-                ", ".join(
-                    f"{name} ({one.mean:+.1f} dB)"
-                    for name, one in found.items()
-                    if decided(one) and side(one)
-                )
-                for side in (lambda one: one.mean > 0, lambda one: one.mean < 0)
-            ]
-            said = f"better: {sides[0] or 'none'}; worse: {sides[1] or 'none'}; of {len(found)}"
-            lines.append(f"* Compared with {told}, camera {camera}: {said}.")
+        names = {name: _controls(results, name).get(kind) for name in results["entrants"]}
+        paired = {name: _paired(results["records"], name, key) for name, key in names.items()}
+        found = {name: one for name, one in paired.items() if one.count}
+        better, worse = (
+            ", ".join(
+                f"{name} ({one.mean:+.1f} dB)" for name, one in found.items() if decided(one) and side(one)
+            )
+            for side in (lambda one: one.mean > 0, lambda one: one.mean < 0)
+        )
+        said = f"better: {better or 'none'}; worse: {worse or 'none'}; of {len(found)}"
+        lines.append(f"* Compared with {told}: {said}.")
     return "\n".join(lines)
 
 

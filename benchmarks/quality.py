@@ -4,6 +4,7 @@ Lets every policy continue the same scenes from the same noise, with the role ma
 a page and the numbers behind it. Where the map comes from is the work of `role_maps.py`. Measuring the
 map, tuning its numbers and reporting use disjoint seeds.
 
+    python benchmarks/quality.py --keep runs/quality    # records are kept there, and taken from there
     python benchmarks/quality.py --tune                 # candidates for the numbers of the roles
     python benchmarks/quality.py --seeds 2 --chunks 30 --out runs/quality.md    # a quick look
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,9 +31,17 @@ from rich.table import Table
 from torch import Tensor
 
 from headforcing.demo import demo_model, demo_roles
-from headforcing.demo.contest.compare import GIVEN_CHUNKS, Policy, make_scene, roll, summarise
+from headforcing.demo.contest.compare import (
+    DEFAULT_CHUNKS,
+    GIVEN_CHUNKS,
+    Policy,
+    make_scene,
+    roll,
+    summarise,
+)
 from headforcing.demo.contest.entrants import scattered, shuffled
 from headforcing.demo.model.model import DemoModel
+from headforcing.demo.show.files import replace_file
 from headforcing.demo.world.camera import CHUNK
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.episodic import Uniform
@@ -40,6 +50,7 @@ from headforcing.roles.maps.role_map import RoleMap
 ROOT = Path(__file__).resolve().parents[1]
 TUNE_SEEDS, REPORT_SEEDS = range(5000, 5008), range(6000, 7000)
 DRAWS = 4
+"""Of a random control; each draw makes its share of the videos, so that the intervals know of them."""
 LATE = 30
 CAMERAS: tuple[Literal["still", "pan"], ...] = ("still", "pan")
 
@@ -137,19 +148,6 @@ def evaluate(
     return {"name": policy.name, "attended_frames": attended, "bytes": stored, "measures": measures}
 
 
-def mean_of_draws(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record: per video the mean over the draws; the late PSNR of each draw is kept."""
-    if len(draws) == 1:
-        return dict(draws[0])
-    measures = {
-        name: torch.tensor([draw["measures"][name] for draw in draws]).mean(0).tolist()
-        for name in draws[0]["measures"]
-    }
-    late = [sum(draw["measures"]["psnr_late"]) / len(draw["measures"]["psnr_late"]) for draw in draws]
-    mean = {name: sum(draw[name] for draw in draws) / len(draws) for name in ("attended_frames", "bytes")}
-    return {"name": draws[0]["name"], **mean, "measures": measures, "psnr_late_of_draws": late}
-
-
 @dataclass(frozen=True)
 class Job:
     """One policy on one camera, for a process of its own."""
@@ -167,10 +165,54 @@ class Job:
         return evaluate(demo_model(), self.policy, self.camera, self.seeds, self.chunks, self.batch)
 
 
-def evaluate_all(jobs: Sequence[Job], workers: int, console: Console) -> list[dict[str, Any]]:
+def jobs_of(
+    policies: Mapping[str, Sequence[Policy]],
+    cameras: Sequence[Literal["still", "pan"]],
+    given: argparse.Namespace,
+) -> list[Job]:
+    """Every policy on every camera; the draws of a random control share the videos among them."""
+    seeds = list(REPORT_SEEDS[: given.seeds])
+    found = []
+    for key, draws in policies.items():
+        each = -(-len(seeds) // len(draws))
+        shares = [seeds[at : at + each] for at in range(0, len(seeds), each)]
+        for camera in cameras:
+            for policy, share in zip(draws, shares, strict=False):
+                found.append(Job(key, policy, camera, share, given.chunks, given.batch))
+    return found
+
+
+def evaluate_all(jobs: Sequence[Job], given: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """The records of all jobs, in their order."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(track(pool.map(Job.run, jobs), "policies", total=len(jobs), console=console))
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(record, job, given.keep) for job in jobs]
+        return [one.result() for one in track(running, "policies", console=console)]
+
+
+def record(job: Job, keep: Path | None) -> dict[str, Any]:
+    """All measures of a job, or those of an earlier run of the very same one."""
+    if keep is None:
+        return job.run()
+    path = keep / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        made = json.dumps(job.run())
+        replace_file(path, lambda part: part.write_text(made, "utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def by_camera(jobs: Sequence[Job], records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Records by camera and key; the videos of several draws side by side."""
+    found: dict[str, dict[str, Any]] = {}
+    for job, one in zip(jobs, records, strict=True):
+        row = found.setdefault(job.camera, {}).setdefault(job.key, {**one, "measures": {}, "draws": []})
+        for name, values in one["measures"].items():
+            row["measures"].setdefault(name, []).extend(values)
+        late = one["measures"]["psnr_late"]
+        row["draws"].append(sum(late) / len(late))
+    return found
 
 
 def tune(model: DemoModel, roles: RoleMap, chunks: int, batch: int, console: Console) -> None:
@@ -187,42 +229,30 @@ def tune(model: DemoModel, roles: RoleMap, chunks: int, batch: int, console: Con
     console.print(table)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Quality of memory policies on the demo model.")
-    parser.add_argument("--seeds", type=int, default=16, help="videos per camera and policy")
-    parser.add_argument("--chunks", type=int, default=80, help="of 3 frames each")
+def arguments(description: str, page: str, seeds: int) -> argparse.ArgumentParser:
+    """The command line that the pages have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=seeds, help="videos per camera and policy")
+    parser.add_argument("--chunks", type=int, default=DEFAULT_CHUNKS, help="of 3 frames each")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--tune", action="store_true", help="compare numbers for the roles and stop")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "demo-results.md")
-    return parser.parse_args()
+    parser.add_argument("--keep", type=Path, help="folder for the records of single policies")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / page)
+    return parser
 
 
 def main() -> None:
     """See the module."""
-    given, console = arguments(), Console()
+    parser, console = arguments("Quality of memory policies on the demo model.", "demo-results.md", 16), Console()
+    parser.add_argument("--tune", action="store_true", help="compare numbers for the roles and stop")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     model, roles = demo_model(), demo_roles()
     if given.tune:
         tune(model, roles, given.chunks, given.batch, console)
         return
-    seeds = list(REPORT_SEEDS[: given.seeds])
-    contest = policies(roles, model.config.window)
-    jobs = [
-        Job(key, policy, camera, seeds, given.chunks, given.batch)
-        for key, draws in contest.items()
-        for camera in CAMERAS
-        for policy in draws
-    ]
-    scenarios: dict[str, dict[str, Any]] = {camera: {} for camera in CAMERAS}
-    records = evaluate_all(jobs, given.workers, console)
-    for camera in CAMERAS:
-        for key in contest:
-            found = [
-                r for job, r in zip(jobs, records, strict=True) if (job.key, job.camera) == (key, camera)
-            ]
-            scenarios[camera][key] = mean_of_draws(found)
+    jobs = jobs_of(policies(roles, model.config.window), CAMERAS, given)
+    scenarios = by_camera(jobs, evaluate_all(jobs, given, console))
     data = given.out.parent / "data" / f"{given.out.stem}.json"
     measurement = roles.origin.measurement
     assert measurement is not None
@@ -231,7 +261,7 @@ def main() -> None:
             "frames": given.chunks * CHUNK,
             "trained": model.config.window,
             "late": LATE,
-            "seeds": [seeds[0], seeds[-1]],
+            "seeds": [REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1]],
             "data": data.name,
             "roles": {str(role): count for role, count in roles.counts().items()},
             "map": roles.hash,

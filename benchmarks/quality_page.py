@@ -127,12 +127,11 @@ def _table(records: Mapping[str, Any]) -> str:
         row += [mean_of(record, name, 2) for name in ("landmarks_all", "actors_late", "sharpness_late")]
         rows.append(row)
     draws = {
-        name: ", ".join(f"{value:.1f}" for value in records[name]["psnr_late_of_draws"])
-        for name in ("shuffled", "random")
+        name: ", ".join(f"{value:.1f}" for value in records[name]["draws"]) for name in ("shuffled", "random")
     }
     note = (
-        "The rows with shuffled labels and with random heads are means of several draws; late PSNR of each: "
-        f"{draws['shuffled']} dB; {draws['random']} dB."
+        "In the rows with shuffled labels and with random heads, every draw makes its share of the videos; late "
+        f"PSNR of each: {draws['shuffled']} dB; {draws['random']} dB."
     )
     return f"{markdown_table(rows, right=True)}\n\n{note}"
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from demo_training.ablated import ablate_demo
 from equal_bytes import at_budget, within_budget
-from quality import CAMERAS, REPORT_SEEDS, ROOT, Job, evaluate_all, mean_of_draws
+from quality import DRAWS, REPORT_SEEDS, ROOT, arguments, by_camera, evaluate_all, jobs_of
 from rich.console import Console
 from role_maps_page import draw_pictures, page
 
@@ -41,9 +42,8 @@ from headforcing.roles import Memory, SlidingWindow
 from headforcing.roles.maps.presets import pyramid_forcing
 from headforcing.roles.maps.role_map import RoleMap
 
-BUDGETS = (4, 9)
+KEPT = 8
 """Frames kept per head, mean over the heads; the current chunk comes on top."""
-DRAWS = 3
 STABILITY_DRAWS = 50
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Errors that ablation may allow."""
@@ -126,11 +126,11 @@ def thresholds(profile: HeadProfile) -> dict[str, dict[str, Any]]:
 
 
 def contest(
-    found: Mapping[str, Classification], profiles: Mapping[str, HeadProfile], kept: int
+    found: Mapping[str, Classification], profiles: Mapping[str, HeadProfile]
 ) -> dict[str, list[Policy]]:
-    """The policies of one budget by key; the draws of a random control stand in one list."""
+    """The policies of equal bytes by key; the draws of a random control stand in one list."""
     facts = profiles["trained"].facts.model
-    total = kept * facts.layers * facts.heads
+    total = KEPT * facts.layers * facts.heads
 
     def policy(name: str, labels: Classification) -> Policy:
         return Policy(name, at_budget(labels, facts, total))
@@ -141,20 +141,23 @@ def contest(
         if way.method == "output_regret":
             labels = within_budget(way.classify, profiles[way.profile], total)
         policies[key] = [policy(way.name, labels)]
-    for key in CONTROLLED if kept == BUDGETS[0] else ():
+    for key in CONTROLLED:
         labels, name = found[key], WAYS[key].name
         for control in (controls.random, controls.shuffled_within_layer):
             drawn = [control(labels, seed) for seed in range(DRAWS)]
             told = control.__name__.replace("_", " ")
             policies[f"{control.__name__} {key}"] = [policy(f"{name}, {told}", one) for one in drawn]
         policies[f"inverted {key}"] = [policy(f"{name}, inverted", controls.inverted(labels))]
-    sink = min(CHUNK, kept - 1)
-    recent = min(kept - sink, CHUNK)
-    alike = Memory(sink, kept - sink - recent, recent)
+    alike = Memory(CHUNK, KEPT - 2 * CHUNK, CHUNK)
     policies["all_one"] = [Policy("all one: every head a memory", RoleMap.uniform(alike, *_shape(facts)))]
-    plain = SlidingWindow(kept + CHUNK, sink=sink, positions="compact")
+    plain = SlidingWindow(KEPT + CHUNK, sink=CHUNK, positions="compact")
     policies["streaming"] = [Policy("all one: sink + recent", RoleMap.uniform(plain, *_shape(facts)))]
     return policies
+
+
+def reads_far(roles: Any) -> list[list[str]]:
+    """Of a role map, which heads store frames from between the first and the last ones."""
+    return [["far" if isinstance(role, Memory) else "near" for role in row] for row in roles.layers]
 
 
 def as_published(found: Mapping[str, Classification]) -> dict[str, list[Policy]]:
@@ -170,67 +173,30 @@ def as_published(found: Mapping[str, Classification]) -> dict[str, list[Policy]]
 
 def compete(
     groups: Mapping[str, Mapping[str, Sequence[Policy]]], given: argparse.Namespace, console: Console
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Records by group of policies, camera and key."""
-    seeds = list(REPORT_SEEDS[: given.seeds])
-    jobs = [
-        (group, Job(key, policy, camera, seeds, given.chunks, given.batch))
-        for group, policies in groups.items()
-        for key, draws in policies.items()
-        for camera in CAMERAS
-        for policy in draws
-    ]
-    records = evaluate_all([job for _, job in jobs], given.workers, console)
-    grouped: dict[str, dict[str, dict[str, Any]]] = {}
-    for (group, job), record in zip(jobs, records, strict=True):
-        by_key = grouped.setdefault(group, {}).setdefault(job.camera, {})
-        by_key.setdefault(job.key, []).append(record)
-    for cameras in grouped.values():
-        for by_key in cameras.values():
-            for key, draws in by_key.items():
-                by_key[key] = mean_of_draws(draws)
-    return grouped
-
-
-def earlier(path: Path, found: Mapping[str, Classification]) -> dict[str, Any]:
-    """The records of an earlier run, if its maps were the same."""
-    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    labels = {key: [list(row) for row in one.labels] for key, one in found.items()}
-    changed = [key for key in labels if labels[key] != data["labels"].get(key)]
-    if changed:
-        raise SystemExit(f"{path} is of other maps: {', '.join(changed)} changed, let them compete again")
-    scenarios: dict[str, Any] = data["scenarios"]
-    return scenarios
+) -> dict[str, dict[str, Any]]:
+    """Records by group of policies and key."""
+    by_group = {group: jobs_of(policies, ("pan",), given) for group, policies in groups.items()}
+    records = iter(evaluate_all([job for jobs in by_group.values() for job in jobs], given, console))
+    return {group: by_camera(jobs, list(islice(records, len(jobs))))["pan"] for group, jobs in by_group.items()}
 
 
 def save(found: Classification, profile: HeadProfile, report: StabilityReport) -> RoleMap:
     """The map that the demo uses, and its stability report."""
-    notes = {"measured_on": "scenes as in training with drifted context; error on returning columns"}
+    notes = {"measured_on": "scenes as in training with drifted context; error on returning latents"}
     roles = measured_map(found, profile, stability=report.summary(), notes=notes, seeds=[3000])
     roles.save(DEMO / "roles.json")
     report.save(DEMO / "stability.json")
     return roles
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Ways to find head roles, at equal bytes.")
+def main() -> None:
+    """See the module."""
+    parser, console = arguments("Ways to find head roles, at equal bytes.", "role-maps.md", 8), Console()
     parser.add_argument("--videos", type=int, default=32, help="measured inside the trained range")
-    parser.add_argument("--seeds", type=int, default=16, help="videos per camera and policy")
-    parser.add_argument("--chunks", type=int, default=80, help="of 3 frames each")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--save", action="store_true", help="write headforcing/demo/{roles,stability}.json")
     parser.add_argument("--save-only", action="store_true", help="and stop")
     parser.add_argument("--profiles", type=Path, help="keep profiles here, and read those that are here")
-    parser.add_argument("--contest", type=Path, help="data of an earlier run, to use its videos again")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "role-maps.md")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """See the module."""
-    given, console = arguments(), Console()
+    given = parser.parse_args()
     torch.set_num_threads(1)
     with TemporaryDirectory() as nowhere:
         profiles = measure(given.videos, given.profiles or Path(nowhere), console)
@@ -241,14 +207,13 @@ def main() -> None:
         console.print(save(found[SHIPPED], profiles[way.profile], report).to_json())
         if given.save_only:
             return
-    groups = {str(kept): contest(found, profiles, kept) for kept in BUDGETS}
-    groups["published"] = as_published(found)
-    before = {} if given.contest is None else earlier(given.contest, found)
-    missing = {name: policies for name, policies in groups.items() if name not in before}
-    scenarios = before | compete(missing, given, console)
+    groups = {"equal": contest(found, profiles), "published": as_published(found)}
+    scenarios = compete(groups, given, console)
+    far = {key: reads_far(groups["equal"][key][0].roles) for key in WAYS}
     judged = reports(profiles, console)
     results = {
         "frames": given.chunks * CHUNK,
+        "kept": KEPT,
         "seeds": [REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1]],
         "trained_frames": profiles["trained"].facts.model.window,
         "long_frames": LONG_CHUNKS * CHUNK,
@@ -261,6 +226,7 @@ def main() -> None:
         "counts": {key: labels.counts() for key, labels in found.items()},
         "stability": {key: report.to_dict() for key, report in judged.items()},
         "nmi": {a: {b: compare_labels(found[a].labels, found[b].labels).nmi for b in WAYS} for a in WAYS},
+        "kappa": {key: compare_labels(far[SHIPPED], far[key]).kappa for key in WAYS},
         "thresholds": thresholds(profiles["ablation"]),
         "scenarios": scenarios,
     }

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from headforcing.demo import demo_model, demo_roles
-from headforcing.demo.contest.compare import GIVEN_CHUNKS, Policy, make_scene, roll
+from headforcing.demo.contest.compare import DEFAULT_CHUNKS, GIVEN_CHUNKS, Policy, make_scene, roll
 from headforcing.demo.model.threads import one_thread
 from headforcing.demo.scenes.draw import pixels
 from headforcing.demo.show.draw import enlarge, font
@@ -22,8 +22,8 @@ from headforcing.demo.world.camera import CHUNK, HEIGHT, WIDTH
 from headforcing.demo.world.scene import render
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNKS, EVERY, FPS = 80, 2, 16
-"""Chunks of the video, which of its frames are shown, and how many of them pass in a second."""
+EVERY, FPS = 2, 16
+"""Which frames are shown, and how many frames of the video pass in a second."""
 PANEL, GAP, TOP, BOTTOM = (4 * WIDTH, 4 * HEIGHT), 14, 34, 30
 LIMIT = 1_500_000
 """Largest size in bytes."""
@@ -64,7 +64,7 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description="The moving picture of the README.")
     parser.add_argument("--seed", type=int, default=6000)
-    parser.add_argument("--chunks", type=int, default=CHUNKS)
+    parser.add_argument("--chunks", type=int, default=DEFAULT_CHUNKS)
     parser.add_argument("--quality", type=int, default=60)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "assets" / "town.webp")
     given = parser.parse_args()

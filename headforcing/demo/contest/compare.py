@@ -42,8 +42,8 @@ from headforcing.errors import AlreadyAppliedError
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.role_map import RoleMap
 
-DEFAULT_CHUNKS = 80
-"""240 frames, more than eleven times the trained length."""
+DEFAULT_CHUNKS = 84
+"""252 frames, twelve times the trained length."""
 
 GIVEN_CHUNKS: dict[str, int] = {"still": 1, "pan": 13}
 """Rendered chunks to start from; where the camera pans, they show the whole town."""
