@@ -25,13 +25,16 @@ def fork(one: _T, **changed: Any) -> _T:
 def fork_store(store: _T) -> _T:
     """A `KVStore` with the same contents, to change in its place."""
     parts = vars(store)
-    compressed = parts["compressed"].fork()
+    compressed, shifts = parts["compressed"].fork(), fork(parts["_shifts"])
     banks = {role: fork(bank, compressed=compressed.get(role)) for role, bank in parts["_banks"].items()}
+    scenes = fork(parts["scenes"], _banks=banks, _compressed=compressed)
+    placed = {"_banks": banks, "_scenes": scenes, "_compressed": compressed, "_shifts": shifts, "_plans": {}}
     return fork(
         store,
         compressed=compressed,
         _banks=banks,
-        scenes=fork(parts["scenes"], _banks=banks, _compressed=compressed),
-        _shifts=fork(parts["_shifts"]),
+        scenes=scenes,
+        _shifts=shifts,
+        _placement=fork(parts["_placement"], **placed),
         _finite=fork(parts["_finite"], _banks=banks.values()),
     )

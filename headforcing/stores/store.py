@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole, newest_rows
+from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
 from headforcing.stores.bank import Bank, copied
@@ -22,6 +22,7 @@ from headforcing.stores.buffered import allocate, free_unfit, separate
 from headforcing.stores.checks import FiniteCheck, FiniteGuard, Shape, begins_video, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.fork import fork_store
+from headforcing.stores.placement import Placement
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.shifts import Shifts
@@ -56,6 +57,7 @@ class KVStore(ABC):
         self._banks = {role: self.new_bank(role, own) for role, own in heads.items()}
         self.scenes = Scenes(self._banks, self.compressed)
         self._shifts = Shifts()
+        self._placement = Placement(self._banks, self.scenes, self.compressed, self._shifts, window)
         self._grid: Grid | None = None
         self._queries: Tensor | None = None
         self._pending: range | None = None
@@ -86,6 +88,9 @@ class KVStore(ABC):
         """
         shape = Shape.of(chunk)
         self.compressed.check(chunk, self._grid if chunk.start else None)
+        if self._comes_again(chunk, shape):
+            self._overwrite(chunk)
+            return
         again = self.scenes.rerun(self.frames_so_far)
         if self.begins_video(chunk):
             self._check_roles(shape.frames, pinned=False)
@@ -125,6 +130,21 @@ class KVStore(ABC):
         self._pending, self._shape = chunk.frames, shape
         self._finite.wrote(chunk)
         self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None
+
+    def _comes_again(self, chunk: Chunk, shape: Shape) -> bool:
+        """Whether it is the pending chunk once more, so that nothing is decided anew."""
+        same = chunk.frames == self._pending and shape == self._shape and chunk.grid == self._grid
+        return same and self.scenes.rerun(self.frames_so_far) is None and self._shifts.still(chunk.shift)
+
+    def _overwrite(self, chunk: Chunk) -> None:
+        """Takes one more pass over the pending chunk; interrupted, it has to come again."""
+        self.settle()
+        self._finite.wrote(chunk)
+        for bank in self._banks.values():
+            bank.stage(chunk.k, chunk.v)
+        self.settle()
+        self.unfinished = False
+        self._queries = chunk.q if self.compressed.want_queries else None
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -166,6 +186,7 @@ class KVStore(ABC):
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
         self._pending = None  # first: from now on nothing but a new video can begin, which resets again
+        self._placement.forget()
         self._end, self.prompt_pending, self.unfinished = 0, False, False
         self._finite.clear()
         self.compressed.clear()
@@ -182,6 +203,7 @@ class KVStore(ABC):
         """
         if isinstance(edit, Pin):
             self.scenes.hold(edit)
+            self._placement.forget()
             return
         if self._pending is None or self._pending.start < start:
             what = "no chunk is" if self._pending is None else f"frames from {self._pending.start} on are not"
@@ -233,16 +255,11 @@ class KVStore(ABC):
             encode: rotates keys to positions.
             query: the query frame, for a role that reads per query frame.
         """
-        bank, pin = self._banks[role], self.scenes.pin(role)
-        own, query = self._inside(role, query)
-        table = bank.table(own, pin, query)
-        every = tuple(role.visible(table, phase))
-        rows = newest_rows(role, table, every, phase)
-        placed = self._positions(role, (*(bank.frames[row] for row in every), *own), len(own), query)
-        positions = (*(placed[every.index(row)] for row in rows), *placed[len(every) :])
-        k, v = bank.view(rows, positions, encode, None if query is None else query - own.start)
-        frames = (*(bank.frames[row] for row in rows), *own)
-        return KVView(self.scenes.outside(role, frames), positions, k, v)
+        assert self._pending is not None
+        plan = self._placement.plan(role, self._pending, phase, query)
+        number = None if query is None else query - self._pending.start
+        k, v = self._banks[role].view(plan.rows, plan.positions, encode, number)
+        return KVView(plan.frames, plan.positions, k, v)
 
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """Compressed tokens that the heads of `role` attend to: rotated keys, values `[B, m, Hr, D]`.
@@ -254,9 +271,9 @@ class KVStore(ABC):
             encode: rotates keys to positions.
             query: the query frame, for a role that reads per query frame.
         """
-        own, query = self._inside(role, query)
-        number = None if query is None else query - own.start
-        prepend = functools.partial(self._banks[role].prepend, number)
+        assert self._pending is not None
+        own, query = self._placement.inside(role, self._pending, query)
+        prepend = functools.partial(self._banks[role].prepend, None if query is None else query - own.start)
         return self.compressed.view(role, own.start, query, encode, prepend)
 
     def frames(self, role: HeadRole) -> list[list[int]]:
@@ -269,22 +286,6 @@ class KVStore(ABC):
         frames = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
         queries = [] if self._queries is None else [self._queries]
         return nbytes([*frames, *self.compressed.tensors(), *self.scenes.tensors(), *queries])
-
-    def _inside(self, role: HeadRole, query: int | None) -> tuple[range, int | None]:
-        """The pending chunk and a query frame, as a role counts them."""
-        assert self._pending is not None
-        own = self.scenes.inside(role, self._pending)
-        return own, None if query is None else own.start + query - self._pending.start
-
-    def _positions(
-        self, role: HeadRole, frames: Sequence[int | None], chunk: int, query: int | None = None
-    ) -> tuple[float, ...]:
-        """RoPE positions of the frames of a view, as the role counts them; the last `chunk` are its own."""
-        more = {} if query is None else {"query": query}
-        if (compressed := self.compressed.get(role)) is not None:
-            more["gap"] = compressed.gap
-        placed = role.positions_of(frames, chunk, self.window, **more)
-        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.positions)
 
     def _check_roles(self, chunk: int, pinned: bool = True) -> None:
         for role in self.heads:
@@ -319,7 +320,7 @@ class KVStore(ABC):
             inside = self.scenes.inside(role, chunk)
             table, kept = bank.choose(inside, self.scenes.pin(role), self.compressed.gap(role))
             self.compressed.evicted(role, kept, table, bank.rows, self._grid)
-            bank.begin(table, kept, inside, functools.partial(self._positions, role))
+            bank.begin(table, kept, inside, functools.partial(self._placement.positions, role))
         share_copies(self._banks.values())
         if self._apart:
             self.settle()
