@@ -261,11 +261,10 @@ class Heads:
 
     def put(self, out: Tensor, part: Tensor) -> None:
         """Writes `part [..., Hr, D]` to the heads' places in `out [..., H, D]`."""
-        first = 0
-        for run in self._runs:
-            last = first + run.stop - run.start
-            out[..., run, :] = part[..., first:last, :]
-            first = last
+        if len(self._runs) == 1:
+            out[..., self._runs[0], :] = part
+        else:
+            out.index_copy_(-2, _on(out.device, self.indices), part)
 
 
 @functools.lru_cache(maxsize=4096)

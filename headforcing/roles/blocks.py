@@ -26,7 +26,7 @@ class Blocks(CompressedHistory):
         frames: frames of a block.
         patch: side of the squares of patches that are averaged.
         hidden: last frames before a chunk; blocks that overlap them are not visible.
-        origin: the time of position 0, by query frame.
+        origin: the time of position 0, by the first frame of the chunk.
     """
 
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
@@ -72,11 +72,11 @@ class Blocks(CompressedHistory):
         self.add(past)
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """The blocks that do not overlap the last frames, at their true distance from the query frame."""
+        """The blocks that do not overlap the last frames, at their true distance from every query frame."""
         rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
         if not rows:
             return None
-        middle = (self.frames - 1) // 2 - self.origin(start if query is None else query)
+        middle = (self.frames - 1) // 2 - self.origin(start)
         positions = tuple(self._starts[row] + middle for row in rows)
         k, v = (torch.stack([held[row] for row in rows], 1) for held in (self._k, self._v))
         return encode(k, positions, self.patch).to(v.dtype).flatten(1, 2), v.flatten(1, 2)

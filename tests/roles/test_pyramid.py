@@ -91,8 +91,14 @@ def test_far_frames_sit_at_one_distance_and_near_ones_at_their_own(role, chunk, 
             if frame >= start - role.recent:
                 assert own - place == query - frame
             else:
-                assert place == 0
-                assert own == query if query < role.near else own == min(max(query, role.near), role.far)
+                assert own - place == (query if query < role.near else min(max(query, role.near), role.far))
+
+
+def test_the_frames_of_a_chunk_and_the_last_ones_sit_where_they_do_for_every_query_frame_of_it():
+    for role in (Wave(), Strided(), Veil()):
+        frames = [0, 1, 2, 71, 72, 73, 74]
+        found = [role.positions_of(frames, 3, 21, query) for query in (72, 73, 74)]
+        assert found == [(0, 0, 0, 20, 21, 22, 23), (1, 1, 1, 20, 21, 22, 23), (2, 2, 2, 20, 21, 22, 23)]
 
 
 class Greedy(Wave):
