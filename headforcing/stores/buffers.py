@@ -8,6 +8,7 @@ frame.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -66,6 +67,19 @@ def joined(first: Tensor, rest: Tensor) -> Tensor:
         batch, count, heads, dim = first.shape
         return first.as_strided((batch, count + rest.shape[1], heads, dim), first.stride())
     return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], 2).transpose(1, 2)
+
+
+def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
+    """Tensors `[1, ...]` as one `[n, ...]`, a view; `None`: they do not lie at equal distances in memory."""
+    first, offsets = every[0], [x.storage_offset() for x in every]
+    step = offsets[1] - offsets[0] if len(every) > 1 else 0
+    if len(first) > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
+        return None
+    if any(x.shape != first.shape or x.stride() != first.stride() for x in every):
+        return None
+    if any(x.untyped_storage() != first.untyped_storage() for x in every):
+        return None
+    return first.as_strided((len(every), *first.shape[1:]), (step, *first.stride()[1:]), offsets[0])
 
 
 def _adjoin(first: Tensor, rest: Tensor) -> bool:

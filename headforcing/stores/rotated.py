@@ -12,17 +12,35 @@ from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_moves
-from headforcing.stores.buffers import Size, cut, front, gathered, slides
+from headforcing.stores.buffers import Size, cut, front, gathered, side_by_side, slides
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 
 @dataclass
 class _Copy:
-    """Buffers for a part of the history, and what is in them: its rows, and their positions."""
+    """Buffers for a part of the history and the pending chunk, and what is in them.
+
+    Attributes:
+        k: rotated keys.
+        v: values.
+        holds: rows of the history, and positions of all frames.
+        own: positions of the pending chunk as it was staged last; `None`: it is not there yet.
+    """
 
     k: Tensor
     v: Tensor
     holds: tuple[tuple[int, ...], tuple[float, ...]] | None = None
+    own: tuple[float, ...] | None = None
+
+    def pending(self) -> tuple[Tensor, Tensor]:
+        """Where the pending chunk is, behind the rows that it holds: rotated keys, and values."""
+        assert self.holds is not None
+        rows, positions = self.holds
+        return self.k[:, len(rows) : len(positions)], self.v[:, len(rows) : len(positions)]
+
+    def takes(self, own: tuple[float, ...]) -> bool:
+        """Whether its pending chunk sits at these positions."""
+        return self.holds is not None and self.holds[1][len(self.holds[0]) :] == own
 
 
 class RotatedBank(BufferedBank):
@@ -93,6 +111,8 @@ class RotatedBank(BufferedBank):
         super().stage(k, v)
         first, count = len(self.frames), k.shape[1]
         self._rotated_to[first : first + count] = [None] * count
+        for copy in self._copies.values():
+            copy.own = None
 
     def put(self, kept: Kept) -> None:
         super().put(kept)
@@ -123,17 +143,30 @@ class RotatedBank(BufferedBank):
     ) -> tuple[Tensor, Tensor]:
         """A copy of some rows and the pending chunk; rows are copied anew if they or positions change."""
         first, slots = len(rows), len(positions)
-        own_k, own_v = self.staged()
+        own = tuple(positions[first:])
         copy, holds = self._copy(query, slots), (tuple(rows), tuple(positions))
         if copy.holds != holds:
-            copy.holds = None
+            copy.holds = copy.own = None
             if rows:
                 copy.k[:, :first] = encode(gathered(self._raw, rows), positions[:first])
                 copy.v[:, :first] = gathered(self._v, rows)
             copy.holds = holds
-        copy.k[:, first:slots] = encode(own_k, positions[first:])
-        copy.v[:, first:slots] = own_v
+        if copy.own != own:
+            self._put_pending(own, encode)
         return copy.k, copy.v
+
+    def _put_pending(self, own: tuple[float, ...], encode: Encode) -> None:
+        """Puts the pending chunk into all copies where it sits at these positions, rotated once."""
+        k, v = self.staged()
+        there = next((copy.pending()[0] for copy in self._copies.values() if copy.own == own), None)
+        some = [copy for copy in self._copies.values() if copy.takes(own) and copy.own != own]
+        sources = encode(k, own) if there is None else there, v
+        for source, targets in zip(sources, zip(*(copy.pending() for copy in some), strict=True), strict=True):
+            whole = side_by_side(targets)
+            for target in targets if whole is None else [whole]:
+                target.copy_(source)
+        for copy in some:
+            copy.own = own
 
     def tensors(self) -> list[Tensor]:
         copies = [tensor for copy in list(self._copies.values()) for tensor in (copy.k, copy.v)]
@@ -159,7 +192,7 @@ class RotatedBank(BufferedBank):
         copy = self._copies.setdefault(query, _Copy(NOTHING, NOTHING))
         if copy.k is NOTHING or copy.k.shape[1] < slots:
             batch, _, tokens, _, dim = self._v.shape
-            copy.k, copy.v, copy.holds = NOTHING, NOTHING, None
+            copy.k, copy.v, copy.holds, copy.own = NOTHING, NOTHING, None, None
             (copy.k,), (copy.v,) = (cut([self._size(slots)], (batch, tokens, dim), self._v) for _ in "kv")
         return copy
 
@@ -169,7 +202,7 @@ class RotatedBank(BufferedBank):
 
     def _forget_copies(self) -> None:
         for copy in self._copies.values():
-            copy.holds = None
+            copy.holds = copy.own = None
 
     def _next_positions(self, chunk: range, positions: PositionsOf) -> Sequence[float | None]:
         """Positions of the history in the first pass; `None` for a role that sees a part of it."""
@@ -204,4 +237,4 @@ def share_copies(banks: Iterable[Bank]) -> None:
         copy.k = copy.v = NOTHING
     buffers = [cut([size for _, size in copies], (batch, tokens, dim), like) for _ in "kv"]
     for (copy, _), k, v in zip(copies, *buffers, strict=True):
-        copy.k, copy.v, copy.holds = k, v, None
+        copy.k, copy.v, copy.holds, copy.own = k, v, None, None
