@@ -191,7 +191,8 @@ class AttentionCall:
         rolling: whether the base model denoises several chunks at once; see `Chunk`.
         shift: how far the base model moves these frames on the temporal axis, in frames.
         heads: whose queries or keys are rotated, where a model rotates heads differently; `None`: all.
-        rotary_cache: rotation factors of the RoPE table, for all roles of this call; see `rope.rotate`.
+        rotary_cache: rotation factors of the RoPE table, for all roles of this call, where they are not kept
+            from call to call; see `rope.rotate`.
     """
 
     x: Tensor

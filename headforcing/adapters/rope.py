@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +30,29 @@ THETA = 10000
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
 RotaryCache = dict[Any, Tensor]
-"""Rotation factors derived from one RoPE table, cached by positions for one call."""
+"""Rotation factors derived from one RoPE table, by positions."""
+MOST_KEPT = 64
+"""Rotation factors that are kept of a table from call to call."""
+
+
+class _Kept(threading.local):
+    """Rotation factors of the RoPE table that a thread used last, for all layers and passes."""
+
+    def __init__(self) -> None:
+        self._table: Callable[[], Tensor | None] = lambda: None
+        self._version, self._factors = 0, RotaryCache()
+
+    def of(self, table: Tensor) -> RotaryCache | None:
+        """Those of a table, as long as it comes again unchanged; `None`: it does not tell its changes."""
+        if table.is_inference():
+            return None
+        if self._table() is not table or self._version != table._version or len(self._factors) > MOST_KEPT:
+            self._factors = factors = RotaryCache()
+            self._table, self._version = weakref.ref(table, lambda _: factors.clear()), table._version
+        return self._factors
+
+
+_kept = _Kept()
 
 
 def rotate(
@@ -50,13 +74,16 @@ def rotate(
         height: patches per column.
         width: patches per row.
         patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
-        cache: rotation factors of this table, as far as they are computed; added to.
+        cache: rotation factors of this table, as far as this call computed them; added to. Only for a table
+            that does not tell its changes, made in inference mode.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
         do; computed in the precision of the table.
     """
-    cache, time, on_cpu = {} if cache is None else cache, temporal_columns(table), x.device.type == "cpu"
+    kept, time, on_cpu = _kept.of(table), temporal_columns(table), x.device.type == "cpu"
+    if kept is not None or cache is None:
+        cache = {} if kept is None else kept
 
     def times() -> Tensor:
         rows = temporal_rows(table[:, :time], positions)
@@ -190,7 +217,7 @@ def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
             else:
                 frames = torch.arange(start, stop, dtype=table_dtype, device=table.device)
                 parts.append(_factors(table, frames))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def _factors(table: Tensor, positions: Tensor) -> Tensor:

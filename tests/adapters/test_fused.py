@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -300,8 +301,11 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def operators(positions: list[float], cache: rope.RotaryCache | None = None) -> Copies:
-    x, multipliers = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta"), table(10).to("meta")
+def operators(
+    positions: list[float], multipliers: Tensor | None = None, cache: rope.RotaryCache | None = None
+) -> Copies:
+    x = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta")
+    multipliers = table(10).to("meta") if multipliers is None else multipliers
     with FromHost() as made, Copies() as seen:
         out = rope.rotate(x, multipliers, positions, HEIGHT, WIDTH, 1, cache)
     assert out.shape == x.shape
@@ -314,10 +318,71 @@ def test_no_position_comes_from_the_host(positions: Any) -> None:
     assert operators(positions).found == []
 
 
-def test_what_is_made_of_a_table_is_made_once_per_call() -> None:
-    cache: rope.RotaryCache = {}
-    first, other_frames, again = (operators(places, cache).count for places in ([0, 1], [4, 5], [4, 5]))
+def test_what_is_made_of_a_table_is_made_once() -> None:
+    known = table(10).to("meta")
+    first, other_frames, again = (operators(places, known).count for places in ([0, 1], [4, 5], [4, 5]))
     assert first > other_frames > again
+
+
+def test_what_is_made_of_a_table_that_does_not_tell_its_changes_is_made_once_per_call() -> None:
+    with torch.inference_mode():
+        known, cache = table(10).to("meta").clone(), rope.RotaryCache()
+    counts = [operators(places, known, cache).count for places in ([0, 1], [4, 5], [4, 5])]
+    assert counts[0] > counts[1] > counts[2]
+    assert operators([4, 5], known).count == operators([4, 5], known, rope.RotaryCache()).count == counts[0]
+
+
+def turned(x: Tensor, multipliers: Tensor) -> Tensor:
+    return rope.rotate(x, multipliers, [3, 4, 5], HEIGHT, WIDTH)
+
+
+def check_tables_are_told_apart() -> None:
+    """Another table, one that was written to, one in the place of one that is gone, one in another thread."""
+    x, mine = torch.randn(1, 3, PATCHES, 2, 20), table(10)
+    for _ in range(3):
+        assert torch.equal(turned(x, mine), turned(x, mine.clone()))
+        other = mine.flip(0)
+        found = turned(x, other)
+        assert torch.equal(found, turned(x, mine.flip(0)))
+        assert not torch.equal(found, turned(x, mine))
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(turned, x, other).result(), found)
+        mine.copy_(other)
+        assert torch.equal(turned(x, mine), found)
+        del other
+
+
+def test_tables_are_told_apart() -> None:
+    check_tables_are_told_apart()
+
+
+def test_a_table_that_was_written_to_and_is_taken_for_the_old_one_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Never(int):
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    monkeypatch.setattr(rope._kept, "_version", Never(0), raising=False)
+    monkeypatch.setattr(Tensor, "_version", Never(0))
+    with pytest.raises(AssertionError):
+        check_tables_are_told_apart()
+
+
+def test_nothing_is_kept_of_a_table_that_is_gone() -> None:
+    x, mine = torch.randn(1, 3, PATCHES, 2, 20), table(10)
+    turned(x, mine)
+    factors = rope._kept._factors
+    assert factors
+    del mine
+    assert not factors
+
+
+def test_factors_of_a_long_video_at_true_positions_do_not_pile_up() -> None:
+    x, mine = torch.randn(1, 1, PATCHES, 2, 20), table(10)
+    for place in range(3 * rope.MOST_KEPT):
+        rope.rotate(x, mine, [place], HEIGHT, WIDTH)
+        assert len(rope._kept._factors) <= rope.MOST_KEPT + 2
 
 
 def test_the_number_of_operators_does_not_hang_on_the_number_of_frames() -> None:
