@@ -251,25 +251,25 @@ class Heads:
         """The heads' part of `x`, `[..., H, D] -> [..., Hr, D]`; a view where they are neighbours."""
         if len(self._runs) == 1:
             return x[..., self._runs[0], :]
-        return x.index_select(-2, _on(x.device, self.indices))
+        return x.index_select(-2, numbers_on(x.device, self.indices))
 
     def take_into(self, out: Tensor, x: Tensor) -> None:
         """Writes the heads' part of `x [..., H, D]` to `out [..., Hr, D]`, both of one dtype."""
         if len(self._runs) == 1:
             out.copy_(x[..., self._runs[0], :])
         else:
-            torch.index_select(x, -2, _on(x.device, self.indices), out=out)
+            torch.index_select(x, -2, numbers_on(x.device, self.indices), out=out)
 
     def put(self, out: Tensor, part: Tensor) -> None:
         """Writes `part [..., Hr, D]` to the heads' places in `out [..., H, D]`."""
         if len(self._runs) == 1:
             out[..., self._runs[0], :] = part
         else:
-            out.index_copy_(-2, _on(out.device, self.indices), part)
+            out.index_copy_(-2, numbers_on(out.device, self.indices), part)
 
 
 @functools.lru_cache(maxsize=4096)
-def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """Numbers on a device, copied there once."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headforcing.types import runs
+from headforcing.types import numbers_on
 
 
 class Size(NamedTuple):
@@ -97,13 +97,8 @@ def _adjoin(first: Tensor, rest: Tensor) -> bool:
 
 def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
     """A copy of some slots, laid out head by head, `[B, n, P, Hr, D]`."""
-    batch, _, tokens, heads, dim = buffer.shape
-    (copy,) = cut([Size(len(slots), heads)], (batch, tokens, dim), buffer)
-    first = 0
-    for start, stop in runs(slots):
-        copy[:, first : first + stop - start] = buffer[:, start:stop]
-        first += stop - start
-    return copy
+    by_head = buffer.permute(0, 3, 1, 2, 4)
+    return by_head.index_select(2, numbers_on(buffer.device, tuple(slots))).permute(0, 2, 3, 1, 4)
 
 
 def slides(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
@@ -116,6 +111,8 @@ def slides(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> list[Callable[[]
 
 def picked(buffer: Tensor, rows: Tensor) -> Tensor:
     """Rows chosen per sample, `[B, slots, ...]` and `[B, m] -> [B, m, ...]`."""
+    if len(rows) == 1:
+        return buffer.index_select(1, rows[0])
     return torch.stack([sample.index_select(0, own) for sample, own in zip(buffer, rows, strict=True)])
 
 

@@ -372,7 +372,7 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 CACHES = (
-    types._on,
+    types.numbers_on,
     rope.temporal_tables,
     ragged.index_tensors,
     requirements._capability,
