@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headforcing.adapters.rope_fused import at_once, packed_spaces, packed_times
+from headforcing.adapters.rope_fused import at_once, packed
 from headforcing.errors import RoleError
 from headforcing.types import runs
 
@@ -87,11 +87,11 @@ def rotate(
 
     def times() -> Tensor:
         rows = temporal_rows(table[:, :time], positions)
-        return rows if on_cpu else packed_times(rows.real, rows.imag)
+        return rows if on_cpu else packed(rows.real, rows.imag)
 
     def spaces() -> Tensor:
         rows = _spatial_rows(table[:, time:], height, width, patch)
-        return rows if on_cpu else packed_spaces(rows.real, rows.imag)
+        return rows if on_cpu else packed(rows.real, rows.imag)
 
     found = _once(cache, "times", positions, times), _once(cache, "spaces", (height, width, patch), spaces)
     return _by_frame(x, *found) if on_cpu else at_once(x, *found)
@@ -101,7 +101,8 @@ def _once(cache: RotaryCache, what: str, asked: Sequence[float], make: Callable[
     """What was computed before for the same numbers, where 3 and 3.0 differ."""
     key = (what, *asked, *map(type, asked))
     if key not in cache:
-        cache[key] = make()
+        with torch.inference_mode(False), torch.no_grad():  # they outlive the call
+            cache[key] = make()
     return cache[key]
 
 
@@ -154,8 +155,8 @@ def rotate_real(
     if x.device.type != "cpu":
         return at_once(
             x,
-            _once(cache, "times", positions, lambda: packed_times(*times)),
-            _once(cache, "spaces", (height, width, patch), lambda: packed_spaces(*spaces())),
+            _once(cache, "times", positions, lambda: packed(*times)),
+            _once(cache, "spaces", (height, width, patch), lambda: packed(*spaces())),
         )
     both = spaces()
     out = torch.empty_like(x)

@@ -70,7 +70,10 @@ class MaxMin(EpisodicUpdate):
         stays = torch.ones(batch, rows, dtype=torch.bool, device=alike.device)
         for candidate in range(max(stored, capacity), rows):
             seen = alike[:, : candidate + 1, : candidate + 1]
-            nearest = seen.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :1]  # the older pair first
+            falling = seen.flatten(1).sort(
+                dim=1, descending=True, stable=True
+            )  # on a tie the older pair first
+            nearest = falling.indices[:, :1]
             pair = torch.cat([nearest // (candidate + 1), nearest % (candidate + 1)], 1).sort(1).values
             second = seen.topk(2, 2).values[..., 1].gather(1, pair)  # similarity of the next-nearest frame
             older, newer = pair[:, :1], pair[:, 1:]

@@ -161,7 +161,8 @@ class RotatedBank(BufferedBank):
         there = next((copy.pending()[0] for copy in self._copies.values() if copy.own == own), None)
         some = [copy for copy in self._copies.values() if copy.takes(own) and copy.own != own]
         sources = encode(k, own) if there is None else there, v
-        for source, targets in zip(sources, zip(*(copy.pending() for copy in some), strict=True), strict=True):
+        places = zip(*(copy.pending() for copy in some), strict=True)
+        for source, targets in zip(sources, places, strict=True):
             whole = side_by_side(targets)
             for target in targets if whole is None else [whole]:
                 target.copy_(source)
