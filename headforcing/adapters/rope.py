@@ -81,20 +81,20 @@ def rotate(
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
         do; computed in the precision of the table.
     """
-    kept, time, on_cpu = _kept.of(table), temporal_columns(table), x.device.type == "cpu"
+    kept, time, whole = _kept.of(table), temporal_columns(table), in_one_kernel(x.device)
     if kept is not None or cache is None:
         cache = {} if kept is None else kept
 
     def times() -> Tensor:
         rows = temporal_rows(table[:, :time], positions)
-        return rows if on_cpu else packed(rows.real, rows.imag)
+        return packed(rows.real, rows.imag) if whole else rows
 
     def spaces() -> Tensor:
         rows = _spatial_rows(table[:, time:], height, width, patch)
-        return rows if on_cpu else packed(rows.real, rows.imag)
+        return packed(rows.real, rows.imag) if whole else rows
 
     found = _once(cache, "times", positions, times), _once(cache, "spaces", (height, width, patch), spaces)
-    return _by_frame(x, *found) if on_cpu else at_once(x, *found)
+    return at_once(x, *found) if whole else _by_frame(x, *found)
 
 
 def _once(cache: RotaryCache, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
@@ -152,7 +152,7 @@ def rotate_real(
         return [each[merged].flatten(0, 1) for each in whole]
 
     times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
-    if x.device.type != "cpu":
+    if in_one_kernel(x.device):
         return at_once(
             x,
             _once(cache, "times", positions, lambda: packed(*times)),
@@ -169,6 +169,11 @@ def rotate_real(
         out[:, frame, ..., 0::2] = even * cos - odd * sin
         out[:, frame, ..., 1::2] = odd * cos + even * sin
     return out
+
+
+def in_one_kernel(device: torch.device) -> bool:
+    """Whether all frames are rotated at once."""
+    return device.type != "cpu"
 
 
 def temporal_columns(table: Tensor) -> int:
