@@ -70,16 +70,15 @@ def joined(first: Tensor, rest: Tensor) -> Tensor:
 
 
 def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
-    """Tensors `[1, ...]` as one `[n, ...]`, a view; `None`: they do not lie at equal distances in memory."""
+    """Views `[1, ...]` of one memory as one `[n, ...]`; `None`: they do not lie at equal distances."""
     first, offsets = every[0], [x.storage_offset() for x in every]
+    memory, shape, strides = first.untyped_storage(), first.shape, first.stride()
     step = offsets[1] - offsets[0] if len(every) > 1 else 0
-    if len(first) > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
+    if shape[0] > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
         return None
-    if any(x.shape != first.shape or x.stride() != first.stride() for x in every):
+    if any(x.untyped_storage() is not memory or x.shape != shape or x.stride() != strides for x in every):
         return None
-    if any(x.untyped_storage() != first.untyped_storage() for x in every):
-        return None
-    return first.as_strided((len(every), *first.shape[1:]), (step, *first.stride()[1:]), offsets[0])
+    return first.as_strided((len(every), *shape[1:]), (step, *strides[1:]), offsets[0])
 
 
 def _adjoin(first: Tensor, rest: Tensor) -> bool:

@@ -27,10 +27,13 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
     shape = (q.shape[0], num_queries(parts), num_heads, q.shape[3])
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     for some in _alike(parts):
-        sides = [side_by_side([getattr(part, name) for part in some]) for name in "qkv"]
-        if None not in sides:
+        sides = (
+            [] if len(some) == 1 else [side_by_side([getattr(part, name) for part in some]) for name in "qkv"]
+        )
+        whole = [side for side in sides if side is not None]
+        if len(whole) == 3:
             rows = out[0, some[0].rows.start : some[-1].rows.stop].unflatten(0, (len(some), -1))
-            some[0].heads.put(rows, _attend(*sides))
+            some[0].heads.put(rows, _attend(*whole))
             continue
         for part in some:
             part.heads.put(out[:, part.rows], _attend(part.q, part.k, part.v))
