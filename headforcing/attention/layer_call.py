@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,7 +92,7 @@ class LayerCall:
     def _encoder(self, heads: Heads | None = None) -> Encode:
         """Rotates keys or queries of some heads, or of all."""
         adapter = self.layer.options.adapter
-        call = self.call if heads is None else dataclasses.replace(self.call, heads=heads)
+        call = self.call if heads is None else self.call.of_heads(heads)
 
         def encode(x: Tensor, positions: Sequence[float], *patch: int) -> Tensor:
             return adapter.rotate(x, call, positions, *patch)
