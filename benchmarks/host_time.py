@@ -1,8 +1,8 @@
 """How long Python takes for one call of a self-attention layer, beside dense attention.
 
-Tiny tensors on a CPU, one thread, softmax attention and rotation by RoPE left out: what is left is the time of
-the host, which an accelerator waits for where its kernels are shorter. Variants take turns pass by pass. CPU
-time of the thread; on a machine that does other work, look at the ratios and at the least.
+Tiny tensors on a CPU, one thread, softmax attention and rotation by RoPE left out: what is left is the time
+of the host, which an accelerator waits for where its kernels are shorter. Variants take turns pass by pass.
+CPU time of the thread; on a machine that does other work, look at the ratios and at the least.
 
     python benchmarks/host_time.py
 """
