@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.stores import buffers
 from headforcing.testing import check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
+from headforcing.types import Heads
 from tests.hosts.rig import Rig
 
 NAMES = module_names(backends.__name__)
@@ -67,6 +70,48 @@ def test_a_kernel_without_gradients_refuses_to_drop_them(name, monkeypatch):
     monkeypatch.setattr(module, "REQUIREMENTS", Requirements())
     with pytest.raises(OptionError, match="no gradients"):
         module.attend(parts, 3)
+
+
+# Parts of one role that lie side by side take one call of `sdpa`.
+
+
+def by_query_frame(samples: int = 1, step: int = 9) -> list[Part]:
+    """A role of two heads that reads per query frame, three of 4 tokens, and another role."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(samples, count, 2, 16, generator=generator) for count in (12, 30, 30))
+    pair, other = Heads((0, 2), 3), Heads((1,), 3)
+    frames = [slice(first, first + 4) for first in (0, 4, 8)]
+    found = [
+        Part(pair, q[:, own], k[:, at : at + 9], v[:, at : at + 9], own)
+        for own, at in zip(frames, (0, step, 18), strict=True)
+    ]
+    return [*found, Part(other, q[:, :, :1], k[:, :, :1], v[:, :, :1], slice(0, 12))]
+
+
+@pytest.mark.parametrize(("samples", "step", "expected"), [(1, 9, 2), (2, 9, 4), (1, 10, 4)])
+def test_query_frames_attend_in_one_call_where_they_lie_side_by_side(samples, step, expected, monkeypatch):
+    parts = by_query_frame(samples, step)
+    apart = [Part(p.heads, p.q.clone(), p.k.clone(), p.v.clone(), p.rows) for p in parts]
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(1) or attend(*x)
+    )
+    found = sdpa(parts, 3)
+    assert len(calls) == expected
+    assert torch.equal(found, sdpa(apart, 3))
+    assert len(calls) == expected + 4
+
+
+def test_query_frames_in_the_place_of_others_are_found(monkeypatch):
+    right = buffers.side_by_side
+    monkeypatch.setattr(
+        importlib.import_module("headforcing.attention.backends.sdpa"),
+        "side_by_side",
+        lambda every: None if (found := right(every)) is None else found.flip(0),
+    )
+    parts = by_query_frame()
+    apart = [Part(p.heads, p.q.clone(), p.k.clone(), p.v.clone(), p.rows) for p in parts]
+    assert not torch.equal(sdpa(parts, 3), sdpa(apart, 3))
 
 
 # The check sees what is wrong.
