@@ -210,7 +210,9 @@ def test_the_budget_is_of_the_size_of_rounding(dtype):
 HERE = requirements_of("varlen").missing() is None
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TABLE = [
-    (Case("cuda", BF16, 128, (9, 0)), "varlen"),
+    (Case("cuda", BF16, 128, (8, 9)), "varlen"),
+    (Case("cuda", BF16, 128, (9, 0)), "sdpa"),  # cuDNN
+    (Case("cuda", BF16, 128, (10, 0)), "sdpa"),
     (Case("cuda", FP16, 64, (8, 0)), "varlen"),
     (Case("cuda", BF16, 256, (8, 0)), "varlen"),
     (Case("cuda", BF16, 264, (9, 0)), "sdpa"),  # too many channels
@@ -232,6 +234,13 @@ def test_auto_chooses_by_a_table(asked, expected):
     assert auto.choose(asked) == (expected if HERE else "sdpa")
 
 
+def test_with_flash_attention_3_auto_attends_in_one_call_on_later_gpus_too(monkeypatch):
+    monkeypatch.setattr(auto, "is_flash_2", lambda: False)
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        assert auto.choose(Case("cuda", BF16, 128, capability)) == ("varlen" if HERE else "sdpa")
+    assert auto.choose(Case("cuda", FP32, 128, (9, 0))) == "sdpa"
+
+
 def test_what_pytorch_was_built_with_counts_on_cuda_alone():
     built, other = Requirements(flash_built=True), Requirements()
     assert "built without it" in str(built.why_not(Case("cuda", BF16, 128, (9, 0), flash_built=False)))
@@ -247,7 +256,7 @@ def test_auto_does_not_take_another_one_when_a_kernel_fails(monkeypatch):
     def broken(parts, num_heads):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(auto, "_chosen", lambda case: broken)
+    monkeypatch.setattr(auto, "_chosen", lambda *_: broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         auto.attend(ARRANGEMENTS[0].parts(), 3)
 

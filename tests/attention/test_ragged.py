@@ -254,10 +254,10 @@ def test_where_rows_behind_count_as_zero_times_themselves_there_are_none(monkeyp
     budget.check(attend_ragged(tiled, parts, 3, gaps=False), "packed")
     with pytest.raises(AssertionError):
         budget.check(attend_ragged(tiled, parts, 3, gaps=True), "in place")
-    assert varlen.allows_gaps()
+    assert varlen.is_flash_2()
     for active, allows in (("FA3", False), ("FA4", False), ("mine", False), ("FA2", True)):
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda found=active: found)
-        assert varlen.allows_gaps() == allows
+        assert varlen.is_flash_2() == allows
 
 
 @pytest.mark.parametrize("active", ["FA2", "FA3"])

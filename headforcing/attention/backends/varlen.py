@@ -29,14 +29,15 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
         OptionError: the kernel does not take these tensors, or PyTorch lacks it.
     """
     REQUIREMENTS.check("varlen", parts)
-    return attend_ragged(REQUIREMENTS.load(), parts, num_heads, gaps=allows_gaps())
+    return attend_ragged(REQUIREMENTS.load(), parts, num_heads, gaps=is_flash_2())
 
 
-def allows_gaps() -> bool:
-    """Whether rows after the end of a sequence may hold anything, as in buffers that are not full yet.
+def is_flash_2() -> bool:
+    """Whether PyTorch's own FlashAttention-2 attends; others may be activated in its place.
 
-    FlashAttention-2, PyTorch's own, clears them. FlashAttention-3 and 4, which may be activated in its place,
-    multiply them by zero, and a `NaN` stays one: https://github.com/Dao-AILab/flash-attention/issues/2374
+    Rows after the end of a sequence may hold anything, as in buffers that are not full yet: FlashAttention-2
+    clears them. FlashAttention-3 and 4 multiply them by zero, and a `NaN` stays one:
+    https://github.com/Dao-AILab/flash-attention/issues/2374
     """
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
     return active in (None, "FA2")
