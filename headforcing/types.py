@@ -278,7 +278,13 @@ class Heads:
 def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """Numbers on a device, copied there once."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
+        return sent(torch.tensor(numbers, device="cpu"), device)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device; the copy to CUDA is not waited for."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headforcing.adapters.rope_fused import at_once, packed
 from headforcing.errors import RoleError
-from headforcing.types import runs
+from headforcing.types import runs, sent
 
 THETA = 10000
 """Wan's; only for tables of which the base model passes no more than the frames of the call."""
@@ -198,9 +198,7 @@ def temporal_tables(
     steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
     rates = 1.0 / THETA ** (steps / (2 * columns))
     angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
-    found = torch.stack([angles.cos(), angles.sin()])
-    found = found.pin_memory() if device.type == "cuda" else found
-    cos, sin = found.to(device, non_blocking=True)
+    cos, sin = sent(torch.stack([angles.cos(), angles.sin()]), device)
     return cos, sin
 
 

@@ -23,7 +23,7 @@ from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffers import Size, cut, gathered, picked, slides
-from headforcing.types import Encode, FrameTable, Heads, Selection, runs
+from headforcing.types import Encode, FrameTable, Heads, Selection, numbers_on, runs
 
 NOTHING = torch.empty(0)
 AT_ONCE = 128
@@ -134,7 +134,8 @@ class BufferedBank(Bank):
         return self._raw[:, rows[0] : rows[-1] + 1]
 
     def take(self, rows: Sequence[int]) -> Kept:
-        return Kept(tuple(self.frames[row] for row in rows), *self.rows(rows), self._ids[:, list(rows)])
+        numbers = self._ids.index_select(1, numbers_on(self._ids.device, tuple(rows)))
+        return Kept(tuple(self.frames[row] for row in rows), *self.rows(rows), numbers)
 
     def put(self, kept: Kept) -> None:
         super().put(kept)
