@@ -278,7 +278,7 @@ class Heads:
 def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """Numbers on a device, copied there once."""
     with torch.inference_mode(False):
-        return sent(torch.tensor(numbers, device="cpu"), device)
+        return sent(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
