@@ -190,7 +190,7 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 
 @functools.cache
-def _simple(cls: type[nn.Module]) -> tuple[tuple[str, ...], dict[str, Any], frozenset[str]] | None:
+def _simple(cls: Any) -> tuple[tuple[str, ...], dict[str, Any], frozenset[str]] | None:
     """Of a `forward` whose parameters can all be given by place or by name: names, defaults, required names.
 
     Parameters without a default have `None` in its place, in order. `None`: some are given otherwise.

@@ -56,9 +56,9 @@ class Blocks(CompressedHistory):
 
     def add(self, past: Past) -> None:
         assert past.grid is not None  # checked
-        for index, frame in enumerate(past.frames):
+        pooled = [_pooled(x, past.grid, self.patch).unbind(1) for x in (past.k, past.v)]
+        for frame, k, v in zip(past.frames, *pooled, strict=True):
             assert frame is not None  # committed frames are numbered
-            k, v = (_pooled(x[:, index], past.grid, self.patch) for x in (past.k, past.v))
             first = frame % self.frames == 0
             if not first and self._sum is not None:
                 k, v = self._sum[0] + k, self._sum[1] + v
@@ -99,8 +99,8 @@ class Blocks(CompressedHistory):
 
 
 def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
-    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]`, float32 or wider."""
-    batch, _, heads, dim = x.shape
+    """Means over squares of patches, `[B, n, P, Hr, D] -> [B, n, P / side**2, Hr, D]`, float32 or wider."""
+    batch, frames, _, heads, dim = x.shape
     x = x.to(wide_dtype(x))
-    squares = x.reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
-    return squares.mean((2, 4)).flatten(1, 2)
+    squares = x.reshape(batch, frames, grid[0] // side, side, grid[1] // side, side, heads, dim)
+    return squares.mean((3, 5)).flatten(2, 3)

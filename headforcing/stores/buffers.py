@@ -19,6 +19,9 @@ from torch import Tensor
 
 from headforcing.types import numbers_on
 
+MOST_BLOCKS = 2
+"""Copies that rows are slid by before they are gathered instead."""
+
 
 class Size(NamedTuple):
     """How much fits into a buffer: frames, heads, and tokens in front of the first frame."""
@@ -101,11 +104,24 @@ def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def slides(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
-    """Copies of rows to the same or earlier slots, `(slot, row)` ascending; none reads what it writes."""
+    """Copies of rows to the same or earlier slots, `(slot, row)` ascending; none reads what it writes.
+
+    Rows that would take many copies, and whose slots are neighbours, are gathered here and put there at once.
+    """
+    blocks, moved = _blocks(moves), [move for move in moves if move[0] != move[1]]
+    if len(blocks) > MOST_BLOCKS and moved[-1][0] - moved[0][0] == len(moved) - 1:
+        rows = [row for _, row in moved]
+        there = buffer[:, moved[0][0] : moved[-1][0] + 1]
+        return [partial(there.copy_, gathered(buffer, rows) if buffer.dim() > 2 else of_rows(buffer, rows))]
     return [
         partial(buffer[:, slot : slot + count].copy_, buffer[:, row : row + count])
-        for slot, row, count in _blocks(moves)
+        for slot, row, count in blocks
     ]
+
+
+def of_rows(buffer: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows, `[B, slots, ...] -> [B, rows, ...]`."""
+    return buffer.index_select(1, numbers_on(buffer.device, tuple(rows)))
 
 
 def picked(buffer: Tensor, rows: Tensor) -> Tensor:

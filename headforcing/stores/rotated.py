@@ -15,6 +15,9 @@ from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_mo
 from headforcing.stores.buffers import Size, cut, front, gathered, side_by_side, slides
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
+_Holds = tuple[tuple[int, ...], tuple[float, ...]]
+"""Rows of the history, and positions of these and the pending chunk."""
+
 
 @dataclass
 class _Copy:
@@ -29,7 +32,7 @@ class _Copy:
 
     k: Tensor
     v: Tensor
-    holds: tuple[tuple[int, ...], tuple[float, ...]] | None = None
+    holds: _Holds | None = None
     own: tuple[float, ...] | None = None
 
     def pending(self) -> tuple[Tensor, Tensor]:
@@ -142,18 +145,34 @@ class RotatedBank(BufferedBank):
         self, rows: Sequence[int], positions: Sequence[float], encode: Encode, query: int | None
     ) -> tuple[Tensor, Tensor]:
         """A copy of some rows and the pending chunk; rows are copied anew if they or positions change."""
-        first, slots = len(rows), len(positions)
-        own = tuple(positions[first:])
-        copy, holds = self._copy(query, slots), (tuple(rows), tuple(positions))
-        if copy.holds != holds:
-            copy.holds = copy.own = None
-            if rows:
-                copy.k[:, :first] = encode(gathered(self._raw, rows), positions[:first])
-                copy.v[:, :first] = gathered(self._v, rows)
-            copy.holds = holds
+        copy, own = self._copy(query, len(positions)), tuple(positions[len(rows) :])
+        self._put_history([(copy, (tuple(rows), tuple(positions)))], encode)
         if copy.own != own:
             self._put_pending(own, encode)
         return copy.k, copy.v
+
+    def prepare(self, views: Sequence[tuple[Sequence[int], Sequence[float]]], encode: Encode) -> None:
+        """Copies the history for all query frames in one step, where they see as many frames."""
+        asked = [
+            (self._copy(query, len(positions)), (tuple(rows), tuple(positions)))
+            for query, (rows, positions) in enumerate(views)
+        ]
+        if len({len(rows) for rows, _ in views}) == 1:
+            self._put_history(asked, encode)
+
+    def _put_history(self, asked: Sequence[tuple[_Copy, _Holds]], encode: Encode) -> None:
+        """Puts as many rows of the history into each of some copies, unless they are there."""
+        stale = [(copy, holds) for copy, holds in asked if copy.holds != holds]
+        for copy, _ in stale:
+            copy.holds = copy.own = None
+        count = len(stale[0][1][0]) if stale else 0
+        if count:
+            rows = [row for _, holds in stale for row in holds[0]]
+            positions = [position for _, holds in stale for position in holds[1][:count]]
+            _put_each([copy.k[:, :count] for copy, _ in stale], encode(gathered(self._raw, rows), positions))
+            _put_each([copy.v[:, :count] for copy, _ in stale], gathered(self._v, rows))
+        for copy, holds in stale:
+            copy.holds = holds
 
     def _put_pending(self, own: tuple[float, ...], encode: Encode) -> None:
         """Puts the pending chunk into all copies where it sits at these positions, rotated once."""
@@ -222,6 +241,16 @@ class RotatedBank(BufferedBank):
             self.moves += slides(self.buffers["rotated"], settled)
         for slot, _ in settled:
             self._rotated_to[slot] = positions[slot]
+
+
+def _put_each(places: Sequence[Tensor], frames: Tensor) -> None:
+    """Copies frames to places `[B, n, P, Hr, D]`, the first `n` to the first one."""
+    whole = side_by_side(places)
+    if whole is not None:
+        whole.copy_(frames[0].unflatten(0, (len(places), -1)))
+        return
+    for place, some in zip(places, frames.chunk(len(places), 1), strict=True):
+        place.copy_(some)
 
 
 def share_copies(banks: Iterable[Bank]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -138,13 +139,11 @@ class KVStore(ABC):
 
     def _overwrite(self, chunk: Chunk) -> None:
         """Takes one more pass over the pending chunk; interrupted, it has to come again."""
-        self.settle()
         self._finite.wrote(chunk)
         for bank in self._banks.values():
             bank.stage(chunk.k, chunk.v)
         self.settle()
-        self.unfinished = False
-        self._queries = chunk.q if self.compressed.want_queries else None
+        self.unfinished, self._queries = False, chunk.q if self.compressed.want_queries else None
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -186,14 +185,11 @@ class KVStore(ABC):
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
         self._pending = None  # first: from now on nothing but a new video can begin, which resets again
-        self._placement.forget()
         self._end, self.prompt_pending, self.unfinished = 0, False, False
-        self._finite.clear()
-        self.compressed.clear()
-        self.scenes.clear()
-        self._shifts.clear()
-        for bank in self._banks.values():
-            bank.clear()
+        self._placement.forget()
+        parts: list[Any] = [self._finite, self.compressed, self.scenes, self._shifts, *self._banks.values()]
+        for part in parts:
+            part.clear()
 
     def edit(self, edit: Edit, start: int) -> None:
         """Follows what the base model did to its KV cache before it runs frames from `start` on.
@@ -256,10 +252,13 @@ class KVStore(ABC):
             query: the query frame, for a role that reads per query frame.
         """
         assert self._pending is not None
-        plan = self._placement.plan(role, self._pending, phase, query)
-        number = None if query is None else query - self._pending.start
-        k, v = self._banks[role].view(plan.rows, plan.positions, encode, number)
-        return KVView(plan.frames, plan.positions, k, v)
+        bank, own = self._banks[role], self._pending
+        plan = self._placement.plan(role, own, phase, query)
+        if query == own.start:  # the first one of a role that reads per query frame: all of them follow
+            each = [self._placement.plan(role, own, phase, one) for one in own]
+            bank.prepare([(one.rows, one.positions) for one in each], encode)
+        number = None if query is None else query - own.start
+        return KVView(plan.frames, plan.positions, *bank.view(plan.rows, plan.positions, encode, number))
 
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """Compressed tokens that the heads of `role` attend to: rotated keys, values `[B, m, Hr, D]`.
@@ -283,9 +282,9 @@ class KVStore(ABC):
 
     def nbytes(self) -> int:
         """Bytes stored, counted from the memory behind the tensors; marks included."""
-        frames = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
-        queries = [] if self._queries is None else [self._queries]
-        return nbytes([*frames, *self.compressed.tensors(), *self.scenes.tensors(), *queries])
+        held = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
+        held += [] if self._queries is None else [self._queries]
+        return nbytes([*held, *self.compressed.tensors(), *self.scenes.tensors()])
 
     def _check_roles(self, chunk: int, pinned: bool = True) -> None:
         for role in self.heads:
