@@ -25,6 +25,7 @@ from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import snapshot
 from tests.hosts.rig import Rig
 
+pytestmark = pytest.mark.xdist_group("diffusers")  # imports it once
 MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, positions="absolute"))
 ROLES = [MIXED, MIXED[::-1]]
 CPU = torch.device("cpu")
