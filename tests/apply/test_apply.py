@@ -358,7 +358,7 @@ def test_replaced_roles_begin_with_an_empty_memory(rig: Rig) -> None:
     assert equal(rig.video(caches, 3), _expected(Anchor()))
 
 
-@pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_cycles_leave_no_tensor_and_no_object_of_ours(rig: Rig, cycles: int) -> None:
     def alive() -> tuple[int, int]:
         gc.collect()
