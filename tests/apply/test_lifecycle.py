@@ -251,13 +251,13 @@ def new_tensors() -> int:
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
-def test_hundreds_of_caches_one_after_the_other_leave_nothing() -> None:
+def test_many_caches_one_after_the_other_leave_nothing() -> None:
     rig, handle = applied()
     counts = []
     gc.freeze()
-    for number in range(60):
+    for number in range(30):
         rig.call(rig.caches(), 0, 3)
-        if number in (10, 59):
+        if number in (5, 29):
             counts.append(new_tensors())
     assert counts[0] == counts[1]
     assert handle.status().streams == ()

@@ -121,7 +121,12 @@ def check(what: str, when: tuple[int, int], least: int) -> None:
             assert any(equal(outs, one) for one in expected), (what, asking.seen[at])
 
 
-@pytest.mark.parametrize("what", ASKS)
+FAST_ASKS = ("cut", "recache", "commit", "remove")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if what in FAST_ASKS else pytest.mark.slow) for what in ASKS]
+)
 def test_whoever_asks_in_the_middle_of_a_pass_all_layers_follow_at_one_chunk(what: str) -> None:
     if examples(CI) > CI:
         for when in ((6, 1), (6, 0), (3, 1)):

@@ -275,7 +275,12 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[torch.device], None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+LATE = ("a verdict that is asked for once", "a verdict that nobody waits for")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LATE else ()) for name in PLANTED]
+)
 def test_it_is_found(name: str, simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, wrong, check = PLANTED[name]
     monkeypatch.setattr(owner, attribute, wrong)
