@@ -52,7 +52,7 @@ def demo(folder):
 
     def run(*options, out="out"):
         files = ["--weights", folder / "weights.safetensors", "--roles", folder / "roles.json"]
-        arguments = ["demo", "--seconds", "0.7", "--camera", "still", *files, "--out", folder / out, *options]
+        arguments = ["demo", "--seconds", "0.4", "--camera", "still", *files, "--out", folder / out, *options]
         return RUN.invoke(app, list(map(str, arguments)))
 
     return run
@@ -222,7 +222,7 @@ def test_the_demo_reports_both_policies(report):
     window, forcing = report["policies"]
     assert window["roles"] == [{"role": "all", "heads": 24, "frames": 18}]
     assert {row["role"]: row["heads"] for row in forcing["roles"]} == {"local": 6, "anchor": 6, "memory": 12}
-    assert (report["frames"], report["given"], report["trained"]) == (12, 3, 21)
+    assert (report["frames"], report["given"], report["trained"]) == (6, 3, 21)
 
 
 @pytest.mark.slow
@@ -245,8 +245,8 @@ def test_the_table_holds_the_numbers(demo, report):
         "This is one video",
     )
     assert all(word in answer.stdout for word in words)
-    assert "sliding window: 4/4" in answer.stderr
-    assert "drawing: 12/12" in answer.stderr
+    assert "sliding window: 2/2" in answer.stderr
+    assert "drawing: 6/6" in answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_mistake_gives_one_message(demo, options, message):
 
 def test_a_preset_instead_of_a_map(demo, folder, report):
     files = ["--weights", str(folder / "weights.safetensors"), "--out", str(folder / "preset")]
-    short = ["demo", "--seconds", "0.7", "--camera", "still", *files]
+    short = ["demo", "--seconds", "0.4", "--camera", "still", *files]
     answer = RUN.invoke(app, [*short, "--preset", "infinity_rope", "--json", "--seed", "5"])
     assert answer.exit_code == 0, answer.output
     window, row = json.loads(answer.stdout)["policies"]
