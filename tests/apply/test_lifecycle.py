@@ -184,7 +184,7 @@ def test_stored_bytes_stay_the_same_from_the_moment_the_window_is_full() -> None
     rig, handle = applied()
     caches = rig.caches()
     sizes = []
-    for chunk in range(20):
+    for chunk in range(12):
         rig.video(caches, 1, first=chunk)
         sizes.append(handle.status().stored_bytes)
     assert len(set(sizes[4:])) == 1
@@ -192,7 +192,7 @@ def test_stored_bytes_stay_the_same_from_the_moment_the_window_is_full() -> None
 
 def test_a_role_that_keeps_less_never_stores_more() -> None:
     sizes = []
-    for recent in range(7):
+    for recent in (0, 1, 3, 6):
         rig = Rig(9)
         handle = hf.apply_head_forcing(rig.model, Local(recent=recent))
         caches = rig.caches()
