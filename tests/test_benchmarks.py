@@ -380,7 +380,7 @@ NEAR = st.tuples(st.sampled_from([0.3, 0.31, 1.0]), st.floats(0.0, 0.02))
 
 
 @given(st.lists(st.tuples(POINTS, NEAR), min_size=1, max_size=2))
-@settings(max_examples=examples(8), deadline=None)
+@settings(max_examples=examples(4, nightly=80), deadline=None)
 def test_names_in_a_picture_do_not_overlap(bench, tmp_path_factory, told):
     """Also of variants that attend to as many frames in as much time; nor do they hide a point."""
     pytest.importorskip("matplotlib", reason="it is a picture")

@@ -325,12 +325,11 @@ def exact():
     return film("sdpa", FP64)[0]
 
 
-@pytest.mark.parametrize("store", ["ring", "reference"])
-@pytest.mark.parametrize(
-    "backend",
-    ["auto", functools.partial(attend_ragged, varlen_attn)],
-    ids=["auto", "varlen without its kernel"],
-)
+RAGGED = pytest.param(functools.partial(attend_ragged, varlen_attn), id="varlen without its kernel")
+
+
+@pytest.mark.parametrize("store", ["ring", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), RAGGED])
 def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     """Errors grow through layers and chunks as they do for `sdpa`, whose own error is the measure."""
     video, status = film(backend, store=store)
@@ -368,8 +367,15 @@ def layouts_of(row, chunks, batch=1):
     return layouts
 
 
-@pytest.mark.parametrize("row", [WHOLE, BESIDE], ids=["whole frames", "and what is kept beside them"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "row"),
+    [
+        (2, WHOLE),
+        (1, BESIDE),
+        pytest.param(1, WHOLE, marks=pytest.mark.slow),
+        pytest.param(2, BESIDE, marks=pytest.mark.slow),
+    ],
+)
 def test_the_ring_store_is_read_in_place(batch, row):
     """Where all that is kept is seen, nothing is copied for a kernel that takes rows, warm-up included."""
     layouts = layouts_of(row, 12, batch)
@@ -377,7 +383,11 @@ def test_the_ring_store_is_read_in_place(batch, row):
     assert layouts[-1] is layouts[-2], "the layout of full buffers is computed once"
 
 
-@pytest.mark.parametrize("row", [(Wave(),) * 4, (Wave(), Strided(), Veil(), Wave())], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param((Wave(),) * 4, marks=pytest.mark.slow), (Wave(), Strided(), Veil(), Wave())],
+    ids=["one", "many"],
+)
 def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):
     layouts = layouts_of(row, 24)
     settled = layouts[len(layouts) // 2 :]

@@ -24,7 +24,7 @@ from headforcing.stores import checks
 from tests.examples import examples
 from tests.gpu import simulated as gpu
 from tests.gpu.simulated import DEVICES, Simulation
-from tests.gpu.videos import Video, moved
+from tests.gpu.videos import Video, elsewhere, moved
 from tests.hosts.self_forcing import SelfForcingHost
 
 WINDOW, CHUNKS = 9, 6
@@ -129,7 +129,9 @@ def check_is_told(
     video.handle.remove()
 
 
-@pytest.fixture(params=[torch.device("cpu"), *DEVICES], ids=str)
+@pytest.fixture(
+    params=[torch.device("cpu"), pytest.param(DEVICES[0], marks=pytest.mark.slow), DEVICES[1]], ids=str
+)
 def anywhere(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The CPU, where a verdict is there at once, and the simulated devices."""
     if request.param.type == "cpu":
@@ -186,6 +188,7 @@ def test_of_every_video_one_layer_is_told(anywhere: torch.device) -> None:
     video.handle.reset()
 
 
+@elsewhere
 @pytest.mark.parametrize("store", ["ring", pytest.param("lean", marks=pytest.mark.slow)])
 def test_no_host_waits_for_a_verdict(simulation: Simulation, device: torch.device, store: str) -> None:
     check_no_wait(simulation, device, store)
@@ -272,7 +275,12 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[torch.device], None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+LATE = ("a verdict that is asked for once", "a verdict that nobody waits for")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LATE else ()) for name in PLANTED]
+)
 def test_it_is_found(name: str, simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, wrong, check = PLANTED[name]
     monkeypatch.setattr(owner, attribute, wrong)

@@ -14,7 +14,7 @@ from headforcing.adapters.base import find_adapter
 from headforcing.roles import Anchor, HeadRole, Local, Memory
 from headforcing.roles.episodic import Uniform
 from tests.gpu.simulated import DEVICES, Simulation
-from tests.gpu.videos import Roles, Video
+from tests.gpu.videos import Roles, Video, elsewhere
 from tests.hosts import find_host, host_names
 
 MIXED = [Anchor(1), Local(1), Memory(1, 2, 2)]
@@ -50,6 +50,7 @@ FAST = ("self_forcing",)
 """The others in the long run."""
 
 
+@elsewhere
 @pytest.mark.parametrize("store", ["ring", pytest.param("lean", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in host_names()]

@@ -167,7 +167,7 @@ def check(
 
 
 @pytest.mark.parametrize("what", ACTS)
-@pytest.mark.parametrize("name", sorted(STORES))
+@pytest.mark.parametrize("name", ["lean", pytest.param("reference", marks=pytest.mark.slow), "ring"])
 def test_after_a_fault_anywhere_the_same_again_is_as_if_there_was_none(name: str, what: str) -> None:
     if examples(CI) > CI:
         for kind, row in itertools.product(KINDS, ROWS.values()):
@@ -210,12 +210,14 @@ def the_chunk_is_pending_before_it_is_there(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("headforcing.stores.store.fork_store", lambda store: store)
 
 
-PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str, Kind]] = [
+PLANTED: list[Any] = [
     (frames_move_before_all_is_allocated, "frames", "commit", "line"),
     (a_switch_writes_to_the_buffers_in_use, "frames", "mark", "line"),
     (a_move_that_was_interrupted_is_left_out, "frames", "by hand", "before"),
     (compressed_tokens_change_at_once, "compressed", "commit", "line"),
-    (the_chunk_is_pending_before_it_is_there, "frames", "overlap", "line"),
+    pytest.param(
+        the_chunk_is_pending_before_it_is_there, "frames", "overlap", "line", marks=pytest.mark.slow
+    ),
 ]
 
 
