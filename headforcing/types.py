@@ -8,6 +8,7 @@ latent frame indices; lengths are in frames unless a name says tokens or bytes.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -296,3 +297,15 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, number + 1))
     return found
+
+
+def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
+    """Views `[1, ...]` of one memory as one `[n, ...]`; `None`: they do not lie at equal distances."""
+    first, offsets = every[0], [x.storage_offset() for x in every]
+    memory, shape, strides = first.untyped_storage(), first.shape, first.stride()
+    step = offsets[1] - offsets[0] if len(every) > 1 else 0
+    if shape[0] > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
+        return None
+    if any(x.untyped_storage() is not memory or x.shape != shape or x.stride() != strides for x in every):
+        return None
+    return first.as_strided((len(every), *shape[1:]), (step, *strides[1:]), offsets[0])

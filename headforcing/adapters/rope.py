@@ -31,7 +31,7 @@ Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
 RotaryCache = dict[Any, Tensor]
 """Rotation factors derived from one RoPE table, by positions."""
-MOST_KEPT = 64
+MOST_KEPT = 16
 """Rotation factors that are kept of a table from call to call."""
 
 
@@ -46,7 +46,7 @@ class _Kept(threading.local):
         """Those of a table, as long as it comes again unchanged; `None`: it does not tell its changes."""
         if table.is_inference():
             return None
-        if self._table() is not table or self._version != table._version or len(self._factors) > MOST_KEPT:
+        if self._table() is not table or self._version != table._version:
             self._factors = factors = RotaryCache()
             self._table, self._version = weakref.ref(table, lambda _: factors.clear()), table._version
         return self._factors
@@ -100,10 +100,14 @@ def rotate(
 def _once(cache: RotaryCache, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
     """What was computed before for the same numbers, where 3 and 3.0 differ."""
     key = (what, *asked, *map(type, asked))
-    if key not in cache:
+    found = cache.pop(key, None)
+    if found is None:
         with torch.inference_mode(False), torch.no_grad():  # they outlive the call
-            cache[key] = make()
-    return cache[key]
+            found = make()
+    cache[key] = found  # behind the others: the first one is the one that was not asked for longest
+    if len(cache) > MOST_KEPT:
+        del cache[next(iter(cache))]
+    return found
 
 
 def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:

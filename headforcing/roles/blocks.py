@@ -60,9 +60,10 @@ class Blocks(CompressedHistory):
         for frame, k, v in zip(past.frames, *pooled, strict=True):
             assert frame is not None  # committed frames are numbered
             first = frame % self.frames == 0
-            if not first and self._sum is not None:
-                k, v = self._sum[0] + k, self._sum[1] + v
-            self._sum = k, v
+            if first or self._sum is None:
+                self._sum = k.clone(), v.clone()
+            else:
+                self._sum = self._sum[0] + k, self._sum[1] + v
             self._count = 1 if first else self._count + 1
             if self._count == self.frames:
                 self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)

@@ -8,7 +8,6 @@ frame.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -70,18 +69,6 @@ def joined(first: Tensor, rest: Tensor) -> Tensor:
         batch, count, heads, dim = first.shape
         return first.as_strided((batch, count + rest.shape[1], heads, dim), first.stride())
     return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], 2).transpose(1, 2)
-
-
-def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
-    """Views `[1, ...]` of one memory as one `[n, ...]`; `None`: they do not lie at equal distances."""
-    first, offsets = every[0], [x.storage_offset() for x in every]
-    memory, shape, strides = first.untyped_storage(), first.shape, first.stride()
-    step = offsets[1] - offsets[0] if len(every) > 1 else 0
-    if shape[0] > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
-        return None
-    if any(x.untyped_storage() is not memory or x.shape != shape or x.stride() != strides for x in every):
-        return None
-    return first.as_strided((len(every), *shape[1:]), (step, *strides[1:]), offsets[0])
 
 
 def _adjoin(first: Tensor, rest: Tensor) -> bool:

@@ -125,6 +125,7 @@ class KVStore(ABC):
                 self._begin(chunk.frames)
             if self._apply_switch(chunk.start):
                 self._begin(chunk.frames)
+        allocate(self._banks.values(), chunk.k, chunk.v)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
         self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
@@ -140,8 +141,7 @@ class KVStore(ABC):
     def _overwrite(self, chunk: Chunk) -> None:
         """Takes one more pass over the pending chunk; interrupted, it has to come again."""
         self._finite.wrote(chunk)
-        for bank in self._banks.values():
-            bank.stage(chunk.k, chunk.v)
+        self._stage(chunk)
         self.settle()
         self.unfinished, self._queries = False, chunk.q if self.compressed.want_queries else None
 
@@ -211,6 +211,7 @@ class KVStore(ABC):
         after, pending = fork_store(self), copied(self._banks.values(), self._pending.start)
         after._set_apart()
         after.scenes.empty(edit.keep, start, self._grid)
+        allocate(after._banks.values(), pending.k, pending.v)
         after._stage(pending)
         self._take_over(after)
 
@@ -343,7 +344,6 @@ class KVStore(ABC):
         self.settle()
 
     def _stage(self, chunk: Chunk) -> None:
-        """Overwrites the pending chunk."""
-        allocate(self._banks.values(), chunk.k, chunk.v)
+        """Overwrites the pending chunk, for which there is room."""
         for bank in self._banks.values():
             bank.stage(chunk.k, chunk.v)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import headforcing as hf
+from headforcing import types
 from headforcing.attention import backends
 from headforcing.attention.backends import Part, auto, find_backend, flash, requirements_of, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
@@ -22,7 +23,6 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
-from headforcing.stores import buffers
 from headforcing.testing import check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
 from headforcing.types import Heads
@@ -103,7 +103,7 @@ def test_query_frames_attend_in_one_call_where_they_lie_side_by_side(samples, st
 
 
 def test_query_frames_in_the_place_of_others_are_found(monkeypatch):
-    right = buffers.side_by_side
+    right = types.side_by_side
     monkeypatch.setattr(
         importlib.import_module("headforcing.attention.backends.sdpa"),
         "side_by_side",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headforcing.errors import NonFiniteKVError
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.roles import Anchor, HeadRole, Local, Memory, episodic
+from headforcing.roles import Anchor, HeadRole, Local, Memory
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import ThresholdFifo
 from headforcing.roles.forcing_kv import Dynamic
@@ -243,14 +243,6 @@ def at_the_end(device: torch.device) -> None:
     check_is_told(Fault(chunk=1), "remove", device, chunks=2, again=1)
 
 
-def similarity_with_nan(keys: Tensor) -> Tensor:
-    """As it was."""
-    spots = keys.flatten(2, 3).transpose(1, 2).contiguous().float()
-    dots = spots @ spots.mT
-    scale = dots.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).rsqrt()
-    return (dots * scale[..., :, None] * scale[..., None, :]).mean(1)
-
-
 def forgets(guard: checks.FiniteGuard, wait: bool) -> None:
     """Asks for a verdict once."""
     late, guard._committed = guard._committed, None
@@ -262,7 +254,6 @@ def forgets(guard: checks.FiniteGuard, wait: bool) -> None:
 
 
 PLANTED: dict[str, tuple[Any, str, Any, Callable[[torch.device], None]]] = {
-    "a choice among NaN": (episodic, "similarity", similarity_with_nan, in_memory),
     "a verdict that is asked for once": (checks.FiniteGuard, "check", forgets, in_memory),
     "a verdict that nobody waits for": (gpu.Event, "synchronize", lambda event: None, in_memory),
     "the last chunk": (checks.FiniteGuard, "unreported", lambda guard: [], at_the_end),

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from headforcing.attention.backends import Attend, Part, find_backend
-from headforcing.attention.backends.varlen import REQUIREMENTS as VARLEN
-from headforcing.attention.backends.varlen import is_flash_2
-from headforcing.attention.requirements import Case, Requirements
+from headforcing.attention.backends import Attend, Part, find_backend, requirements_of
+from headforcing.attention.requirements import Case, Requirements, is_flash_2
 
 CUDNN = (9, 0)
 """Least compute capability where PyTorch attends with cuDNN."""
@@ -38,7 +36,7 @@ def choose(case: Case) -> str:
         'sdpa'
     """
     slower = (case.capability or (0, 0)) >= CUDNN and is_flash_2()
-    return "sdpa" if slower or VARLEN.why_not(case) is not None else "varlen"
+    return "sdpa" if slower or requirements_of("varlen").why_not(case) is not None else "varlen"
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from torch import Tensor
 from headforcing.attention.backends import Part
 from headforcing.attention.part import num_queries
 from headforcing.attention.requirements import Requirements
-from headforcing.stores.buffers import side_by_side
+from headforcing.types import side_by_side
 
 REQUIREMENTS = Requirements()
 
