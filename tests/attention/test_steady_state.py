@@ -676,8 +676,8 @@ def test_a_tensor_that_stays_is_found(kind, what):
 
 
 def test_an_object_that_stays_is_found():
+    layer = Layer([Local(1)], store=with_banks(Noting), passes=1)
     with pytest.raises(AssertionError, match="Python memory grew"):
-        layer = Layer([Local(1)], store=with_banks(Noting), passes=1)
         check_no_object_stays(layer, chunks=60, allowed=SOME_BYTES)
 
 
