@@ -618,10 +618,7 @@ FOUND_FAST = (SeesFillers, TurnsInTimeOnly, ForgetsWhatIsCoarse)
 
 @pytest.mark.parametrize(
     "bug",
-    [
-        pytest.param(bug, id=bug.__name__, marks=() if bug in FOUND_FAST else pytest.mark.slow)
-        for bug in BUGS
-    ],
+    [pytest.param(bug, id=bug.__name__, marks=() if bug in FOUND_FAST else pytest.mark.slow) for bug in BUGS],
 )
 def test_a_planted_bug_is_seen(bug: type[AnyFlowFAR], plain: Tensor) -> None:
     try:
