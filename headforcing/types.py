@@ -216,7 +216,7 @@ class AttentionCall:
 
     def of_heads(self, heads: Heads) -> AttentionCall:
         """The same call, queries or keys being those of some heads."""
-        twin = object.__new__(AttentionCall)  # what `dataclasses.replace` does takes ten times as long
+        twin = object.__new__(type(self))  # what `dataclasses.replace` does takes ten times as long
         twin.__dict__.update(self.__dict__, heads=heads)
         return twin
 
@@ -272,20 +272,14 @@ class Heads:
         if len(self._runs) == 1:
             out[..., self._runs[0], :] = part
         else:
-            out.index_copy_(-2, numbers_on(out.device, self.indices), part)
+            out.index_copy_(-2, numbers_on(out.device, self.indices), part.to(out.dtype))
 
 
 @functools.lru_cache(maxsize=4096)
 def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """Numbers on a device, copied there once."""
+    """Numbers on a device, copied there once; the copy is waited for, as any stream may use it."""
     with torch.inference_mode(False):
-        return sent(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on another device; the copy to CUDA is not waited for."""
-    x = x.pin_memory() if device.type == "cuda" else x
-    return x.to(device, non_blocking=True)
+        return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

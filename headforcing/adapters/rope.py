@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headforcing.adapters.rope_fused import at_once, packed
 from headforcing.errors import RoleError
-from headforcing.types import runs, sent
+from headforcing.types import runs
 
 THETA = 10000
 """Wan's; only for tables of which the base model passes no more than the frames of the call."""
@@ -31,24 +31,34 @@ Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
 RotaryCache = dict[Any, Tensor]
 """Rotation factors derived from one RoPE table, by positions."""
-MOST_KEPT = 16
+MOST_KEPT = 32
 """Rotation factors that are kept of a table from call to call."""
 
 
 class _Kept(threading.local):
-    """Rotation factors of the RoPE table that a thread used last, for all layers and passes."""
+    """Rotation factors of the RoPE table that a thread used last, for all layers and passes.
+
+    A table that is written to through `.data` is not noticed.
+    """
 
     def __init__(self) -> None:
         self._table: Callable[[], Tensor | None] = lambda: None
-        self._version, self._factors = 0, RotaryCache()
+        self._state: tuple[object, ...] = ()
+        self._factors = RotaryCache()
 
     def of(self, table: Tensor) -> RotaryCache | None:
-        """Those of a table, as long as it comes again unchanged; `None`: it does not tell its changes."""
-        if table.is_inference():
+        """Those of a table, as long as it comes again unchanged, on the same stream.
+
+        `None`: nothing is kept, because the table has no version counter, made in inference mode, or because
+        a CUDA graph is captured.
+        """
+        if table.is_inference() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
-        if self._table() is not table or self._version != table._version:
+        stream = torch.cuda.current_stream(table.device).cuda_stream if table.is_cuda else 0
+        state = table._version, table.data_ptr(), table.device, stream
+        if self._table() is not table or self._state != state:
             self._factors = factors = RotaryCache()
-            self._table, self._version = weakref.ref(table, lambda _: factors.clear()), table._version
+            self._table, self._state = weakref.ref(table, lambda _: factors.clear()), state
         return self._factors
 
 
@@ -82,8 +92,7 @@ def rotate(
         do; computed in the precision of the table.
     """
     kept, time, whole = _kept.of(table), temporal_columns(table), in_one_kernel(x.device)
-    if kept is not None or cache is None:
-        cache = {} if kept is None else kept
+    cache = kept if kept is not None else {} if cache is None else cache
 
     def times() -> Tensor:
         rows = temporal_rows(table[:, :time], positions)
@@ -93,7 +102,11 @@ def rotate(
         rows = _spatial_rows(table[:, time:], height, width, patch)
         return packed(rows.real, rows.imag) if whole else rows
 
-    found = _once(cache, "times", positions, times), _once(cache, "spaces", (height, width, patch), spaces)
+    kind = "packed" if whole else "rows"
+    found = (
+        _once(cache, f"times, {kind}", positions, times),
+        _once(cache, f"spaces, {kind}", (height, width, patch), spaces),
+    )
     return at_once(x, *found) if whole else _by_frame(x, *found)
 
 
@@ -202,7 +215,9 @@ def temporal_tables(
     steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
     rates = 1.0 / THETA ** (steps / (2 * columns))
     angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
-    cos, sin = sent(torch.stack([angles.cos(), angles.sin()]), device)
+    found = torch.stack([angles.cos(), angles.sin()])
+    found = found.pin_memory() if device.type == "cuda" else found
+    cos, sin = found.to(device, non_blocking=True)
     return cos, sin
 
 

@@ -5,8 +5,7 @@ where there are Triton and the C compiler that it requires; elsewhere, after one
 
 Both multiply and add in the steps of the complex multiplication of `headforcing.adapters.rope`: the results
 are equal bit for bit in float32 and below, and within rounding in float64. The kernel was run in Triton's
-interpreter and compiled for sm_90, where it takes 178 instructions for four elements per thread; it was not
-run on a GPU.
+interpreter, not on a GPU.
 """
 
 from __future__ import annotations
@@ -16,15 +15,21 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from headforcing.errors import RoleError
+
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 KERNEL = ("cuda", "xpu")
 """Devices that Triton compiles for."""
+SWITCH = "HEADFORCING_TRITON"
+"""Environment variable; 0: the kernel is not used, where it cannot be built for another reason."""
 
 
 def rotated(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
@@ -63,6 +68,11 @@ def at_once(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
     """
     if x.is_meta:  # the result alone, as the kernel makes it
         return torch.empty_like(x)
+    if times.shape[1:] != (x.shape[1], x.shape[4] // 2 - spaces.shape[2]) or spaces.shape[1] != x.shape[2]:
+        raise RoleError(
+            f"{tuple(x.shape)} [B, n, P, Hr, D] cannot be rotated by factors {tuple(times.shape)} of frames "
+            f"and {tuple(spaces.shape)} of patches: expected [2, n, T] and [2, P, D/2 - T], mend the adapter"
+        )
     graded = x.requires_grad and torch.is_grad_enabled()
     rotate = None if graded or x.device.type not in KERNEL or x.stride(-1) != 1 else kernel()
     if rotate is None:
@@ -83,8 +93,12 @@ def kernel() -> Rotate | None:
 
 def _missing() -> str | None:
     """What the kernel requires and is not here."""
+    if os.environ.get(SWITCH) == "0":
+        return f"the environment variable {SWITCH} is 0"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "Triton is not installed: install the one that goes with this PyTorch"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
         return "Triton finds no C compiler: install gcc, or name one in the environment variable CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton requires Python's headers: install python3-dev"
     return None

@@ -35,10 +35,10 @@ def _rotate(  # type: ignore[no-untyped-def]
     pairs: tl.constexpr,
     padded: tl.constexpr,  # the next power of two
 ):
-    head = tl.program_id(1) % heads
-    frame = tl.program_id(1) // heads % frames
-    sample = (tl.program_id(1) // heads // frames).to(tl.int64)
-    patch = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
+    head = tl.program_id(0) % heads
+    frame = tl.program_id(0) // heads % frames
+    sample = (tl.program_id(0) // heads // frames).to(tl.int64)
+    patch = tl.program_id(1) * rows + tl.arange(0, rows)[:, None]
     pair = tl.arange(0, padded)[None, :]
     moves, there = pair < time, (patch < patches) & (pair < pairs)
     times += frame * time + pair
@@ -77,7 +77,7 @@ def rotate_into(out: Tensor, x: Tensor, times: Tensor, spaces: Tensor) -> None:
         "pairs": pairs,
         "padded": triton.next_power_of_2(pairs),
     }
-    grid = triton.cdiv(patches, ROWS), samples * frames * heads
+    grid = samples * frames * heads, triton.cdiv(patches, ROWS)
     strides = (*x.stride()[:4], *out.stride()[:4])
     # Fused, a product and a sum are rounded once: not what the base model does.
     _rotate[grid](x, out, times, spaces, frames, patches, heads, *strides, **sizes, enable_fp_fusion=False)

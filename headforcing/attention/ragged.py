@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from headforcing.attention.part import Part, num_queries
-from headforcing.types import sent
 
 CACHED = 1024
 """Layouts that are cached: a model has one per layer, phase and number of stored frames."""
@@ -214,8 +213,7 @@ def _layout(call: CallLayout, k_rows: tuple[Rows, ...], bases: tuple[int, int] |
 def index_tensors(layout: RaggedLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """`cu_seqlens_q` and `cu_seqlens_k` on a device, int32; copied there once."""
     with torch.inference_mode(False):
-        numbers = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32, device="cpu")
-        both = sent(numbers, device)
+        both = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32, device=device)
     return both[0], both[1]
 
 

@@ -65,16 +65,15 @@ class MaxMin(EpisodicUpdate):
 
     def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
         alike = similarity(keys)
+        alike = torch.maximum(alike, alike.mT)  # which may be rounded in two ways
         batch, rows = alike.shape[:2]
         alike.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         stays = torch.ones(batch, rows, dtype=torch.bool, device=alike.device)
         for candidate in range(max(stored, capacity), rows):
             seen = alike[:, : candidate + 1, : candidate + 1]
-            falling = seen.flatten(1).sort(
-                dim=1, descending=True, stable=True
-            )  # on a tie the older pair first
-            nearest = falling.indices[:, :1]
-            pair = torch.cat([nearest // (candidate + 1), nearest % (candidate + 1)], 1).sort(1).values
+            # The first one: on a tie the older pair, and of a pair the older frame.
+            nearest = seen.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :1]
+            pair = torch.cat([nearest // (candidate + 1), nearest % (candidate + 1)], 1)
             second = seen.topk(2, 2).values[..., 1].gather(1, pair)  # similarity of the next-nearest frame
             older, newer = pair[:, :1], pair[:, 1:]
             victim = torch.where(second[:, :1] > second[:, 1:], older, newer)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from headforcing.types import numbers_on
 
-MOST_BLOCKS = 2
-"""Copies that rows are slid by before they are gathered instead."""
+MOST_BLOCKS, MOST_BYTES = 2, 1 << 26
+"""Copies that rows are slid by before they are gathered instead, and bytes that are gathered at most."""
 
 
 class Size(NamedTuple):
@@ -87,19 +87,25 @@ def _adjoin(first: Tensor, rest: Tensor) -> bool:
 def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
     """A copy of some slots, laid out head by head, `[B, n, P, Hr, D]`."""
     by_head = buffer.permute(0, 3, 1, 2, 4)
+    if slots and slots[-1] - slots[0] == len(slots) - 1:
+        some = by_head[:, :, slots[0] : slots[-1] + 1]
+        return some.clone(memory_format=torch.contiguous_format).permute(0, 2, 3, 1, 4)
     return by_head.index_select(2, numbers_on(buffer.device, tuple(slots))).permute(0, 2, 3, 1, 4)
 
 
 def slides(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
     """Copies of rows to the same or earlier slots, `(slot, row)` ascending; none reads what it writes.
 
-    Rows that would take many copies, and whose slots are neighbours, are gathered here and put there at once.
+    Rows that would take many copies, whose slots are neighbours and which are not too large, are gathered
+    here and put there at once.
     """
     blocks, moved = _blocks(moves), [move for move in moves if move[0] != move[1]]
     if len(blocks) > MOST_BLOCKS and moved[-1][0] - moved[0][0] == len(moved) - 1:
-        rows = [row for _, row in moved]
-        there = buffer[:, moved[0][0] : moved[-1][0] + 1]
-        return [partial(there.copy_, gathered(buffer, rows) if buffer.dim() > 2 else of_rows(buffer, rows))]
+        rows, there = [row for _, row in moved], buffer[:, moved[0][0] : moved[-1][0] + 1]
+        if there.nbytes <= MOST_BYTES:
+            return [
+                partial(there.copy_, gathered(buffer, rows) if buffer.dim() > 2 else of_rows(buffer, rows))
+            ]
     return [
         partial(buffer[:, slot : slot + count].copy_, buffer[:, row : row + count])
         for slot, row, count in blocks

@@ -2,7 +2,9 @@
 
 So an error, an interrupt, or a device out of memory, at whatever line or operator, leaves the store as it
 was, and the chunk can be written again. What overwrites stored frames is noted on the fork (`Bank.moves`) and
-done last, when the store took it over; interrupted there, it is finished before anything else happens.
+done last, when the store took it over; interrupted there, it is finished before anything else happens. One
+more pass over the pending chunk decides nothing, so it takes no fork: the store notes it, stages it, and if
+that is interrupted, whoever comes next finishes it (`KVStore.settle`).
 """
 
 from __future__ import annotations

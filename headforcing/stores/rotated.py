@@ -111,11 +111,11 @@ class RotatedBank(BufferedBank):
         return k, v
 
     def stage(self, k: Tensor, v: Tensor) -> None:
-        super().stage(k, v)
         first, count = len(self.frames), k.shape[1]
         self._rotated_to[first : first + count] = [None] * count
         for copy in self._copies.values():
             copy.own = None
+        super().stage(k, v)
 
     def put(self, kept: Kept) -> None:
         super().put(kept)

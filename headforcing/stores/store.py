@@ -62,6 +62,7 @@ class KVStore(ABC):
         self._grid: Grid | None = None
         self._queries: Tensor | None = None
         self._pending: range | None = None
+        self._again: Chunk | None = None  # a pass over the pending chunk that is not finished
         self._shape: Shape | None = None
         self._end = 0
         self._apart = False
@@ -90,7 +91,8 @@ class KVStore(ABC):
         shape = Shape.of(chunk)
         self.compressed.check(chunk, self._grid if chunk.start else None)
         if self._comes_again(chunk, shape):
-            self._overwrite(chunk)
+            self._again = chunk  # from here on `settle` finishes it, now or after an interrupt
+            self.settle()
             return
         again = self.scenes.rerun(self.frames_so_far)
         if self.begins_video(chunk):
@@ -138,13 +140,6 @@ class KVStore(ABC):
         same = chunk.frames == self._pending and shape == self._shape and chunk.grid == self._grid
         return same and self.scenes.rerun(self.frames_so_far) is None and self._shifts.still(chunk.shift)
 
-    def _overwrite(self, chunk: Chunk) -> None:
-        """Takes one more pass over the pending chunk; interrupted, it has to come again."""
-        self._finite.wrote(chunk)
-        self._stage(chunk)
-        self.settle()
-        self.unfinished, self._queries = False, chunk.q if self.compressed.want_queries else None
-
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
 
@@ -184,7 +179,7 @@ class KVStore(ABC):
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
-        self._pending = None  # first: from now on nothing but a new video can begin, which resets again
+        self._pending = self._again = None  # first: from now on nothing but a new video can begin
         self._end, self.prompt_pending, self.unfinished = 0, False, False
         self._placement.forget()
         parts: list[Any] = [self._finite, self.compressed, self.scenes, self._shifts, *self._banks.values()]
@@ -219,6 +214,13 @@ class KVStore(ABC):
         """Finishes what an earlier call was interrupted in, so that the store is as if it were not."""
         for bank in self._banks.values():
             bank.settle()
+        if (chunk := self._again) is not None:
+            self._finite.wrote(chunk)
+            self._stage(chunk)
+            for bank in self._banks.values():
+                bank.settle()
+            self.unfinished, self._queries = False, chunk.q if self.compressed.want_queries else None
+            self._again = None
 
     def check_switch(self, switch: Switch, due: Sequence[str] = ()) -> None:
         """Checks that a prompt switch is possible now; `due`: marks that will be made before it.
@@ -232,6 +234,11 @@ class KVStore(ABC):
     def pending(self) -> range | None:
         """Frames of the chunk that is still being written."""
         return self._pending
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last pass over the pending chunk was interrupted here; `settle` finishes it."""
+        return self._again is not None
 
     @property
     def committed(self) -> int:
@@ -264,12 +271,7 @@ class KVStore(ABC):
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """Compressed tokens that the heads of `role` attend to: rotated keys, values `[B, m, Hr, D]`.
 
-        Called after `view`; the next chunk may overwrite the memory.
-
-        Args:
-            role: whose heads.
-            encode: rotates keys to positions.
-            query: the query frame, for a role that reads per query frame.
+        Called after `view`, with its arguments; the next chunk may overwrite the memory.
         """
         assert self._pending is not None
         own, query = self._placement.inside(role, self._pending, query)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headforcing.adapters import rope
 from headforcing.adapters import rope_fused as fused
 from headforcing.adapters.rope_fused import at_once, packed, rotated
+from headforcing.errors import RoleError
 from headforcing.stores.buffers import Size, cut
 
 HEIGHT, WIDTH, ROWS = 3, 5, 64
@@ -187,21 +189,34 @@ def fresh() -> Iterator[None]:
     fused.kernel.cache_clear()
 
 
-@pytest.mark.parametrize("missing", ["Triton is not installed", "no C compiler"])
+@pytest.mark.parametrize(
+    "missing", ["Triton is not installed", "no C compiler", "no headers", "HEADFORCING_TRITON is 0"]
+)
 def test_without_what_builds_the_kernel_the_specification_runs_and_one_warning_says_so(
     fresh: None, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, times, spaces = drawn_call(torch.bfloat16)
     monkeypatch.setattr(fused, "KERNEL", ("cpu",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None if "Triton" in missing else object())
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None if "compiler" in missing else "gcc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: "nowhere")
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("HEADFORCING_TRITON", "0" if "is 0" in missing else "1")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = [fast(x, times, spaces) for _ in range(3)]
     assert all(torch.equal(one, rope._by_frame(x, times, spaces)) for one in found)
     assert len(said) == 1
     assert missing.removeprefix("no ") in str(said[0].message)
+
+
+@pytest.mark.parametrize(
+    ("frames", "patches", "time"), [(2, PATCHES, 4), (3, PATCHES - 1, 4), (3, PATCHES, 3)]
+)
+def test_factors_that_do_not_fit_are_refused_before_a_kernel_reads_past_them(frames, patches, time) -> None:
+    x, _, _ = drawn_call(torch.float32)
+    with pytest.raises(RoleError, match="cannot be rotated by factors"):
+        at_once(x, torch.randn(2, frames, time), torch.randn(2, patches, 6))
 
 
 def test_gradients_and_channels_that_lie_apart_go_through_the_specification(
@@ -308,12 +323,7 @@ def test_tables_are_told_apart() -> None:
 def test_a_table_that_was_written_to_and_is_taken_for_the_old_one_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Never(int):
-        def __ne__(self, other: object) -> bool:
-            return False
-
-    monkeypatch.setattr(rope._kept, "_version", Never(0), raising=False)
-    monkeypatch.setattr(Tensor, "_version", Never(0))
+    monkeypatch.setattr(Tensor, "_version", 0)
     with pytest.raises(AssertionError):
         check_tables_are_told_apart()
 

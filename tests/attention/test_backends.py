@@ -211,8 +211,9 @@ HERE = requirements_of("varlen").missing() is None
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TABLE = [
     (Case("cuda", BF16, 128, (8, 9)), "varlen"),
-    (Case("cuda", BF16, 128, (9, 0)), "sdpa"),  # cuDNN
+    (Case("cuda", BF16, 128, (9, 0)), "sdpa"),  # cuDNN's
     (Case("cuda", BF16, 128, (10, 0)), "sdpa"),
+    (Case("cuda", BF16, 128, (12, 0)), "varlen"),
     (Case("cuda", FP16, 64, (8, 0)), "varlen"),
     (Case("cuda", BF16, 256, (8, 0)), "varlen"),
     (Case("cuda", BF16, 264, (9, 0)), "sdpa"),  # too many channels
@@ -230,8 +231,12 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("asked", "expected"), TABLE, ids=lambda value: str(value))
-def test_auto_chooses_by_a_table(asked, expected):
+def test_auto_chooses_by_a_table(asked, expected, monkeypatch):
+    monkeypatch.setattr(auto.cudnn, "version", lambda: auto.CUDNN_VERSION)
     assert auto.choose(asked) == (expected if HERE else "sdpa")
+    monkeypatch.setattr(auto.cudnn, "version", lambda: auto.CUDNN_VERSION - 1)
+    if asked.capability == (9, 0) and expected == "sdpa" and requirements_of("varlen").why_not(asked) is None:
+        assert auto.choose(asked) == "varlen", "cuDNN is older"
 
 
 def test_with_flash_attention_3_auto_attends_in_one_call_on_later_gpus_too(monkeypatch):

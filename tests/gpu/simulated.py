@@ -20,6 +20,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -388,6 +389,8 @@ def simulated() -> Iterator[Simulation]:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "current_device", lambda: _Device.current[-1].index)
         patch.setattr(torch.cuda, "device", _Device)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch, "Event", Event)
         patch.setattr(Tensor, "pin_memory", _pinned)
