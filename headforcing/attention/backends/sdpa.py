@@ -27,13 +27,9 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
     shape = (q.shape[0], num_queries(parts), num_heads, q.shape[3])
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     for some in _alike(parts):
-        sides = (
-            [] if len(some) == 1 else [side_by_side([getattr(part, name) for part in some]) for name in "qkv"]
-        )
-        whole = [side for side in sides if side is not None]
-        if len(whole) == 3:
+        if (one := _as_one(some)) is not None:
             rows = out[0, some[0].rows.start : some[-1].rows.stop].unflatten(0, (len(some), -1))
-            some[0].heads.put(rows, _attend(*whole))
+            some[0].heads.put(rows, _attend(*one))
             continue
         for part in some:
             part.heads.put(out[:, part.rows], _attend(part.q, part.k, part.v))
@@ -46,12 +42,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _alike(parts: Sequence[Part]) -> list[list[Part]]:
-    """Neighbours of the same heads and sizes, as those of a role that reads per query frame."""
+    """Parts of the same heads and sizes with neighbouring queries, as of a role that reads per query frame."""
     found: list[list[Part]] = []
     for part in parts:
         last = found[-1][-1] if found else part
-        if found and part.heads is last.heads and part.k.shape == last.k.shape:
+        together = part.heads is last.heads and part.k.shape == last.k.shape
+        if found and together and part.rows.start == last.rows.stop:
             found[-1].append(part)
         else:
             found.append([part])
     return found
+
+
+def _as_one(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries, keys and values of several parts as those of a batch; `None`: they do not lie so."""
+    if len(parts) == 1:
+        return None
+    q, k, v = (side_by_side([getattr(part, name) for part in parts]) for name in "qkv")
+    return None if q is None or k is None or v is None else (q, k, v)
