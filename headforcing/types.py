@@ -7,11 +7,10 @@ latent frame indices; lengths are in frames unless a name says tokens or bytes.
 
 from __future__ import annotations
 
-import functools
-import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -275,11 +274,70 @@ class Heads:
             out.index_copy_(-2, numbers_on(out.device, self.indices), part.to(out.dtype))
 
 
-@functools.lru_cache(maxsize=4096)
-def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """Numbers on a device, copied there once; the copy is waited for, as any stream may use it."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.long, device=device)
+def stream_of(device: torch.device) -> int | None:
+    """The CUDA stream that work on a device goes to now, 0 on other devices; `None`: a graph is captured."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+_Made = TypeVar("_Made")
+
+
+class OncePerStream(Generic[_Made]):
+    """What is made for a device is kept from call to call, for every stream by itself.
+
+    Another stream may run ahead of the one that makes it. A CUDA graph that is captured takes what there is.
+
+    Args:
+        make: called with a device and more that can be hashed.
+        most: how much is kept; what was not asked for longest is dropped.
+    """
+
+    def __init__(self, make: Callable[..., _Made], most: int) -> None:
+        self.make, self.most = make, most
+        self._kept: OrderedDict[tuple[Any, ...], dict[int, _Made]] = OrderedDict()
+
+    def __call__(self, device: torch.device, *more: Any) -> _Made:
+        """What `make` made.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and it was never made.
+        """
+        key, stream = (device, *more), stream_of(device)
+        streams = self._kept.setdefault(key, {})
+        self._kept.move_to_end(key)
+        if stream is None:
+            if not streams:
+                what = f"a CUDA graph is captured on {device}, which cannot make {self.make.__name__}"
+                raise RuntimeError(f"{what}: run the same pass once before you capture it")
+            return next(iter(streams.values()))
+        if stream not in streams:
+            with torch.inference_mode(False):
+                streams[stream] = self.make(device, *more)
+            if len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        return streams[stream]
+
+    def cache_clear(self) -> None:
+        """Forgets everything."""
+        self._kept.clear()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device; the copy to CUDA is not waited for."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
+
+
+def _indices(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    return sent(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
+
+
+numbers_on = OncePerStream(_indices, 4096)
+"""Numbers, a tuple, on a device, `[n]`; the copy there is not waited for."""
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
@@ -291,15 +349,3 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, number + 1))
     return found
-
-
-def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
-    """Views `[1, ...]` of one memory as one `[n, ...]`; `None`: they do not lie at equal distances."""
-    first, offsets = every[0], [x.storage_offset() for x in every]
-    memory, shape, strides = first.untyped_storage(), first.shape, first.stride()
-    step = offsets[1] - offsets[0] if len(every) > 1 else 0
-    if shape[0] > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
-        return None
-    if any(x.untyped_storage() is not memory or x.shape != shape or x.stride() != strides for x in every):
-        return None
-    return first.as_strided((len(every), *shape[1:]), (step, *strides[1:]), offsets[0])

@@ -11,7 +11,6 @@ The device decides how: frame by frame on a CPU, all frames at once elsewhere
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from headforcing.adapters.rope_fused import at_once, packed
 from headforcing.errors import RoleError
-from headforcing.types import runs
+from headforcing.types import OncePerStream, runs, sent, stream_of
 
 THETA = 10000
 """Wan's; only for tables of which the base model passes no more than the frames of the call."""
@@ -52,9 +51,8 @@ class _Kept(threading.local):
         `None`: nothing is kept, because the table has no version counter, made in inference mode, or because
         a CUDA graph is captured.
         """
-        if table.is_inference() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if table.is_inference() or (stream := stream_of(table.device)) is None:
             return None
-        stream = torch.cuda.current_stream(table.device).cuda_stream if table.is_cuda else 0
         state = table._version, table.data_ptr(), table.device, stream
         if self._table() is not table or self._state != state:
             self._factors = factors = RotaryCache()
@@ -168,7 +166,7 @@ def rotate_real(
         whole = [table[: height * width, time:].unflatten(0, (height, width)) for table in tables]
         return [each[merged].flatten(0, 1) for each in whole]
 
-    times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
+    times = temporal_tables(tables[0].device, tuple(positions), time, tables[0].dtype)
     if in_one_kernel(x.device):
         return at_once(
             x,
@@ -204,21 +202,21 @@ def begins(columns: Tensor) -> list[int]:
     return [0, *(moved.nonzero()[:, 0] + 1).tolist()]
 
 
-@functools.lru_cache(maxsize=256)
-def temporal_tables(
-    positions: tuple[float, ...], columns: int, dtype: torch.dtype, device: torch.device
+def _temporal_tables(
+    device: torch.device, positions: tuple[float, ...], columns: int, dtype: torch.dtype
 ) -> Tables:
-    """Temporal columns of cosines and sines at any positions, `[n, columns]`.
-
-    Computed on the CPU, as base models do. New positions are copied to an accelerator once, without waiting.
-    """
     steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
     rates = 1.0 / THETA ** (steps / (2 * columns))
     angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
-    found = torch.stack([angles.cos(), angles.sin()])
-    found = found.pin_memory() if device.type == "cuda" else found
-    cos, sin = found.to(device, non_blocking=True)
+    cos, sin = sent(torch.stack([angles.cos(), angles.sin()]), device)
     return cos, sin
+
+
+temporal_tables = OncePerStream(_temporal_tables, 256)
+"""Temporal columns of cosines and sines, `[n, columns]`, by device, positions, columns and dtype.
+
+Computed on the CPU, as base models do. New positions are copied to an accelerator once, without waiting.
+"""
 
 
 def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:

@@ -8,6 +8,7 @@ frame.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,6 +72,18 @@ def joined(first: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], 2).transpose(1, 2)
 
 
+def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
+    """Views `[1, ...]` of one memory as one `[n, ...]`; `None`: they do not lie at equal distances."""
+    first, offsets = every[0], [x.storage_offset() for x in every]
+    memory, shape, strides = first.untyped_storage(), first.shape, first.stride()
+    step = offsets[1] - offsets[0] if len(every) > 1 else 0
+    if shape[0] > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
+        return None
+    if any(x.untyped_storage() is not memory or x.shape != shape or x.stride() != strides for x in every):
+        return None
+    return first.as_strided((len(every), *shape[1:]), (step, *strides[1:]), offsets[0])
+
+
 def _adjoin(first: Tensor, rest: Tensor) -> bool:
     """Whether the rest begins in memory where the first tokens end, as in one tensor."""
     if first.untyped_storage() != rest.untyped_storage() or first.dtype != rest.dtype:
@@ -87,7 +100,7 @@ def _adjoin(first: Tensor, rest: Tensor) -> bool:
 def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
     """A copy of some slots, laid out head by head, `[B, n, P, Hr, D]`."""
     by_head = buffer.permute(0, 3, 1, 2, 4)
-    if slots and slots[-1] - slots[0] == len(slots) - 1:
+    if slots and list(slots) == list(range(slots[0], slots[0] + len(slots))):
         some = by_head[:, :, slots[0] : slots[-1] + 1]
         return some.clone(memory_format=torch.contiguous_format).permute(0, 2, 3, 1, 4)
     return by_head.index_select(2, numbers_on(buffer.device, tuple(slots))).permute(0, 2, 3, 1, 4)

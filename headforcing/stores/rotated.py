@@ -12,8 +12,8 @@ from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_moves
-from headforcing.stores.buffers import Size, cut, front, gathered, slides
-from headforcing.types import Encode, FrameTable, Heads, Selection, runs, side_by_side
+from headforcing.stores.buffers import Size, cut, front, gathered, side_by_side, slides
+from headforcing.types import Encode, FrameTable, Heads, Selection, runs
 
 _Holds = tuple[tuple[int, ...], tuple[float, ...]]
 """Rows of the history, and positions of these and the pending chunk."""

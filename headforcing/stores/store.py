@@ -260,12 +260,11 @@ class KVStore(ABC):
             query: the query frame, for a role that reads per query frame.
         """
         assert self._pending is not None
-        bank, own = self._banks[role], self._pending
-        plan = self._placement.plan(role, own, phase, query)
+        bank, own, plan_of = self._banks[role], self._pending, self._placement.plan
         if query == own.start:  # the first one of a role that reads per query frame: all of them follow
-            each = [self._placement.plan(role, own, phase, one) for one in own]
+            each = [plan_of(role, own, phase, one) for one in own]
             bank.prepare([(one.rows, one.positions) for one in each], encode)
-        number = None if query is None else query - own.start
+        plan, number = plan_of(role, own, phase, query), None if query is None else query - own.start
         return KVView(plan.frames, plan.positions, *bank.view(plan.rows, plan.positions, encode, number))
 
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:

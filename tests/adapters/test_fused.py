@@ -108,7 +108,7 @@ def test_real_tables_are_turned_with_the_same_steps(positions: Any, bank: bool, 
     tables = tuple(x.float() for x in (table(pairs).real, table(pairs).imag))
     x = drawn((1, len(positions), PATCHES, 3, 2 * pairs), dtype, bank, 2)
     time = rope.temporal_columns(tables[0])
-    times = rope.temporal_tables(tuple(positions), time, torch.float32, torch.device("cpu"))
+    times = rope.temporal_tables(torch.device("cpu"), tuple(positions), time, torch.float32)
     spaces = tuple(each[:PATCHES, time:] for each in tables)
     found = at_once(x, packed(*times), packed(*spaces))
     assert torch.equal(found, rope.rotate_real(x, tables, positions, HEIGHT, WIDTH))
@@ -374,7 +374,7 @@ def test_cosines_and_sines_are_copied_once_for_every_set_of_positions() -> None:
 
 @pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
 def test_cosines_and_sines_are_computed_on_the_cpu_whatever_the_default_is(elsewhere: str) -> None:
-    asked = ((0.5, 3), 4, torch.float32, torch.device("cpu"))
+    asked = (torch.device("cpu"), (0.5, 3), 4, torch.float32)
     expected = rope.temporal_tables(*asked)
     rope.temporal_tables.cache_clear()
     with torch.device(elsewhere):

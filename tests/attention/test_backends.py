@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
 import headforcing as hf
-from headforcing import types
 from headforcing.attention import backends
+from headforcing.attention import part as part_module
 from headforcing.attention.backends import Part, auto, find_backend, flash, requirements_of, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.attention.part import num_queries
@@ -103,9 +102,9 @@ def test_query_frames_attend_in_one_call_where_they_lie_side_by_side(samples, st
 
 
 def test_query_frames_in_the_place_of_others_are_found(monkeypatch):
-    right = types.side_by_side
+    right = part_module.side_by_side
     monkeypatch.setattr(
-        importlib.import_module("headforcing.attention.backends.sdpa"),
+        part_module,
         "side_by_side",
         lambda every: None if (found := right(every)) is None else found.flip(0),
     )

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import headforcing as hf
 from benchmarks.meta_layer import returns_views
+from headforcing.adapters import rope
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.demo.model.attention import DemoCausalSelfAttention, DemoConfig, rope_table
 from headforcing.integrations.self_forcing import SelfForcing
@@ -270,7 +271,8 @@ def check_work_is_constant(layer: Layer) -> None:
 
 
 def alive() -> tuple[int, int]:
-    """Tensors alive, and the bytes of their storages, each counted once."""
+    """Tensors alive, and the bytes of their storages, each counted once; rotation factors are no layer's."""
+    rope._kept.__init__()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
     storages = [x.untyped_storage() for x in tensors]
     return len(tensors), sum({s._cdata: s.nbytes() for s in storages}.values())

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from headforcing.attention.backends import Part
-from headforcing.attention.part import num_queries
+from headforcing.attention.part import as_one, num_queries
 from headforcing.attention.requirements import Requirements
-from headforcing.types import side_by_side
 
 REQUIREMENTS = Requirements()
 
@@ -27,7 +26,7 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
     shape = (q.shape[0], num_queries(parts), num_heads, q.shape[3])
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     for some in _alike(parts):
-        if (one := _as_one(some)) is not None:
+        if (one := as_one(some)) is not None:
             rows = out[0, some[0].rows.start : some[-1].rows.stop].unflatten(0, (len(some), -1))
             some[0].heads.put(rows, _attend(*one))
             continue
@@ -42,7 +41,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _alike(parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts of the same heads and sizes with neighbouring queries, as of a role that reads per query frame."""
+    """Parts of the same heads and sizes with neighbouring queries: of a role that reads per query frame."""
     found: list[list[Part]] = []
     for part in parts:
         last = found[-1][-1] if found else part
@@ -52,11 +51,3 @@ def _alike(parts: Sequence[Part]) -> list[list[Part]]:
         else:
             found.append([part])
     return found
-
-
-def _as_one(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Queries, keys and values of several parts as those of a batch; `None`: they do not lie so."""
-    if len(parts) == 1:
-        return None
-    q, k, v = (side_by_side([getattr(part, name) for part in parts]) for name in "qkv")
-    return None if q is None or k is None or v is None else (q, k, v)
