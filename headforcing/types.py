@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+_Made = TypeVar("_Made")
 Phase = Literal["denoise", "clean"]
 """`"denoise"`: a noisy pass. `"clean"`: the clean pass that writes the cache."""
 
@@ -281,9 +282,6 @@ def stream_of(device: torch.device) -> int | None:
     if torch.cuda.is_current_stream_capturing():
         return None
     return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-_Made = TypeVar("_Made")
 
 
 class OncePerStream(Generic[_Made]):
