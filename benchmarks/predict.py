@@ -133,23 +133,28 @@ def main() -> None:
     """Predicts, shows, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--host-time", type=Path, default=Path("runs/bench/host_time.json"))
+    parser.add_argument("--scale", type=float, default=1.0, help="host time there over host time here")
     parser.add_argument("--measured", type=Path, help="JSON of transformer.py on a GPU, to show beside")
     parser.add_argument("--grids", nargs="+", default=["30x52", "45x80"], help="patches per frame, HxW")
     parser.add_argument("--store", default="ring", help="where keys and values live, by name")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/predict.json"))
     args, console = parser.parse_args(), Console(width=160)
-    host = {row["variant"]: row for row in json.loads(args.host_time.read_text("utf-8"))["rows"]}
+    host = {
+        row.pop("variant"): {name: args.scale * time for name, time in row.items()}
+        for row in json.loads(args.host_time.read_text("utf-8"))["rows"]
+    }
     found = predicted(host, args.grids, args.store)
     cases = list(dict.fromkeys((row["card"], row["model"], row["grid"]) for row in found))
     beside = measured_speeds(args.measured)
-    title = f"speed beside dense attention over {WINDOW} frames, predicted"
+    title = f"speed beside dense attention over {WINDOW} frames, predicted; host time x {args.scale:g}"
     table = Table("heads scattered", "frames", *map("\n".join, cases), title=title)
     for name in dict.fromkeys(row["variant"] for row in found):
         same = [row for row in found if row["variant"] == name]
         shown = name.partition(":")[0] + (f", measured {beside[name]:.2f}" if name in beside else "")
         table.add_row(shown, f"{same[0]['frames']:.1f}", *(f"{row['speed']:.2f}" for row in same))
     console.print(table)
-    write(args.out, {"host_time": str(args.host_time), "store": args.store, "rows": found})
+    facts = {"host_time": str(args.host_time), "scale": args.scale, "store": args.store}
+    write(args.out, {**facts, "rows": found})
 
 
 if __name__ == "__main__":
