@@ -37,7 +37,7 @@ setup-docs: $(READY_DOCS) ## install what builds the documentation into .venv
 demo: $(READY) ## run the embedded demo into runs/demo
 	$(BIN)/headforcing demo --out runs/demo
 
-test: $(READY) ## the fast tests: about ten minutes on two cores
+test: $(READY) ## the fast tests: five to seven minutes on two cores
 	$(PYTEST) -m 'not slow'
 
 test-all: $(READY) ## every test, with ten times the examples: hours on two cores

@@ -28,7 +28,7 @@ from headforcing.cli.amounts import parse_grid
 from headforcing.measure.sizes import ModelSize
 from headforcing.roles import HeadRole
 
-IDLE = {"empty", "new_empty", "empty_strided", "_unsafe_view"}
+IDLE = {"empty", "new_empty", "empty_strided", "_unsafe_view", "promote_types"}
 """Operators that launch nothing; `empty_like` stands for a fused kernel here."""
 HEADS = 12
 

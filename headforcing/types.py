@@ -7,14 +7,15 @@ latent frame indices; lengths are in frames unless a name says tokens or bytes.
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+_Made = TypeVar("_Made")
 Phase = Literal["denoise", "clean"]
 """`"denoise"`: a noisy pass. `"clean"`: the clean pass that writes the cache."""
 
@@ -191,7 +192,8 @@ class AttentionCall:
         rolling: whether the base model denoises several chunks at once; see `Chunk`.
         shift: how far the base model moves these frames on the temporal axis, in frames.
         heads: whose queries or keys are rotated, where a model rotates heads differently; `None`: all.
-        rotary_cache: rotation factors of the RoPE table, for all roles of this call; see `rope.rotate`.
+        rotary_cache: rotation factors of the RoPE table, for all roles of this call, where they are not kept
+            from call to call; see `rope.rotate`.
     """
 
     x: Tensor
@@ -211,6 +213,12 @@ class AttentionCall:
     def tokens_per_frame(self) -> int:
         """Patches in one frame, `P`."""
         return self.grid[1] * self.grid[2]
+
+    def of_heads(self, heads: Heads) -> AttentionCall:
+        """The same call, queries or keys being those of some heads."""
+        twin = object.__new__(type(self))  # what `dataclasses.replace` does takes ten times as long
+        twin.__dict__.update(self.__dict__, heads=heads)
+        return twin
 
 
 @dataclass(frozen=True)
@@ -250,29 +258,84 @@ class Heads:
         """The heads' part of `x`, `[..., H, D] -> [..., Hr, D]`; a view where they are neighbours."""
         if len(self._runs) == 1:
             return x[..., self._runs[0], :]
-        return x.index_select(-2, _on(x.device, self.indices))
+        return x.index_select(-2, numbers_on(x.device, self.indices))
 
     def take_into(self, out: Tensor, x: Tensor) -> None:
         """Writes the heads' part of `x [..., H, D]` to `out [..., Hr, D]`, both of one dtype."""
         if len(self._runs) == 1:
             out.copy_(x[..., self._runs[0], :])
         else:
-            torch.index_select(x, -2, _on(x.device, self.indices), out=out)
+            torch.index_select(x, -2, numbers_on(x.device, self.indices), out=out)
 
     def put(self, out: Tensor, part: Tensor) -> None:
         """Writes `part [..., Hr, D]` to the heads' places in `out [..., H, D]`."""
-        first = 0
-        for run in self._runs:
-            last = first + run.stop - run.start
-            out[..., run, :] = part[..., first:last, :]
-            first = last
+        if len(self._runs) == 1:
+            out[..., self._runs[0], :] = part
+        else:
+            out.index_copy_(-2, numbers_on(out.device, self.indices), part.to(out.dtype))
 
 
-@functools.lru_cache(maxsize=4096)
-def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """Numbers on a device, copied there once."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
+def stream_of(device: torch.device) -> int | None:
+    """The CUDA stream that work on a device goes to now, 0 on other devices; `None`: a graph is captured."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+class OncePerStream(Generic[_Made]):
+    """What is made for a device is kept from call to call, for every stream by itself.
+
+    Another stream may run ahead of the one that makes it. A CUDA graph that is captured takes what there is.
+
+    Args:
+        make: called with a device and more that can be hashed.
+        most: how much is kept; what was not asked for longest is dropped.
+    """
+
+    def __init__(self, make: Callable[..., _Made], most: int) -> None:
+        self.make, self.most = make, most
+        self._kept: OrderedDict[tuple[Any, ...], dict[int, _Made]] = OrderedDict()
+
+    def __call__(self, device: torch.device, *more: Any) -> _Made:
+        """What `make` made.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and it was never made.
+        """
+        key, stream = (device, *more), stream_of(device)
+        streams = self._kept.setdefault(key, {})
+        self._kept.move_to_end(key)
+        if stream is None:
+            if not streams:
+                what = f"a CUDA graph is captured on {device}, which cannot make {self.make.__name__}"
+                raise RuntimeError(f"{what}: run the same pass once before you capture it")
+            return next(iter(streams.values()))
+        if stream not in streams:
+            with torch.inference_mode(False):
+                streams[stream] = self.make(device, *more)
+            if len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        return streams[stream]
+
+    def cache_clear(self) -> None:
+        """Forgets everything."""
+        self._kept.clear()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device; the copy to CUDA is not waited for."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
+
+
+def _indices(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    return sent(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
+
+
+numbers_on = OncePerStream(_indices, 4096)
+"""Numbers, a tuple, on a device, `[n]`; the copy there is not waited for."""
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -113,7 +113,7 @@ def _grid(arguments: Mapping[str, Any], tokens: int, first: int) -> Grid:
     width = int(
         (tables[1][:tokens, time] == 0).sum()
     )  # in the first row of patches the angle for height is 0
-    times = rope.temporal_tables(places, time, table.dtype, table.device)
+    times = rope.temporal_tables(table.device, places, time, table.dtype)
     pairs = [(found[::tokens, :time], own) for found, own in zip(tables, times, strict=True)]
     alike = all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in pairs)
     if not width or tokens % width or not alike:

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 from tests.examples import CI
 
-# Counts in the tests are in hundredths of CI: a fast run takes 60 of them, the long one 1,000.
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=6 * CI // 10)
+# Counts in the tests are in hundredths of CI: a fast run takes 40 of them, the long one 1,000.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=4 * CI // 10)
 settings.register_profile("dev", deadline=None, max_examples=CI // 5)
 settings.register_profile(
     "nightly", deadline=None, max_examples=10 * CI, suppress_health_check=[HealthCheck.too_slow]

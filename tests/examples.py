@@ -9,6 +9,6 @@ CI = 100
 
 
 def examples(count: int, nightly: int = 0) -> int:
-    """Six tenths of `count` in `make test`, ten times `count` (at least `nightly`) in `make test-all`."""
+    """Four tenths of `count` in `make test`, ten times `count` (at least `nightly`) in `make test-all`."""
     full = settings.default.max_examples
     return max(1, count * full // CI, nightly if full > CI else 0)

@@ -239,8 +239,10 @@ class Clamped(Head):
 
     def placed(self, frames: list[Frame], query: int | None, window: int) -> list[int]:
         assert query is not None
-        far = max(0, query - self.origin - min(max(query - self.origin, self.role.near), self.role.far))
-        return [f.time - far if f.time >= self.start - self.role.recent else 0 for f in frames]
+        near, most = self.role.near, self.role.far
+        begin, far = (max(0, time - min(max(time, near), most)) for time in (self.start, query - self.origin))
+        last = self.start - self.role.recent
+        return [f.time - begin if f.time >= last else far - begin for f in frames]
 
 
 class Cycle(Clamped):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import threading
 from collections.abc import Callable
@@ -294,12 +295,12 @@ def playing(rig: Rig) -> tuple[Rig, hf.HeadForcing, Caches]:
 def undisturbed() -> list[Tensor]:
     rig = Rig(window=6)
     hf.apply_head_forcing(rig.model, ROLES)
-    return rig.video(rig.caches(), 6)
+    return rig.video(rig.caches(), 5)
 
 
 def goes_on(rig: Rig, caches: Caches) -> bool:
     """The video continues with the bits it would have had without the incident."""
-    return equal(rig.video(caches, 3, first=3), undisturbed()[6:])
+    return equal(rig.video(caches, 2, first=3), undisturbed()[6:])
 
 
 def starts_again(rig: Rig, caches: Caches) -> bool:
@@ -373,15 +374,18 @@ def _poison(value: float, head: int) -> Callable[..., Tensor]:
     return spoil
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["norm_k", "v"])
+SPOILT = [
+    (*place, name, value)
+    for place in ((0, 0), (0, 3), (1, 2))
+    for name in ("norm_k", "v")
+    for value in (torch.nan, torch.inf, -torch.inf)
+]
+FAST_SPOILT = [(0, 0, "norm_k", torch.inf), (0, 3, "v", -torch.inf), (1, 2, "norm_k", torch.nan)]
+
+
 @pytest.mark.parametrize(
-    ("layer", "head"),
-    [
-        (0, 0),
-        (0, 3),
-        (1, 2),
-    ],
+    ("layer", "head", "name", "value"),
+    [pytest.param(*one, marks=() if one in FAST_SPOILT else pytest.mark.slow) for one in SPOILT],
 )
 def test_keys_that_are_not_finite_name_layer_and_head_and_writing_the_chunk_again_heals(
     playing: Playing, layer: int, head: int, name: str, value: float
@@ -468,9 +472,14 @@ def test_a_new_video_may_have_another_dtype(playing: Playing) -> None:
     assert equal(rig.video(rig.caches(), 3), low.video(low.caches(), 3))
 
 
-@pytest.mark.parametrize("name", ["global_end_index", "local_end_index"])
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "another tensor"])
+EDITS = [*itertools.product(("global_end_index", "local_end_index"), (0, 1), (True, False))]
+FAST_EDITS = [("global_end_index", 0, False), ("local_end_index", 1, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "in_place"),
+    [pytest.param(*edit, marks=() if edit in FAST_EDITS else pytest.mark.slow) for edit in EDITS],
+)
 def test_an_index_edited_from_outside_says_what_was_found_and_expected(
     playing: Playing, name: str, layer: int, in_place: bool
 ) -> None:
@@ -585,7 +594,7 @@ def _remove_in_hook(playing: Playing, path: str, kind: str) -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("kind", [HOOKS[0], pytest.param(HOOKS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", MODULES)
 def test_remove_inside_a_hook_below_the_attention_is_refused(playing: Playing, path: str, kind: str) -> None:
     _remove_in_hook(playing, path, kind)

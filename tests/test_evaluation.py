@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -131,16 +132,26 @@ def environment(place, **more):
     return {**kept, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def team(size, place, out, *more, folders=None, target=None, **trouble):
-    """The script on as many processes, without a launcher that would end the others; codes and errors."""
+def ranks_of(size):
+    """What a launcher tells each of as many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), **where}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **world} for rank in range(size)]
+
+
+def here_as(ranks, place, out):
+    """The script in this process, as one of several."""
+    os.environ.update(environment(place, **ranks))
+    here(place, out)
+
+
+def team(size, place, out, *more, folders=None, target=None, **trouble):
+    """The script on as many processes, without a launcher that would end the others; codes and errors."""
     processes = []
-    for rank in range(size):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **trouble}
-        env = environment(place, **{name: str(value) for name, value in ranks.items()}, **where)
+    for rank, ranks in enumerate(ranks_of(size)):
+        env = environment(place, **ranks, **trouble)
         line = [sys.executable, str(SCRIPT), *command(place, out, *more, **(target or {}))]
         folder = place if folders is None else folders[rank]
         processes.append(subprocess.Popen(line, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
@@ -182,6 +193,20 @@ def test_one_process_makes_every_video_and_says_how(serial, place):
     assert json.loads(serial["prompts.json"]) == {job.file: job.prompt for job in jobs}
 
 
+def test_two_processes_make_the_same(serial, place, tmp_path):
+    """Children of this one, which need not import anything."""
+    out, fork = tmp_path / "out", multiprocessing.get_context("fork")
+    processes = [fork.Process(target=here_as, args=(ranks, place, out)) for ranks in ranks_of(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert content(out) == serial
+
+
+@pytest.mark.slow
 def test_accelerate_launch_on_two_processes_makes_the_same(serial, place, tmp_path):
     out = tmp_path / "out"
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]

@@ -67,15 +67,21 @@ def test_every_named_test_is_there_and_every_module_has_some() -> None:
         assert all((ROOT / file).is_file() for file in files), name
 
 
-def test_a_run_says_how_it_ended(tmp_path: Path) -> None:
-    cases = {"killed": "assert False", "survived": "pass", "timed out": "import time; time.sleep(60)"}
+@pytest.mark.parametrize(
+    ("result", "body"),
+    [
+        ("killed", "assert False"),
+        pytest.param("survived", "pass", marks=pytest.mark.slow),
+        pytest.param("timed out", "import time; time.sleep(60)", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_says_how_it_ended(tmp_path: Path, result: str, body: str) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow: slow\n")
-    for result, body in cases.items():
-        name = f"test_{result.replace(' ', '_')}.py"
-        (tmp_path / name).write_text(f"def test_it():\n    {body}\n")
-        got, _, by = run(tmp_path, [name], 2 if result == "timed out" else 60)
-        assert got == result
-        assert (name in by) == (result == "killed")
+    name = f"test_{result.replace(' ', '_')}.py"
+    (tmp_path / name).write_text(f"def test_it():\n    {body}\n")
+    got, _, by = run(tmp_path, [name], 2 if result == "timed out" else 60)
+    assert got == result
+    assert (name in by) == (result == "killed")
 
 
 def test_the_table_counts_only_what_was_decided() -> None:

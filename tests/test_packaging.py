@@ -75,7 +75,8 @@ def test_a_clone_finds_its_adapters_without_an_import_hook(tmp_path):
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import headforcing.integrations.self_forcing as found; print(found.__file__)"
+        "from importlib.util import find_spec\n"
+        "print(find_spec('headforcing.integrations.self_forcing').origin)"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path

@@ -11,24 +11,56 @@ The device decides how: frame by frame on a CPU, all frames at once elsewhere
 
 from __future__ import annotations
 
-import functools
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headforcing.adapters.rope_fused import at_once, packed_spaces, packed_times
+from headforcing.adapters.rope_fused import at_once, packed
 from headforcing.errors import RoleError
-from headforcing.types import runs
+from headforcing.types import OncePerStream, runs, sent, stream_of
 
 THETA = 10000
 """Wan's; only for tables of which the base model passes no more than the frames of the call."""
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
 RotaryCache = dict[Any, Tensor]
-"""Rotation factors derived from one RoPE table, cached by positions for one call."""
+"""Rotation factors derived from one RoPE table, by positions."""
+MOST_KEPT = 32
+"""Rotation factors that are kept of a table from call to call."""
+
+
+class _Kept(threading.local):
+    """Rotation factors of the RoPE table that a thread used last, for all layers and passes.
+
+    A table that is written to through `.data` is not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._table: Callable[[], Tensor | None] = lambda: None
+        self._state: tuple[object, ...] = ()
+        self._factors = RotaryCache()
+
+    def of(self, table: Tensor) -> RotaryCache | None:
+        """Those of a table, as long as it comes again unchanged, on the same stream.
+
+        `None`: nothing is kept, because the table has no version counter, made in inference mode, or because
+        a CUDA graph is captured.
+        """
+        if table.is_inference() or (stream := stream_of(table.device)) is None:
+            return None
+        state = table._version, table.data_ptr(), table.device, stream
+        if self._table() is not table or self._state != state:
+            self._factors = factors = RotaryCache()
+            self._table, self._state = weakref.ref(table, lambda _: factors.clear()), state
+        return self._factors
+
+
+_kept = _Kept()
 
 
 def rotate(
@@ -50,32 +82,43 @@ def rotate(
         height: patches per column.
         width: patches per row.
         patch: side of the squares of patches that are one in `x`: `P = height * width / patch**2`.
-        cache: rotation factors of this table, as far as they are computed; added to.
+        cache: rotation factors of this table, as far as this call computed them; added to. Only for a table
+            that does not tell its changes, made in inference mode.
 
     Returns:
         `[B, n, P, H, D]` in the dtype of `x`, and lying as `x` does, so that keys that lie head by head still
         do; computed in the precision of the table.
     """
-    cache, time, on_cpu = {} if cache is None else cache, temporal_columns(table), x.device.type == "cpu"
+    kept, time, whole = _kept.of(table), temporal_columns(table), in_one_kernel(x.device)
+    cache = kept if kept is not None else {} if cache is None else cache
 
     def times() -> Tensor:
         rows = temporal_rows(table[:, :time], positions)
-        return rows if on_cpu else packed_times(rows.real, rows.imag)
+        return packed(rows.real, rows.imag) if whole else rows
 
     def spaces() -> Tensor:
         rows = _spatial_rows(table[:, time:], height, width, patch)
-        return rows if on_cpu else packed_spaces(rows.real, rows.imag)
+        return packed(rows.real, rows.imag) if whole else rows
 
-    found = _once(cache, "times", positions, times), _once(cache, "spaces", (height, width, patch), spaces)
-    return _by_frame(x, *found) if on_cpu else at_once(x, *found)
+    kind = "packed" if whole else "rows"
+    found = (
+        _once(cache, f"times, {kind}", positions, times),
+        _once(cache, f"spaces, {kind}", (height, width, patch), spaces),
+    )
+    return at_once(x, *found) if whole else _by_frame(x, *found)
 
 
 def _once(cache: RotaryCache, what: str, asked: Sequence[float], make: Callable[[], Tensor]) -> Tensor:
     """What was computed before for the same numbers, where 3 and 3.0 differ."""
     key = (what, *asked, *map(type, asked))
-    if key not in cache:
-        cache[key] = make()
-    return cache[key]
+    found = cache.pop(key, None)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():  # they outlive the call
+            found = make()
+    cache[key] = found  # behind the others: the first one is the one that was not asked for longest
+    if len(cache) > MOST_KEPT:
+        del cache[next(iter(cache))]
+    return found
 
 
 def _by_frame(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
@@ -123,12 +166,12 @@ def rotate_real(
         whole = [table[: height * width, time:].unflatten(0, (height, width)) for table in tables]
         return [each[merged].flatten(0, 1) for each in whole]
 
-    times = temporal_tables(tuple(positions), time, tables[0].dtype, tables[0].device)
-    if x.device.type != "cpu":
+    times = temporal_tables(tables[0].device, tuple(positions), time, tables[0].dtype)
+    if in_one_kernel(x.device):
         return at_once(
             x,
-            _once(cache, "times", positions, lambda: packed_times(*times)),
-            _once(cache, "spaces", (height, width, patch), lambda: packed_spaces(*spaces())),
+            _once(cache, "times", positions, lambda: packed(*times)),
+            _once(cache, "spaces", (height, width, patch), lambda: packed(*spaces())),
         )
     both = spaces()
     out = torch.empty_like(x)
@@ -143,6 +186,11 @@ def rotate_real(
     return out
 
 
+def in_one_kernel(device: torch.device) -> bool:
+    """Whether all frames are rotated at once."""
+    return device.type != "cpu"
+
+
 def temporal_columns(table: Tensor) -> int:
     """Columns of a table `[rows, D/2]` that belong to time."""
     return table.shape[1] - 2 * (table.shape[1] // 3)
@@ -154,21 +202,21 @@ def begins(columns: Tensor) -> list[int]:
     return [0, *(moved.nonzero()[:, 0] + 1).tolist()]
 
 
-@functools.lru_cache(maxsize=256)
-def temporal_tables(
-    positions: tuple[float, ...], columns: int, dtype: torch.dtype, device: torch.device
+def _temporal_tables(
+    device: torch.device, positions: tuple[float, ...], columns: int, dtype: torch.dtype
 ) -> Tables:
-    """Temporal columns of cosines and sines at any positions, `[n, columns]`.
-
-    Computed on the CPU, as base models do. New positions are copied to an accelerator once, without waiting.
-    """
     steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
     rates = 1.0 / THETA ** (steps / (2 * columns))
     angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
-    found = torch.stack([angles.cos(), angles.sin()])
-    found = found.pin_memory() if device.type == "cuda" else found
-    cos, sin = found.to(device, non_blocking=True)
+    cos, sin = sent(torch.stack([angles.cos(), angles.sin()]), device)
     return cos, sin
+
+
+temporal_tables = OncePerStream(_temporal_tables, 256)
+"""Temporal columns of cosines and sines, `[n, columns]`, by device, positions, columns and dtype.
+
+Computed on the CPU, as base models do. New positions are copied to an accelerator once, without waiting.
+"""
 
 
 def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
@@ -190,7 +238,7 @@ def temporal_rows(table: Tensor, positions: Sequence[float]) -> Tensor:
             else:
                 frames = torch.arange(start, stop, dtype=table_dtype, device=table.device)
                 parts.append(_factors(table, frames))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def _factors(table: Tensor, positions: Tensor) -> Tensor:

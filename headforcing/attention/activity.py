@@ -14,8 +14,9 @@ from torch import nn
 from headforcing.attention.compile import counter
 from headforcing.attention.observation import Observer
 from headforcing.attention.read_facts import ReadFacts
-from headforcing.attention.skipped import check_complete, check_runs, warn_of_idle
+from headforcing.attention.skipped import check_complete, check_runs, layers_named, warn_of_idle
 from headforcing.attention.stream import PassId, Stream, check_finite
+from headforcing.errors import StreamError
 from headforcing.stores import KVStore
 from headforcing.types import Phase
 
@@ -178,6 +179,11 @@ def _check_finished_chunk(first: Stream, pending: range, pass_id: PassId) -> Non
         wrote = {one.store.layer for one in layers if one.pass_id == first.pass_id}
         late = {one.store.layer for one in layers if one.store.pending == pending} - wrote
         check_complete(sorted(late), pending)
+    if torn := sorted(one.store.layer for one in layers if one.store.interrupted):
+        raise StreamError(
+            f"{layers_named(torn)}: the last pass over frames {pending.start}..{pending.stop - 1} was "
+            "interrupted there, and others may not have run it: run that pass again"
+        )
     check_finite(layers)
 
 

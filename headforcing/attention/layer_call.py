@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,11 +39,7 @@ class LayerCall:
 
     def read(self) -> tuple[list[Part], list[KVView]]:
         """What every role attends with, one part per query frame where a role reads so."""
-        found = [
-            self._read(role, heads, frames)
-            for role, heads in self.layer.heads.items()
-            for frames in self._query_frames(role)
-        ]
+        found = [one for role, heads in self.layer.heads.items() for one in self._read(role, heads)]
         return [part for part, _ in found], [view for _, view in found]
 
     def observation(
@@ -66,33 +61,38 @@ class LayerCall:
             edited=edited,
         )
 
-    def _query_frames(self, role: HeadRole) -> list[slice]:
-        """The frames of the call that attend to the same: all of them, or each by itself."""
-        frames = self.q.shape[1]
-        step = 1 if "query" in role.depends_on else frames
-        return [slice(first, first + step) for first in range(0, frames, step)]
+    def _read(self, role: HeadRole, heads: Heads) -> list[tuple[Part, KVView]]:
+        """What the heads of a role attend with: the whole chunk, or each query frame by itself."""
+        count, tokens, encode = self.q.shape[1], self.call.tokens_per_frame, self._encoder(heads)
+        step = 1 if "query" in role.depends_on else count
+        groups = [slice(first, first + step) for first in range(0, count, step)]
+        sides = [self._keys(role, frames, encode) for frames in groups]
+        placed = [query_positions(view.positions, count, len(self.chunk.frames)) for _, _, view in sides]
+        positions = [at for frames, every in zip(groups, placed, strict=True) for at in every[frames]]
+        q = encode(heads.take(self.q), positions).to(sides[0][1].dtype)
+        found = []
+        for frames, (k, v, view) in zip(groups, sides, strict=True):
+            rows = slice(frames.start * tokens, frames.stop * tokens)
+            found.append((Part(heads, q[:, frames].flatten(1, 2), k, v, rows), view))
+        return found
 
-    def _read(self, role: HeadRole, heads: Heads, frames: slice) -> tuple[Part, KVView]:
-        """What the heads of a role attend with, for some query frames of the call."""
+    def _keys(self, role: HeadRole, frames: slice, encode: Encode) -> tuple[Tensor, Tensor, KVView]:
+        """Keys and values `[B, M, Hr, D]` that some query frames attend to, and the whole frames of them."""
         adapter, store, call = self.layer.options.adapter, self.stream.store, self.call
-        encode = self._encoder(heads)
         query = (max(call.start + frames.start, self.chunk.start),) if "query" in role.depends_on else ()
         view = store.view(role, call.phase, encode, *query)
-        positions = query_positions(view.positions, self.q.shape[1], len(self.chunk.frames))[frames]
-        q = encode(heads.take(self.q[:, frames]), positions).to(view.v.dtype)
         k, v = (adapter.tokens(x, view.frames, call) for x in (view.k, view.v))
         compressed = None
         if sees_compressed(role, call.phase):
             compressed = store.view_compressed(role, encode, *query)
         if compressed is not None:
             k, v = (joined(first, rest) for first, rest in zip(compressed, (k, v), strict=True))
-        rows = slice(frames.start * call.tokens_per_frame, frames.stop * call.tokens_per_frame)
-        return Part(heads, q.flatten(1, 2), k, v, rows), view
+        return k, v, view
 
     def _encoder(self, heads: Heads | None = None) -> Encode:
         """Rotates keys or queries of some heads, or of all."""
         adapter = self.layer.options.adapter
-        call = self.call if heads is None else dataclasses.replace(self.call, heads=heads)
+        call = self.call if heads is None else self.call.of_heads(heads)
 
         def encode(x: Tensor, positions: Sequence[float], *patch: int) -> Tensor:
             return adapter.rotate(x, call, positions, *patch)

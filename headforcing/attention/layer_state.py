@@ -35,7 +35,7 @@ def check_settled(first: LayerState, what: str) -> None:
     """
     for stream in list(first.streams.values()):
         pending = stream.store.pending
-        if any(later.store.pending != pending for later in stream.later_layers):
+        if any(one.store.interrupted or one.store.pending != pending for one in stream.all_layers):
             raise StreamActiveError(
                 f"{what}() between two layers of a pass, or after one that failed there: call it between two "
                 "chunks, run a failed one again first"

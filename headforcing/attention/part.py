@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from headforcing.stores.buffers import side_by_side
 from headforcing.types import Heads
 
 
@@ -36,3 +37,11 @@ Attend = Callable[[Sequence[Part], int], Tensor]
 def num_queries(parts: Sequence[Part]) -> int:
     """Queries of the chunk, `L`; a part may hold those of one frame only."""
     return max(part.rows.stop or part.q.shape[1] for part in parts)
+
+
+def as_one(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries, keys and values of several parts as those of a batch; `None`: they do not lie so."""
+    if len(parts) == 1:
+        return None
+    q, k, v = (side_by_side([getattr(part, name) for part in parts]) for name in "qkv")
+    return None if q is None or k is None or v is None else (q, k, v)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from headforcing.attention.part import Part, num_queries
+from headforcing.types import OncePerStream, sent
 
 CACHED = 1024
 """Layouts that are cached: a model has one per layer, phase and number of stored frames."""
@@ -209,13 +210,15 @@ def _layout(call: CallLayout, k_rows: tuple[Rows, ...], bases: tuple[int, int] |
     )
 
 
-@functools.lru_cache(maxsize=CACHED)
-def index_tensors(layout: RaggedLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`cu_seqlens_q` and `cu_seqlens_k` on a device, int32; copied there once."""
-    with torch.inference_mode(False):
-        both = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32, device=device)
+def _index_tensors(device: torch.device, layout: RaggedLayout) -> tuple[Tensor, Tensor]:
+    """`cu_seqlens_q` and `cu_seqlens_k`, int32."""
+    numbers = torch.tensor([layout.cu_seqlens_q, layout.cu_seqlens_k], dtype=torch.int32, device="cpu")
+    both = sent(numbers, device)
     return both[0], both[1]
 
+
+index_tensors = OncePerStream(_index_tensors, CACHED)
+"""`cu_seqlens_q` and `cu_seqlens_k` of a layout on a device, int32."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 """`kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)`, rows `[T, 1, D]`; returns dense query rows."""
@@ -234,7 +237,7 @@ def attend_ragged(kernel: Kernel, parts: Sequence[Part], num_heads: int, *, gaps
     rows = q.new_empty(layout.cu_seqlens_q[-1], 1, q.shape[-1])
     for part, q_rows in zip(parts, layout.q_rows, strict=True):
         q_rows.view(rows, part.q).copy_(part.q)
-    starts = index_tensors(layout, q.device)
+    starts = index_tensors(q.device, layout)
     attended = kernel(rows, *key_rows(parts, layout), *starts, layout.max_q, layout.max_k)
     out = q.new_empty(q.shape[0], num_queries(parts), num_heads, q.shape[-1])
     for part, q_rows in zip(parts, layout.q_rows, strict=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from headforcing.attention.part import Part
@@ -138,6 +139,17 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def _flash_built() -> bool:
     """Whether this PyTorch brings FlashAttention; a build without it says so only when called."""
     return bool(torch.backends.cuda.is_flash_attention_available())
+
+
+def is_flash_2() -> bool:
+    """Whether PyTorch's own FlashAttention-2 attends; others may be activated in its place.
+
+    Rows after the end of a sequence may hold anything, as in buffers that are not full yet: FlashAttention-2
+    clears them. FlashAttention-3 and 4 multiply them by zero, and a `NaN` stays one:
+    https://github.com/Dao-AILab/flash-attention/issues/2374
+    """
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return active in (None, "FA2")
 
 
 def _name(dtype: torch.dtype) -> str:

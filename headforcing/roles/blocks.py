@@ -26,7 +26,7 @@ class Blocks(CompressedHistory):
         frames: frames of a block.
         patch: side of the squares of patches that are averaged.
         hidden: last frames before a chunk; blocks that overlap them are not visible.
-        origin: the time of position 0, by query frame.
+        origin: the time of position 0, by the first frame of the chunk.
     """
 
     def __init__(self, keep: int, frames: int, patch: int, hidden: int, origin: Callable[[int], int]) -> None:
@@ -56,13 +56,14 @@ class Blocks(CompressedHistory):
 
     def add(self, past: Past) -> None:
         assert past.grid is not None  # checked
-        for index, frame in enumerate(past.frames):
+        pooled = [_pooled(x, past.grid, self.patch).unbind(1) for x in (past.k, past.v)]
+        for frame, k, v in zip(past.frames, *pooled, strict=True):
             assert frame is not None  # committed frames are numbered
-            k, v = (_pooled(x[:, index], past.grid, self.patch) for x in (past.k, past.v))
             first = frame % self.frames == 0
-            if not first and self._sum is not None:
-                k, v = self._sum[0] + k, self._sum[1] + v
-            self._sum = k, v
+            if first or self._sum is None:
+                self._sum = k.clone(), v.clone()
+            else:
+                self._sum = self._sum[0] + k, self._sum[1] + v
             self._count = 1 if first else self._count + 1
             if self._count == self.frames:
                 self._push(frame + 1 - self.frames, past.k.dtype, past.v.dtype)
@@ -72,11 +73,11 @@ class Blocks(CompressedHistory):
         self.add(past)
 
     def view(self, start: int, query: int | None, encode: Encode) -> Tokens | None:
-        """The blocks that do not overlap the last frames, at their true distance from the query frame."""
+        """The blocks that do not overlap the last frames, at their true distance from every query frame."""
         rows = [row for row, first in enumerate(self._starts) if first + self.frames <= start - self.hidden]
         if not rows:
             return None
-        middle = (self.frames - 1) // 2 - self.origin(start if query is None else query)
+        middle = (self.frames - 1) // 2 - self.origin(start)
         positions = tuple(self._starts[row] + middle for row in rows)
         k, v = (torch.stack([held[row] for row in rows], 1) for held in (self._k, self._v))
         return encode(k, positions, self.patch).to(v.dtype).flatten(1, 2), v.flatten(1, 2)
@@ -99,8 +100,8 @@ class Blocks(CompressedHistory):
 
 
 def _pooled(x: Tensor, grid: Grid, side: int) -> Tensor:
-    """Means over squares of patches, `[B, P, Hr, D] -> [B, P / side**2, Hr, D]`, float32 or wider."""
-    batch, _, heads, dim = x.shape
+    """Means over squares of patches, `[B, n, P, Hr, D] -> [B, n, P / side**2, Hr, D]`, float32 or wider."""
+    batch, frames, _, heads, dim = x.shape
     x = x.to(wide_dtype(x))
-    squares = x.reshape(batch, grid[0] // side, side, grid[1] // side, side, heads, dim)
-    return squares.mean((2, 4)).flatten(1, 2)
+    squares = x.reshape(batch, frames, grid[0] // side, side, grid[1] // side, side, heads, dim)
+    return squares.mean((3, 5)).flatten(2, 3)

@@ -57,48 +57,34 @@ class EpisodicUpdate(ABC):
 
 
 @dataclass(frozen=True)
-class _OneByOne(EpisodicUpdate):
-    """Rules that admit candidates in time order and evict one frame for each that is too many."""
-
-    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
-        alike = similarity(keys)
-        batch, rows = alike.shape[:2]
-        row = torch.arange(rows, device=alike.device).expand(batch, rows)
-        alive = row < stored
-        for candidate in range(stored, rows):
-            alive = alive | (row == candidate)
-            if candidate >= capacity:
-                alive = alive & (row != self._victim(alike, alive, candidate)[:, None])
-        return _rows_of(alive, capacity)
-
-    @abstractmethod
-    def _victim(self, alike: Tensor, alive: Tensor, candidate: int) -> Tensor:
-        """The row that leaves, `[B]`, of the rows `alive [B, m]` with similarities `[B, m, m]`."""
-
-
-@dataclass(frozen=True)
-class MaxMin(_OneByOne):
+class MaxMin(EpisodicUpdate):
     """Keeps the frames that are least alike: of the two most similar frames, one leaves.
 
     It is the one whose next-nearest frame is nearer; on a tie the newer. No threshold.
     """
 
-    def _victim(self, alike: Tensor, alive: Tensor, candidate: int) -> Tensor:
-        rows = alike.shape[1]
-        both = alive[:, :, None] & alive[:, None, :]
-        other = ~torch.eye(rows, dtype=torch.bool, device=alike.device)
-        alike = alike.masked_fill(~(both & other), -torch.inf)
-        pairs = alike.masked_fill(~other.triu(), -torch.inf).flatten(1)  # older row first
-        nearest = _first(pairs == pairs.amax(1, keepdim=True))
-        older, newer = nearest // rows, nearest % rows
-        column = torch.arange(rows, device=alike.device)
-        apart = alike.masked_fill(_crosses(column, older, newer), -torch.inf)
-        second = apart.amax(2)  # next-nearest similarity of every row
-        return torch.where(_at(second, older) > _at(second, newer), older, newer)
+    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
+        alike = similarity(keys)
+        alike = torch.maximum(alike, alike.mT)  # which may be rounded in two ways
+        batch, rows = alike.shape[:2]
+        alike.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        stays = torch.ones(batch, rows, dtype=torch.bool, device=alike.device)
+        for candidate in range(max(stored, capacity), rows):
+            seen = alike[:, : candidate + 1, : candidate + 1]
+            # The first one: on a tie the older pair, and of a pair the older frame.
+            nearest = seen.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :1]
+            pair = torch.cat([nearest // (candidate + 1), nearest % (candidate + 1)], 1)
+            second = seen.topk(2, 2).values[..., 1].gather(1, pair)  # similarity of the next-nearest frame
+            older, newer = pair[:, :1], pair[:, 1:]
+            victim = torch.where(second[:, :1] > second[:, 1:], older, newer)
+            stays.scatter_(1, victim, False)
+            alike.scatter_(1, victim[:, None].expand(batch, 1, rows), -torch.inf)
+            alike.scatter_(2, victim[:, None].expand(batch, rows, 1), -torch.inf)
+        return _rows_of(stays, capacity)
 
 
 @dataclass(frozen=True)
-class ThresholdFifo(_OneByOne):
+class ThresholdFifo(EpisodicUpdate):
     """Admits a frame that is new enough and evicts the oldest for it; otherwise evicts the new frame.
 
     The rule of Context Forcing's slow memory (arXiv:2602.06028: similarity below 0.95), but a memory that
@@ -114,7 +100,18 @@ class ThresholdFifo(_OneByOne):
         if not isinstance(self.novelty, float) or not 0.0 <= self.novelty <= 2.0:
             raise RoleError(f"novelty is {self.novelty!r}: expected a float in [0, 2]")
 
+    def choose(self, keys: Tensor, stored: int, capacity: int) -> Tensor:
+        alike = similarity(keys)
+        row = torch.arange(alike.shape[1], device=alike.device)
+        stays = (row < stored).expand(alike.shape[:2])
+        for candidate in range(stored, len(row)):
+            stays = stays | (row == candidate)
+            if candidate >= capacity:
+                stays = stays & (row != self._victim(alike, stays, candidate)[:, None])
+        return _rows_of(stays, capacity)
+
     def _victim(self, alike: Tensor, alive: Tensor, candidate: int) -> Tensor:
+        """The row that leaves, `[B]`, of the rows `alive [B, m]` with similarities `[B, m, m]`."""
         stored = alive.clone()
         stored[:, candidate] = False
         nearest = alike[:, candidate].masked_fill(~stored, -torch.inf).amax(1)
@@ -167,15 +164,3 @@ def _rows_of(alive: Tensor, capacity: int) -> Tensor:
     """The `capacity` true columns of every row in ascending order, `[B, m] -> [B, capacity]`."""
     column = torch.arange(alive.shape[1], device=alive.device)
     return torch.where(alive, column, alive.shape[1]).sort(1).values[:, :capacity]
-
-
-def _at(x: Tensor, row: Tensor) -> Tensor:
-    return x.gather(1, row[:, None])[:, 0]
-
-
-def _crosses(column: Tensor, older: Tensor, newer: Tensor) -> Tensor:
-    """True where a pair is `(older, newer)` or `(newer, older)`, `[B, m, m]`."""
-    is_older = column == older[:, None]
-    is_newer = column == newer[:, None]
-    one_way = is_older[:, :, None] & is_newer[:, None, :]
-    return one_way | one_way.mT

@@ -26,8 +26,9 @@ class _Clamped(HeadRole):
 
     The `window_clamp` of Pyramid Forcing: seen from the query frame `q`, first frames and those between sit
     at the time `q - clamp(q, near, far)`, at least 0, and their order in time is given up. The last frames,
-    the current chunk and merged blocks keep their true distance. RoPE depends on differences only, so all
-    positions are shifted to begin at 0 and stay below `far + chunk`, for any number of frames.
+    the current chunk and merged blocks keep their true distance. RoPE depends on differences only, so time
+    is counted from where the first query frame of the chunk sees the far frames: positions begin at 0 and
+    stay below `far + chunk`, for any number of frames, and only the far frames move with the query frame.
 
     Attributes:
         sink: first frames of the video.
@@ -72,11 +73,12 @@ class _Clamped(HeadRole):
         known = [frame for frame in frames if frame is not None]
         if query is None or len(known) < len(frames):
             raise RoleError(f"{type(self).__name__} requires the index of every frame, and the query frame")
-        near, origin = known[len(known) - chunk] - self.recent, self._origin(query)
-        return tuple(frame - origin if frame >= near else 0 for frame in known)
+        start = known[len(known) - chunk]
+        origin, far = self._far(start), self._far(query) - self._far(start)
+        return tuple(frame - origin if frame >= start - self.recent else far for frame in known)
 
-    def _origin(self, query: int) -> int:
-        """The time of the far frames, seen from a query frame; it is position 0."""
+    def _far(self, query: int) -> int:
+        """The time of the far frames, seen from a query frame; for the first one of a chunk, position 0."""
         return max(0, query - min(max(query, self.near), self.far))
 
     def _ends(self, table: FrameTable) -> tuple[list[int], list[int]]:
@@ -204,4 +206,4 @@ class Veil(_Clamped):
     def compressed(self) -> CompressedHistory | None:
         if not self.blocks:
             return None
-        return Blocks(self.blocks, self.block, self.patch, self.recent, self._origin)
+        return Blocks(self.blocks, self.block, self.patch, self.recent, self._far)

@@ -121,6 +121,16 @@ class Bank(ABC):
         """Replaces the history."""
         self.frames, self._new = kept.frames, 0
 
+    def prepare(  # noqa: B027 - optional on purpose
+        self, views: Sequence[tuple[Sequence[int], Sequence[float]]], encode: Encode
+    ) -> None:
+        """Does at once what views of all query frames of the chunk require; default: nothing.
+
+        Args:
+            views: rows and positions of each; see `view`.
+            encode: rotates keys to positions.
+        """
+
     @abstractmethod
     def view(
         self, rows: Sequence[int], positions: Sequence[float], encode: Encode, query: int | None

@@ -22,8 +22,8 @@ from torch import Tensor
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory
 from headforcing.stores.bank import Bank, Kept, PositionsOf
-from headforcing.stores.buffers import Size, cut, gathered, picked, slides
-from headforcing.types import Encode, FrameTable, Heads, Selection, runs
+from headforcing.stores.buffers import Size, cut, gathered, of_rows, picked, slides
+from headforcing.types import Encode, FrameTable, Heads, Selection
 
 NOTHING = torch.empty(0)
 AT_ONCE = 128
@@ -127,14 +127,14 @@ class BufferedBank(Bank):
         super().append(frames, inside)
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        k, v = (torch.cat([x[:, :0], *(x[:, a:b] for a, b in runs(rows))], 1) for x in (self._raw, self._v))
-        return k, v
+        return of_rows(self._raw, rows), of_rows(self._v, rows)
 
     def keys(self, rows: Sequence[int]) -> Tensor:
         return self._raw[:, rows[0] : rows[-1] + 1]
 
     def take(self, rows: Sequence[int]) -> Kept:
-        return Kept(tuple(self.frames[row] for row in rows), *self.rows(rows), self._ids[:, list(rows)])
+        frames = tuple(self.frames[row] for row in rows)
+        return Kept(frames, *self.rows(rows), of_rows(self._ids, rows))
 
     def put(self, kept: Kept) -> None:
         super().put(kept)

@@ -8,6 +8,7 @@ frame.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headforcing.types import runs
+from headforcing.types import numbers_on
+
+MOST_BLOCKS, MOST_BYTES = 2, 1 << 26
+"""Copies that rows are slid by before they are gathered instead, and bytes that are gathered at most."""
 
 
 class Size(NamedTuple):
@@ -68,6 +72,18 @@ def joined(first: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([first.transpose(1, 2), rest.transpose(1, 2)], 2).transpose(1, 2)
 
 
+def side_by_side(every: Sequence[Tensor]) -> Tensor | None:
+    """Views `[1, ...]` of one memory as one `[n, ...]`; `None`: they do not lie at equal distances."""
+    first, offsets = every[0], [x.storage_offset() for x in every]
+    memory, shape, strides = first.untyped_storage(), first.shape, first.stride()
+    step = offsets[1] - offsets[0] if len(every) > 1 else 0
+    if shape[0] > 1 or step <= 0 or any(b - a != step for a, b in itertools.pairwise(offsets)):
+        return None
+    if any(x.untyped_storage() is not memory or x.shape != shape or x.stride() != strides for x in every):
+        return None
+    return first.as_strided((len(every), *shape[1:]), (step, *strides[1:]), offsets[0])
+
+
 def _adjoin(first: Tensor, rest: Tensor) -> bool:
     """Whether the rest begins in memory where the first tokens end, as in one tensor."""
     if first.untyped_storage() != rest.untyped_storage() or first.dtype != rest.dtype:
@@ -83,25 +99,41 @@ def _adjoin(first: Tensor, rest: Tensor) -> bool:
 
 def gathered(buffer: Tensor, slots: Sequence[int]) -> Tensor:
     """A copy of some slots, laid out head by head, `[B, n, P, Hr, D]`."""
-    batch, _, tokens, heads, dim = buffer.shape
-    (copy,) = cut([Size(len(slots), heads)], (batch, tokens, dim), buffer)
-    first = 0
-    for start, stop in runs(slots):
-        copy[:, first : first + stop - start] = buffer[:, start:stop]
-        first += stop - start
-    return copy
+    by_head = buffer.permute(0, 3, 1, 2, 4)
+    if slots and list(slots) == list(range(slots[0], slots[0] + len(slots))):
+        some = by_head[:, :, slots[0] : slots[-1] + 1]
+        return some.clone(memory_format=torch.contiguous_format).permute(0, 2, 3, 1, 4)
+    return by_head.index_select(2, numbers_on(buffer.device, tuple(slots))).permute(0, 2, 3, 1, 4)
 
 
 def slides(buffer: Tensor, moves: Sequence[tuple[int, int]]) -> list[Callable[[], Tensor]]:
-    """Copies of rows to the same or earlier slots, `(slot, row)` ascending; none reads what it writes."""
+    """Copies of rows to the same or earlier slots, `(slot, row)` ascending; none reads what it writes.
+
+    Rows that would take many copies, whose slots are neighbours and which are not too large, are gathered
+    here and put there at once.
+    """
+    blocks, moved = _blocks(moves), [move for move in moves if move[0] != move[1]]
+    if len(blocks) > MOST_BLOCKS and moved[-1][0] - moved[0][0] == len(moved) - 1:
+        rows, there = [row for _, row in moved], buffer[:, moved[0][0] : moved[-1][0] + 1]
+        if there.nbytes <= MOST_BYTES:
+            return [
+                partial(there.copy_, gathered(buffer, rows) if buffer.dim() > 2 else of_rows(buffer, rows))
+            ]
     return [
         partial(buffer[:, slot : slot + count].copy_, buffer[:, row : row + count])
-        for slot, row, count in _blocks(moves)
+        for slot, row, count in blocks
     ]
+
+
+def of_rows(buffer: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows, `[B, slots, ...] -> [B, rows, ...]`."""
+    return buffer.index_select(1, numbers_on(buffer.device, tuple(rows)))
 
 
 def picked(buffer: Tensor, rows: Tensor) -> Tensor:
     """Rows chosen per sample, `[B, slots, ...]` and `[B, m] -> [B, m, ...]`."""
+    if len(rows) == 1:
+        return buffer.index_select(1, rows[0])
     return torch.stack([sample.index_select(0, own) for sample, own in zip(buffer, rows, strict=True)])
 
 

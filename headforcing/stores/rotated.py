@@ -12,17 +12,38 @@ from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Tokens
 from headforcing.stores.bank import Bank, Kept, PositionsOf
 from headforcing.stores.buffered import AT_ONCE, NOTHING, BufferedBank, known_moves
-from headforcing.stores.buffers import Size, cut, front, gathered, slides
+from headforcing.stores.buffers import Size, cut, front, gathered, side_by_side, slides
 from headforcing.types import Encode, FrameTable, Heads, Selection, runs
+
+_Holds = tuple[tuple[int, ...], tuple[float, ...]]
+"""Rows of the history, and positions of these and the pending chunk."""
 
 
 @dataclass
 class _Copy:
-    """Buffers for a part of the history, and what is in them: its rows, and their positions."""
+    """Buffers for a part of the history and the pending chunk, and what is in them.
+
+    Attributes:
+        k: rotated keys.
+        v: values.
+        holds: rows of the history, and positions of all frames.
+        own: positions of the pending chunk as it was staged last; `None`: it is not there yet.
+    """
 
     k: Tensor
     v: Tensor
-    holds: tuple[tuple[int, ...], tuple[float, ...]] | None = None
+    holds: _Holds | None = None
+    own: tuple[float, ...] | None = None
+
+    def pending(self) -> tuple[Tensor, Tensor]:
+        """Where the pending chunk is, behind the rows that it holds: rotated keys, and values."""
+        assert self.holds is not None
+        rows, positions = self.holds
+        return self.k[:, len(rows) : len(positions)], self.v[:, len(rows) : len(positions)]
+
+    def takes(self, own: tuple[float, ...]) -> bool:
+        """Whether its pending chunk sits at these positions."""
+        return self.holds is not None and self.holds[1][len(self.holds[0]) :] == own
 
 
 class RotatedBank(BufferedBank):
@@ -90,9 +111,11 @@ class RotatedBank(BufferedBank):
         return k, v
 
     def stage(self, k: Tensor, v: Tensor) -> None:
-        super().stage(k, v)
         first, count = len(self.frames), k.shape[1]
         self._rotated_to[first : first + count] = [None] * count
+        for copy in self._copies.values():
+            copy.own = None
+        super().stage(k, v)
 
     def put(self, kept: Kept) -> None:
         super().put(kept)
@@ -122,18 +145,48 @@ class RotatedBank(BufferedBank):
         self, rows: Sequence[int], positions: Sequence[float], encode: Encode, query: int | None
     ) -> tuple[Tensor, Tensor]:
         """A copy of some rows and the pending chunk; rows are copied anew if they or positions change."""
-        first, slots = len(rows), len(positions)
-        own_k, own_v = self.staged()
-        copy, holds = self._copy(query, slots), (tuple(rows), tuple(positions))
-        if copy.holds != holds:
-            copy.holds = None
-            if rows:
-                copy.k[:, :first] = encode(gathered(self._raw, rows), positions[:first])
-                copy.v[:, :first] = gathered(self._v, rows)
-            copy.holds = holds
-        copy.k[:, first:slots] = encode(own_k, positions[first:])
-        copy.v[:, first:slots] = own_v
+        copy, own = self._copy(query, len(positions)), tuple(positions[len(rows) :])
+        self._put_history([(copy, (tuple(rows), tuple(positions)))], encode)
+        if copy.own != own:
+            self._put_pending(own, encode)
         return copy.k, copy.v
+
+    def prepare(self, views: Sequence[tuple[Sequence[int], Sequence[float]]], encode: Encode) -> None:
+        """Copies the history for all query frames in one step, where they see as many frames."""
+        asked = [
+            (self._copy(query, len(positions)), (tuple(rows), tuple(positions)))
+            for query, (rows, positions) in enumerate(views)
+        ]
+        if len({len(rows) for rows, _ in views}) == 1:
+            self._put_history(asked, encode)
+
+    def _put_history(self, asked: Sequence[tuple[_Copy, _Holds]], encode: Encode) -> None:
+        """Puts as many rows of the history into each of some copies, unless they are there."""
+        stale = [(copy, holds) for copy, holds in asked if copy.holds != holds]
+        for copy, _ in stale:
+            copy.holds = copy.own = None
+        count = len(stale[0][1][0]) if stale else 0
+        if count:
+            rows = [row for _, holds in stale for row in holds[0]]
+            positions = [position for _, holds in stale for position in holds[1][:count]]
+            _put_each([copy.k[:, :count] for copy, _ in stale], encode(gathered(self._raw, rows), positions))
+            _put_each([copy.v[:, :count] for copy, _ in stale], gathered(self._v, rows))
+        for copy, holds in stale:
+            copy.holds = holds
+
+    def _put_pending(self, own: tuple[float, ...], encode: Encode) -> None:
+        """Puts the pending chunk into all copies where it sits at these positions, rotated once."""
+        k, v = self.staged()
+        there = next((copy.pending()[0] for copy in self._copies.values() if copy.own == own), None)
+        some = [copy for copy in self._copies.values() if copy.takes(own) and copy.own != own]
+        sources = encode(k, own) if there is None else there, v
+        places = zip(*(copy.pending() for copy in some), strict=True)
+        for source, targets in zip(sources, places, strict=True):
+            whole = side_by_side(targets)
+            for target in targets if whole is None else [whole]:
+                target.copy_(source)
+        for copy in some:
+            copy.own = own
 
     def tensors(self) -> list[Tensor]:
         copies = [tensor for copy in list(self._copies.values()) for tensor in (copy.k, copy.v)]
@@ -159,7 +212,7 @@ class RotatedBank(BufferedBank):
         copy = self._copies.setdefault(query, _Copy(NOTHING, NOTHING))
         if copy.k is NOTHING or copy.k.shape[1] < slots:
             batch, _, tokens, _, dim = self._v.shape
-            copy.k, copy.v, copy.holds = NOTHING, NOTHING, None
+            copy.k, copy.v, copy.holds, copy.own = NOTHING, NOTHING, None, None
             (copy.k,), (copy.v,) = (cut([self._size(slots)], (batch, tokens, dim), self._v) for _ in "kv")
         return copy
 
@@ -169,7 +222,7 @@ class RotatedBank(BufferedBank):
 
     def _forget_copies(self) -> None:
         for copy in self._copies.values():
-            copy.holds = None
+            copy.holds = copy.own = None
 
     def _next_positions(self, chunk: range, positions: PositionsOf) -> Sequence[float | None]:
         """Positions of the history in the first pass; `None` for a role that sees a part of it."""
@@ -190,6 +243,16 @@ class RotatedBank(BufferedBank):
             self._rotated_to[slot] = positions[slot]
 
 
+def _put_each(places: Sequence[Tensor], frames: Tensor) -> None:
+    """Copies frames to places `[B, n, P, Hr, D]`, the first `n` to the first one."""
+    whole = side_by_side(places)
+    if whole is not None:
+        whole.copy_(frames[0].unflatten(0, (len(places), -1)))
+        return
+    for place, some in zip(places, frames.chunk(len(places), 1), strict=True):
+        place.copy_(some)
+
+
 def share_copies(banks: Iterable[Bank]) -> None:
     """Moves all copies of a layer into one allocation for keys, and another, alike, for values.
 
@@ -204,4 +267,4 @@ def share_copies(banks: Iterable[Bank]) -> None:
         copy.k = copy.v = NOTHING
     buffers = [cut([size for _, size in copies], (batch, tokens, dim), like) for _ in "kv"]
     for (copy, _), k, v in zip(copies, *buffers, strict=True):
-        copy.k, copy.v, copy.holds = k, v, None
+        copy.k, copy.v, copy.holds, copy.own = k, v, None, None

@@ -17,8 +17,12 @@ class Shifts:
         """The frames from `start` on are moved by `shift`."""
         while self._shots and self._shots[-1][0] >= start:
             self._shots.pop()
-        if shift != (self._shots[-1][1] if self._shots else 0):
+        if not self.still(shift):
             self._shots.append((start, shift))
+
+    def still(self, shift: float) -> bool:
+        """Whether the last frames are moved by `shift`."""
+        return shift == (self._shots[-1][1] if self._shots else 0)
 
     def moved(
         self, positions: Sequence[float], frames: Sequence[int | None], scheme: PositionScheme

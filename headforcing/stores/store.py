@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from headforcing.errors import StreamError
-from headforcing.roles.base import HeadRole, newest_rows
+from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import Tokens, nbytes
 from headforcing.roles.windows import check_pin
 from headforcing.stores.bank import Bank, copied
@@ -22,6 +23,7 @@ from headforcing.stores.buffered import allocate, free_unfit, separate
 from headforcing.stores.checks import FiniteCheck, FiniteGuard, Shape, begins_video, check_order, rolls
 from headforcing.stores.compressed import CompressedHistories
 from headforcing.stores.fork import fork_store
+from headforcing.stores.placement import Placement
 from headforcing.stores.rotated import share_copies
 from headforcing.stores.scenes import Scenes
 from headforcing.stores.shifts import Shifts
@@ -56,9 +58,11 @@ class KVStore(ABC):
         self._banks = {role: self.new_bank(role, own) for role, own in heads.items()}
         self.scenes = Scenes(self._banks, self.compressed)
         self._shifts = Shifts()
+        self._placement = Placement(self._banks, self.scenes, self.compressed, self._shifts, window)
         self._grid: Grid | None = None
         self._queries: Tensor | None = None
         self._pending: range | None = None
+        self._again: Chunk | None = None  # a pass over the pending chunk that is not finished
         self._shape: Shape | None = None
         self._end = 0
         self._apart = False
@@ -86,6 +90,10 @@ class KVStore(ABC):
         """
         shape = Shape.of(chunk)
         self.compressed.check(chunk, self._grid if chunk.start else None)
+        if self._comes_again(chunk, shape):
+            self._again = chunk  # from here on `settle` finishes it, now or after an interrupt
+            self.settle()
+            return
         again = self.scenes.rerun(self.frames_so_far)
         if self.begins_video(chunk):
             self._check_roles(shape.frames, pinned=False)
@@ -119,12 +127,18 @@ class KVStore(ABC):
                 self._begin(chunk.frames)
             if self._apply_switch(chunk.start):
                 self._begin(chunk.frames)
+        allocate(self._banks.values(), chunk.k, chunk.v)
         self._stage(chunk)
         self._shifts.note(chunk.start, chunk.shift)
         self.unfinished = chunk.rolling and (before is None or chunk.frames.stop > before.stop)
         self._pending, self._shape = chunk.frames, shape
         self._finite.wrote(chunk)
         self._grid, self._queries = chunk.grid, chunk.q if self.compressed.want_queries else None
+
+    def _comes_again(self, chunk: Chunk, shape: Shape) -> bool:
+        """Whether it is the pending chunk once more, so that nothing is decided anew."""
+        same = chunk.frames == self._pending and shape == self._shape and chunk.grid == self._grid
+        return same and self.scenes.rerun(self.frames_so_far) is None and self._shifts.still(chunk.shift)
 
     def commit(self) -> None:
         """Ends the pending chunk, as if the next chunk of the same length began.
@@ -165,14 +179,12 @@ class KVStore(ABC):
 
     def reset(self) -> None:
         """Forgets everything; buffers may stay for the next video."""
-        self._pending = None  # first: from now on nothing but a new video can begin, which resets again
+        self._pending = self._again = None  # first: from now on nothing but a new video can begin
         self._end, self.prompt_pending, self.unfinished = 0, False, False
-        self._finite.clear()
-        self.compressed.clear()
-        self.scenes.clear()
-        self._shifts.clear()
-        for bank in self._banks.values():
-            bank.clear()
+        self._placement.forget()
+        parts: list[Any] = [self._finite, self.compressed, self.scenes, self._shifts, *self._banks.values()]
+        for part in parts:
+            part.clear()
 
     def edit(self, edit: Edit, start: int) -> None:
         """Follows what the base model did to its KV cache before it runs frames from `start` on.
@@ -182,6 +194,7 @@ class KVStore(ABC):
         """
         if isinstance(edit, Pin):
             self.scenes.hold(edit)
+            self._placement.forget()
             return
         if self._pending is None or self._pending.start < start:
             what = "no chunk is" if self._pending is None else f"frames from {self._pending.start} on are not"
@@ -193,6 +206,7 @@ class KVStore(ABC):
         after, pending = fork_store(self), copied(self._banks.values(), self._pending.start)
         after._set_apart()
         after.scenes.empty(edit.keep, start, self._grid)
+        allocate(after._banks.values(), pending.k, pending.v)
         after._stage(pending)
         self._take_over(after)
 
@@ -200,6 +214,13 @@ class KVStore(ABC):
         """Finishes what an earlier call was interrupted in, so that the store is as if it were not."""
         for bank in self._banks.values():
             bank.settle()
+        if (chunk := self._again) is not None:
+            self._finite.wrote(chunk)
+            self._stage(chunk)
+            for bank in self._banks.values():
+                bank.settle()
+            self.unfinished, self._queries = False, chunk.q if self.compressed.want_queries else None
+            self._again = None
 
     def check_switch(self, switch: Switch, due: Sequence[str] = ()) -> None:
         """Checks that a prompt switch is possible now; `due`: marks that will be made before it.
@@ -213,6 +234,11 @@ class KVStore(ABC):
     def pending(self) -> range | None:
         """Frames of the chunk that is still being written."""
         return self._pending
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last pass over the pending chunk was interrupted here; `settle` finishes it."""
+        return self._again is not None
 
     @property
     def committed(self) -> int:
@@ -233,30 +259,22 @@ class KVStore(ABC):
             encode: rotates keys to positions.
             query: the query frame, for a role that reads per query frame.
         """
-        bank, pin = self._banks[role], self.scenes.pin(role)
-        own, query = self._inside(role, query)
-        table = bank.table(own, pin, query)
-        every = tuple(role.visible(table, phase))
-        rows = newest_rows(role, table, every, phase)
-        placed = self._positions(role, (*(bank.frames[row] for row in every), *own), len(own), query)
-        positions = (*(placed[every.index(row)] for row in rows), *placed[len(every) :])
-        k, v = bank.view(rows, positions, encode, None if query is None else query - own.start)
-        frames = (*(bank.frames[row] for row in rows), *own)
-        return KVView(self.scenes.outside(role, frames), positions, k, v)
+        assert self._pending is not None
+        bank, own, plan_of = self._banks[role], self._pending, self._placement.plan
+        if query == own.start:  # the first one of a role that reads per query frame: all of them follow
+            each = [plan_of(role, own, phase, one) for one in own]
+            bank.prepare([(one.rows, one.positions) for one in each], encode)
+        plan, number = plan_of(role, own, phase, query), None if query is None else query - own.start
+        return KVView(plan.frames, plan.positions, *bank.view(plan.rows, plan.positions, encode, number))
 
     def view_compressed(self, role: HeadRole, encode: Encode, query: int | None = None) -> Tokens | None:
         """Compressed tokens that the heads of `role` attend to: rotated keys, values `[B, m, Hr, D]`.
 
-        Called after `view`; the next chunk may overwrite the memory.
-
-        Args:
-            role: whose heads.
-            encode: rotates keys to positions.
-            query: the query frame, for a role that reads per query frame.
+        Called after `view`, with its arguments; the next chunk may overwrite the memory.
         """
-        own, query = self._inside(role, query)
-        number = None if query is None else query - own.start
-        prepend = functools.partial(self._banks[role].prepend, number)
+        assert self._pending is not None
+        own, query = self._placement.inside(role, self._pending, query)
+        prepend = functools.partial(self._banks[role].prepend, None if query is None else query - own.start)
         return self.compressed.view(role, own.start, query, encode, prepend)
 
     def frames(self, role: HeadRole) -> list[list[int]]:
@@ -266,25 +284,9 @@ class KVStore(ABC):
 
     def nbytes(self) -> int:
         """Bytes stored, counted from the memory behind the tensors; marks included."""
-        frames = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
-        queries = [] if self._queries is None else [self._queries]
-        return nbytes([*frames, *self.compressed.tensors(), *self.scenes.tensors(), *queries])
-
-    def _inside(self, role: HeadRole, query: int | None) -> tuple[range, int | None]:
-        """The pending chunk and a query frame, as a role counts them."""
-        assert self._pending is not None
-        own = self.scenes.inside(role, self._pending)
-        return own, None if query is None else own.start + query - self._pending.start
-
-    def _positions(
-        self, role: HeadRole, frames: Sequence[int | None], chunk: int, query: int | None = None
-    ) -> tuple[float, ...]:
-        """RoPE positions of the frames of a view, as the role counts them; the last `chunk` are its own."""
-        more = {} if query is None else {"query": query}
-        if (compressed := self.compressed.get(role)) is not None:
-            more["gap"] = compressed.gap
-        placed = role.positions_of(frames, chunk, self.window, **more)
-        return self._shifts.moved(placed, self.scenes.outside(role, frames), role.positions)
+        held = [tensor for bank in self._banks.values() for tensor in bank.tensors()]
+        held += [] if self._queries is None else [self._queries]
+        return nbytes([*held, *self.compressed.tensors(), *self.scenes.tensors()])
 
     def _check_roles(self, chunk: int, pinned: bool = True) -> None:
         for role in self.heads:
@@ -319,7 +321,7 @@ class KVStore(ABC):
             inside = self.scenes.inside(role, chunk)
             table, kept = bank.choose(inside, self.scenes.pin(role), self.compressed.gap(role))
             self.compressed.evicted(role, kept, table, bank.rows, self._grid)
-            bank.begin(table, kept, inside, functools.partial(self._positions, role))
+            bank.begin(table, kept, inside, functools.partial(self._placement.positions, role))
         share_copies(self._banks.values())
         if self._apart:
             self.settle()
@@ -343,7 +345,6 @@ class KVStore(ABC):
         self.settle()
 
     def _stage(self, chunk: Chunk) -> None:
-        """Overwrites the pending chunk."""
-        allocate(self._banks.values(), chunk.k, chunk.v)
+        """Overwrites the pending chunk, for which there is room."""
         for bank in self._banks.values():
             bank.stage(chunk.k, chunk.v)

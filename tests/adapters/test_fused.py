@@ -1,13 +1,14 @@
-"""Rotation of all frames at once: plain against frame by frame, and compiled against plain."""
+"""Rotation of all frames at once: against frame by frame, and the kernel against the specification."""
 
 from __future__ import annotations
 
-import functools
-import os
-import random
-import subprocess
+import importlib
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headforcing.adapters import rope
 from headforcing.adapters import rope_fused as fused
-from headforcing.adapters.rope_fused import at_once, compiled, packed_spaces, packed_times, rotated
+from headforcing.adapters.rope_fused import at_once, packed, rotated
+from headforcing.errors import RoleError
 from headforcing.stores.buffers import Size, cut
 
 HEIGHT, WIDTH, ROWS = 3, 5, 64
@@ -55,7 +56,13 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, bank: bool, heads: int, se
 
 
 def fast(x: Tensor, times: Tensor, spaces: Tensor) -> Tensor:
-    return at_once(x, packed_times(times.real, times.imag), packed_spaces(spaces.real, spaces.imag))
+    return at_once(x, packed(times.real, times.imag), packed(spaces.real, spaces.imag))
+
+
+def drawn_call(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of three frames, and multipliers of frames and patches."""
+    times, spaces = parts(10, [0, 1, 2])
+    return drawn((1, 3, PATCHES, 4, 20), dtype, False, 4), times, spaces
 
 
 places = st.lists(st.one_of(st.integers(0, 2 * ROWS), st.floats(0, 100)), min_size=1, max_size=6)
@@ -101,168 +108,126 @@ def test_real_tables_are_turned_with_the_same_steps(positions: Any, bank: bool, 
     tables = tuple(x.float() for x in (table(pairs).real, table(pairs).imag))
     x = drawn((1, len(positions), PATCHES, 3, 2 * pairs), dtype, bank, 2)
     time = rope.temporal_columns(tables[0])
-    times = rope.temporal_tables(tuple(positions), time, torch.float32, torch.device("cpu"))
+    times = rope.temporal_tables(torch.device("cpu"), tuple(positions), time, torch.float32)
     spaces = tuple(each[:PATCHES, time:] for each in tables)
-    found = at_once(x, packed_times(*times), packed_spaces(*spaces))
+    found = at_once(x, packed(*times), packed(*spaces))
     assert torch.equal(found, rope.rotate_real(x, tables, positions, HEIGHT, WIDTH))
-
-
-# Compiled -----------------------------------------------------------------------------------------
-
-
-SAME = 2
-"""More, where the first call has sizes that are equal by chance: tokens and patches, with one frame."""
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    """Compiles on the CPU, with a backend that only counts."""
-    counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(fused, "COMPILED", ("cpu",))
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=counter, **how))
-    compiled.cache_clear()
-    yield counter
-    compiled.cache_clear()
-
-
-MODES = [
-    torch.inference_mode,
-    torch.no_grad,
-    torch.enable_grad,
-    functools.partial(torch.autocast, "cpu", torch.bfloat16),
-]
-"""What a host may be in."""
-
-
-ALL, FEW = (3, 1, 18, 2, 7, 21), (3, 1, 7)
-"""Numbers of frames."""
-
-
-def every_call(
-    dtype: torch.dtype = torch.bfloat16, batches: Any = (1, 2), frames: Sequence[int] = ALL
-) -> Iterator[Any]:
-    for batch in batches:
-        for count in frames:
-            for heads in (4, 2, 1):
-                times, spaces = parts(10, list(range(count)))
-                part, slots = (
-                    drawn((batch, count, PATCHES, 4, 20), dtype, bank, heads) for bank in (False, True)
-                )
-                for x in (part, slots, torch.empty_like(slots).copy_(slots)):
-                    yield x, times, spaces
-
-
-SEEDS = [(0, FEW), *(pytest.param(seed, ALL, marks=pytest.mark.slow) for seed in (1, 2, 3))]
-
-
-@pytest.mark.parametrize(("seed", "frames"), SEEDS)
-def test_it_is_not_compiled_for_every_number_of_frames(
-    counted: CompileCounterWithBackend, seed: int, frames: Sequence[int]
-) -> None:
-    """Once for every way to lie: whole or a part, token by token or head by head, many heads or one."""
-    calls = [*every_call(frames=frames)]
-    random.Random(seed).shuffle(calls)
-    for x, times, spaces in calls:
-        assert torch.equal(fast(x, times, spaces), rope._by_frame(x, times, spaces))
-    before = counted.frame_count
-    assert 1 <= before <= 6 + SAME
-    for mode in MODES:
-        with mode():
-            for call in calls:
-                fast(*call)
-    assert counted.frame_count == before, "whatever mode the host is in"
-
-
-@pytest.mark.slow
-def test_every_dtype_has_its_own_number_of_tries(counted: CompileCounterWithBackend) -> None:
-    for dtype in DTYPES:
-        for call in every_call(dtype):
-            fast(*call)
-    assert counted.frame_count <= (6 + SAME) * len(DTYPES)
-
-
-def test_it_is_compiled_inside_of_what_is_not(counted: CompileCounterWithBackend) -> None:
-    """Head-forced modules run eagerly inside a compiled model."""
-    call = next(every_call())
-    torch.compiler.disable(fast)(*call)
-    assert counted.frame_count == 1
-
-
-def test_gradients_go_through_the_plain_function(counted: CompileCounterWithBackend) -> None:
-    x, times, spaces = next(every_call(torch.float32))
-    x.requires_grad_()
-    fast(x, times, spaces).square().sum().backward()
-    assert counted.frame_count == 0
-    assert torch.allclose(x.grad, 2 * x.detach(), atol=1e-5), "a rotation keeps lengths"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_gradients_are_asked_for_by_the_host_alone(mode: Any) -> None:
-    x, times, spaces = next(every_call(torch.float32))
+    x, times, spaces = drawn_call(torch.float32)
     x.requires_grad_()
     with mode():
-        assert fast(x, times, spaces).requires_grad is (mode is torch.enable_grad)
+        found = fast(x, times, spaces)
+    assert found.requires_grad is (mode is torch.enable_grad)
+    if found.requires_grad:
+        found.square().sum().backward()
+        assert torch.allclose(x.grad, 2 * x.detach(), atol=1e-5), "a rotation keeps lengths"
 
 
-@pytest.mark.slow
-def test_every_kind_of_layout_has_its_own_number_of_tries(counted: CompileCounterWithBackend) -> None:
-    """Where a host changes what is global to PyTorch, everything is compiled once more."""
-    calls = [*every_call(batches=(1,))]
-    for call in calls:
-        fast(*call)
-    before, usual = counted.frame_count, torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        for x, times, spaces in calls:
-            assert torch.equal(fast(x, times, spaces), rope._by_frame(x, times, spaces))
-    finally:
-        torch.set_default_dtype(usual)
-    assert before < counted.frame_count <= 2 * (6 + SAME)
+# The kernel ---------------------------------------------------------------------------------------
 
 
-def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(graph: Any, inputs: Any) -> Any:
-        raise RuntimeError("no compiler here")
-
-    compile_ = torch.compile
-    monkeypatch.setattr(fused, "COMPILED", ("cpu",))
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend=broken, **how))
-    compiled.cache_clear()
-    with pytest.raises(Exception, match="no compiler here"):
-        fast(*next(every_call()))
-    compiled.cache_clear()
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Any]:
+    """The kernel in Triton's interpreter, on the CPU."""
+    pytest.importorskip("triton", reason="requires Triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delitem(sys.modules, "headforcing.adapters.rope_triton", raising=False)
+        yield importlib.import_module("headforcing.adapters.rope_triton")
+    sys.modules.pop("headforcing.adapters.rope_triton", None)
 
 
-def test_nothing_is_compiled_where_pytorch_is_told_not_to(counted: CompileCounterWithBackend) -> None:
-    with torch._dynamo.config.patch(disable=True):
-        fast(*next(every_call()))
-    assert counted.frame_count == 0
+SIZES = [(1, 3, 2, 10, 5), (2, 1, 3, 8, 16), (1, 2, 1, 64, 17)]
+"""Samples, frames, heads, pairs of channels, patches."""
 
 
-@pytest.mark.slow
-def test_nothing_is_compiled_where_the_environment_forbids_it() -> None:
-    program = (
-        "import torch; from headforcing.adapters import rope_fused as fused; fused.COMPILED = ('cpu',); "
-        "x = torch.randn(1, 2, 6, 3, 8); times = fused.packed_times(*[torch.rand(2, 2)] * 2); "
-        "fused.at_once(x, times, torch.rand(2, 6, 2)); "
-        "assert not torch._dynamo.utils.counters['stats'], torch._dynamo.utils.counters"
+def check_kernel(interpreted: Any, dtype: torch.dtype, tables: torch.dtype, bank: bool, size: Any) -> None:
+    """Rounded to half precision by PyTorch: the interpreter cuts the last bits off."""
+    samples, frames, heads, pairs, patches = size
+    time, generator = pairs - 2 * (pairs // 3), torch.Generator().manual_seed(1)
+    x = drawn((samples, frames, patches, heads + 1, 2 * pairs), dtype, bank, heads)
+    times, spaces = (
+        torch.randn(2, rows, columns, dtype=tables, generator=generator)
+        for rows, columns in ((frames, time), (patches, pairs - time))
     )
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    out = torch.empty_like(x, dtype=torch.float32)
+    interpreted.rotate_into(out, x, times, spaces)
+    assert torch.equal(out, rotated(x.float(), times, spaces))
+    if dtype == torch.float32:
+        found = interpreted.rotate(x, times, spaces)
+        assert torch.equal(found, out)
+        assert found.stride() == at_once(x, times, spaces).stride()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_it_is_the_plain_function_bit_for_bit(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bank", [False, True])
+@pytest.mark.parametrize("tables", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_is_the_specification_bit_for_bit(
+    interpreted: Any, dtype: torch.dtype, tables: torch.dtype, bank: bool, size: Any
 ) -> None:
-    expected = [fast(*call) for call in every_call(dtype, batches=(2,))]
-    monkeypatch.setattr(fused, "COMPILED", ("cpu",))
-    compiled.cache_clear()
-    for call, plain in zip(every_call(dtype, batches=(2,)), expected, strict=True):
-        assert torch.equal(fast(*call), plain)
-        assert fast(*call).stride() == plain.stride()
-    compiled.cache_clear()
+    check_kernel(interpreted, dtype, tables, bank, size)
+
+
+def test_a_kernel_that_reads_past_its_frame_is_found(
+    interpreted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = interpreted.triton.cdiv
+    monkeypatch.setattr(interpreted.triton, "cdiv", lambda a, b: right(a, b) - (a > b))
+    with pytest.raises(AssertionError):
+        check_kernel(interpreted, torch.float32, torch.float64, False, SIZES[2])
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Nobody asked for the kernel so far."""
+    fused.kernel.cache_clear()
+    yield
+    fused.kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "missing", ["Triton is not installed", "no C compiler", "no headers", "HEADFORCING_TRITON is 0"]
+)
+def test_without_what_builds_the_kernel_the_specification_runs_and_one_warning_says_so(
+    fresh: None, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, times, spaces = drawn_call(torch.bfloat16)
+    monkeypatch.setattr(fused, "KERNEL", ("cpu",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None if "Triton" in missing else object())
+    monkeypatch.setattr(shutil, "which", lambda _: None if "compiler" in missing else "gcc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: "nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("HEADFORCING_TRITON", "0" if "is 0" in missing else "1")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [fast(x, times, spaces) for _ in range(3)]
+    assert all(torch.equal(one, rope._by_frame(x, times, spaces)) for one in found)
+    assert len(said) == 1
+    assert missing.removeprefix("no ") in str(said[0].message)
+
+
+@pytest.mark.parametrize(
+    ("frames", "patches", "time"), [(2, PATCHES, 4), (3, PATCHES - 1, 4), (3, PATCHES, 3)]
+)
+def test_factors_that_do_not_fit_are_refused_before_a_kernel_reads_past_them(frames, patches, time) -> None:
+    x, _, _ = drawn_call(torch.float32)
+    with pytest.raises(RoleError, match="cannot be rotated by factors"):
+        at_once(x, torch.randn(2, frames, time), torch.randn(2, patches, 6))
+
+
+def test_gradients_and_channels_that_lie_apart_go_through_the_specification(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, times, spaces = drawn_call(torch.float32)
+    monkeypatch.setattr(fused, "KERNEL", ("cpu",))
+    monkeypatch.setattr(fused, "kernel", lambda: pytest.fail("the kernel was asked for"))
+    apart = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(fast(apart, times, spaces), rope._by_frame(x, times, spaces))
+    assert fast(x.requires_grad_(), times, spaces).requires_grad
 
 
 # Nothing comes from the host ----------------------------------------------------------------------
@@ -300,8 +265,11 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def operators(positions: list[float], cache: rope.RotaryCache | None = None) -> Copies:
-    x, multipliers = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta"), table(10).to("meta")
+def operators(
+    positions: list[float], multipliers: Tensor | None = None, cache: rope.RotaryCache | None = None
+) -> Copies:
+    x = torch.empty(1, len(positions), PATCHES, 2, 20, device="meta")
+    multipliers = table(10).to("meta") if multipliers is None else multipliers
     with FromHost() as made, Copies() as seen:
         out = rope.rotate(x, multipliers, positions, HEIGHT, WIDTH, 1, cache)
     assert out.shape == x.shape
@@ -314,10 +282,66 @@ def test_no_position_comes_from_the_host(positions: Any) -> None:
     assert operators(positions).found == []
 
 
-def test_what_is_made_of_a_table_is_made_once_per_call() -> None:
-    cache: rope.RotaryCache = {}
-    first, other_frames, again = (operators(places, cache).count for places in ([0, 1], [4, 5], [4, 5]))
+def test_what_is_made_of_a_table_is_made_once() -> None:
+    known = table(10).to("meta")
+    first, other_frames, again = (operators(places, known).count for places in ([0, 1], [4, 5], [4, 5]))
     assert first > other_frames > again
+
+
+def test_what_is_made_of_a_table_that_does_not_tell_its_changes_is_made_once_per_call() -> None:
+    with torch.inference_mode():
+        known, cache = table(10).to("meta").clone(), rope.RotaryCache()
+    counts = [operators(places, known, cache).count for places in ([0, 1], [4, 5], [4, 5])]
+    assert counts[0] > counts[1] > counts[2]
+    assert operators([4, 5], known).count == operators([4, 5], known, rope.RotaryCache()).count == counts[0]
+
+
+def turned(x: Tensor, multipliers: Tensor) -> Tensor:
+    return rope.rotate(x, multipliers, [3, 4, 5], HEIGHT, WIDTH)
+
+
+def check_tables_are_told_apart() -> None:
+    """Another table, one that was written to, one in the place of one that is gone, one in another thread."""
+    x, mine = torch.randn(1, 3, PATCHES, 2, 20), table(10)
+    for _ in range(3):
+        assert torch.equal(turned(x, mine), turned(x, mine.clone()))
+        other = mine.flip(0)
+        found = turned(x, other)
+        assert torch.equal(found, turned(x, mine.flip(0)))
+        assert not torch.equal(found, turned(x, mine))
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(turned, x, other).result(), found)
+        mine.copy_(other)
+        assert torch.equal(turned(x, mine), found)
+        del other
+
+
+def test_tables_are_told_apart() -> None:
+    check_tables_are_told_apart()
+
+
+def test_a_table_that_was_written_to_and_is_taken_for_the_old_one_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Tensor, "_version", 0)
+    with pytest.raises(AssertionError):
+        check_tables_are_told_apart()
+
+
+def test_nothing_is_kept_of_a_table_that_is_gone() -> None:
+    x, mine = torch.randn(1, 3, PATCHES, 2, 20), table(10)
+    turned(x, mine)
+    factors = rope._kept._factors
+    assert factors
+    del mine
+    assert not factors
+
+
+def test_factors_of_a_long_video_at_true_positions_do_not_pile_up() -> None:
+    x, mine = torch.randn(1, 1, PATCHES, 2, 20), table(10)
+    for place in range(3 * rope.MOST_KEPT):
+        rope.rotate(x, mine, [place], HEIGHT, WIDTH)
+        assert len(rope._kept._factors) <= rope.MOST_KEPT + 2
 
 
 def test_the_number_of_operators_does_not_hang_on_the_number_of_frames() -> None:
@@ -350,7 +374,7 @@ def test_cosines_and_sines_are_copied_once_for_every_set_of_positions() -> None:
 
 @pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
 def test_cosines_and_sines_are_computed_on_the_cpu_whatever_the_default_is(elsewhere: str) -> None:
-    asked = ((0.5, 3), 4, torch.float32, torch.device("cpu"))
+    asked = (torch.device("cpu"), (0.5, 3), 4, torch.float32)
     expected = rope.temporal_tables(*asked)
     rope.temporal_tables.cache_clear()
     with torch.device(elsewhere):
@@ -362,12 +386,10 @@ def test_cosines_and_sines_are_computed_on_the_cpu_whatever_the_default_is(elsew
 
 
 def test_a_wrong_turn_is_found() -> None:
-    x, times, spaces = next(every_call(torch.bfloat16))
+    x, times, spaces = drawn_call(torch.bfloat16)
     time, space = (torch.stack([turns.real, turns.imag]) for turns in (times, spaces))
-    flat, back = fused._tokens(x)
     expected = rope._by_frame(x, times, spaces)
-    time = torch.cat([time, time[:, -1:]], 1)
-    assert torch.equal(back(rotated(flat, time.flatten(), space)), expected)
+    assert torch.equal(rotated(x, time, space), expected)
     for wrong in (time.roll(1, 1), time.flip(0), time * 1.01):
-        assert not torch.equal(back(rotated(flat, wrong.flatten(), space)), expected)
-    assert not torch.equal(back(rotated(flat, time.flatten(), space.roll(1, 1))), expected)
+        assert not torch.equal(rotated(x, wrong, space), expected)
+    assert not torch.equal(rotated(x, time, space.roll(1, 1)), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import pickle
 import random
 import threading
@@ -24,13 +25,22 @@ from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import snapshot
 from tests.hosts.rig import Rig
 
+pytestmark = pytest.mark.xdist_group("diffusers")  # imports it once
 MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, positions="absolute"))
 ROLES = [MIXED, MIXED[::-1]]
 CPU = torch.device("cpu")
-ORDERS = pytest.mark.parametrize("first", ["they come first", "we come first"])
+THEY, WE = "they come first", "we come first"
+ORDERS = pytest.mark.parametrize("first", [THEY, WE])
 
 
-def play(rig: Rig, model: Any = None, chunks: int = 4) -> list[Tensor]:
+def each(names: tuple[str, ...], *values: Sequence[Any], fast: Sequence[tuple[Any, ...]]) -> Any:
+    """One test per combination; all but those named are in the long run only."""
+    cases = itertools.product(*values)
+    marked = [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize(names, marked, indirect=[name for name in names if name == "accelerator"])
+
+
+def play(rig: Rig, model: Any = None, chunks: int = 3) -> list[Tensor]:
     """A video on the rig's calls, through a wrapper of its model."""
     own, caches = rig.model, rig.caches()
     rig.model = own if model is None else model
@@ -99,7 +109,7 @@ def adapted(peft: Any, rig: Rig, **options: Any) -> Any:
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "bias": {"bias": "lora_only"}}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", "dora", pytest.param("bias", marks=pytest.mark.slow)])
 def test_an_adapter_loaded_before_or_after_apply_has_the_same_effect(peft: Any, kind: str) -> None:
     before, after = Rig(9), Rig(9)
     model = adapted(peft, before, **KINDS[kind])
@@ -177,8 +187,8 @@ def test_an_adapter_exchanged_in_the_middle_of_a_video_counts_from_the_next_pass
     rig.model = model.base_model.model
     first = rig.video(caches, 2)
     with model.disable_adapter():
-        second = rig.video(caches, 2, first=2)
-        assert equal(rig.video(rig.caches(), 4), forced())
+        second = rig.video(caches, 1, first=2)
+        assert equal(rig.video(rig.caches(), 3), forced())
     assert equal(first, whole[:4])
     assert not any(torch.equal(a, b) for a, b in zip(second, whole[4:], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(second, forced()[4:], strict=True))
@@ -213,7 +223,7 @@ class Walk:
             self.model = None
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_whatever_peft_does_in_whatever_order_only_the_weights_count(peft: Any, seed: int) -> None:
     ours, alone = Walk(peft, True), Walk(peft, False)
     before = snapshot(ours.rig.model)
@@ -255,7 +265,7 @@ def test_an_adapter_saved_and_loaded_while_applied_is_the_same_file(
     assert equal(play(other, peft.PeftModel.from_pretrained(other.model, tmp_path / "while")), expected)
 
 
-@pytest.mark.parametrize("how", ["deep copy", "pickle"])
+@pytest.mark.parametrize("how", ["deep copy", pytest.param("pickle", marks=pytest.mark.slow)])
 def test_a_copy_of_an_adapted_model_is_a_model_of_its_own(peft: Any, rig: Rig, how: str) -> None:
     model = adapted(peft, rig)
     apply(model)
@@ -338,7 +348,7 @@ def accelerate() -> Any:
     return pytest.importorskip("accelerate")
 
 
-@pytest.fixture(params=["no", "bf16"])
+@pytest.fixture
 def accelerator(accelerate: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     state = pytest.importorskip("accelerate.state")
     state.AcceleratorState._reset_state(True)
@@ -350,11 +360,14 @@ def precision(accelerator: Any) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if accelerator.mixed_precision == "bf16" else nullcontext()
 
 
-@ORDERS
-@pytest.mark.parametrize("keep", [True, False], ids=["wrapper kept", "wrapper dropped"])
+@each(
+    ("accelerator", "first", "keep"),
+    *(["no", "bf16"], [THEY, WE], [True, False]),
+    fast=[("no", THEY, True), ("bf16", THEY, True), ("bf16", WE, False)],
+)
 def test_a_prepared_model_is_forced_and_unwrapped(accelerator: Any, rig: Rig, first: str, keep: bool) -> None:
     before = snapshot(rig.model)
-    if first == "we come first":
+    if first == WE:
         handle = apply(rig.model)
         model = accelerator.prepare(rig.model)
     else:
@@ -388,13 +401,16 @@ def offloaded(accelerate: Any, model: nn.Module, how: str, folder: Path) -> None
         accelerate.cpu_offload_with_hook(model, CPU)
 
 
-@ORDERS
-@pytest.mark.parametrize("how", ["cpu", "disk", "whole model"])
+@each(
+    ("how", "first"),
+    *(["cpu", "disk", "whole model"], [THEY, WE]),
+    fast=[("disk", THEY), ("whole model", WE)],
+)
 def test_offloaded_weights_come_in_when_they_are_needed(
     accelerate: Any, rig: Rig, tmp_path: Path, first: str, how: str
 ) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
-    if first == "we come first":
+    if first == WE:
         handle = apply(rig.model)
         offloaded(accelerate, rig.model, how, tmp_path)
     else:
@@ -404,7 +420,7 @@ def test_offloaded_weights_come_in_when_they_are_needed(
         handle = apply(rig.model)
     assert equal(play(rig), forced())
     handle.remove()
-    if first == "they come first":
+    if first == THEY:
         assert modules(rig.model) == before
     assert equal(play(rig), plain())
     hooks.remove_hook_from_submodules(rig.model)
@@ -467,8 +483,11 @@ def trained(rig: Rig, model: Any, accelerator: Any, optimizer: Any) -> list[Tens
     return [*grads, *(weight.detach().clone() for weight in weights)]
 
 
-@pytest.mark.parametrize("whose", ["all weights", "adapter"])
-@pytest.mark.parametrize("while_applied", [False, True], ids=["removed for the step", "applied all the time"])
+@each(
+    ("accelerator", "whose", "while_applied"),
+    *(["no", "bf16"], ["all weights", "adapter"], [False, True]),
+    fast=[("no", "all weights", False), ("bf16", "adapter", True)],
+)
 def test_enable_evaluate_disable_train_enable(
     peft: Any, accelerator: Any, whose: str, while_applied: bool
 ) -> None:
@@ -576,12 +595,15 @@ def test_save_pretrained_while_applied_writes_the_model_alone(rig: Rig, tmp_path
     assert equal(play(rig, loaded), plain())
 
 
-@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
-@ORDERS
+@each(
+    ("level", "first"),
+    *(["leaf_level", "block_level"], [THEY, WE]),
+    fast=[("leaf_level", WE), ("block_level", THEY)],
+)
 def test_group_offloading(rig: Rig, level: str, first: str) -> None:
     model = citizen(rig)
     groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    if first == "they come first":
+    if first == THEY:
         model.enable_group_offload(CPU, CPU, level, **groups)
         assert equal(play(rig, model), plain())
         before = snapshot(model)
@@ -592,7 +614,7 @@ def test_group_offloading(rig: Rig, level: str, first: str) -> None:
     assert equal(play(rig, model), forced())
     handle.remove()
     assert equal(play(rig, model), plain())
-    if first == "they come first":
+    if first == THEY:
         assert before.diff(snapshot(model)) == []
     apply(model)
     assert equal(play(rig, model), forced())
@@ -701,7 +723,7 @@ def test_none_of_them_makes_another_model_ours(peft: Any, accelerate: Any, rig: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["they come first", "we come first"])
+@ORDERS
 def test_a_compiled_model_compiles_nothing_more_once_it_is_warm(first: str) -> None:
     """The attention itself runs eagerly, so the graphs are those around it."""
     counter_class = pytest.importorskip("torch._dynamo.testing").CompileCounter
@@ -710,7 +732,7 @@ def test_a_compiled_model_compiles_nothing_more_once_it_is_warm(first: str) -> N
     hf.apply_head_forcing(expected.model, roles)
     torch._dynamo.reset()
     counter = counter_class()
-    if first == "we come first":
+    if first == WE:
         hf.apply_head_forcing(rig.model, roles)
         model: Any = torch.compile(rig.model, backend=counter)
     else:
@@ -766,7 +788,7 @@ def test_attention_wrapped_by_compile_while_applied_must_be_unwrapped_before_rem
 def test_distributed_data_parallel(rig: Rig, first: str) -> None:
     rig.model.requires_grad_(True)
     before = snapshot(rig.model)
-    if first == "we come first":
+    if first == WE:
         handle = apply(rig.model)
         model = nn.parallel.DistributedDataParallel(rig.model)
     else:

@@ -1,4 +1,7 @@
-"""What importing and applying load: `torch._dynamo` takes seconds, and only compiled models need it."""
+"""What importing and applying load: `torch._dynamo` takes seconds, and only compiled models need it.
+
+Nor does the module of the pictures load matplotlib before one is drawn.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,11 @@ import headforcing as hf
 hf.apply_head_forcing
 assert "torch._dynamo" not in sys.modules, "by importing"
 
+import headforcing.measure.plots
+
+headforcing.measure.plots.head_map
+assert "matplotlib" not in sys.modules, "by the module of the pictures"
+
 from tests.hosts.rig import Rig
 
 rig = Rig(9)
@@ -27,5 +35,5 @@ assert "torch._dynamo" not in sys.modules, "by applying"
 """
 
 
-def test_dynamo_is_loaded_by_nothing_that_is_not_compiled() -> None:
+def test_nothing_is_loaded_that_is_not_used() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, cwd=ROOT)

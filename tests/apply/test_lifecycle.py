@@ -50,12 +50,14 @@ def alone(chunks: int, draw: int = 0, batch: int = 1) -> list[Tensor]:
 # Streams that live in the host's caches -----------------------------------------------------------
 
 
-def test_two_caches_in_every_order_are_two_videos_alone() -> None:
-    alone_a, alone_b = alone(3), alone(3, draw=40)
+@pytest.mark.parametrize("chunks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_caches_in_every_order_are_two_videos_alone(chunks: int) -> None:
+    alone_a, alone_b = alone(chunks), alone(chunks, draw=40)
     rig, handle = applied()
-    for chosen in itertools.combinations(range(1, 6), 3):  # the other half is the same, names swapped
+    turns = 2 * chunks
+    for chosen in itertools.combinations(range(1, turns), chunks):  # the other half: names swapped
         streams = {True: (rig.caches(), 0, []), False: (rig.caches(), 40, [])}
-        for turn in range(6):
+        for turn in range(turns):
             caches, draw, outputs = streams[turn in chosen]
             outputs += rig.video(caches, 1, first=len(outputs) // 2, draw=draw)
         assert equal(streams[True][2], alone_a)
@@ -182,7 +184,7 @@ def test_stored_bytes_stay_the_same_from_the_moment_the_window_is_full() -> None
     rig, handle = applied()
     caches = rig.caches()
     sizes = []
-    for chunk in range(20):
+    for chunk in range(12):
         rig.video(caches, 1, first=chunk)
         sizes.append(handle.status().stored_bytes)
     assert len(set(sizes[4:])) == 1
@@ -190,7 +192,7 @@ def test_stored_bytes_stay_the_same_from_the_moment_the_window_is_full() -> None
 
 def test_a_role_that_keeps_less_never_stores_more() -> None:
     sizes = []
-    for recent in range(7):
+    for recent in (0, 1, 3, 6):
         rig = Rig(9)
         handle = hf.apply_head_forcing(rig.model, Local(recent=recent))
         caches = rig.caches()
@@ -244,18 +246,19 @@ def test_dropping_a_cache_frees_its_stream_at_once_without_the_garbage_collector
 
 
 def new_tensors() -> int:
-    """Tensors made since `gc.freeze()`."""
+    """Tensors made since `gc.freeze()`; rotation factors belong to no video."""
+    rope._kept.__init__()
     gc.collect()
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
-def test_hundreds_of_caches_one_after_the_other_leave_nothing() -> None:
+def test_many_caches_one_after_the_other_leave_nothing() -> None:
     rig, handle = applied()
     counts = []
     gc.freeze()
-    for number in range(60):
+    for number in range(30):
         rig.call(rig.caches(), 0, 3)
-        if number in (10, 59):
+        if number in (5, 29):
             counts.append(new_tensors())
     assert counts[0] == counts[1]
     assert handle.status().streams == ()
@@ -267,9 +270,9 @@ def test_a_long_video_leaves_no_tensor_behind_from_chunk_to_chunk() -> None:
     caches = rig.caches()
     counts = []
     gc.freeze()
-    for chunk in range(30):
+    for chunk in range(20):
         rig.video(caches, 1, first=chunk)
-        if chunk in (10, 29):
+        if chunk in (8, 19):
             counts.append(new_tensors())
     assert counts[0] == counts[1]
 
@@ -304,8 +307,15 @@ def _as_new(caches: Caches) -> bool:
     return _facts(caches) == _facts(fresh) and zeros
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [
+        (torch.float32, 2),
+        (torch.bfloat16, 1),
+        pytest.param(torch.float32, 1, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_caches_come_back_as_freshly_allocated_in_the_same_tensors(dtype: torch.dtype, batch: int) -> None:
     rig = Rig(9, dtype=dtype)
     handle = hf.apply_head_forcing(rig.model, Local())
@@ -377,10 +387,14 @@ def test_released_bytes_of_slices_are_not_counted_several_times() -> None:
 # Exceptions in the middle -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("place", ["q", "v", "o", "norm_k"])
-@pytest.mark.parametrize("start", [0, 3, 6, 9])
-@pytest.mark.parametrize("step", [1, 0])
+FAILS = [*itertools.product((0, 1), ("q", "v", "o", "norm_k"), (0, 3, 6, 9), (1, 0))]
+FAST_FAILS = [(0, "q", 0, 1), (1, "v", 0, 0), (1, "o", 3, 1), (0, "norm_k", 6, 0), (1, "norm_k", 9, 1)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "place", "start", "step"),
+    [pytest.param(*fail, marks=() if fail in FAST_FAILS else pytest.mark.slow) for fail in FAILS],
+)
 def test_a_call_that_failed_can_be_made_again(layer: int, place: str, start: int, step: int) -> None:
     rig, _ = applied()
     caches = rig.caches()
@@ -426,7 +440,7 @@ def test_a_replacement_that_is_refused_leaves_the_roles_before() -> None:
 
 def test_two_threads_with_their_own_caches_get_what_they_would_get_alone() -> None:
     rig, handle = applied()
-    expected = [alone(6, draw=10 * number) for number in range(2)]
+    expected = [alone(4, draw=10 * number) for number in range(2)]
     results: list[list[Tensor] | BaseException | None] = [None, None]
     barrier = threading.Barrier(2)
 
@@ -434,7 +448,7 @@ def test_two_threads_with_their_own_caches_get_what_they_would_get_alone() -> No
         try:
             barrier.wait()
             for _ in range(2):
-                results[number] = rig.video(rig.caches(), 6, draw=10 * number)
+                results[number] = rig.video(rig.caches(), 4, draw=10 * number)
         except BaseException as error:
             results[number] = error
 
@@ -451,7 +465,7 @@ def test_two_threads_with_their_own_caches_get_what_they_would_get_alone() -> No
     for got, want in zip(results, expected, strict=True):
         assert isinstance(got, list), got
         assert equal(got, want)
-    assert handle.status().calls == 2 * 2 * 6 * 2 * 2
+    assert handle.status().calls == 2 * 2 * 4 * 2 * 2
 
 
 # A host of another style: fused qkv, other names, heads first, no cache object --------------------

@@ -10,6 +10,7 @@ import torch
 
 import headforcing as hf
 from headforcing.attention import backends
+from headforcing.attention import part as part_module
 from headforcing.attention.backends import Part, auto, find_backend, flash, requirements_of, varlen
 from headforcing.attention.backends.sdpa import attend as sdpa
 from headforcing.attention.part import num_queries
@@ -23,6 +24,7 @@ from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from headforcing.testing import check_backend
 from headforcing.testing.backends import ARRANGEMENTS, budget_of
+from headforcing.types import Heads
 from tests.hosts.rig import Rig
 
 NAMES = module_names(backends.__name__)
@@ -67,6 +69,48 @@ def test_a_kernel_without_gradients_refuses_to_drop_them(name, monkeypatch):
     monkeypatch.setattr(module, "REQUIREMENTS", Requirements())
     with pytest.raises(OptionError, match="no gradients"):
         module.attend(parts, 3)
+
+
+# Parts of one role that lie side by side take one call of `sdpa`.
+
+
+def by_query_frame(samples: int = 1, step: int = 9) -> list[Part]:
+    """A role of two heads that reads per query frame, three of 4 tokens, and another role."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(samples, count, 2, 16, generator=generator) for count in (12, 30, 30))
+    pair, other = Heads((0, 2), 3), Heads((1,), 3)
+    frames = [slice(first, first + 4) for first in (0, 4, 8)]
+    found = [
+        Part(pair, q[:, own], k[:, at : at + 9], v[:, at : at + 9], own)
+        for own, at in zip(frames, (0, step, 18), strict=True)
+    ]
+    return [*found, Part(other, q[:, :, :1], k[:, :, :1], v[:, :, :1], slice(0, 12))]
+
+
+@pytest.mark.parametrize(("samples", "step", "expected"), [(1, 9, 2), (2, 9, 4), (1, 10, 4)])
+def test_query_frames_attend_in_one_call_where_they_lie_side_by_side(samples, step, expected, monkeypatch):
+    parts = by_query_frame(samples, step)
+    apart = [Part(p.heads, p.q.clone(), p.k.clone(), p.v.clone(), p.rows) for p in parts]
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(1) or attend(*x)
+    )
+    found = sdpa(parts, 3)
+    assert len(calls) == expected
+    assert torch.equal(found, sdpa(apart, 3))
+    assert len(calls) == expected + 4
+
+
+def test_query_frames_in_the_place_of_others_are_found(monkeypatch):
+    right = part_module.side_by_side
+    monkeypatch.setattr(
+        part_module,
+        "side_by_side",
+        lambda every: None if (found := right(every)) is None else found.flip(0),
+    )
+    parts = by_query_frame()
+    apart = [Part(p.heads, p.q.clone(), p.k.clone(), p.v.clone(), p.rows) for p in parts]
+    assert not torch.equal(sdpa(parts, 3), sdpa(apart, 3))
 
 
 # The check sees what is wrong.
@@ -165,7 +209,10 @@ def test_the_budget_is_of_the_size_of_rounding(dtype):
 HERE = requirements_of("varlen").missing() is None
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 TABLE = [
-    (Case("cuda", BF16, 128, (9, 0)), "varlen"),
+    (Case("cuda", BF16, 128, (8, 9)), "varlen"),
+    (Case("cuda", BF16, 128, (9, 0)), "sdpa"),  # cuDNN's
+    (Case("cuda", BF16, 128, (10, 0)), "sdpa"),
+    (Case("cuda", BF16, 128, (12, 0)), "varlen"),
     (Case("cuda", FP16, 64, (8, 0)), "varlen"),
     (Case("cuda", BF16, 256, (8, 0)), "varlen"),
     (Case("cuda", BF16, 264, (9, 0)), "sdpa"),  # too many channels
@@ -183,8 +230,19 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("asked", "expected"), TABLE, ids=lambda value: str(value))
-def test_auto_chooses_by_a_table(asked, expected):
+def test_auto_chooses_by_a_table(asked, expected, monkeypatch):
+    monkeypatch.setattr(auto.cudnn, "version", lambda: auto.CUDNN_VERSION)
     assert auto.choose(asked) == (expected if HERE else "sdpa")
+    monkeypatch.setattr(auto.cudnn, "version", lambda: auto.CUDNN_VERSION - 1)
+    if asked.capability == (9, 0) and expected == "sdpa" and requirements_of("varlen").why_not(asked) is None:
+        assert auto.choose(asked) == "varlen", "cuDNN is older"
+
+
+def test_with_flash_attention_3_auto_attends_in_one_call_on_later_gpus_too(monkeypatch):
+    monkeypatch.setattr(auto, "is_flash_2", lambda: False)
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        assert auto.choose(Case("cuda", BF16, 128, capability)) == ("varlen" if HERE else "sdpa")
+    assert auto.choose(Case("cuda", FP32, 128, (9, 0))) == "sdpa"
 
 
 def test_what_pytorch_was_built_with_counts_on_cuda_alone():
@@ -202,7 +260,7 @@ def test_auto_does_not_take_another_one_when_a_kernel_fails(monkeypatch):
     def broken(parts, num_heads):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(auto, "_chosen", lambda case: broken)
+    monkeypatch.setattr(auto, "_chosen", lambda *_: broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         auto.attend(ARRANGEMENTS[0].parts(), 3)
 
@@ -271,12 +329,11 @@ def exact():
     return film("sdpa", FP64)[0]
 
 
-@pytest.mark.parametrize("store", ["ring", "reference"])
-@pytest.mark.parametrize(
-    "backend",
-    ["auto", functools.partial(attend_ragged, varlen_attn)],
-    ids=["auto", "varlen without its kernel"],
-)
+RAGGED = pytest.param(functools.partial(attend_ragged, varlen_attn), id="varlen without its kernel")
+
+
+@pytest.mark.parametrize("store", ["ring", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), RAGGED])
 def test_a_video_is_as_exact_as_that_of_sdpa(backend, store, exact):
     """Errors grow through layers and chunks as they do for `sdpa`, whose own error is the measure."""
     video, status = film(backend, store=store)
@@ -314,8 +371,15 @@ def layouts_of(row, chunks, batch=1):
     return layouts
 
 
-@pytest.mark.parametrize("row", [WHOLE, BESIDE], ids=["whole frames", "and what is kept beside them"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "row"),
+    [
+        (2, WHOLE),
+        (1, BESIDE),
+        pytest.param(1, WHOLE, marks=pytest.mark.slow),
+        pytest.param(2, BESIDE, marks=pytest.mark.slow),
+    ],
+)
 def test_the_ring_store_is_read_in_place(batch, row):
     """Where all that is kept is seen, nothing is copied for a kernel that takes rows, warm-up included."""
     layouts = layouts_of(row, 12, batch)
@@ -323,7 +387,11 @@ def test_the_ring_store_is_read_in_place(batch, row):
     assert layouts[-1] is layouts[-2], "the layout of full buffers is computed once"
 
 
-@pytest.mark.parametrize("row", [(Wave(),) * 4, (Wave(), Strided(), Veil(), Wave())], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param((Wave(),) * 4, marks=pytest.mark.slow), (Wave(), Strided(), Veil(), Wave())],
+    ids=["one", "many"],
+)
 def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):
     layouts = layouts_of(row, 24)
     settled = layouts[len(layouts) // 2 :]

@@ -266,7 +266,12 @@ refused = functools.partial(
 )
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+FAST_BLOCKS = ("cache-dit", "TeaCache", "MagCache")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in FAST_BLOCKS else pytest.mark.slow) for kind in BLOCKS]
+)
 def test_a_cache_of_blocks_is_refused_before_and_after_apply(rig: Rig, kind: str) -> None:
     undo = BLOCKS[kind](rig.model)
     before = snapshot(rig.model)

@@ -24,11 +24,13 @@ from headforcing.measure.estimate import dense, estimate, of_map, of_preset, str
 from headforcing.measure.memory import longest, steady
 from headforcing.measure.sizes import MODELS, ModelSize
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
+from headforcing.roles.maps import presets
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.pyramid_forcing import Veil, Wave
 from tests.examples import examples
 from tests.hosts.rig import Rig
 
+pytestmark = pytest.mark.xdist_group("sizes")  # counts every preset once
 RUN = CliRunner()
 SMALL = ModelSize(1, 6, 16, window=21, chunk=3, grid=(12, 12), itemsize=4)
 KNOWN = [name for name in PRESETS if name not in {"full", "dummy_forcing"}]
@@ -93,7 +95,7 @@ def cases(draw):
 
 @settings(max_examples=examples(6), deadline=None)
 @given(cases())
-@example(("pyramid_forcing", dataclasses.replace(SMALL, heads=3, head_dim=8), "ring", 1))
+@example(("pyramid_forcing", dataclasses.replace(SMALL, heads=3, head_dim=8, grid=(2, 6)), "ring", 1))
 def test_a_real_layer_stores_and_attends_to_what_was_said(case):
     name, size, store, videos = case
     row = row_of(name, size)
@@ -184,8 +186,9 @@ def test_a_preset_on_a_model_beside_dense_and_streaming_llm():
     assert answer["attention_cost_of_dense"] == pytest.approx(14.2 / 21)
 
 
-def test_the_bytes_are_those_of_headforcing_presets():
+def test_the_bytes_are_those_of_headforcing_presets(monkeypatch):
     """Also on a model of another number of heads than the published ones."""
+    monkeypatch.setattr(presets, "PRESETS", {"forcing_kv": PRESETS["forcing_kv"]})
     answer = told("--preset", "forcing_kv", "--model", "wan-14b")
     by_presets = json.loads(RUN.invoke(app, ["presets", "--model", "wan-14b", "--json"]).stdout)["presets"]
     (other,) = [row for row in by_presets if row["name"] == "forcing_kv"]

@@ -21,11 +21,13 @@ from headforcing.measure.sizes import FRAME_ID, MODELS, ModelSize
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.maps import presets
 from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 from tests.hosts.rig import Rig
 
+pytestmark = pytest.mark.xdist_group("sizes")  # counts every preset once
 RUN = CliRunner()
 
 
@@ -116,7 +118,13 @@ PLAIN = (Local(1), Memory(3, 12, 3), SlidingWindow(21), Anchor(3, 3))
 
 
 @pytest.mark.parametrize("store", [pytest.param("lean", marks=pytest.mark.slow), "ring"])
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name, marks=() if name in ("pyramid", "asked for") else pytest.mark.slow)
+        for name, row in ROWS.items()
+    ],
+)
 def test_a_real_rollout_holds_as_many_bytes(row, store):
     """At the end of every chunk of a long video no more than was said, and in some as many."""
     rig, roles = Rig(window=21), hf.RoleMap((row,) * 2)
@@ -161,7 +169,8 @@ def test_roles_that_keep_whole_frames_take_their_capacity(role, store, buffers):
 
 
 def test_a_store_with_slots_twice_takes_a_third_less():
-    size, roles = MODELS["wan-1.3b"], hf.RoleMap((PLAIN * 3,) * 30)
+    quick = (Local(1), SlidingWindow(21), Anchor(3, 3))  # choosing by content takes seconds
+    size, roles = MODELS["wan-1.3b"], hf.RoleMap((quick * 4,) * 30)
     lean, ring = (stored_bytes(size, store, roles) for store in ("lean", "ring"))
     assert kept_bytes(size, roles) < lean < 1.001 * kept_bytes(size, roles)
     assert 1.499 < ring / lean < 1.5
@@ -245,14 +254,20 @@ def test_single_frames():
     assert [role["attended"] for role in row["roles"]] == [7, 9, 5.9375]
 
 
-def test_sizes_can_be_given_one_by_one():
+def some_presets(monkeypatch, *names):
+    monkeypatch.setattr(presets, "PRESETS", {name: PRESETS[name] for name in names})
+
+
+def test_sizes_can_be_given_one_by_one(monkeypatch):
+    some_presets(monkeypatch, "streaming_llm", "sliding_window")
     answer = told("--model", "wan-14b", "--window", 12, "--grid", "2x5", "--dtype", "fp32")
     assert answer["model"]["frame_bytes"] == 2 * 40 * 40 * 128 * 10 * 4
     assert row_of(answer, "streaming_llm")["attended"] == 12
     assert round(row_of(told("--model", "wan-14b"), "sliding_window")["bytes"] / 2**30, 1) == 25.0
 
 
-def test_the_table_says_what_is_unbounded_and_what_does_not_fit():
+def test_the_table_says_what_is_unbounded_and_what_does_not_fit(monkeypatch):
+    some_presets(monkeypatch, "full", "sliding_window", "infinity_rope", "pyramid_forcing")
     said = RUN.invoke(app, ["presets", "--chunk", "6"])
     assert said.exit_code == 0
     for word in ("grows", "274 MiB", "infinity_rope", "not fit", "5.62 GiB", "100%"):

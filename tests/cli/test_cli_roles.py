@@ -378,7 +378,7 @@ def test_maps_of_other_models_cannot_be_compared(tmp_path):
     assert refused(run("compare", a, tmp_path / "absent.json"), "absent.json")
 
 
-@pytest.mark.parametrize("kind", ["svg", "png"])
+@pytest.mark.parametrize("kind", ["svg", pytest.param("png", marks=pytest.mark.slow)])
 def test_pictures_of_a_map_and_its_profile(folder, tmp_path, kind):
     pytest.importorskip("matplotlib")
     out = tmp_path / "pictures"

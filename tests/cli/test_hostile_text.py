@@ -154,7 +154,7 @@ def _model() -> Any:
     return Rig(window=6, layers=1, heads=2).model
 
 
-@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10, nightly=250), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PLACES), TEXTS, st.booleans(), st.booleans())
 def test_no_command_shows_a_control_character_of_a_role_map(
     tmp_path: Path, path: tuple[Any, ...], text: str, keeps_hash: bool, breaks: bool
@@ -179,7 +179,7 @@ PROFILE = random_profile(1)
 PROFILE_DOCUMENT = {**PROFILE.facts.model_dump(mode="json"), "hash": PROFILE.hash}
 
 
-@settings(max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10, nightly=150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([*places(PROFILE_DOCUMENT), *([name] for name in PROFILE._tensors())]), TEXTS)
 def test_no_command_shows_a_control_character_of_a_profile(tmp_path: Path, path: Any, text: str) -> None:
     tensors, document = PROFILE._tensors(), PROFILE_DOCUMENT

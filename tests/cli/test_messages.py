@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from headforcing import Anchor, Local, RoleMap
 from headforcing.cli import app, early
+from headforcing.cli.console import show_error
 from headforcing.roles.maps.origin import ModelFacts, Origin
 from headforcing.roles.maps.presets import PRESETS
 
@@ -125,11 +126,26 @@ def check_ones_own(folder: Path, name: str, planted: str = "") -> None:
     assert {Path(file).name for file in found} == {f"my_{name}.py"}, done.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["boom", *(pytest.param(n, marks=pytest.mark.slow) for n in USERS if n != "boom")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", USERS)
 def test_ones_own_error_begins_in_ones_own_code(tmp_path: Path, name: str) -> None:
     check_ones_own(tmp_path, name)
+
+
+def test_it_begins_there_where_torch_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same without a process of its own."""
+    (tmp_path / "my_own.py").write_text(USERS["boom"][0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", None)
+    with pytest.raises(LookupError, match="mine") as caught:
+        app(["explain", "my_own:boom"])
+    assert sys.excepthook is show_error
+    show_error(caught.type, caught.value, caught.tb)
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "LookupError: mine"
+    assert [Path(file).name for file in frames(said)] == ["my_own.py"] * 2
 
 
 @pytest.mark.slow

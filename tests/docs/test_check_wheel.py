@@ -45,7 +45,26 @@ def test_what_a_page_shows() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_no_line_lives_on_what_another_one_imported(tmp_path: Path) -> None:
+    check_no_line_lives_on_another(tmp_path)
+
+
+def test_no_line_lives_on_another_in_children_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which has imported torch, as the process that they are children of has."""
+
+    def ends(python: Path, jobs: list[Any], here: Path) -> list[Any]:
+        with capsys.disabled():
+            return [CHECK["_forked"](job) for job in jobs]
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(CHECK["failed_imports"].__globals__, "ends", ends)
+    check_no_line_lives_on_another(tmp_path)
+
+
+def check_no_line_lives_on_another(tmp_path: Path) -> None:
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer" / "__init__.py").touch()
     (tmp_path / "outer" / "inner.py").write_text("here = 1")

@@ -168,7 +168,7 @@ def test_every_page_has_a_stage_or_no_lines() -> None:
         assert page.stem in PAGES or not infos
 
 
-@pytest.mark.parametrize("first", ["compile", "apply"])
+@pytest.mark.parametrize("first", [pytest.param("compile", marks=pytest.mark.slow), "apply"])
 def test_blocks_compiled_as_fastvideo_does_change_nothing(first: str) -> None:
     def video(model: Any) -> torch.Tensor:
         caches = host.caches(model)

@@ -176,10 +176,11 @@ BUGS = [
     (SwapsTheNorms, "keys_are_the_hosts", "are q and k or their norms swapped, or is a norm missing?"),
     (PairsNeighbours, "rotation_is_the_hosts", "channels paired where the base model pairs halves"),
     (AnchorIsAModule, "anchor_is_the_timeline", "layers or timelines share an anchor"),
-    (
+    pytest.param(
         KeepsThePrompt,
         "prompt_switch_takes_effect",
         "forget_prompt() must make cross-attention project it again",
+        marks=pytest.mark.slow,  # nearly all checks come before
     ),
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import FENCE, PAGES, ROOT, commands, fences
+from tests.hosts.rig import Rig
 
 
 def run_python(text: str, name: str) -> int:
@@ -49,10 +50,25 @@ def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+LONGEST = ROOT / "docs" / "measuring.md"
+"""It profiles every head of a model, and ablates each."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page == LONGEST else ()) for page in PAGES],
+    ids=page_id,
+)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_python(page.read_text(encoding="utf-8"), str(page))
+
+
+def test_the_python_of_the_longest_page_runs_on_a_smaller_model(tmp_path, monkeypatch):
+    """A third of the layers, with random weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("headforcing.demo.demo_model", lambda: Rig(21).model)
+    run_python(LONGEST.read_text(encoding="utf-8"), str(LONGEST))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -312,41 +313,36 @@ class Event:
                 return
 
 
-class _Capsule:
-    """What DLPack hands over."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-
-def _from_dlpack(x: Any, **_: Any) -> Any:
-    """As `Tensor.__dlpack__` and `from_dlpack`: the tensor itself asks for its device, a capsule does not."""
-    if isinstance(x, _Capsule):
-        return x.x.detach()
-    if x.device != CURRENT:
-        raise BufferError(
-            f"Can't export tensors on a different CUDA device index. Expected: {x.device.index}"
-        )
-    return x.detach()
-
-
 def _pinned(x: Tensor, *_: Any) -> Tensor:
     copy: Any = x.clone()
     copy.pinned = True
     return copy
 
 
-def _one_kernel(*_: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The rotation, as `headforcing.adapters.rope_fused.compiled`."""
+def kernel(*tensors: Tensor) -> Any:
+    """The rotation, as `headforcing.adapters.rope_triton.rotate`: launched on the current device."""
+    simulation = Simulation.now()
+    simulation._check_alive()
+    simulation._check_devices("rotate", list(tensors))
+    if tensors[0].device != (current := torch.device("cuda", torch.cuda.current_device())):
+        raise RuntimeError(f"a kernel launched on {current} was given tensors on {tensors[0].device}")
+    with simulation.off():
+        return simulation.run(rope_fused.rotated, tensors, {})
 
-    def rotated(*tensors: Tensor) -> Any:
-        simulation = Simulation.now()
-        simulation._check_alive()
-        simulation._check_devices("rotated", list(tensors))
-        with simulation.off():
-            return simulation.run(rope_fused.rotated, tensors, {})
 
-    return rotated
+class _Device:
+    """`torch.cuda.device`: another current device while entered."""
+
+    current: ClassVar[list[torch.device]] = [CURRENT]
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self.current.append(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        self.current.pop()
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
@@ -372,7 +368,7 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 CACHES = (
-    types._on,
+    types.numbers_on,
     rope.temporal_tables,
     ragged.index_tensors,
     requirements._capability,
@@ -391,14 +387,14 @@ def simulated() -> Iterator[Simulation]:
     with pytest.MonkeyPatch.context() as patch:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        patch.setattr(torch.cuda, "current_device", lambda: CURRENT.index)
+        patch.setattr(torch.cuda, "current_device", lambda: _Device.current[-1].index)
+        patch.setattr(torch.cuda, "device", _Device)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch, "Event", Event)
         patch.setattr(Tensor, "pin_memory", _pinned)
-        patch.setattr(torch, "from_dlpack", _from_dlpack)
-        patch.setattr(torch.utils.dlpack, "from_dlpack", _from_dlpack)
-        patch.setattr(torch.utils.dlpack, "to_dlpack", _Capsule)
-        patch.setattr(rope_fused, "compiled", _one_kernel)
+        patch.setattr(rope_fused, "kernel", lambda: kernel)
         try:
             with Simulation() as simulation:
                 yield simulation

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headforcing.errors import NonFiniteKVError
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.roles import Anchor, HeadRole, Local, Memory, episodic
+from headforcing.roles import Anchor, HeadRole, Local, Memory
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import ThresholdFifo
 from headforcing.roles.forcing_kv import Dynamic
@@ -24,7 +24,7 @@ from headforcing.stores import checks
 from tests.examples import examples
 from tests.gpu import simulated as gpu
 from tests.gpu.simulated import DEVICES, Simulation
-from tests.gpu.videos import Video, moved
+from tests.gpu.videos import Video, elsewhere, moved
 from tests.hosts.self_forcing import SelfForcingHost
 
 WINDOW, CHUNKS = 9, 6
@@ -129,7 +129,9 @@ def check_is_told(
     video.handle.remove()
 
 
-@pytest.fixture(params=[torch.device("cpu"), *DEVICES], ids=str)
+@pytest.fixture(
+    params=[torch.device("cpu"), pytest.param(DEVICES[0], marks=pytest.mark.slow), DEVICES[1]], ids=str
+)
 def anywhere(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The CPU, where a verdict is there at once, and the simulated devices."""
     if request.param.type == "cpu":
@@ -186,6 +188,7 @@ def test_of_every_video_one_layer_is_told(anywhere: torch.device) -> None:
     video.handle.reset()
 
 
+@elsewhere
 @pytest.mark.parametrize("store", ["ring", pytest.param("lean", marks=pytest.mark.slow)])
 def test_no_host_waits_for_a_verdict(simulation: Simulation, device: torch.device, store: str) -> None:
     check_no_wait(simulation, device, store)
@@ -240,14 +243,6 @@ def at_the_end(device: torch.device) -> None:
     check_is_told(Fault(chunk=1), "remove", device, chunks=2, again=1)
 
 
-def similarity_with_nan(keys: Tensor) -> Tensor:
-    """As it was."""
-    spots = keys.flatten(2, 3).transpose(1, 2).contiguous().float()
-    dots = spots @ spots.mT
-    scale = dots.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).rsqrt()
-    return (dots * scale[..., :, None] * scale[..., None, :]).mean(1)
-
-
 def forgets(guard: checks.FiniteGuard, wait: bool) -> None:
     """Asks for a verdict once."""
     late, guard._committed = guard._committed, None
@@ -259,7 +254,6 @@ def forgets(guard: checks.FiniteGuard, wait: bool) -> None:
 
 
 PLANTED: dict[str, tuple[Any, str, Any, Callable[[torch.device], None]]] = {
-    "a choice among NaN": (episodic, "similarity", similarity_with_nan, in_memory),
     "a verdict that is asked for once": (checks.FiniteGuard, "check", forgets, in_memory),
     "a verdict that nobody waits for": (gpu.Event, "synchronize", lambda event: None, in_memory),
     "the last chunk": (checks.FiniteGuard, "unreported", lambda guard: [], at_the_end),
@@ -272,7 +266,12 @@ PLANTED: dict[str, tuple[Any, str, Any, Callable[[torch.device], None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+LATE = ("a verdict that is asked for once", "a verdict that nobody waits for")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LATE else ()) for name in PLANTED]
+)
 def test_it_is_found(name: str, simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, wrong, check = PLANTED[name]
     monkeypatch.setattr(owner, attribute, wrong)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +14,13 @@ import headforcing as hf
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.testing.host import Host
-from tests.gpu.simulated import Simulation
+from tests.gpu.simulated import DEVICES, Simulation
 
 Roles = HeadRole | RoleMap | list[list[HeadRole]] | str
+elsewhere = pytest.mark.parametrize(
+    "device", [pytest.param(DEVICES[0], marks=pytest.mark.slow), DEVICES[1]], indirect=True, ids=str
+)
+"""In the fast run, on the device that is not the current one alone."""
 
 
 class Video:

@@ -38,6 +38,7 @@ diffusers: Any = pytest.importorskip(
 )
 pytest.importorskip("transformers", reason="the pipeline of AnyFlow FAR requires transformers")
 
+pytestmark = pytest.mark.xdist_group("diffusers")  # imports it once
 HEADS, LAYERS = 2, 2
 SMALL = {"num_attention_heads": HEADS, "attention_head_dim": 16, "num_layers": LAYERS, "ffn_dim": 32}
 CHUNKS = (1, 2, 2, 1)
@@ -140,7 +141,11 @@ def test_a_clean_pass_runs_the_video_again_and_makes_one_more_chunk_coarse() -> 
 
 @pytest.mark.parametrize(
     ("chunks", "limit", "size"),
-    [(CHUNKS, 3, (8, 16)), ((2, 2, 2), 2, (16, 16)), ((1, 1, 1), 4, (8, 8))],
+    [
+        (CHUNKS, 3, (8, 16)),
+        pytest.param((2, 2, 2), 2, (16, 16), marks=pytest.mark.slow),
+        ((1, 1, 1), 4, (8, 8)),
+    ],
     ids=["coarse", "coarse at once, queries fill a block", "all full"],
 )
 def test_with_full_heads_the_video_is_the_pipelines(
@@ -210,7 +215,9 @@ def turned(x: Tensor, freqs: Tensor) -> Tensor:
     return torch.view_as_real(pairs * freqs).flatten(-2).to(x.dtype)
 
 
-@pytest.mark.parametrize("windows", [(3, 3), (4, 4), (2, 6)])
+@pytest.mark.parametrize(
+    "windows", [*(pytest.param(pair, marks=pytest.mark.slow) for pair in ((3, 3), (4, 4))), (2, 6)]
+)
 def test_heads_with_windows_are_the_pipeline_with_hidden_keys(windows: Sequence[int], plain: Tensor) -> None:
     """Of full and of coarse frames, in noisy passes and where the past is encoded again."""
     model = made()
@@ -297,7 +304,7 @@ def adapt(model: Any) -> None:
     model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("first", ["lora", "head forcing"])
+@pytest.mark.parametrize("first", ["lora", pytest.param("head forcing", marks=pytest.mark.slow)])
 def test_lora_of_diffusers_counts_before_and_after_apply(first: str, plain: Tensor) -> None:
     model, alone = made(), made()
     adapt(alone)
@@ -606,7 +613,13 @@ BUGS = [
 ]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+FOUND_FAST = (SeesFillers, TurnsInTimeOnly, ForgetsWhatIsCoarse)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [pytest.param(bug, id=bug.__name__, marks=() if bug in FOUND_FAST else pytest.mark.slow) for bug in BUGS],
+)
 def test_a_planted_bug_is_seen(bug: type[AnyFlowFAR], plain: Tensor) -> None:
     try:
         found = forced(Full(), adapter=bug())

@@ -32,10 +32,10 @@ from tests.hosts.sana_wm import DIFFUSERS, FPS, GRID, TOKENS, SanaWMHost
 if (MISSING := SanaWMHost().missing()) is not None:
     pytest.skip(MISSING, allow_module_level=True)
 
-CPU, CHANNELS, WORDS, FRAMES = torch.device("cpu"), 5, 6, 24
+pytestmark = pytest.mark.xdist_group("diffusers")  # imports it once
+CPU, CHANNELS, WORDS, FRAMES = torch.device("cpu"), 5, 6, 18
 LONG = 100
 """Frames that a window holds which forgets nothing here."""
-KINDS = pytest.mark.parametrize(("rope", "gated"), [("split", False), ("interleaved", True)])
 WINDOW = Local(10, 1, positions="adjoining")
 """What the pipeline keeps: one first frame, and the last ten, which it sits right before."""
 LATER = Local(3, 1, positions="adjoining"), Local(1), Full(), SlidingWindow(6, 2)
@@ -107,10 +107,18 @@ def model() -> Any:
 # The pipeline's own loop --------------------------------------------------------------------------
 
 
-@KINDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+WAYS = [
+    (rope, gated, dtype, store)
+    for rope, gated in (("split", False), ("interleaved", True))
+    for dtype in (torch.float32, torch.bfloat16)
+    for store in ("lean", "reference", "ring")
+]
+FAST_WAYS = [("split", False, torch.float32, "ring"), ("interleaved", True, torch.bfloat16, "ring")]
+
+
 @pytest.mark.parametrize(
-    "store", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("lean", "reference")), "ring"]
+    ("rope", "gated", "dtype", "store"),
+    [pytest.param(*way, marks=() if way in FAST_WAYS else pytest.mark.slow) for way in WAYS],
 )
 def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.dtype, store: str) -> None:
     model = made(rope, gated, dtype)
@@ -119,7 +127,9 @@ def test_its_window_is_a_role_bit_for_bit(rope: str, gated: bool, dtype: torch.d
     assert torch.equal(refined(model), expected)
 
 
-@KINDS
+@pytest.mark.parametrize(
+    ("rope", "gated"), [pytest.param("split", False, marks=pytest.mark.slow), ("interleaved", True)]
+)
 def test_every_head_is_turned_as_itself(rope: str, gated: bool) -> None:
     """Two groups of heads that remember alike, so that each is rotated without the other."""
     model = made(rope, gated)
@@ -127,7 +137,14 @@ def test_every_head_is_turned_as_itself(rope: str, gated: bool) -> None:
     assert torch.equal(refined(model), plain(rope, gated))
 
 
-@pytest.mark.parametrize(("sink", "held", "frames"), [(1, 11, 14), (2, 8, 24), (3, 11, 25), (1, 5, 12)])
+@pytest.mark.parametrize(
+    ("sink", "held", "frames"),
+    [
+        (1, 5, 12),
+        (2, 8, 18),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 11, 14), (2, 8, 24), (3, 11, 25))),
+    ],
+)
 def test_other_sinks_and_windows_and_shorter_last_blocks(sink: int, held: int, frames: int) -> None:
     model = made()
     options = {"frames": frames, "sink_size": sink, "kv_max_frames": held}
@@ -166,7 +183,9 @@ def test_a_second_and_a_third_video(model: Any) -> None:
     assert handle.status().streams == ()
 
 
-@pytest.mark.parametrize("role", LATER)
+@pytest.mark.parametrize(
+    "role", [LATER[0], *(pytest.param(role, marks=pytest.mark.slow) for role in LATER[1:3]), LATER[3]]
+)
 def test_other_roles_make_another_video(model: Any, role: HeadRole) -> None:
     handle = forced(model, role)
     out = refined(model)
@@ -225,7 +244,7 @@ def test_a_long_run_stays_bounded(model: Any) -> None:
         seen.append((int(max(places)), handle.status().stored_bytes))
 
     with handle.observe(look):
-        out = refined(model, frames=100)
+        out = refined(model, frames=60)
     assert bool(out.isfinite().all())
     assert max(place for place, _ in seen) == handle.status().window - 1 == 13
     half = seen[len(seen) // 2 :]
@@ -284,8 +303,8 @@ def test_nothing_is_left_after_remove(model: Any) -> None:
     assert torch.equal(refined(model), plain())
 
 
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("first", ["they come first", "we come first"])
+@pytest.mark.parametrize("level", [pytest.param("block_level", marks=pytest.mark.slow), "leaf_level"])
+@pytest.mark.parametrize("first", [pytest.param("they come first", marks=pytest.mark.slow), "we come first"])
 def test_group_offloading(model: Any, level: str, first: str) -> None:
     groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
     if first == "we come first":
@@ -296,7 +315,7 @@ def test_group_offloading(model: Any, level: str, first: str) -> None:
     assert torch.equal(refined(model), plain())
 
 
-@pytest.mark.parametrize("first", ["they come first", "we come first"])
+@pytest.mark.parametrize("first", ["they come first", pytest.param("we come first", marks=pytest.mark.slow)])
 def test_lora(model: Any, first: str) -> None:
     peft = pytest.importorskip("peft")
     other = made()
@@ -323,7 +342,11 @@ def test_lora(model: Any, first: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["PyramidAttentionBroadcastConfig", "FasterCacheConfig", "TaylorSeerCacheConfig"]
+    "kind",
+    [
+        "PyramidAttentionBroadcastConfig",
+        *(pytest.param(f"{kind}CacheConfig", marks=pytest.mark.slow) for kind in ("Faster", "TaylorSeer")),
+    ],
 )
 def test_caches_that_skip_attention_are_refused(model: Any, kind: str) -> None:
     hooks = importlib.import_module("diffusers.hooks")

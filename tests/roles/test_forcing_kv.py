@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headforcing as hf
@@ -22,6 +22,7 @@ from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import STORES, store_class
 from headforcing.types import Chunk, Heads
+from tests.examples import examples
 from tests.strategies import frame_tensor
 
 GRID, PATCHES, DIM, WINDOW = (4, 3), 12, 4, 24
@@ -128,6 +129,7 @@ dynamics = st.builds(
 steps = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 1)), min_size=4, max_size=7)
 
 
+@settings(max_examples=examples(50, nightly=1000))
 @given(dynamics, steps, st.integers(1, 2), st.integers(1, 3), st.sampled_from(sorted(STORES)))
 def test_pieces_are_those_of_a_plain_loop(role, lengths, batch, heads, store):
     check_pieces(role, lengths, batch, heads, store)
@@ -263,8 +265,14 @@ def chosen_by(video: int, layer: int, leader: int, start: int, role: Dynamic) ->
     return cut(frame_tensor(past, 100 * video + layer, 1, 2, PATCHES, DIM), choice, role.pieces)
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("shared", "store"),
+    [
+        *((True, "ring"), (False, "lean")),
+        *(pytest.param(True, store, marks=pytest.mark.slow) for store in ("lean", "reference")),
+        *(pytest.param(False, store, marks=pytest.mark.slow) for store in ("ring", "reference")),
+    ],
+)
 def test_the_first_layer_chooses_for_all_that_follow_and_anew_in_every_chunk_and_video(shared, store):
     """Video 1 has the frames of video 0, so an old choice would look as if it were for them."""
     role, other = Dynamic(), Dynamic(pieces=4)
@@ -359,7 +367,7 @@ def test_a_model_with_dynamic_heads_matches_attention_written_out():
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("chunks", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunks", [70, pytest.param(2000, marks=pytest.mark.slow)])
 def test_bytes_stay_bounded_and_a_reset_forgets(store, chunks):
     """Held: a first and a last frame, the current chunk, pieces, and a copy of the last frame.
 

@@ -320,12 +320,19 @@ def check_complete(presets: Mapping[str, Preset]) -> None:
     assert labels == set(RULES)
 
 
-@pytest.mark.parametrize("store", [pytest.param("reference", marks=pytest.mark.slow), "lean", "ring"])
-@pytest.mark.parametrize("chunk", LENGTHS)
+LONG = [
+    pytest.param(chunk, store, CHUNKS, marks=pytest.mark.slow)
+    for chunk in LENGTHS
+    for store in STORES
+    if (chunk, store) != (1, "lean")
+]
+
+
+@pytest.mark.parametrize(("chunk", "store", "chunks"), [(3, "ring", 36), (1, "lean", CHUNKS), *LONG])
 @pytest.mark.parametrize(("name", "label"), RULES)
-def test_every_head_of_every_preset_sees_what_its_rule_says(name, label, chunk, store):
+def test_every_head_of_every_preset_sees_what_its_rule_says(name, label, chunk, store, chunks):
     role = PRESETS[name].roles(WINDOW, chunk)[label]
-    tokens = check_role(role, RULES[name, label](chunk), chunk, store_class(store))
+    tokens = check_role(role, RULES[name, label](chunk), chunk, store_class(store), chunks)
     assert bool(tokens) == (role.compressed() is not None)
 
 
@@ -444,7 +451,7 @@ SIXTY = {
 """Whole frames that the chunk of frames 60 to 62 sees beside itself."""
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", ["reference", pytest.param("lean", marks=pytest.mark.slow), "ring"])
 @pytest.mark.parametrize(("name", "label"), SIXTY)
 def test_the_table_of_frame_sixty(name, label, store):
     assert [seen.frames for seen in at(name, label, 60, store=store)] == [SIXTY[name, label]] * 3

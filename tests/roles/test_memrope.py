@@ -119,13 +119,13 @@ def averagings(draw: Any, longest: int = 4) -> Averaging:
 alone = st.tuples(st.integers(1, 4), st.just(0))
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(20, nightly=400))
 @given(averagings(), st.lists(alone, min_size=8, max_size=14), st.sampled_from(sorted(STORES)))
 def test_averages_are_those_of_the_rule(role, steps, store):
     check_averages(role, steps, store)
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(20, nightly=400))
 @given(
     averagings(),
     st.lists(st.tuples(st.integers(2, 4), st.integers(0, 1)), min_size=8, max_size=12),
@@ -135,7 +135,7 @@ def test_frames_that_a_chunk_takes_back_are_not_averaged(role, steps, store):
     check_averages(role, steps, store, batch=2)
 
 
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(15, nightly=300))
 @given(averagings(), st.integers(1, 4), st.integers(0, 9))
 def test_all_stores_see_the_same_bit_for_bit(role, chunk, seed):
     heads = {role: Heads(range(HEADS), HEADS)}
@@ -292,7 +292,7 @@ def test_what_noisy_passes_wrote_is_not_averaged(store):
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunks", [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunks", [100, pytest.param(3000, marks=pytest.mark.slow)])
 def test_bytes_stay_bounded_and_averages_stay_averages(store, dtype, chunks):
     role = Averaging()
     made = store_class(store)({role: Heads(range(1), 1)}, window=WINDOW, layer=0)

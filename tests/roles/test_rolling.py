@@ -67,7 +67,7 @@ def test_the_windows_are_those_of_a_rolling_host() -> None:
     assert windows(15) == [(0, 3), (0, 6), (0, 9), (3, 9), (6, 9), (9, 6), (12, 3)]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_hosts_own_memory_changes_nothing(batch: int) -> None:
     model = model_of()
     applied(model, Rolling(WINDOW))

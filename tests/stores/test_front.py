@@ -259,7 +259,7 @@ def check_it_reads_the_same(row: Sequence[HeadRole], seed: int, steps: int, *oth
             dice.choice(ACTS)(side)
 
 
-@settings(max_examples=examples(50))
+@settings(max_examples=examples(30, nightly=500))
 @given(st.lists(beside(), min_size=1, max_size=4), st.integers(0, 2**20), st.integers(1, 20))
 def test_every_store_reads_the_same(row: list[HeadRole], seed: int, steps: int) -> None:
     check_it_reads_the_same(row, seed, steps, store_class("lean"), store_class("ring"))

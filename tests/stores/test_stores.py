@@ -91,7 +91,7 @@ def test_what_is_drawn_is_of_its_class_and_fits_every_chunk(kind):
     check()
 
 
-SETTINGS = settings(stateful_step_count=12, max_examples=examples(30, nightly=2000))
+SETTINGS = settings(stateful_step_count=12, max_examples=examples(15, nightly=2000))
 
 
 def test_every_role_has_a_rule():
@@ -109,7 +109,17 @@ def test_the_story_has_every_role():
     assert {type(role) for role in ROLES} == built_in()
 
 
-@pytest.mark.parametrize("role", ROLES, ids=str)
+FIRST = {type(role): role for role in reversed(ROLES)}
+"""The first role of every class."""
+
+
+@pytest.mark.parametrize(
+    "role",
+    [
+        pytest.param(role, id=str(role), marks=() if role in FIRST.values() else pytest.mark.slow)
+        for role in ROLES
+    ],
+)
 def test_every_role_goes_through_every_mode(role):
     tell_story(role)
 
@@ -134,7 +144,9 @@ def forget_a_first_frame(self: HeadRole, kept: Selection, table: FrameTable) -> 
     return replace(kept, before=kept.before[1:]) if getattr(self, "sink", 0) else kept
 
 
-@pytest.mark.parametrize("wrong", [keep_one_less, keep_one_more, forget_a_first_frame])
+@pytest.mark.parametrize(
+    "wrong", [keep_one_less, pytest.param(keep_one_more, marks=pytest.mark.slow), forget_a_first_frame]
+)
 def test_a_role_that_keeps_other_frames_is_found(wrong, monkeypatch):
     changed, found = set(), set()
 
@@ -209,7 +221,7 @@ def positions_of_what_is_seen(patch: pytest.MonkeyPatch) -> None:
         (compressed_takes_no_place, {Averaging, Participating}),
         (kept_frames_are_not_merged, {Veil}),
         (chosen_frames_are_never_first, {Memory}),
-        (positions_of_what_is_seen, {Memory, Anchor}),
+        pytest.param(positions_of_what_is_seen, {Memory, Anchor}, marks=pytest.mark.slow),
     ],
     ids=lambda plant: getattr(plant, "__name__", ""),
 )
@@ -310,7 +322,10 @@ class Hasty(RingStore):
 
 @pytest.mark.parametrize(
     "store",
-    [Leaky, with_banks(Sticky), Greedy, Mixed, Frozen, Lasting, Withholding, Hasty],
+    [
+        *(Leaky, Greedy, Mixed, Frozen, Lasting, Hasty),
+        *(pytest.param(store, marks=pytest.mark.slow) for store in (with_banks(Sticky), Withholding)),
+    ],
     ids=lambda store: store.__name__,
 )
 def test_the_state_machine_catches_a_planted_bug(store):
@@ -346,6 +361,7 @@ class EverySecond(HeadRole):
         return range(0, len(table), 2) if phase == "denoise" else range(max(len(table) - 2, 0), len(table))
 
 
+@settings(max_examples=examples(40, nightly=1000))
 @given(lengths=st.lists(st.integers(1, CHUNK), min_size=1, max_size=12), passes=st.integers(1, 3))
 def test_a_role_that_attends_to_a_part_sees_the_same_in_every_store(lengths, passes):
     classes = (ReferenceStore, *FAST_STORES)

@@ -30,12 +30,8 @@ def test_every_adapter_in_the_folder_has_a_host() -> None:
     assert set(host_names()) == {adapter.name for adapter in adapters()}
 
 
-FAST = ("self_forcing", "fastvideo")
-"""With counters and without. `tests/integrations/test_parity.py` runs all of them."""
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in host_names()]
+    "name", [pytest.param(n, marks=() if n == "self_forcing" else pytest.mark.slow) for n in host_names()]
 )
 def test_every_adapter_in_the_folder_passes(name: str) -> None:
     host = find_host(name)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.attention
 from torch import Tensor
 
 from headforcing.attention.backends import Part
 from headforcing.attention.ragged import attend_ragged
-from headforcing.attention.requirements import HALF, Requirements
+from headforcing.attention.requirements import HALF, Requirements, is_flash_2
 
 REQUIREMENTS = Requirements(
     devices=("cuda",),
@@ -29,14 +28,4 @@ def attend(parts: Sequence[Part], num_heads: int) -> Tensor:
         OptionError: the kernel does not take these tensors, or PyTorch lacks it.
     """
     REQUIREMENTS.check("varlen", parts)
-    return attend_ragged(REQUIREMENTS.load(), parts, num_heads, gaps=allows_gaps())
-
-
-def allows_gaps() -> bool:
-    """Whether rows after the end of a sequence may hold anything, as in buffers that are not full yet.
-
-    FlashAttention-2, PyTorch's own, clears them. FlashAttention-3 and 4, which may be activated in its place,
-    multiply them by zero, and a `NaN` stays one: https://github.com/Dao-AILab/flash-attention/issues/2374
-    """
-    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    return active in (None, "FA2")
+    return attend_ragged(REQUIREMENTS.load(), parts, num_heads, gaps=is_flash_2())

@@ -209,7 +209,7 @@ CANNOT_RUN = {"meta"}
 
 
 @given(st.sampled_from(list(KINDS)), st.sets(st.sampled_from(PLACES), min_size=1), st.booleans())
-@settings(max_examples=examples(60, 1000))
+@settings(max_examples=examples(30, 1000))
 def test_a_map_is_applied_and_its_fingerprint_equal_or_unknown(
     kind: str, places: set[tuple[int, str]], first: bool
 ) -> None:
@@ -371,7 +371,7 @@ REAL_EQUAL = {"layerwise casting to bfloat16", "offloaded as a whole", "offloade
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("order", ["they come first", "we come first"])
+@pytest.mark.parametrize("order", ["they come first", pytest.param("we come first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", REAL)
 def test_real_libraries(kind: str, order: str) -> None:
     rig = Rig()
@@ -418,6 +418,9 @@ SHARDED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+FAST_SHARDED = [("ddp", True), ("fsdp1, flat", False), ("fsdp2", False)]
+
+
 def shardings() -> list[str]:
     """Those that this torch has."""
     if not torch.distributed.is_available():
@@ -442,8 +445,14 @@ def on_processes(kind: str, first: bool) -> None:
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", [False, True], ids=["they come first", "we come first"])
-@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        pytest.param(kind, first, marks=() if (kind, first) in FAST_SHARDED else pytest.mark.slow)
+        for kind in SHARDED
+        for first in (False, True)
+    ],
+)
 def test_sharded_over_one_process(kind: str, first: bool) -> None:
     if kind not in shardings():
         pytest.skip("this torch has none")
