@@ -7,7 +7,7 @@ latent frame indices; lengths are in frames unless a name says tokens or bytes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -296,7 +296,7 @@ class OncePerStream(Generic[_Made]):
 
     def __init__(self, make: Callable[..., _Made], most: int) -> None:
         self.make, self.most = make, most
-        self._kept: OrderedDict[tuple[Any, ...], dict[int, _Made]] = OrderedDict()
+        self._made = functools.lru_cache(maxsize=most)(_nothing_yet)
 
     def __call__(self, device: torch.device, *more: Any) -> _Made:
         """What `make` made.
@@ -304,9 +304,8 @@ class OncePerStream(Generic[_Made]):
         Raises:
             RuntimeError: a CUDA graph is captured, and it was never made.
         """
-        key, stream = (device, *more), stream_of(device)
-        streams = self._kept.setdefault(key, {})
-        self._kept.move_to_end(key)
+        streams: dict[int, _Made] = self._made(device, *more)
+        stream = stream_of(device)
         if stream is None:
             if not streams:
                 what = f"a CUDA graph is captured on {device}, which cannot make {self.make.__name__}"
@@ -315,13 +314,15 @@ class OncePerStream(Generic[_Made]):
         if stream not in streams:
             with torch.inference_mode(False):
                 streams[stream] = self.make(device, *more)
-            if len(self._kept) > self.most:
-                self._kept.popitem(last=False)
         return streams[stream]
 
     def cache_clear(self) -> None:
         """Forgets everything."""
-        self._kept.clear()
+        self._made.cache_clear()
+
+
+def _nothing_yet(*_: Any) -> dict[int, Any]:
+    return {}
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -182,9 +182,7 @@ class RotatedBank(BufferedBank):
         sources = encode(k, own) if there is None else there, v
         places = zip(*(copy.pending() for copy in some), strict=True)
         for source, targets in zip(sources, places, strict=True):
-            whole = side_by_side(targets)
-            for target in targets if whole is None else [whole]:
-                target.copy_(source)
+            _put_each(targets, source)
         for copy in some:
             copy.own = own
 
@@ -244,12 +242,12 @@ class RotatedBank(BufferedBank):
 
 
 def _put_each(places: Sequence[Tensor], frames: Tensor) -> None:
-    """Copies frames to places `[B, n, P, Hr, D]`, the first `n` to the first one."""
-    whole = side_by_side(places)
-    if whole is not None:
-        whole.copy_(frames[0].unflatten(0, (len(places), -1)))
+    """Copies frames to places `[B, n, P, Hr, D]`: `n` to each in turn, or the same `n` to all."""
+    count, same = len(places), frames.shape[1] == places[0].shape[1]
+    if (whole := side_by_side(places)) is not None:
+        whole.copy_(frames if same else frames[0].unflatten(0, (count, -1)))
         return
-    for place, some in zip(places, frames.chunk(len(places), 1), strict=True):
+    for place, some in zip(places, [frames] * count if same else frames.chunk(count, 1), strict=True):
         place.copy_(some)
 
 

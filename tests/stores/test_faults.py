@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -143,18 +144,19 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def before(name: str, row: Sequence[HeadRole], what: str) -> KVStore:
+    """A store that is about to do an act."""
+    store = store_of(name, row)
+    for step in ACTS[what][0]:
+        step(store)
+    return store
+
+
 def check(
     name: str, row: Sequence[HeadRole], what: str, kind: Kind, least: int, where: Sequence[str] = OURS
 ) -> None:
     """Fails at many places of an act, and acts again."""
-    before, act = ACTS[what]
-
-    def fresh() -> KVStore:
-        store = store_of(name, row)
-        for step in before:
-            step(store)
-        return store
-
+    fresh, act = functools.partial(before, name, row, what), ACTS[what][1]
     undisturbed = fresh()
     seen, _ = meet(kind, None, lambda: act(undisturbed), where)
     expected = after(undisturbed)
@@ -181,14 +183,7 @@ def check_all_or_nothing(
     name: str, row: Sequence[HeadRole], what: str, kind: Kind, least: int, where: Sequence[str] = OURS
 ) -> None:
     """Fails at many places of an act, and goes on: the act happened in all roles, or in none."""
-    before, act = ACTS[what]
-
-    def fresh() -> KVStore:
-        store = store_of(name, row)
-        for step in before:
-            step(store)
-        return store
-
+    fresh, act = functools.partial(before, name, row, what), ACTS[what][1]
     undisturbed, undone = fresh(), fresh()
     seen, _ = meet(kind, None, lambda: act(undisturbed), where)
     expected = [after(undisturbed), after(undone)]
