@@ -87,7 +87,7 @@ def main() -> None:
     console, config = Console(), DemoConfig()
     torch.set_num_threads(1)
     policies, facts = contest(config)
-    jobs = jobs_of(policies, ("pan",), given)
+    jobs = jobs_of(policies, "pan", REPORT_SEEDS[: given.seeds], given)
     records = by_camera(jobs, evaluate_all(jobs, given, console))["pan"]
     first, last, frames = REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1], given.chunks * CHUNK
     results = {

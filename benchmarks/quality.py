@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pruning import kind_of, pruning_table
@@ -44,7 +44,8 @@ from headforcing.demo.model.model import DemoModel
 from headforcing.demo.show.files import replace_file
 from headforcing.demo.world.camera import CHUNK
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
-from headforcing.roles.episodic import Uniform
+from headforcing.roles.episodic import MaxMin, Uniform
+from headforcing.roles.maps.presets import commit_forcing
 from headforcing.roles.maps.role_map import RoleMap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,18 +53,29 @@ TUNE_SEEDS, REPORT_SEEDS = range(5000, 5008), range(6000, 7000)
 DRAWS = 4
 """Of a random control; each draw makes its share of the videos, so that the intervals know of them."""
 LATE = 30
-CAMERAS: tuple[Literal["still", "pan"], ...] = ("still", "pan")
+MIDDLE = 15
+"""Frames of a uniform memory between that of Head Forcing and a whole window, current chunk included."""
+STILL = (
+    *("window", "sink", "sink_small", "memory_all", "memory_small", "local_all", "hf", "different", "random"),
+    *("sink_clean_9", "sink_clean_3", "hf_clean_9", "hf_clean_3"),
+)
+"""Where the camera stands still, less is asked, and of half as many videos."""
+Camera = Literal["still", "pan"]
 
 Numbers = Mapping[str, HeadRole]
 DEFAULT: Numbers = {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 8, 9)}
 NUMBERS: dict[str, Numbers] = {
     "defaults": DEFAULT,
-    "14 episodic": {"anchor": Anchor(1), "local": Local(1), "memory": Memory(1, 14, 3)},
-    "chunkwise": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3)},
-    "two chunks": {"anchor": Anchor(3, 6), "local": Local(6), "memory": Memory(3, 12, 3)},
-    "two chunks, 14 episodic": {"anchor": Anchor(3, 6), "local": Local(6), "memory": Memory(1, 14, 3)},
+    "3+12+3": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3)},
+    "1+14+3": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(1, 14, 3)},
+    "1+14+3, local 6": {"anchor": Anchor(3, 6), "local": Local(6), "memory": Memory(1, 14, 3)},
+    "3+12+3 spread": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(3, 12, 3, Uniform())},
+    "1+14+3 spread": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(1, 14, 3, Uniform())},
+    "1+16+1 spread": {"anchor": Anchor(3, 3), "local": Local(3), "memory": Memory(1, 16, 1, Uniform())},
 }
-"""Numbers for the roles of the shipped map; the map has those that do best on the tuning seeds (`--tune`)."""
+"""Numbers for the roles of the shipped map: sink + episodic + recent of memory heads."""
+CHOSEN = "1+14+3 spread"
+"""Those with the best mean PSNR on the tuning seeds (`--tune`)."""
 MEASURES = ("psnr", "landmarks", "actors", "sharpness")
 
 
@@ -76,30 +88,41 @@ def policies(roles: RoleMap, window: int) -> dict[str, list[Policy]]:
     """The policies by key; the draws of a random control stand in one list."""
     flat = [role.capacity(CHUNK) or 0 for row in roles.layers for role in row]
     same = round(sum(flat) / len(flat)) + CHUNK
-    memory = next(role for role in roles.counts() if isinstance(role, Memory))
-    spread = dataclasses.replace(memory, update=Uniform())
-    true = dataclasses.replace(spread, positions="absolute")
-    few = Memory(1, max(same - 2 * CHUNK - 1, 1), CHUNK)
-    found = {
+    kinds = {type(role): role for role in roles.counts()}
+    memory = kinds[Memory]
+    assert isinstance(memory, Memory)
+
+    def smaller(frames: int) -> Memory:
+        return dataclasses.replace(memory, episodic=frames - CHUNK - memory.sink - (memory.recent or 0))
+
+    sink = SlidingWindow(window, sink=CHUNK)
+    different = dataclasses.replace(memory, update=MaxMin())
+    true = dataclasses.replace(memory, positions="absolute")
+    found: dict[str, Policy] = {
         "window": Policy(f"own sliding window, {window} frames"),
-        "sink": Policy(f"sink 3 + window, {window} frames", SlidingWindow(window, sink=CHUNK)),
+        "sink": Policy(f"sink 3 + window, {window} frames", sink),
         "sink_most": Policy(
             f"sink {window - 3 * CHUNK} + window, {window} frames",
             SlidingWindow(window, sink=window - 3 * CHUNK),
         ),
         "sink_small": Policy(f"sink 3 + window, {same} frames", SlidingWindow(same, sink=CHUNK)),
         "memory_all": Policy("every head a memory head", memory),
-        "memory_small": Policy(f"every head a memory head, {same} frames", few),
-        "local_all": Policy(
-            "every head a local head", next(r for r in roles.counts() if isinstance(r, Local))
-        ),
+        "memory_middle": Policy(f"every head a memory head, {MIDDLE} frames", smaller(MIDDLE)),
+        "memory_small": Policy(f"every head a memory head, {same} frames", smaller(same)),
+        "local_all": Policy("every head a local head", kinds[Local]),
         "dense": Policy("dense, every frame", window=-1),
         "hf": Policy("**Head Forcing**", roles),
         "hf_default": Policy("same labels, library defaults", with_numbers(roles, DEFAULT)),
+        "different": Policy("episodic frames that differ most", exchanged(roles, different)),
         "no_episodic": Policy("first and last instead of episodic frames", exchanged(roles, plain(window))),
-        "uniform": Policy("episodic frames evenly spread", exchanged(roles, spread)),
-        "true_positions": Policy("the same at their true positions", exchanged(roles, true)),
+        "true_positions": Policy("memory heads at true positions", exchanged(roles, true)),
     }
+    for narrow in (3 * CHUNK, CHUNK):
+        told = f", clean pass sees {narrow} frames"
+        found[f"sink_clean_{narrow}"] = Policy(
+            found["sink"].name + told, dataclasses.replace(sink, clean_window=narrow)
+        )
+        found[f"hf_clean_{narrow}"] = Policy("Head Forcing" + told, commit_forcing(roles, narrow))
     draws = {
         "shuffled": [Policy("labels shuffled in each layer", shuffled(roles, draw)) for draw in range(DRAWS)],
         "random": [Policy("labels on random heads", scattered(roles, draw)) for draw in range(DRAWS)],
@@ -122,7 +145,7 @@ def exchanged(roles: RoleMap, memory: HeadRole) -> RoleMap:
 def evaluate(
     model: DemoModel,
     policy: Policy,
-    camera: Literal["still", "pan"],
+    camera: Camera,
     seeds: Sequence[int],
     chunks: int,
     batch: int,
@@ -154,7 +177,7 @@ class Job:
 
     key: str
     policy: Policy
-    camera: Literal["still", "pan"]
+    camera: Camera
     seeds: Sequence[int]
     chunks: int
     batch: int
@@ -166,19 +189,15 @@ class Job:
 
 
 def jobs_of(
-    policies: Mapping[str, Sequence[Policy]],
-    cameras: Sequence[Literal["still", "pan"]],
-    given: argparse.Namespace,
+    policies: Mapping[str, Sequence[Policy]], camera: Camera, seeds: Sequence[int], given: argparse.Namespace
 ) -> list[Job]:
-    """Every policy on every camera; the draws of a random control share the videos among them."""
-    seeds = list(REPORT_SEEDS[: given.seeds])
+    """Every policy on every seed; the draws of a random control share the videos among them."""
     found = []
     for key, draws in policies.items():
         each = -(-len(seeds) // len(draws))
         shares = [seeds[at : at + each] for at in range(0, len(seeds), each)]
-        for camera in cameras:
-            for policy, share in zip(draws, shares, strict=False):
-                found.append(Job(key, policy, camera, share, given.chunks, given.batch))
+        for policy, share in zip(draws, shares, strict=False):
+            found.append(Job(key, policy, camera, share, given.chunks, given.batch))
     return found
 
 
@@ -217,10 +236,10 @@ def by_camera(jobs: Sequence[Job], records: Sequence[Mapping[str, Any]]) -> dict
 
 def tune(model: DemoModel, roles: RoleMap, chunks: int, batch: int, console: Console) -> None:
     """A table of the numbers on the tuning seeds."""
-    keys = ("psnr_late", "landmarks_all", "actors_late", "sharpness_late")
+    keys = ("psnr_all", "psnr_late", "landmarks_all", "actors_late", "sharpness_late")
     table = Table("numbers", "camera", "frames", *keys)
     for name, numbers in NUMBERS.items():
-        for camera in CAMERAS:
+        for camera in get_args(Camera):
             policy = Policy(name, with_numbers(roles, numbers))
             row = evaluate(model, policy, camera, TUNE_SEEDS, chunks, batch)
             means = [f"{torch.tensor(row['measures'][key]).nanmean():.2f}" for key in keys]
@@ -251,7 +270,9 @@ def main() -> None:
     if given.tune:
         tune(model, roles, given.chunks, given.batch, console)
         return
-    jobs = jobs_of(policies(roles, model.config.window), CAMERAS, given)
+    asked, seeds = policies(roles, model.config.window), list(REPORT_SEEDS[: given.seeds])
+    jobs = jobs_of(asked, "pan", seeds, given)
+    jobs += jobs_of({key: asked[key] for key in STILL}, "still", seeds[: -(-len(seeds) // 2)], given)
     scenarios = by_camera(jobs, evaluate_all(jobs, given, console))
     data = given.out.parent / "data" / f"{given.out.stem}.json"
     measurement = roles.origin.measurement

@@ -11,6 +11,7 @@ maps and controls continue the same scenes from the same noise, each with the sa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,19 @@ from typing import Any
 import torch
 from demo_training.ablated import ablate_demo
 from equal_bytes import at_budget, within_budget
-from quality import DRAWS, REPORT_SEEDS, ROOT, arguments, by_camera, evaluate_all, jobs_of
+from pruning import kind_of
+from quality import (
+    CHOSEN,
+    DRAWS,
+    NUMBERS,
+    REPORT_SEEDS,
+    ROOT,
+    TUNE_SEEDS,
+    arguments,
+    by_camera,
+    evaluate_all,
+    jobs_of,
+)
 from rich.console import Console
 from role_maps_page import draw_pictures, page
 
@@ -175,15 +188,21 @@ def compete(
     groups: Mapping[str, Mapping[str, Sequence[Policy]]], given: argparse.Namespace, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Records by group of policies and key."""
-    by_group = {group: jobs_of(policies, ("pan",), given) for group, policies in groups.items()}
+    seeds = REPORT_SEEDS[: given.seeds]
+    by_group = {group: jobs_of(policies, "pan", seeds, given) for group, policies in groups.items()}
     records = iter(evaluate_all([job for jobs in by_group.values() for job in jobs], given, console))
     return {group: by_camera(jobs, list(islice(records, len(jobs))))["pan"] for group, jobs in by_group.items()}
 
 
 def save(found: Classification, profile: HeadProfile, report: StabilityReport) -> RoleMap:
-    """The map that the demo uses, and its stability report."""
-    notes = {"measured_on": "scenes as in training with drifted context; error on returning latents"}
-    roles = measured_map(found, profile, stability=report.summary(), notes=notes, seeds=[3000])
+    """The map that the demo uses, with the numbers that `quality.py --tune` chose, and its stability report."""
+    notes = {
+        "measured_on": "scenes as in training with drifted context; error on returning latents",
+        "numbers": f"{CHOSEN}, chosen on seeds {TUNE_SEEDS[0]} to {TUNE_SEEDS[-1]}",
+    }
+    kinds = tuple(tuple(kind_of(found.roles[label]) for label in row) for row in found.labels)
+    named = dataclasses.replace(found, labels=kinds, roles=NUMBERS[CHOSEN])
+    roles = measured_map(named, profile, stability=report.summary(), notes=notes, seeds=[3000])
     roles.save(DEMO / "roles.json")
     report.save(DEMO / "stability.json")
     return roles
