@@ -25,10 +25,11 @@ from rich.progress import track
 from scenes_page import page
 
 from headforcing.demo import demo_model, demo_roles
+from headforcing.demo.contest.entrants import attended_frames
 from headforcing.demo.model.model import DemoModel
 from headforcing.demo.scenes.run import MODES, WRONG, Found, Played, Script, measure, play
 from headforcing.demo.scenes.show import modes, timeline
-from headforcing.roles import Local, Memory, SlidingWindow
+from headforcing.roles import HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.maps.role_map import RoleMap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,17 +40,18 @@ HERE = "Head Forcing"
 
 def maps(model: DemoModel) -> dict[str, tuple[RoleMap, tuple[str, ...]]]:
     """Role maps by name, and the modes each is played in."""
-    shape, window, chunk = (model.config.layers, model.config.heads), model.config.window, model.config.chunk
-    uniform = {
-        "every head a memory head": Memory(chunk, 12, chunk),
-        "sink 3 + window, 21 frames": SlidingWindow(window, sink=chunk),
-        "sink 3 + window, 7 frames": SlidingWindow(7, sink=chunk),
-        "every head a local head": Local(chunk),
+    config, roles = model.config, demo_roles()
+    shape, window, chunk = (config.layers, config.heads), config.window, config.chunk
+    small = round(attended_frames(roles, config) or window)
+    fewer = ("recall", "continue")
+    uniform: dict[str, tuple[HeadRole, tuple[str, ...]]] = {
+        "every head a memory head": (next(r for r in roles.counts() if isinstance(r, Memory)), MODES),
+        f"sink 3 + window, {window} frames": (SlidingWindow(window, sink=chunk), MODES),
+        f"sink 3 + window, {small} frames": (SlidingWindow(small, sink=chunk), fewer),
+        "every head a local head": (Local(chunk), fewer),
     }
-    plain = {name: (RoleMap.uniform(role, *shape), MODES) for name, role in uniform.items()}
-    for name in ("sink 3 + window, 7 frames", "every head a local head"):
-        plain[name] = (plain[name][0], ("recall", "continue"))
-    return {HERE: (demo_roles(), (*MODES, WRONG)), **plain}
+    plain = {name: (RoleMap.uniform(role, *shape), modes) for name, (role, modes) in uniform.items()}
+    return {HERE: (roles, (*MODES, WRONG)), **plain}
 
 
 @dataclass(frozen=True)

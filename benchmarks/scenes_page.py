@@ -39,15 +39,15 @@ video.
 
 PICTURES = """![What the heads store in mode recall](assets/scenes-timeline.png)
 
-*Mode recall, the first seed: after a cut no head stores an earlier frame; after a recall the memory head
-stores the frames of the mark, and new frames replace some of them. Local heads recall nothing.*
+*Mode recall, the first seed: after a cut no head stores an earlier frame; after a recall a memory head stores
+the frames of the mark, and new frames replace some of them. Local heads recall nothing.*
 
-![What the memory head stores in every mode](assets/scenes-modes.png)"""
+![What a memory head stores in every mode](assets/scenes-modes.png)"""
 
 CONTROLS = (
     "The same script with one role for all heads. What comes back at a recall depends on the role: all "
-    "frames of a memory head, the first frames of a window with a sink, nothing of a local head. Seven "
-    "frames per head are as many as Head Forcing has on average, current chunk included."
+    "frames of a memory head, the first frames of a window with a sink, nothing of a local head. The smaller "
+    "window has as many frames as Head Forcing has on average, current chunk included."
 )
 
 LIMITS = """## What this does not show
@@ -60,7 +60,7 @@ LIMITS = """## What this does not show
 * How smooth a transition looks is not measured, except by the actors at once: if no head stores the last
   frames, a chunk starts from noise alone, as at the beginning of a video. With smooth and continue one may
   want the setting to stay: their leak is a fault only if the prompt asks for another place.
-* A return is easy here: the camera stands still, and one scene fits into the memory of one head.
+* A return is easy here: the camera stands still, and one scene fits into the memory of a head.
 """
 
 

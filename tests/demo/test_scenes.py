@@ -16,8 +16,8 @@ from headforcing.demo.model.model import DemoConfig, DemoModel
 from headforcing.demo.scenes.run import MODES, PROMPTS, WRONG, Script, alike, background, measure, play
 from headforcing.demo.show.story import Held
 from headforcing.demo.world.metrics import LANDMARK_ROWS
-from headforcing.demo.world.paint import actors
-from headforcing.demo.world.scene import render
+from headforcing.demo.world.paint import actor_size, actors
+from headforcing.demo.world.scene import ROAD_FOOT, render
 
 pytestmark = pytest.mark.xdist_group("scenes")  # makes its videos once
 A, B, C = "day summer calm car red", "day summer calm car blue", "day summer calm car green"
@@ -35,12 +35,13 @@ def video_of(script, seeds):
     scenes = []
     for seed in seeds:
         frames = towns(seed)[:, :, None].repeat(1, 1, script.chunks * 3, 1, 1)
-        car = actors()[0, 3, 0, 0]
+        car = actors()[0, 3, 0, 0, : actor_size(3)[0]]
+        road = slice(ROAD_FOOT - len(car), ROAD_FOOT)
         for frame in range(frames.shape[2]):
             left = 2 * (frame % 24)
-            there = frames[:, :, frame, 37:48, left : left + 16]
+            there = frames[:, :, frame, road, left : left + 16]
             ink = (car[..., :3] * 2 - 1).permute(2, 0, 1)
-            frames[:, :, frame, 37:48, left : left + 16] = torch.where(car[..., 3] > 0, ink, there)
+            frames[:, :, frame, road, left : left + 16] = torch.where(car[..., 3] > 0, ink, there)
         scenes.append(frames)
     return torch.cat(scenes, 2)
 
@@ -184,7 +185,7 @@ def test_a_recall_brings_the_town_back_and_a_cut_does_not(chunks):
     found = {mode: measure(play(model, demo_roles(), script, mode, [0, 1]).video, script) for mode in modes}
     assert (found["recall"].returned > 0.9).all()
     assert (found["cut"].returned < 0.8).all()
-    assert (found["smooth"].leaked > 0.8).all()
+    assert (found["smooth"].leaked > found["cut"].leaked + 0.2).all()  # the same town, in another light
     assert (found["recall"].leaked < 0.6).all()
 
 
