@@ -41,7 +41,9 @@ from headforcing.demo.contest.compare import (
 )
 from headforcing.demo.contest.entrants import scattered, shuffled
 from headforcing.demo.model.model import DemoModel
+from headforcing.demo.show.draw import draw_sheet
 from headforcing.demo.show.files import replace_file
+from headforcing.demo.show.show import FPS, Request, roll_both, story, summarise_all
 from headforcing.demo.world.camera import CHUNK
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.episodic import MaxMin, Uniform
@@ -248,6 +250,16 @@ def tune(model: DemoModel, roles: RoleMap, chunks: int, batch: int, console: Con
     console.print(table)
 
 
+def worst(model: DemoModel, roles: RoleMap, record: Mapping[str, Any], chunks: int) -> tuple[int, Any]:
+    """The seed of the video that Head Forcing made worst, and its contact sheet, a Pillow image."""
+    values = record["measures"]["psnr_all"]
+    seed = REPORT_SEEDS[values.index(min(values))]
+    request = Request(seed=seed, seconds=chunks * CHUNK / FPS, camera="pan")
+    scene = make_scene([seed], chunks, camera="pan")
+    made, _ = roll_both(model, roles, scene, request, lambda *_: None)
+    return seed, draw_sheet(story(summarise_all(request, scene, model, made), scene, made))
+
+
 def arguments(description: str, page: str, seeds: int) -> argparse.ArgumentParser:
     """The command line that the pages have in common."""
     parser = argparse.ArgumentParser(description=description)
@@ -262,9 +274,9 @@ def arguments(description: str, page: str, seeds: int) -> argparse.ArgumentParse
 
 def main() -> None:
     """See the module."""
-    parser, console = arguments("Quality of memory policies on the demo model.", "demo-results.md", 16), Console()
+    parser = arguments("Quality of memory policies on the demo model.", "demo-results.md", 16)
     parser.add_argument("--tune", action="store_true", help="compare numbers for the roles and stop")
-    given = parser.parse_args()
+    given, console = parser.parse_args(), Console()
     torch.set_num_threads(1)
     model, roles = demo_model(), demo_roles()
     if given.tune:
@@ -275,6 +287,11 @@ def main() -> None:
     jobs += jobs_of({key: asked[key] for key in STILL}, "still", seeds[: -(-len(seeds) // 2)], given)
     scenarios = by_camera(jobs, evaluate_all(jobs, given, console))
     data = given.out.parent / "data" / f"{given.out.stem}.json"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    picture = given.out.parent / "assets" / f"{given.out.stem}-worst.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    seed, sheet = worst(model, roles, scenarios["pan"]["hf"], given.chunks)
+    sheet.save(picture)
     measurement = roles.origin.measurement
     assert measurement is not None
     results = {
@@ -284,6 +301,7 @@ def main() -> None:
             "late": LATE,
             "seeds": [REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1]],
             "data": data.name,
+            "worst": {"seed": seed, "picture": f"{picture.parent.name}/{picture.name}"},
             "roles": {str(role): count for role, count in roles.counts().items()},
             "map": roles.hash,
             "method": measurement.method,
@@ -292,7 +310,6 @@ def main() -> None:
         "pruning": pruning_table(model, roles),
         "scenarios": scenarios,
     }
-    data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     given.out.write_text(page(results), encoding="utf-8")
     console.print(f"wrote {given.out} and {data}")

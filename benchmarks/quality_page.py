@@ -11,8 +11,8 @@ from headforcing.demo.contest.intervals import Interval, bootstrap_interval, pai
 
 SCENARIOS = {
     "still": (
-        "The camera stands still; the first chunk (3 frames) is given from the ground truth. The first half of "
-        "the seeds, and fewer methods."
+        "The camera stands still; the first chunk (3 frames) is given from the ground truth. The first half "
+        "of the seeds, and fewer methods."
     ),
     "pan": (
         "The camera pans over a town three times as wide as the view, stops at its end for 6 frames, "
@@ -37,9 +37,9 @@ INTRO = """# What the demo model shows
 
 <!-- Written by benchmarks/quality.py; do not edit. -->
 
-The demo model is trained on {trained} frames of a synthetic world. Here it generates {frames} frames, {times:g}
-times as many, from the same scenes and the same noise with every method: seeds {first} to {last}, which were
-used neither to measure roles nor to choose their numbers. Data of this page: [{data}](data/{data}).
+The demo model is trained on {trained} frames of a synthetic world. Here it generates {frames} frames,
+{times:g} times as many, from the same scenes and the same noise with every method: seeds {first} to {last},
+which were used neither to measure roles nor to choose their numbers. Data of this page: [{data}](data/{data}).
 `python benchmarks/quality.py` reproduces both.
 
 * **PSNR**: the town against the ground truth, in dB, where the given frames showed it, without what flies and
@@ -56,8 +56,10 @@ used neither to measure roles nor to choose their numbers. Data of this page: [{
   of comparisons.
 """
 
-CLEAN_TEXT = """As in Commit Forcing: the clean pass, which writes the KV cache, attends to the newest frames only. Late PSNR,
-minus that of the same method without it."""
+CLEAN_TEXT = (
+    "As in Commit Forcing: the clean pass, which writes the KV cache, attends to the newest frames only. Late "
+    "PSNR, minus that of the same method without it."
+)
 
 LIMITS = """## What this does not show
 
@@ -88,6 +90,7 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [intro, "## Head Forcing here", _roles(results)]
     for camera, text in SCENARIOS.items():
         parts += [f"## Camera: {camera}", text, _table(results["scenarios"][camera])]
+    parts += ["## The worst video", _worst(settings["worst"])]
     parts += ["## A smaller window in the clean pass", CLEAN_TEXT, _clean(results["scenarios"])]
     parts += ["## What the intervals show", _verdicts(results["scenarios"])]
     parts += ["## Which heads depend on their past", _pruning(results["pruning"]), LIMITS]
@@ -142,8 +145,16 @@ def _table(records: Mapping[str, Any]) -> str:
         for name in ("shuffled", "random")
         if name in records
     ]
-    note = f"Every draw of a random control makes its share of the videos; late PSNR of each: {'; '.join(draws)}."
-    return f"{markdown_table(rows, right=True)}\n\n{note}"
+    note = "Every draw of a random control makes its share of the videos; late PSNR of each: "
+    return f"{markdown_table(rows, right=True)}\n\n{note}{'; '.join(draws)}."
+
+
+def _worst(found: Mapping[str, Any]) -> str:
+    """The video of the panning camera that Head Forcing made worst."""
+    return (
+        f"Of all seeds, {found['seed']} has the lowest PSNR over all generated frames with Head Forcing:\n\n"
+        f"![Truth, own window and Head Forcing of seed {found['seed']}]({found['picture']})"
+    )
 
 
 def _clean(scenarios: Mapping[str, Any]) -> str:

@@ -191,11 +191,12 @@ def compete(
     seeds = REPORT_SEEDS[: given.seeds]
     by_group = {group: jobs_of(policies, "pan", seeds, given) for group, policies in groups.items()}
     records = iter(evaluate_all([job for jobs in by_group.values() for job in jobs], given, console))
-    return {group: by_camera(jobs, list(islice(records, len(jobs))))["pan"] for group, jobs in by_group.items()}
+    by_key = {group: by_camera(jobs, list(islice(records, len(jobs)))) for group, jobs in by_group.items()}
+    return {group: found["pan"] for group, found in by_key.items()}
 
 
 def save(found: Classification, profile: HeadProfile, report: StabilityReport) -> RoleMap:
-    """The map that the demo uses, with the numbers that `quality.py --tune` chose, and its stability report."""
+    """The map that the demo uses, with the numbers that `quality.py --tune` chose; and its stability."""
     notes = {
         "measured_on": "scenes as in training with drifted context; error on returning latents",
         "numbers": f"{CHOSEN}, chosen on seeds {TUNE_SEEDS[0]} to {TUNE_SEEDS[-1]}",

@@ -96,10 +96,7 @@ def _thresholds(results: Mapping[str, Any]) -> str:
         told = ", ".join(f"{count} {name}" for name, count in found["counts"].items())
         kappa = "–" if found["kappa"] is None else f"{found['kappa']:.2f}"
         rows.append([f"{float(error):.0%}", told, kappa, "stable" if found["stable"] else "no stable map"])
-    return (
-        "The error that ablation allows, and the alternatives:\n\n"
-        + markdown_table(rows)
-    )
+    return "The error that ablation allows, and the alternatives:\n\n" + markdown_table(rows)
 
 
 def _memories(results: Mapping[str, Any]) -> str:
@@ -157,9 +154,9 @@ def _quality(results: Mapping[str, Any]) -> str:
     about = (
         f"The camera pans. {results['kept']} stored frames per head (current chunk excluded, mean); "
         f"{results['frames']} frames, seeds {results['seeds'][0]} to {results['seeds'][1]}. Late PSNR of the "
-        "background in dB; the difference is ablation minus the row, paired by video, with its 95 % bootstrap "
-        "interval; bold: it excludes 0. Kappa: agreement with ablation about which heads store frames from "
-        "between the first and the last ones, beyond chance."
+        "background in dB; the difference is ablation minus the row, paired by video, with its 95 % "
+        "bootstrap interval; bold: it excludes 0. Kappa: agreement with ablation about which heads store "
+        "frames from between the first and the last ones, beyond chance."
     )
     rows = [["map", "kappa", "MB", "late", "difference", "landmarks"]]
     ours = values_of(records["ablation"], "psnr_late")
@@ -178,7 +175,8 @@ def _published(scenarios: Mapping[str, Any]) -> str:
     text = (
         "Its labels by our classifier, with the roles of its released configuration "
         "(`headforcing.roles.pyramid_forcing`), which store more than they attend to: not at equal bytes. "
-        "Frames: attended, current chunk included. The difference is ablation of the table above minus the row."
+        "Frames: attended, current chunk included. The difference is ablation of the table above minus the "
+        "row."
     )
     ours = values_of(scenarios["equal"]["ablation"], "psnr_late")
     rows = [["map", "frames", "MB", "late", "difference"]]
