@@ -39,8 +39,8 @@ INTRO = """# What the demo model shows
 
 The demo model is trained on {trained} frames of a synthetic world. Here it generates {frames} frames,
 {times:g} times as many, from the same scenes and the same noise with every method: seeds {first} to {last},
-which were used neither to measure roles nor to choose their numbers. Data of this page: [{data}](data/{data}).
-`python benchmarks/quality.py` reproduces both.
+which were used neither to measure roles nor to choose their numbers. Data of this page:
+[{data}](data/{data}). `python benchmarks/quality.py` reproduces both.
 
 * **PSNR**: the town against the ground truth, in dB, where the given frames showed it, without what flies and
   drives. *Early*: the 18 frames after the given ones; *late*: the last {late}.
@@ -57,8 +57,8 @@ which were used neither to measure roles nor to choose their numbers. Data of th
 """
 
 CLEAN_TEXT = (
-    "As in Commit Forcing: the clean pass, which writes the KV cache, attends to the newest frames only. Late "
-    "PSNR, minus that of the same method without it."
+    "As in Commit Forcing: the clean pass, which writes the KV cache, attends to the newest frames only. "
+    "Late PSNR, minus that of the same method without it."
 )
 
 LIMITS = """## What this does not show
