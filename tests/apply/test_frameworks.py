@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import headforcing as hf
 from headforcing.demo.model.attention import DemoConfig
 from headforcing.demo.model.model import DemoModel
+from headforcing.demo.world.words import PROMPT_WORDS
 from headforcing.errors import PatchedModuleError, UnsupportedModelError
 from headforcing.roles import Anchor, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import snapshot
@@ -474,7 +475,7 @@ def trained(rig: Rig, model: Any, accelerator: Any, optimizer: Any) -> list[Tens
     model.train()
     optimizer.zero_grad()
     frames = rig.noise(0, 3)
-    out = model(frames, t=torch.full((1,), 0.5), context=torch.arange(10)[None])
+    out = model(frames, t=torch.full((1,), 0.5), context=torch.arange(PROMPT_WORDS)[None])
     accelerator.backward((out - frames).square().mean())
     weights = [weight for weight in model.parameters() if weight.grad is not None]
     grads = [weight.grad.clone() for weight in weights if weight.grad is not None]
@@ -518,7 +519,7 @@ def test_enable_evaluate_disable_train_enable(
 
 def windowed() -> DemoModel:
     """What a rig holds, also on the meta device."""
-    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2))
+    model = DemoModel(DemoConfig(dim=64, heads=4, layers=2, grid=(4, 4)))
     model.local_attn_size = 9
     return model
 

@@ -29,7 +29,7 @@ BARE_PACKAGE = (
 )
 
 
-def map_of(layers=6, heads=4):
+def map_of(layers=6, heads=6):
     rows = [[Local(), Anchor(), *[Memory()] * (heads - 2)]] * layers
     return RoleMap(tuple(map(tuple, rows)), Origin(notes={"metric": "none [really]", "seed": 3}))
 
@@ -168,7 +168,7 @@ def test_the_version_is_printed():
     assert RUN.invoke(app, ["--version"]).stdout.strip() == headforcing.__version__
 
 
-@pytest.mark.parametrize("heads", [4, 12])
+@pytest.mark.parametrize("heads", [6, 12])
 def test_a_role_map_is_shown(tmp_path, heads):
     map_of(heads=heads).save(tmp_path / "map.json")
     answer = RUN.invoke(app, ["roles", "show", str(tmp_path / "map.json")])
@@ -180,11 +180,11 @@ def test_a_role_map_is_shown(tmp_path, heads):
 def test_a_role_map_as_json(tmp_path):
     map_of().save(tmp_path / "map.json")
     answer = json.loads(RUN.invoke(app, ["roles", "show", "--json", str(tmp_path / "map.json")]).stdout)
-    assert (answer["layers"], answer["heads"], answer["origin"]["notes"]["seed"]) == (6, 4, 3)
+    assert (answer["layers"], answer["heads"], answer["origin"]["notes"]["seed"]) == (6, 6, 3)
     assert {name: role["heads"] for name, role in answer["roles"].items()} == {
         "local": 6,
         "anchor": 6,
-        "memory": 12,
+        "memory": 24,
     }
 
 
@@ -220,8 +220,8 @@ def test_the_demo_reports_both_policies(report):
     names = [row["name"] for row in report["policies"]]
     assert names == ["sliding window", "Head Forcing"]
     window, forcing = report["policies"]
-    assert window["roles"] == [{"role": "all", "heads": 24, "frames": 18}]
-    assert {row["role"]: row["heads"] for row in forcing["roles"]} == {"local": 6, "anchor": 6, "memory": 12}
+    assert window["roles"] == [{"role": "all", "heads": 36, "frames": 18}]
+    assert {row["role"]: row["heads"] for row in forcing["roles"]} == {"local": 6, "anchor": 6, "memory": 24}
     assert (report["frames"], report["given"], report["trained"]) == (6, 3, 21)
 
 
@@ -275,7 +275,7 @@ def test_a_preset_instead_of_a_map(demo, folder, report):
     window, row = json.loads(answer.stdout)["policies"]
     assert {**window, "fps": 0} == {**report["policies"][0], "fps": 0}, "the same seed"
     assert (row["name"], row["attended_frames"]) == ("preset infinity_rope", 6.0)
-    assert row["roles"] == [{"role": "slidingwindow", "heads": 24, "frames": 3}]
+    assert row["roles"] == [{"role": "slidingwindow", "heads": 36, "frames": 3}]
     unknown = RUN.invoke(app, [*short, "--preset", "dense"])
     assert (unknown.exit_code, "sliding_window" in unknown.stderr) == (2, True)
     both = demo("--preset", "full", out="never")

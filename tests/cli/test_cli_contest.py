@@ -81,7 +81,7 @@ def test_five_videos_are_judged(folder):
     [
         (["dense"], "neither a preset nor a role-map file"),
         (["full", "full"], "each once"),
-        (["full", "--seconds", "0.1"], "use 1.4 seconds or more"),
+        (["full", "--seconds", "0.1"], "use 2.7 seconds or more"),
         (["pyproject.toml"], "pyproject.toml"),
     ],
 )

@@ -81,7 +81,7 @@ def test_every_pass_is_a_row(model):
     starts, steps = range(3, 3 * CHUNKS, 3), range(PASSES)
     assert rows == {(prompt, start, step) for prompt in (0, 1) for start in starts for step in steps}
     assert torch.equal(profile.clean, profile.step == PASSES - 1)
-    assert len(profile.noisy) == len(profile) * 4 // 5
+    assert len(profile.noisy) == len(profile) * (PASSES - 1) // PASSES
     for name, shape in {
         "attention_mass.first": (),
         "qk_logits.by_age": (20,),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import headforcing as hf
 from headforcing.adapters.base import find_adapter
 from headforcing.demo.model.model import DemoConfig, DemoModel
-from headforcing.demo.model.pipeline import DemoPipeline
+from headforcing.demo.model.pipeline import NOISE_LEVELS, DemoPipeline
 from headforcing.demo.world.scene import sample_scene
 from headforcing.errors import RoleError, WindowError
 from headforcing.roles.maps.presets import PRESETS
@@ -348,7 +348,7 @@ def test_a_model_with_averages_matches_attention_written_out():
     prompts = sample_scene(2, torch.Generator().manual_seed(1)).prompts(torch.arange(9))
     with hf.apply_head_forcing(model, "memrope") as handle, handle.observe(check):
         fast = DemoPipeline(model).generate(prompts, generator=torch.Generator().manual_seed(2))
-    assert checked == 5 * 5 * 2
+    assert checked == 5 * (1 + len(NOISE_LEVELS)) * 2
     with hf.apply_head_forcing(model, role, store="reference"):
         slow = DemoPipeline(model).generate(prompts, generator=torch.Generator().manual_seed(2))
     assert torch.equal(fast, slow)

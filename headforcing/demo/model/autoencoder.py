@@ -121,12 +121,14 @@ class Autoencoder(nn.Module):
 
     def load_weights(self, path: str | Path) -> Autoencoder:
         """Read what `save_weights` wrote."""
-        self.load_state_dict(load_file(path))
+        self.load_state_dict({name: value.float() for name, value in load_file(path).items()}, assign=True)
         return self
 
 
 def autoencoder(device: torch.device | str = "cpu") -> Autoencoder:
-    """The trained autoencoder of the demo, from the weights inside the package."""
+    """The trained autoencoder of the demo, from the weights inside the package; draws no random numbers."""
+    with torch.device("meta"):
+        empty = Autoencoder()
     weights = resources.files("headforcing.demo") / "autoencoder.safetensors"
     with resources.as_file(weights) as path:
-        return Autoencoder().load_weights(path).to(device).eval().requires_grad_(False)
+        return empty.load_weights(path).to(device).eval().requires_grad_(False)
