@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from presets_page import OWN, draw, page
-from quality import DRAWS, LATE, REPORT_SEEDS, ROOT, arguments, by_camera, evaluate_all, jobs_of
+from quality import DRAWS, LATE, REPORT_SEEDS, ROOT, arguments, by_camera, evaluate_all, jobs_of, shares_of
 from rich.console import Console
 
 from headforcing.demo.contest.compare import Policy
@@ -83,7 +83,7 @@ def own_map(first: int, last: int, frames: int) -> dict[str, Any]:
 
 def main() -> None:
     """See the module."""
-    given = arguments("Quality of every preset on the demo model.", "preset-results.md", 8).parse_args()
+    given = arguments("Quality of every preset on the demo model.", "preset-results.md", 6).parse_args()
     console, config = Console(), DemoConfig()
     torch.set_num_threads(1)
     policies, facts = contest(config)
@@ -97,7 +97,7 @@ def main() -> None:
             "late": LATE,
             "seeds": [first, last],
             "labels": [SEED, SEED + VIDEOS - 1],
-            "draws": DRAWS,
+            "draws": len(shares_of(REPORT_SEEDS[: given.seeds], DRAWS)),
         },
         "torch": torch.__version__,
         "entrants": facts,

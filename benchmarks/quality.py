@@ -190,15 +190,19 @@ class Job:
         return evaluate(demo_model(), self.policy, self.camera, self.seeds, self.chunks, self.batch)
 
 
+def shares_of(seeds: Sequence[int], draws: int) -> list[Sequence[int]]:
+    """The seeds of every draw of a control; with few seeds there are fewer shares than draws."""
+    each = -(-len(seeds) // draws)
+    return [seeds[at : at + each] for at in range(0, len(seeds), each)]
+
+
 def jobs_of(
     policies: Mapping[str, Sequence[Policy]], camera: Camera, seeds: Sequence[int], given: argparse.Namespace
 ) -> list[Job]:
     """Every policy on every seed; the draws of a random control share the videos among them."""
     found = []
     for key, draws in policies.items():
-        each = -(-len(seeds) // len(draws))
-        shares = [seeds[at : at + each] for at in range(0, len(seeds), each)]
-        for policy, share in zip(draws, shares, strict=False):
+        for policy, share in zip(draws, shares_of(seeds, len(draws)), strict=False):
             found.append(Job(key, policy, camera, share, given.chunks, given.batch))
     return found
 

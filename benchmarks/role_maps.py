@@ -36,6 +36,7 @@ from quality import (
     by_camera,
     evaluate_all,
     jobs_of,
+    shares_of,
 )
 from rich.console import Console
 from role_maps_page import draw_pictures, page
@@ -211,7 +212,7 @@ def save(found: Classification, profile: HeadProfile, report: StabilityReport) -
 
 def main() -> None:
     """See the module."""
-    parser, console = arguments("Ways to find head roles, at equal bytes.", "role-maps.md", 8), Console()
+    parser, console = arguments("Ways to find head roles, at equal bytes.", "role-maps.md", 6), Console()
     parser.add_argument("--videos", type=int, default=32, help="measured inside the trained range")
     parser.add_argument("--save", action="store_true", help="write headforcing/demo/{roles,stability}.json")
     parser.add_argument("--save-only", action="store_true", help="and stop")
@@ -237,7 +238,7 @@ def main() -> None:
         "seeds": [REPORT_SEEDS[0], REPORT_SEEDS[given.seeds - 1]],
         "trained_frames": profiles["trained"].facts.model.window,
         "long_frames": LONG_CHUNKS * CHUNK,
-        "draws": DRAWS,
+        "draws": len(shares_of(REPORT_SEEDS[: given.seeds], DRAWS)),
         "videos": {name: len(profile.prompt.unique()) for name, profile in profiles.items()},
         "hashes": {name: profile.hash for name, profile in profiles.items()},
         "torch": torch.__version__,
