@@ -32,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.errors import PatchedModuleError, RoleError, StreamError, StreamShapeError
+from headforcing.roles import HeadRole, Local
 from headforcing.types import AttentionCall, Grid, Heads, Phase
 
 FORWARD = ("hidden_states", "encoder_hidden_states", "attention_mask", "query_rotary_emb", "key_rotary_emb")
@@ -78,6 +79,11 @@ class SanaWM(Adapter):
     def chunk(self, model: nn.Module) -> int:
         """See `window`."""
         return self.block_size
+
+    def own_memory(self, model: nn.Module) -> list[HeadRole]:
+        """The last frames and one first frame, which is right before them; see the module."""
+        role = Local(self.kv_max_frames - 1, 1, positions="adjoining")
+        return [role for _ in self.attentions(model)]
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
