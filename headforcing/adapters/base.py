@@ -236,14 +236,14 @@ def find_adapter(model: nn.Module) -> Adapter:
         UnsupportedModelError: none fits; the message says why, for a model we know to have no such memory
             in one sentence, else adapter by adapter.
     """
+    if (refused := refusal(model)) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     reasons = []
     for adapter in adapters():
         reason = adapter.why_not(model)
         if reason is None:
             return adapter
         reasons.append(f"  {adapter.name}: {reason}")
-    if (refused := refusal(model)) is not None:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     attention_like = sorted(
         {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
     )

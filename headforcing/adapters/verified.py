@@ -1,4 +1,4 @@
-"""Which attention code was compared with ours: a signature alone is no proof, forks change what is behind it."""
+"""Which attention code was compared with ours: forks keep a signature and change what is behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the library reproduces a model: the user's own generation, untouched and with the model's own memory.
+"""Whether the library reproduces a model: a user's generation, untouched and with the model's own memory.
 
 A signature is no proof, because forks keep it and change the mathematics behind it. So `verify` runs the same
 generation three times, twice untouched and once with the roles `"own"`, and compares every attention call.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -55,9 +55,9 @@ class Verdict:
     """What `verify` found; print it.
 
     Attributes:
-        result: `equal`: bit for bit. `rounding`: as equal as another order of the same sums. `different`: it is
-            another memory. `unstable`: two untouched runs differ, so nothing can be said. `unserved`: calls
-            went past us.
+        result: `equal`: bit for bit. `rounding`: as equal as another order of the same sums. `different`: it
+            is another memory. `unstable`: two untouched runs differ, so nothing can be said. `unserved`:
+            calls went past us.
         difference: largest relative difference of an attention output, over all calls; 0 if equal.
         first: the first call that differs, beyond rounding where there is one.
         frames: frames that the longest video had.
@@ -139,9 +139,10 @@ def verify(
     chunk = adapter.chunk(model)
     memory = tuple(adapter.own_memory(model))
     if not before.calls:
-        past = f", but {_many(before.past)} of its parts alone: it has another entry" if before.past else ""
+        other = f", but {_many(before.past)} of its parts alone: it has another entry" if before.past else ""
         raise OptionError(
-            f"run called no attention of {adapter.name} with a cache{past}; expected a generation with this model"
+            f"run called no attention of {adapter.name} with a cache{other}: expected a generation with this "
+            "model"
         )
     frames = max(one.frames[1] for one in before.calls)
     kept = [role.capacity(chunk) for role in memory]
@@ -163,7 +164,9 @@ def verify(
         status = handle.status()
     past = []
     if status.bypassed or not status.calls:
-        past.append(f"{_many(status.bypassed)} went to the original forward: run without gradients, in eval()")
+        past.append(
+            f"{_many(status.bypassed)} went to the original forward: run without gradients, in eval()"
+        )
     if status.unserved:
         past.append(f"layers {list(status.unserved)} were never called: something skips them")
     if before.past:
@@ -178,8 +181,12 @@ def _compared(found: Verdict, before: Sequence[_Call], ours: Sequence[_Call], ch
         return replace(found, hint=_length(found))
     if any(a is None or b is None for a, b in zip_longest(before, ours)) or _moved(before, ours) is not None:
         where = len(before) - 1 if (moved := _moved(before, ours)) is None else moved
-        hint = "the generation itself depends on what the attention returns, beyond its numbers: compare by hand"
-        return replace(found, result="different", difference=float("inf"), first=_place(before, where), hint=hint)
+        hint = (
+            "the generation itself depends on what the attention returns, beyond its numbers: compare by hand"
+        )
+        return replace(
+            found, result="different", difference=float("inf"), first=_place(before, where), hint=hint
+        )
     gaps = [_gap(a.sample, b.sample) for a, b in zip(before, ours, strict=True)]
     limit = max(ROUNDING.get(before[where].sample.dtype, 0.0), 0.0)
     beyond = next((number for number, gap in enumerate(gaps) if not gap <= limit), None)
@@ -202,9 +209,9 @@ def _look_at(found: Verdict, calls: Sequence[_Call], where: int, chunk: int) -> 
     if capacity is not None and stop > capacity + chunk:
         return f"{only}frames were evicted before it: look at window, sink and positions of own_memory"
     if place.number:
-        return f"{only}earlier passes over this chunk are equal: look at which call the model writes to its cache"
+        return f"{only}earlier passes over this chunk are equal: look at which call the model caches"
     if place.chunk:
-        return f"{only}nothing was evicted, but there are past frames: look at RoPE positions and order of frames"
+        return f"{only}nothing was evicted, but there is a past: look at RoPE positions and order of frames"
     return f"{only}there is no past yet: look at project, rotate and output of the adapter"
 
 
@@ -212,7 +219,9 @@ def _length(found: Verdict) -> str:
     bounded = [role for role in found.memory if role.capacity(1) is not None]
     if found.evicted or not bounded:
         return ""
-    return f"nothing was evicted in {found.frames} frames: let run generate more, and eviction is compared, too"
+    return (
+        f"nothing was evicted in {found.frames} frames: let run generate more, and eviction is compared, too"
+    )
 
 
 class _Record:
@@ -302,7 +311,7 @@ def _place(calls: Sequence[_Call], where: int) -> Place:
     layer = calls[where].layer
     same = [one.frames for one in calls[: where + 1] if one.layer == layer]
     chunk, number = 0, 0
-    for before, frames in zip(same, same[1:], strict=False):
+    for before, frames in pairwise(same):
         number = number + 1 if frames == before else 0
         chunk += frames != before
     return Place(layer, chunk, number, same[-1])
@@ -313,7 +322,7 @@ def _counted(memory: Sequence[HeadRole]) -> dict[HeadRole, str]:
     for layer, role in enumerate(memory):
         found.setdefault(role, []).append(layer)
     if len(found) == 1:
-        return {role: "every layer" for role in found}
+        return dict.fromkeys(found, "every layer")
     return {role: f"layers {', '.join(map(str, layers))}" for role, layers in found.items()}
 
 
