@@ -110,8 +110,8 @@ def own_memory_is_the_hosts(kit: Kit) -> None:
     found = list(kit.adapter.own_memory(kit.host.model()))
     wanted = [kit.host.memory] * kit.host.layers
     assert found == wanted, (
-        f"own_memory() returns {found}, Host.memory says {kit.host.memory} for each of {kit.host.layers} layers: "
-        "if window_parity passes, own_memory is wrong"
+        f"own_memory() returns {found}, Host.memory says {kit.host.memory} for each of {kit.host.layers} "
+        "layers: if parity_through_eviction passes, own_memory is wrong"
     )
 
 
