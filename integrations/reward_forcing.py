@@ -15,7 +15,7 @@ def refuse(model: nn.Module) -> str | None:
         if hasattr(module, "compression_alpha") and callable(getattr(module, "incremental_update", None)):
             return (
                 "its attention mixes every evicted chunk into the sink (incremental_update, "
-                f"compression_alpha {module.compression_alpha}), which no role does yet. Load its weights into "
-                "Self Forcing's model, whose attention is served"
+                f"compression_alpha {module.compression_alpha}), which no role does yet. Load its weights "
+                "into Self Forcing's model, whose attention is served"
             )
     return None
