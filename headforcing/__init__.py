@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from headforcing.apply.handle import HeadForcing
     from headforcing.measure.profile import HeadProfile
     from headforcing.measure.profiler import Protocol, profile_heads
+    from headforcing.measure.verify import verify
     from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
     from headforcing.roles.maps.role_map import RoleMap
     from headforcing.stores import KVStore
@@ -50,6 +51,7 @@ __all__ = [
     "explain",
     "profile_heads",
     "remove_head_forcing",
+    "verify",
 ]
 
 _HOME = {
@@ -63,6 +65,7 @@ _HOME = {
     "explain": "apply.explain",
     "profile_heads": "measure.profiler",
     "remove_head_forcing": "apply",
+    "verify": "measure.verify",
 }
 
 

@@ -105,6 +105,10 @@ class ForeignRolesWarning(UserWarning):
         return escaped(super().__str__())
 
 
+class UnverifiedCodeWarning(UserWarning):
+    """An attention has a known signature, and code that was never compared with its adapter."""
+
+
 class InactiveLayerWarning(UserWarning):
     """A layer that has roles was never called, though others were."""
 

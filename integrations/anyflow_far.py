@@ -27,6 +27,7 @@ from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, parameter_names
 from headforcing.adapters.host_cache import allocate_again, free
 from headforcing.errors import ChunkOrderError, PatchedModuleError, StreamShapeError, UnsupportedModelError
+from headforcing.roles import Full, HeadRole
 from headforcing.types import AttentionCall, Grid, Phase
 
 CALL = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb", "kv_cache", "kv_cache_flag")
@@ -74,6 +75,10 @@ class AnyFlowFAR(Adapter):
     def chunk(self, model: nn.Module) -> int:
         """Frames of the longest chunk in the configuration."""
         return max(_partition(model))
+
+    def own_memory(self, model: nn.Module) -> list[HeadRole]:
+        """Every frame, as it is in the cache."""
+        return [Full() for _ in self.attentions(model)]
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -23,6 +23,7 @@ class CausVid(WanAdapter):
     name = "causvid"
     forward = (*CALL, "current_end")
     numbers = ("num_heads", "head_dim")
+    verified = {"91ec675c977a1c99": "absolute"}  # ca21150
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

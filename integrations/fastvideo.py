@@ -20,6 +20,7 @@ from headforcing.adapters import rope
 from headforcing.adapters.base import bind
 from headforcing.adapters.wan_counted import INDICES, CountingWan
 from headforcing.errors import StreamShapeError
+from headforcing.roles import HeadRole
 from headforcing.types import AttentionCall, Grid, TracedCall
 
 GIVEN = ("q", "k", "v")
@@ -35,6 +36,12 @@ class FastVideo(CountingWan):
     submodules, neighbour = ("attn",), "attn2"
     counters = INDICES[1:]  # the first one is the anchor
     root, timestep = ("condition_embedder", "blocks"), ("timestep", 2)
+    verified = {"d00afb4996557fee": "absolute"}  # 2f3d40740, with either policy
+
+    def own_role(self, module: nn.Module) -> HeadRole:
+        """See `WanAdapter.own_role`; keys before RoPE are at the slots of the cache."""
+        role = super().own_role(module)
+        return dataclasses.replace(role, positions="compact") if _keeps_raw(module) else role
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -22,6 +22,8 @@ class InfinityRope(CountingWan):
 
     name = "infinity_rope"
     forward = (*CALL, "cache_start", "timestep")
+    positions = "compact"
+    verified = {"dde5da48e80a7f2b": "compact"}  # 63d7b84
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; a flush reduces the local index and begins no video.

@@ -26,6 +26,10 @@ class LongLive(DeferringWan):
 
     name = "longlive"
     forward = (*CALL, "cache_start", "sink_recache_after_switch")
+    verified = {
+        "ffe4260414c78fb7": "absolute",  # branch v1.0, e52d9ef
+        "f4691171469b2349": "compact",  # the same, causal_model_infinity
+    }
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -20,6 +20,7 @@ from headforcing.adapters.host_cache import alive, untouched, version_of
 from headforcing.adapters.wan import CALL
 from headforcing.adapters.wan_counted import INDICES, DeferringWan
 from headforcing.errors import ExternalEditError, UnsupportedModelError
+from headforcing.roles import HeadRole
 from headforcing.types import AttentionCall, Edit, Pin, Truncation
 
 SHOTS = ("t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset")
@@ -33,6 +34,14 @@ class LongLive2(DeferringWan):
     forward = (*CALL, "cache_start", *SHOTS)
     numbers = ("num_heads", "head_dim", "local_attn_size", "sink_size", "global_sink_size")
     counters = (*INDICES, *PINS)
+    verified = {"e00f79010c6caecc": "absolute"}  # 7860ad9
+
+    def own_memory(self, model: nn.Module) -> list[HeadRole]:
+        """See `Adapter.own_memory`; positions are the slots of the cache where the model says so."""
+        found = super().own_memory(model)
+        if not any(getattr(module, "use_relative_rope", False) for module in model.modules()):
+            return found
+        return [dataclasses.replace(role, positions="compact") for role in found]
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

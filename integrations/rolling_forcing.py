@@ -16,6 +16,8 @@ from torch import nn
 from headforcing.adapters.wan import CALL
 from headforcing.adapters.wan_counted import CountingWan
 from headforcing.errors import OptionError
+from headforcing.roles import HeadRole
+from headforcing.roles.rolling_forcing import Rolling
 from headforcing.types import AttentionCall, Phase
 
 
@@ -29,6 +31,7 @@ class RollingForcing(CountingWan):
     name = "rolling_forcing"
     forward = (*CALL, "cache_start", "updating_cache")
     numbers = ("num_heads", "head_dim", "frame_length", "block_length", "max_attention_size")
+    verified = {"9a6bb82e34bffb1a": "adjoining"}  # a1477d0, and long_video of Causal Forcing 1fc7bbc
 
     def __init__(self, chunks: int = 5) -> None:
         super().__init__()
@@ -38,6 +41,12 @@ class RollingForcing(CountingWan):
         """The largest number of frames that the attention attends to."""
         _, module = next(self.attentions(model))
         return int(module.max_attention_size) // int(module.frame_length)  # type: ignore[arg-type]
+
+    def own_role(self, module: nn.Module) -> HeadRole:
+        """The last frames that are attended to, and the first chunk."""
+        frame = int(module.frame_length)  # type: ignore[arg-type]
+        sizes = (module.max_attention_size, module.block_length)
+        return Rolling(*(int(size) // frame for size in sizes))  # type: ignore[arg-type]
 
     def chunk(self, model: nn.Module) -> int:
         """Frames that are denoised at once."""

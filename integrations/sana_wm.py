@@ -32,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.errors import PatchedModuleError, RoleError, StreamError, StreamShapeError
+from headforcing.roles import HeadRole, Local
 from headforcing.types import AttentionCall, Grid, Heads, Phase
 
 FORWARD = ("hidden_states", "encoder_hidden_states", "attention_mask", "query_rotary_emb", "key_rotary_emb")
@@ -49,12 +50,13 @@ class SanaWM(Adapter):
     Args:
         block_size: frames that are refined together, as passed to the pipeline.
         kv_max_frames: frames of sink and history, as passed to the pipeline.
+        sink_frames: first frames, which run alone.
     """
 
     name = "sana_wm"
 
-    def __init__(self, block_size: int = 3, kv_max_frames: int = 11) -> None:
-        self.block_size, self.kv_max_frames = block_size, kv_max_frames
+    def __init__(self, block_size: int = 3, kv_max_frames: int = 11, sink_frames: int = 1) -> None:
+        self.block_size, self.kv_max_frames, self.sink_frames = block_size, kv_max_frames, sink_frames
 
     def why_not(self, model: nn.Module) -> str | None:
         """See `Adapter.why_not`."""
@@ -78,6 +80,11 @@ class SanaWM(Adapter):
     def chunk(self, model: nn.Module) -> int:
         """See `window`."""
         return self.block_size
+
+    def own_memory(self, model: nn.Module) -> list[HeadRole]:
+        """The last frames and the first ones, which are right before them; see the module."""
+        role = Local(self.kv_max_frames - self.sink_frames, self.sink_frames, positions="adjoining")
+        return [role for _ in self.attentions(model)]
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -36,8 +36,8 @@ ALONE = {
 }
 ONLY = {
     "roles": {"errors", "types", "roles"},
-    "adapters": {"errors", "types", "adapters"},
-    "integrations": {"errors", "types", "adapters"},
+    "adapters": {"errors", "types", "roles", "adapters"},
+    "integrations": {"errors", "types", "roles", "adapters"},
     "stores": {"errors", "types", "roles", "stores"},
     "attention.backends": {"errors", "types", "attention", "attention.backends"},
 }

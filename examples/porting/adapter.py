@@ -2,7 +2,7 @@
 
 import torch
 
-from headforcing import Adapter
+from headforcing import Adapter, SlidingWindow
 from headforcing.adapters.base import bind, parameter_names
 from headforcing.errors import ExternalEditError, StreamError, UnsupportedModelError
 from headforcing.types import AttentionCall
@@ -33,6 +33,9 @@ class BrookAdapter(Adapter):
 
     def chunk(self, model):
         return self._number(model, "chunk_frames", "chunk")
+
+    def own_memory(self, model):
+        return [SlidingWindow(self.window(model), positions="absolute") for _ in self.attentions(model)]
 
     def _number(self, model, name, option):
         for module in model.modules():  # the model may be inside a wrapper

@@ -14,11 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from headforcing.errors import UnsupportedModelError, module_names
+from headforcing.roles import HeadRole
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import AttentionCall, Edit, Phase, TracedCall
 
 Memo = MutableMapping[str, Any]
@@ -26,7 +28,15 @@ Memo = MutableMapping[str, Any]
 
 
 class Adapter(ABC):
-    """How to read, project, rotate and answer one call of a base model's self-attention."""
+    """How to read, project, rotate and answer one call of a base model's self-attention.
+
+    Attributes:
+        verified: digests of attention classes (`adapters.verified.digest`) that were compared with
+            `own_memory`, each with the positions of its own memory. Other code is warned about, unless this
+            is empty.
+    """
+
+    verified: ClassVar[Mapping[str, PositionScheme]] = {}
 
     @property
     @abstractmethod
@@ -52,6 +62,16 @@ class Adapter(ABC):
     @abstractmethod
     def chunk(self, model: nn.Module) -> int:
         """Frames the model denoises together."""
+
+    def own_memory(self, model: nn.Module) -> Sequence[HeadRole]:
+        """The role of every layer with which all heads remember what the base model remembers by itself.
+
+        Raises:
+            UnsupportedModelError: the model does not say.
+        """
+        raise UnsupportedModelError(
+            f"{self.name} does not say what the base model remembers by itself: define own_memory"
+        )
 
     def step(self, chunk: int) -> int:
         """Frames that a video grows by when `chunk` are denoised together; default: as many."""
@@ -216,14 +236,14 @@ def find_adapter(model: nn.Module) -> Adapter:
         UnsupportedModelError: none fits; the message says why, for a model we know to have no such memory
             in one sentence, else adapter by adapter.
     """
+    if (refused := refusal(model)) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     reasons = []
     for adapter in adapters():
         reason = adapter.why_not(model)
         if reason is None:
             return adapter
         reasons.append(f"  {adapter.name}: {reason}")
-    if (refused := refusal(model)) is not None:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     attention_like = sorted(
         {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
     )

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.adapters.host_cache import allocate_again, free
+from headforcing.adapters.verified import digest
 from headforcing.errors import StreamShapeError, UnsupportedModelError
+from headforcing.roles import Full, HeadRole, SlidingWindow
+from headforcing.roles.positions import PositionScheme
 from headforcing.types import AttentionCall, Phase, TracedCall
 
 CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
@@ -39,6 +42,7 @@ class WanAdapter(Adapter):
         neighbour: name of the cross-attention in the same block.
         root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
+        positions: of the own memory of code that was never verified.
     """
 
     forward: ClassVar[tuple[str, ...]]
@@ -47,6 +51,7 @@ class WanAdapter(Adapter):
     neighbour: ClassVar[str] = "cross_attn"
     root: ClassVar[tuple[str, ...]] = ("time_embedding", "blocks")
     timestep: ClassVar[tuple[str, int]] = ("t", 1)
+    positions: ClassVar[PositionScheme] = "absolute"
 
     def __init__(self, context_noise: float = 0) -> None:
         self.context_noise = context_noise
@@ -90,6 +95,17 @@ class WanAdapter(Adapter):
             f"{type(model).__name__} has no num_frame_per_block, so the frames per chunk are unknown: "
             "pass chunk=..."
         )
+
+    def own_memory(self, model: nn.Module) -> list[HeadRole]:
+        """See `Adapter.own_memory`."""
+        return [self.own_role(module) for _, module in self.attentions(model)]
+
+    def own_role(self, module: nn.Module) -> HeadRole:
+        """What one attention remembers: the last frames and a sink, or all frames its cache has room for."""
+        if (size := getattr(module, "local_attn_size", -1)) == -1:
+            return Full()
+        positions = self.verified.get(digest(module) or "", self.positions)
+        return SlidingWindow(size, int(module.sink_size), positions=positions)  # type: ignore[arg-type]
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

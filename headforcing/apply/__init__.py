@@ -17,6 +17,7 @@ from headforcing.apply.handles import handles_of, remove_all
 from headforcing.apply.hooks import check_phases
 from headforcing.apply.install import install
 from headforcing.apply.sites import check_single, sites_of
+from headforcing.apply.unverified import warn_unverified
 from headforcing.attention.backends import Attend, find_backend
 from headforcing.attention.layer_state import Options
 from headforcing.attention.read_facts import NAMES, ReadFacts
@@ -37,7 +38,9 @@ from headforcing.roles.maps.role_map import RoleMap
 from headforcing.stores import KVStore, store_class
 
 Roles = RoleMap | HeadRole | Sequence[Sequence[HeadRole]] | str | Path
-"""What may stand for roles: a map, one role for all heads, a table, a preset name, a file."""
+"""What may stand for roles: a map, one role for all heads, a table, a preset name, a file, or `OWN`."""
+OWN = "own"
+"""What the base model remembers by itself."""
 
 
 def apply_head_forcing(
@@ -64,8 +67,8 @@ def apply_head_forcing(
 
     Args:
         model: an AR video diffusion model, or a module that holds one (wrapper, PEFT, compiled).
-        roles: a `RoleMap`, one role for all heads, a table `roles[layer][head]`, a preset name, or the
-            path of a role-map file.
+        roles: a `RoleMap`, one role for all heads, a table `roles[layer][head]`, a preset name, the path of
+            a role-map file, or `"own"`: what the model remembers by itself, which changes nothing.
         adapter: the model's adapter; default: the one that fits.
         window: frames the model was trained on; default: what the model says.
         chunk: frames of the longest chunk; default: what the model says.
@@ -99,6 +102,8 @@ def apply_head_forcing(
     facts = ReadFacts(model, adapter, [name for name in NAMES if given.get(name) is None])
     window = _count(facts.values.get("window", window), "window")
     chunk = _count(facts.values.get("chunk", chunk), "chunk")
+    if isinstance(roles, str) and roles == OWN:
+        roles = [[role] * heads for role in adapter.own_memory(model)]
     facts.fitted = partial(_fitted, _loaded(roles, layers, heads), adapter, layers, heads, window)
     role_map = facts.fitted(chunk)
     _check_merging(role_map, adapter)
@@ -111,6 +116,7 @@ def apply_head_forcing(
         if strict:
             raise RoleMapMismatchError(foreign)
         warnings.warn(foreign, ForeignRolesWarning, stacklevel=2)
+    warn_unverified(model, adapter)
     present = handles_of(model)
     if len(present) == 1 and present[0].options == options:
         present[0]._layers[0].activity.facts = facts  # what was read may differ where the roles do not

@@ -15,8 +15,10 @@ from torch import nn
 
 from headforcing.adapters.base import Adapter, adapters, parameter_names, refusal
 from headforcing.apply.handles import handles_of
+from headforcing.apply.unverified import unverified
 from headforcing.attention.module import HeadForcingMixin, original_class
 from headforcing.errors import HeadForcingError, OptionError, UnsupportedModelError
+from headforcing.roles import HeadRole
 
 FEW = 6
 """So many layers are listed one by one."""
@@ -69,6 +71,7 @@ class Explanation:
         layers: the layers it serves, in order.
         window: frames the model was trained on; `None`: the model does not say.
         chunk: frames it denoises together; `None`: the model does not say.
+        own: the role of every layer that is the model's own memory; empty: the model does not say.
         unknown: what cannot be told or served, by what it is, with the reason.
         seen: what looks like attention in the model.
         applied: what is applied already; empty: nothing.
@@ -82,6 +85,7 @@ class Explanation:
     layers: tuple[Layer, ...]
     window: int | None
     chunk: int | None
+    own: tuple[HeadRole, ...]
     unknown: Mapping[str, str]
     seen: tuple[Seen, ...]
     applied: tuple[str, ...]
@@ -114,6 +118,7 @@ class Explanation:
         return [
             f"  {len(self.layers)} layers, {' or '.join(shapes)}",
             f"  window {_frames(self.window)}, chunks of {_frames(self.chunk)}",
+            *(f"  own memory of {self.own.count(role)} layers: {role}" for role in dict.fromkeys(self.own)),
             *paths,
         ]
 
@@ -138,7 +143,7 @@ def explain(model: nn.Module) -> Explanation:
             reasons[adapter.name] = reason
     first = fitting[0] if fitting else None
     unknown: dict[str, str] = {}
-    window = chunk = None
+    window = chunk = own = None
     layers: tuple[Layer, ...] = ()
     if first is not None:
         layers = tuple(
@@ -146,7 +151,10 @@ def explain(model: nn.Module) -> Explanation:
         )
         window = _asked(unknown, "window", lambda: first.window(model))
         chunk = _asked(unknown, "chunk", lambda: first.chunk(model))
+        own = _asked(unknown, "own memory", lambda: first.own_memory(model))
         _asked(unknown, "prompt switches", lambda: first.cross_attentions(model))
+        for code, name in unverified(model, first).items():
+            unknown["code"] = f"{name} has code that was never compared ({code}): run `headforcing verify`"
         if first.clock(model) is None:
             unknown["phases"] = "nobody knows which pass is the clean one: roles that ask are refused"
     return Explanation(
@@ -158,6 +166,7 @@ def explain(model: nn.Module) -> Explanation:
         layers=layers,
         window=window,
         chunk=chunk,
+        own=tuple(own or ()),
         unknown=unknown,
         seen=_seen(model),
         applied=tuple(str(handle.status()).splitlines()[0] for handle in handles_of(model)),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headforcing.cli import check, contest, demo, estimate, explain, presets, profile, roles, scenes
+from headforcing.cli import check, contest, demo, estimate, explain, presets, profile, roles, scenes, verify
 from headforcing.cli.console import command_of, say, show_error
 
 
@@ -38,6 +38,7 @@ app.command("presets", epilog=presets.EXAMPLES)(command_of(presets.presets, pres
 app.command("estimate", epilog=estimate.EXAMPLES)(command_of(estimate.estimate, estimate.Options))
 app.command("check", epilog=check.EXAMPLES)(check.check)
 app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.add_typer(roles.app, name="roles")
 
 

@@ -126,7 +126,7 @@ class Bench:
     def pipeline(self, pipeline_class: Callable[..., Any]) -> Any:
         """Build a pipeline."""
         with self._tiny_model():
-            pipeline = self.build(pipeline_class, arguments(self.scenario))
+            pipeline = self.build(pipeline_class, arguments(self.case))
         pipeline.num_transformer_blocks = LAYERS
         pipeline.frame_seq_length = tiny.TOKENS_PER_FRAME
         return self._finish(pipeline, pipeline.generator)
@@ -177,11 +177,12 @@ class Bench:
         self.handle = apply(model, self.scenario, self.case.policy)
 
 
-def arguments(scenario: Scenario) -> SimpleNamespace:
+def arguments(case: Case) -> SimpleNamespace:
     """Return what a pipeline is configured with."""
     from easydict import EasyDict
 
-    longlive = {"use_infinite_attention": True} if scenario.raw_keys else {}
+    scenario = case.scenario
+    longlive = {"use_infinite_attention": True} if scenario.raw_keys and case.repository == "LongLive" else {}
     return SimpleNamespace(
         model_kwargs=EasyDict(
             timestep_shift=5.0, local_attn_size=scenario.window, sink_size=scenario.sink, **longlive

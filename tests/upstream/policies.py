@@ -51,6 +51,8 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
         return hf.apply_head_forcing(model, PRESET, adapter=adapter, chunk=chunks * scenario.chunk)
     if policy == PRESET:
         return hf.apply_head_forcing(model, PRESET, chunk=scenario.chunk)
+    if policy == EQUAL:
+        return hf.apply_head_forcing(model, "own")
     roles = POLICIES[policy](scenario)
     if isinstance(roles, HeadRole):
         roles = [roles] * HEADS
@@ -89,7 +91,6 @@ def _commit(scenario: Scenario) -> HeadRole:
 
 
 POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
-    EQUAL: _equal,
     WRAPPER: _equal,
     COMPILED: _equal,
     REFERENCE: _equal,

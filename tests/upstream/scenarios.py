@@ -9,6 +9,7 @@ HEADS = 4
 REPOSITORIES = {
     "Self-Forcing": "wan.modules.causal_model",
     "Causal-Forcing": "wan.modules.causal_model",
+    "Infinite-Forcing": "wan.modules.causal_model",
     "CausVid": "causvid.models.wan.causal_model",
     "LongLive": "wan.modules.causal_model",
     "infinity-rope": "wan.modules.causal_model",
@@ -195,6 +196,7 @@ PARITY = (
     Scenario("image w7 s1", "few_step", window=7, sink=1, frames=18, passes=31, image=True),
     replace(SLIDING, name="batch 2", batch=2, repositories=WITH_LONGLIVE),
     replace(SLIDING, name="raw keys", raw_keys=True, repositories=("LongLive", "FastVideo")),
+    replace(SLIDING, name="at the slots", raw_keys=True, repositories=("Infinite-Forcing",)),
     replace(FASTVIDEO, name="raw keys, w7 s1", window=7, sink=1, raw_keys=True),
     replace(FASTVIDEO, name="raw keys, global", window=-1, sink=0, raw_keys=True),
     replace(FASTVIDEO, name="alone, global", window=-1, sink=0),

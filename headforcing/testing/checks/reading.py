@@ -105,6 +105,16 @@ def heads_and_sizes(kit: Kit) -> None:
     )
 
 
+def own_memory_is_the_hosts(kit: Kit) -> None:
+    """`own_memory` returns the role that reproduces the unmodified model, for every layer."""
+    found = list(kit.adapter.own_memory(kit.host.model()))
+    wanted = [kit.host.memory] * kit.host.layers
+    assert found == wanted, (
+        f"own_memory() returns {found}, Host.memory says {kit.host.memory} for each of {kit.host.layers} "
+        "layers: if parity_through_eviction passes, own_memory is wrong"
+    )
+
+
 def read_counts_frames(kit: Kit) -> None:
     """`read` returns the first frame and the grid of every chunk, in frames and patches."""
     take, chunk = kit.plain(), kit.host.chunk
@@ -200,6 +210,7 @@ CHECKS: Sequence[Any] = (
     layers_found,
     layers_in_order,
     heads_and_sizes,
+    own_memory_is_the_hosts,
     read_counts_frames,
     anchor_is_the_timeline,
     clock_tells_the_clean_pass,
