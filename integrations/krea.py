@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from torch import nn
 
+MARKERS = ("fused_projections", "fuse_projections", "local_attn_size", "sink_size")
+
 
 def refuse(model: nn.Module) -> str | None:
     """Why an attention with fused projections beside separate ones is not supported."""
     for module in model.modules():
-        if hasattr(module, "fused_projections") and callable(getattr(module, "fuse_projections", None)):
+        if all(hasattr(module, part) for part in MARKERS):
             return (
                 "its pipeline computes the last frames again before every chunk, at positions that do not "
                 "move on, so which frame a call is about cannot be told; and its fused projections are not "

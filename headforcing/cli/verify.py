@@ -55,6 +55,6 @@ def verify(
         if found.ok and record:
             adapter = find_adapter(model)
             codes = {code for _, module in adapter.attentions(model) if (code := digest(module)) is not None}
-            say(f"noted in {noted(codes)}")
+            say(f"noted {', '.join(sorted(codes))} in {noted(codes)}")
     if not found.ok:
         raise typer.Exit(1)

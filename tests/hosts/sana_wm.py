@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headforcing.integrations.sana_wm import SanaWM
 from headforcing.roles import HeadRole, Local
 from headforcing.testing.host import Host
 from tests.hosts.standin import dtype_of, noise_of, randomised_norms
@@ -84,6 +85,7 @@ class SanaWMHost(Host):
         {"edited_cache_refused", "release_frees", "cache_comes_back", "compiled_is_one_operator"}
     )
     chunk, frames, dense, window, single = 3, 18, 12, 14, True
+    adapter = SanaWM(sink_frames=3)
     memory: HeadRole = Local(8, 3, positions="adjoining")
     rope_type = "split"
     gated = False

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.demo.model.model import DemoModel
-from headforcing.demo.world.camera import VIEW
 from headforcing.demo.world.words import PROMPT_WORDS, WORDS
 from headforcing.roles import HeadRole, SlidingWindow
 from headforcing.testing.host import Host
@@ -43,10 +42,10 @@ class SelfForcingHost(Host):
 
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
         """See `Host.call`."""
-        batch = caches.kv[0]["k"].shape[0]
+        batch, channels = caches.kv[0]["k"].shape[0], model.config.channels
         words = torch.arange(batch * PROMPT_WORDS).view(batch, PROMPT_WORDS) + caches.prompt
         out: Tensor = model(
-            noise_of((batch, 3, frames, VIEW, VIEW), start, draw, dtype_of(model)),
+            noise_of((batch, channels, frames, *model.config.grid), start, draw, dtype_of(model)),
             t=torch.full((batch,), 0.1 * (draw % 10)),
             context=words % len(WORDS),
             kv_cache=caches.kv,
@@ -68,7 +67,11 @@ class SelfForcingHost(Host):
     def uncached(self, model: nn.Module) -> Tensor:
         """See `Host.uncached`."""
         words = torch.zeros(1, PROMPT_WORDS, dtype=torch.long)
-        out: Tensor = model(noise_of((1, 3, 3, VIEW, VIEW), 0, 0, dtype_of(model)), torch.zeros(1), words)
+        out: Tensor = model(
+            noise_of((1, model.config.channels, 3, *model.config.grid), 0, 0, dtype_of(model)),
+            torch.zeros(1),
+            words,
+        )
         return out
 
     def switch_prompt(self, model: nn.Module, caches: Any) -> bool:
