@@ -3,7 +3,7 @@
 Plays one script, six scenes of which two return, in every mode and from the same noise, under five role
 maps, and writes a page, its numbers and its pictures. The roles' numbers were chosen without it.
 
-    python benchmarks/scenes.py                                           # 16 seeds, some minutes
+    python benchmarks/scenes.py                                           # 8 seeds, ten minutes
     python benchmarks/scenes.py --seeds 2 --out runs/scenes-results.md    # a quick look
     python benchmarks/scenes.py --page                                    # the page again, from its numbers
 """
@@ -92,7 +92,7 @@ def one_video(script: Script, seed: int) -> list[Played]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="Scenes that return, on the demo model.")
-    parser.add_argument("--seeds", type=int, default=16, help="videos per mode and map")
+    parser.add_argument("--seeds", type=int, default=8, help="videos per mode and map")
     parser.add_argument("--chunks", type=int, default=8, help="of each scene, 3 frames each")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
