@@ -12,7 +12,7 @@ from torch import nn
 MARKERS = ("fused_projections", "fuse_projections", "local_attn_size", "sink_size")
 
 
-def refuse(model: nn.Module) -> str | None:
+def refuse_lookalike(model: nn.Module) -> str | None:
     """Why an attention with fused projections beside separate ones is not supported."""
     for module in model.modules():
         if all(hasattr(module, part) for part in MARKERS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def refuse(model: nn.Module) -> str | None:
+def refuse_lookalike(model: nn.Module) -> str | None:
     """Why an attention with such a sink is not supported."""
     for module in model.modules():
         if hasattr(module, "compression_alpha") and callable(getattr(module, "incremental_update", None)):

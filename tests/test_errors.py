@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import headforcing as hf
 from headforcing import errors
 from headforcing.demo.model.pipeline import DemoPipeline
+from headforcing.demo.world.words import PROMPT_WORDS
 from headforcing.errors import (
     ChunkOrderError,
     ExternalEditError,
@@ -424,7 +425,7 @@ def test_a_stream_with_keys_that_are_not_finite_can_be_reset(playing: Playing) -
 
 def _with_batch(rig: Rig, caches: Caches, batch: int, start: int) -> Tensor:
     wide = Caches([dict(c) for c in caches.kv], [{"is_init": False} for _ in caches.cross])
-    words = torch.zeros(batch, 10, dtype=torch.long)
+    words = torch.zeros(batch, PROMPT_WORDS, dtype=torch.long)
     with torch.no_grad():
         out: Tensor = rig.model(
             rig.noise(start, 3, batch=batch), torch.zeros(batch), words, wide.kv, wide.cross, start * 16
@@ -532,7 +533,7 @@ def test_training_with_a_cache_that_holds_a_video_is_refused_and_the_video_goes_
 def test_gradients_with_a_cache_that_holds_a_video_are_refused(playing: Playing) -> None:
     rig, _, caches = playing
     rig.model.requires_grad_(True)
-    words = torch.zeros(1, 10, dtype=torch.long)
+    words = torch.zeros(1, PROMPT_WORDS, dtype=torch.long)
     refused(
         StreamActiveError,
         "this cache holds a head-forced video ... torch.no_grad()",
@@ -555,7 +556,7 @@ def test_training_with_another_cache_is_the_models_own(playing: Playing) -> None
 
 def test_a_start_that_is_no_whole_frame_is_refused(playing: Playing) -> None:
     rig, _, caches = playing
-    words = torch.zeros(1, 10, dtype=torch.long)
+    words = torch.zeros(1, PROMPT_WORDS, dtype=torch.long)
     with torch.no_grad():
         refused(
             StreamShapeError,

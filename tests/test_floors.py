@@ -245,7 +245,7 @@ BAD = [
     (goes_down, "headforcing.stores.one", "from headforcing.attention.backends import one"),
     (goes_down, "headforcing.attention.backends.one", "from headforcing.roles import HeadRole"),
     (goes_down, "headforcing.integrations.one", "from headforcing.integrations import two"),
-    (goes_down, "headforcing.integrations.one", "from headforcing.roles import HeadRole"),
+    (goes_down, "headforcing.integrations.one", "from headforcing.roles.maps.role_map import RoleMap"),
     (goes_down, "headforcing.integrations.one", "import headforcing"),
     (goes_down, "headforcing.unheard_of", ""),
     (upstream_stays_lazy, "headforcing.integrations.one", "from wan.modules import model"),

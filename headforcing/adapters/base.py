@@ -236,7 +236,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         UnsupportedModelError: none fits; the message says why, for a model we know to have no such memory
             in one sentence, else adapter by adapter.
     """
-    if (refused := refusal(model)) is not None:
+    if (refused := refusal(model, "refuse_lookalike")) is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     reasons = []
     for adapter in adapters():
@@ -244,6 +244,8 @@ def find_adapter(model: nn.Module) -> Adapter:
         if reason is None:
             return adapter
         reasons.append(f"  {adapter.name}: {reason}")
+    if (refused := refusal(model)) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
     attention_like = sorted(
         {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
     )
@@ -255,16 +257,17 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
-def refusal(model: nn.Module) -> str | None:
+def refusal(model: nn.Module, by: str = "refuse") -> str | None:
     """Why a model that is known cannot be served by any adapter; `None`: it is not known.
 
-    A module in `headforcing.integrations` says so by a function `refuse(model)`.
+    A module in `headforcing.integrations` says so by a function `refuse(model)`, or `refuse_lookalike(model)`
+    where an adapter seems to fit.
 
     Raises:
         UnsupportedModelError: the folder is not installed.
     """
     for module in _integrations():
-        reason: str | None = getattr(module, "refuse", lambda _: None)(model)
+        reason: str | None = getattr(module, by, lambda _: None)(model)
         if reason is not None:
             return reason
     return None

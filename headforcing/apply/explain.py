@@ -141,7 +141,8 @@ def explain(model: nn.Module) -> Explanation:
             fitting.append(adapter)
         else:
             reasons[adapter.name] = reason
-    first = fitting[0] if fitting else None
+    refused = refusal(model, "refuse_lookalike")
+    first = fitting[0] if fitting and refused is None else None
     unknown: dict[str, str] = {}
     window = chunk = own = None
     layers: tuple[Layer, ...] = ()
@@ -162,7 +163,7 @@ def explain(model: nn.Module) -> Explanation:
         adapter=None if first is None else first.name,
         also=tuple(adapter.name for adapter in fitting[1:]),
         why_not=reasons,
-        refused=refusal(model) if first is None else None,
+        refused=refusal(model) if first is None and refused is None else refused,
         layers=layers,
         window=window,
         chunk=chunk,

@@ -21,6 +21,7 @@ import headforcing as hf
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.demo.model.attention import DemoConfig, rope_table
+from headforcing.demo.world.words import PROMPT_WORDS
 from headforcing.errors import ChunkOrderError, PatchedModuleError, StreamActiveError, StreamError
 from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.testing import bits, snapshot
@@ -280,7 +281,7 @@ def test_a_long_video_leaves_no_tensor_behind_from_chunk_to_chunk() -> None:
 def test_no_stored_tensor_carries_a_gradient_graph() -> None:
     rig, handle = applied()
     caches = rig.caches()
-    words = torch.zeros(1, 10, dtype=torch.long)
+    words = torch.zeros(1, PROMPT_WORDS, dtype=torch.long)
     for start in (0, 3, 6):  # gradients are on, but nothing requires them
         out = rig.model(rig.noise(start, 3), torch.zeros(1), words, caches.kv, caches.cross, start * 16)
     assert out.grad_fn is None

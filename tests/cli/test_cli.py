@@ -199,7 +199,7 @@ def test_a_good_map_is_valid(tmp_path):
     map_of().save(tmp_path / "map.json")
     answer = RUN.invoke(app, ["roles", "validate", str(tmp_path / "map.json")])
     assert answer.exit_code == 0
-    assert "6 layers x 4 heads" in answer.stdout
+    assert "6 layers x 6 heads" in answer.stdout
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", '{"format": "headforcing.role-map"}', None])

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from headforcing.demo.model.attention import DemoConfig
+from headforcing.demo.model.model import DemoModel
 from tests.docs.pages import FENCE, PAGES, ROOT, commands, fences
-from tests.hosts.rig import Rig
 
 
 def run_python(text: str, name: str) -> int:
@@ -66,8 +68,13 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_the_python_of_the_longest_page_runs_on_a_smaller_model(tmp_path, monkeypatch):
     """A third of the layers, with random weights."""
+
+    def smaller():
+        model = DemoModel(DemoConfig(layers=2)).randomize(torch.Generator().manual_seed(1))
+        return model.eval().requires_grad_(False)
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("headforcing.demo.demo_model", lambda: Rig(21).model)
+    monkeypatch.setattr("headforcing.demo.demo_model", smaller)
     run_python(LONGEST.read_text(encoding="utf-8"), str(LONGEST))
 
 

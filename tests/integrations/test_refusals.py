@@ -182,7 +182,10 @@ def test_the_command_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_folder_holds_adapters_with_a_host_and_refusals() -> None:
     names = {adapter.name for adapter in adapters()}
     assert set(host_names()) == names
-    assert set(module_names("headforcing.integrations")) - names == {"helios", "sana_linear", "wan_diffusers"}
+    assert set(module_names("headforcing.integrations")) - names == {
+        *("helios", "sana_linear", "wan_diffusers"),
+        *("krea", "reward_forcing"),
+    }
 
 
 def test_a_refused_model_is_no_obstacle_to_others() -> None:
@@ -190,3 +193,26 @@ def test_a_refused_model_is_no_obstacle_to_others() -> None:
     both = nn.ModuleDict({"teacher": made("WanTransformer3DModel"), "student": rig.model})
     assert find_adapter(both).name == "self_forcing"
     hf.apply_head_forcing(both, Local()).remove()
+
+
+@pytest.mark.parametrize(
+    ("marks", "reason"),
+    [
+        (
+            {"compression_alpha": 0.999, "incremental_update": print},
+            "mixes every evicted chunk into the sink",
+        ),
+        ({"fused_projections": False, "fuse_projections": print}, "computes the last frames again"),
+    ],
+)
+def test_a_lookalike_is_refused_though_an_adapter_fits(marks: dict[str, Any], reason: str) -> None:
+    rig = Rig(9)
+    for name, value in marks.items():
+        setattr(rig.model.blocks[0].self_attn, name, value)
+    before = snapshot(rig.model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        hf.apply_head_forcing(rig.model, Local())
+    found = hf.explain(rig.model)
+    assert (found.adapter, reason in str(found)) == (None, True)
+    assert snapshot(rig.model) == before
+    hf.apply_head_forcing(rig.model, Local(), adapter=SelfForcing()).remove()  # who says so knows better

@@ -17,7 +17,7 @@ from headforcing.errors import ExternalEditError, OptionError
 from headforcing.integrations.causvid import CausVid
 from headforcing.integrations.longlive import LongLive
 from headforcing.integrations.self_forcing import SelfForcing
-from headforcing.roles import SlidingWindow
+from headforcing.roles import HeadRole, SlidingWindow
 from headforcing.testing import Host, check_adapter, check_names
 from headforcing.testing.conformance import _CHECKS, Report
 from tests.hosts import find_host, host_names
@@ -128,6 +128,11 @@ class AnchorIsTheModule(SelfForcing):
 class WindowInTokens(SelfForcing):
     def window(self, model: nn.Module) -> int:
         return super().window(model) * 16
+
+
+class OneSinkMore(SelfForcing):
+    def own_role(self, module: nn.Module) -> HeadRole:
+        return dataclasses.replace(super().own_role(module), sink=2)
 
 
 class ChunkOfOne(SelfForcing):
@@ -351,6 +356,7 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (AnchorIsTheModule, "anchor_is_the_timeline"),
     (WindowInTokens, "heads_and_sizes"),
     (ChunkOfOne, "heads_and_sizes"),
+    (OneSinkMore, "own_memory_is_the_hosts"),
     (SwapsQueriesAndKeys, "keys_are_the_hosts"),
     (ForgetsTheKeyNorm, "keys_are_the_hosts"),
     (ForgetsTheQueryNorm, "first_chunk"),
