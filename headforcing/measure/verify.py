@@ -179,7 +179,7 @@ def _compared(found: Verdict, before: Sequence[_Call], ours: Sequence[_Call], ch
     """The verdict, with what differs."""
     if (where := _differing(before, ours)) is None:
         return replace(found, hint=_length(found))
-    if any(a is None or b is None for a, b in zip_longest(before, ours)) or _moved(before, ours) is not None:
+    if len(before) != len(ours) or _moved(before, ours) is not None:
         where = len(before) - 1 if (moved := _moved(before, ours)) is None else moved
         hint = (
             "the generation itself depends on what the attention returns, beyond its numbers: compare by hand"
@@ -188,7 +188,7 @@ def _compared(found: Verdict, before: Sequence[_Call], ours: Sequence[_Call], ch
             found, result="different", difference=float("inf"), first=_place(before, where), hint=hint
         )
     gaps = [_gap(a.sample, b.sample) for a, b in zip(before, ours, strict=True)]
-    limit = max(ROUNDING.get(before[where].sample.dtype, 0.0), 0.0)
+    limit = ROUNDING.get(before[where].sample.dtype, 0.0)
     beyond = next((number for number, gap in enumerate(gaps) if not gap <= limit), None)
     first = _place(before, where if beyond is None else beyond)
     if beyond is None:
