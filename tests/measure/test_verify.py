@@ -76,6 +76,28 @@ def test_another_memory_is_found_where_it_first_differs(
     assert f"layer {layer}, chunk {chunk}" in str(found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fault_in_one_channel_of_one_token_is_seen(dtype: torch.dtype, monkeypatch: Any) -> None:
+    project_out = SelfForcing.project_out
+
+    def wrong(self: Any, module: Any, out: torch.Tensor) -> torch.Tensor:
+        y = project_out(self, module, out)
+        y[0, 7, 3] += y.float().square().mean().sqrt().to(y)
+        return y
+
+    monkeypatch.setattr(SelfForcing, "project_out", wrong)
+    assert judged(rig(dtype=dtype), chunks=1).result == "different"
+
+
+def test_rounding_is_told_from_a_fault(monkeypatch: Any) -> None:
+    project_out = SelfForcing.project_out
+    monkeypatch.setattr(SelfForcing, "project_out", lambda *given: project_out(*given) * (1 + 1e-6))
+    found = judged(rig())
+    assert (found.result, found.ok) == ("rounding", True)
+    assert 1e-7 < found.difference < 1e-4
+    assert "equal to rounding" in str(found)
+
+
 def test_too_short_a_video_is_said_to_be_too_short() -> None:
     found = judged(rig(), chunks=2, adapter=Says(replace(RIGHT, window=6)))
     assert (found.result, found.evicted) == ("equal", False)
