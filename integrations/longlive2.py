@@ -28,7 +28,13 @@ PINS, NO_PIN = ("pinned_start", "pinned_len"), (-1, 0)
 
 
 class LongLive2(DeferringWan):
-    """`CausalWanSelfAttention` with arguments for shots."""
+    """`CausalWanSelfAttention` with arguments for shots.
+
+    Args:
+        context_noise: see `WanAdapter`.
+        use_relative_rope: as in the configuration of the pipeline, which tells the model only while it runs;
+            needed for the model's own memory alone.
+    """
 
     name = "longlive2"
     forward = (*CALL, "cache_start", *SHOTS)
@@ -36,10 +42,14 @@ class LongLive2(DeferringWan):
     counters = (*INDICES, *PINS)
     verified = {"e00f79010c6caecc": "absolute"}  # 7860ad9
 
+    def __init__(self, context_noise: float = 0, use_relative_rope: bool = False) -> None:
+        super().__init__(context_noise)
+        self.use_relative_rope = use_relative_rope
+
     def own_memory(self, model: nn.Module) -> list[HeadRole]:
-        """See `Adapter.own_memory`; positions are the slots of the cache where the model says so."""
+        """See `Adapter.own_memory`; with relative RoPE, positions are the slots of the cache."""
         found = super().own_memory(model)
-        if not any(getattr(module, "use_relative_rope", False) for module in model.modules()):
+        if not self.use_relative_rope:
             return found
         return [dataclasses.replace(role, positions="compact") for role in found]
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import headforcing as hf
 from headforcing.adapters.base import find_adapter
+from headforcing.integrations.longlive2 import LongLive2
 from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.memrope import Averaging
@@ -52,7 +53,8 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     if policy == PRESET:
         return hf.apply_head_forcing(model, PRESET, chunk=scenario.chunk)
     if policy == EQUAL:
-        return hf.apply_head_forcing(model, "own")
+        slots = LongLive2(use_relative_rope=True) if case_of_slots(scenario) else None
+        return hf.apply_head_forcing(model, "own", adapter=slots)
     roles = POLICIES[policy](scenario)
     if isinstance(roles, HeadRole):
         roles = [roles] * HEADS
@@ -62,6 +64,11 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
         for _, module in find_adapter(model).attentions(model):
             module.compile(backend="eager", fullgraph=True)
     return handle
+
+
+def case_of_slots(scenario: Scenario) -> bool:
+    """Whether it is LongLive 2 with positions that only its pipeline knows."""
+    return scenario.raw_keys and scenario.repositories == ("LongLive2",)
 
 
 def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> SlidingWindow:
