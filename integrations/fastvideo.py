@@ -20,7 +20,7 @@ from headforcing.adapters import rope
 from headforcing.adapters.base import bind
 from headforcing.adapters.wan_counted import INDICES, CountingWan
 from headforcing.errors import StreamShapeError
-from headforcing.roles import HeadRole
+from headforcing.roles import HeadRole, SlidingWindow
 from headforcing.types import AttentionCall, Grid, TracedCall
 
 GIVEN = ("q", "k", "v")
@@ -41,7 +41,8 @@ class FastVideo(CountingWan):
     def own_role(self, module: nn.Module) -> HeadRole:
         """See `WanAdapter.own_role`; keys before RoPE are at the slots of the cache."""
         role = super().own_role(module)
-        return dataclasses.replace(role, positions="compact") if _keeps_raw(module) else role
+        rolls = isinstance(role, SlidingWindow) and _keeps_raw(module)
+        return dataclasses.replace(role, positions="compact") if rolls else role
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -20,7 +20,7 @@ from headforcing.adapters.host_cache import alive, untouched, version_of
 from headforcing.adapters.wan import CALL
 from headforcing.adapters.wan_counted import INDICES, DeferringWan
 from headforcing.errors import ExternalEditError, UnsupportedModelError
-from headforcing.roles import HeadRole
+from headforcing.roles import HeadRole, SlidingWindow
 from headforcing.types import AttentionCall, Edit, Pin, Truncation
 
 SHOTS = ("t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset")
@@ -48,10 +48,12 @@ class LongLive2(DeferringWan):
 
     def own_memory(self, model: nn.Module) -> list[HeadRole]:
         """See `Adapter.own_memory`; with relative RoPE, positions are the slots of the cache."""
-        found = super().own_memory(model)
-        if not self.use_relative_rope:
-            return found
-        return [dataclasses.replace(role, positions="compact") for role in found]
+        return [
+            dataclasses.replace(role, positions="compact")
+            if self.use_relative_rope and isinstance(role, SlidingWindow)
+            else role
+            for role in super().own_memory(model)
+        ]
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
