@@ -77,7 +77,7 @@ NUMBERS: dict[str, Numbers] = {
 }
 """Numbers for the roles of the shipped map: sink + episodic + recent of memory heads."""
 CHOSEN = "1+14+3 spread"
-"""Of the two with the best mean PSNR on the tuning seeds where the camera pans, the better one at the end."""
+"""Of the two with the best mean PSNR on the tuning seeds, camera panning, the better one at the end."""
 MEASURES = ("psnr", "landmarks", "actors", "sharpness")
 
 

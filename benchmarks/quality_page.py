@@ -198,9 +198,9 @@ def _roles(results: Mapping[str, Any]) -> str:
     return (
         f"The role map of the package, measured by {settings['method']} (see [Role maps]"
         f"(role-maps.md)), content hash `{settings['map'][:19]}…`:\n\n{roles}\n\n"
-        "The numbers were chosen on seeds 5000 to 5007 where the camera pans, for the best PSNR of all generated "
-        "frames, and of two that were equal for the better end; `python benchmarks/quality.py --tune` compares "
-        "them."
+        "The numbers were chosen on seeds 5000 to 5007 where the camera pans, for the best PSNR of all "
+        "generated frames, and of two that were equal for the better end; "
+        "`python benchmarks/quality.py --tune` compares them."
     )
 
 
