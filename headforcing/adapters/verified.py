@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +23,14 @@ def digest(module: nn.Module) -> str | None:
         for cls in type(module).__mro__
         if "forward" in vars(cls) and inspect.unwrap(vars(cls)["forward"]) is forward
     ]
+    return _digest(defining[-1])
+
+
+@functools.cache
+def _digest(cls: Any) -> str | None:
+    """Once per class: to find its source, Python parses the whole file."""
     try:
-        lines = [line.strip() for line in inspect.getsource(defining[-1]).splitlines()]
+        lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
     except (OSError, TypeError):
         return None
     kept = "\n".join(line for line in lines if line and not line.startswith("#"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ Result = Literal["equal", "rounding", "different", "unstable", "unserved"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """One attention call.
 
     Attributes:
@@ -68,7 +68,7 @@ class Verdict:
 
     result: Result
     difference: float
-    first: Place | None
+    first: Location | None
     frames: int
     evicted: bool
     past: tuple[str, ...]
@@ -159,9 +159,9 @@ def verify(
         memory=memory,
         hint="",
     )
-    if (where := _differing(before.calls, again.calls)) is not None:
+    if (where := _first(before.calls, again.calls, _same_bits)) is not None:
         hint = "let run make its own torch.Generator with a fixed seed, in eval mode without dropout"
-        return replace(found, result="unstable", first=_place(before.calls, where), hint=hint)
+        return replace(found, result="unstable", first=_location(before.calls, where), hint=hint)
     with apply_head_forcing(model, OWN, adapter=adapter) as handle:
         ours = _recorded(model, adapter, call, seed)
         status = handle.status()
@@ -180,20 +180,19 @@ def verify(
 
 def _compared(found: Verdict, before: Sequence[_Call], ours: Sequence[_Call], chunk: int) -> Verdict:
     """The verdict, with what differs."""
-    if (where := _differing(before, ours)) is None:
+    if (where := _first(before, ours, _same_bits)) is None:
         return replace(found, hint=_length(found))
-    if len(before) != len(ours) or _moved(before, ours) is not None:
-        where = len(before) - 1 if (moved := _moved(before, ours)) is None else moved
+    if (other := _first(before, ours, _same_frames)) is not None:
         hint = (
             "the generation itself depends on what the attention returns, beyond its numbers: compare by hand"
         )
         return replace(
-            found, result="different", difference=float("inf"), first=_place(before, where), hint=hint
+            found, result="different", difference=float("inf"), first=_location(before, other), hint=hint
         )
     gaps = [_gap(a.tokens, b.tokens) for a, b in zip(before, ours, strict=True)]
     limit = ROUNDING.get(before[where].dtype, 0.0)
     beyond = next((number for number, gap in enumerate(gaps) if not gap <= limit), None)
-    first = _place(before, where if beyond is None else beyond)
+    first = _location(before, where if beyond is None else beyond)
     if beyond is None:
         result: Result = "rounding" if found.result == "equal" else found.result
         return replace(found, result=result, difference=max(gaps), first=first, hint=_length(found))
@@ -203,17 +202,17 @@ def _compared(found: Verdict, before: Sequence[_Call], ours: Sequence[_Call], ch
 
 def _look_at(found: Verdict, calls: Sequence[_Call], where: int, chunk: int) -> str:
     """What a porter should look at, by where the first difference is."""
-    place, stop = _place(calls, where), calls[where].frames[1]
-    capacity = found.memory[place.layer].capacity(chunk)
-    if any(one.layer < place.layer and one.frames == calls[where].frames for one in calls[:where]):
-        only = f"layers before {place.layer} are equal here: "
+    first, stop = _location(calls, where), calls[where].frames[1]
+    capacity = found.memory[first.layer].capacity(chunk)
+    if any(one.layer < first.layer and one.frames == calls[where].frames for one in calls[:where]):
+        only = f"layers before {first.layer} are equal here: "
     else:
         only = ""
     if capacity is not None and stop > capacity + chunk:
         return f"{only}frames were evicted before it: look at window, sink and positions of own_memory"
-    if place.number:
+    if first.number:
         return f"{only}earlier passes over this chunk are equal: look at which call the model caches"
-    if place.chunk:
+    if first.chunk:
         return f"{only}nothing was evicted, but there is a past: look at RoPE positions and order of frames"
     return f"{only}there is no past yet: look at project, rotate and output of the adapter"
 
@@ -282,28 +281,30 @@ def _call(layer: int, frames: tuple[int, int], y: Tensor) -> _Call:
     """The facts of an output; nothing waits for the device."""
     flat = y.contiguous().flatten()
     whole = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
-    places = torch.arange(1, len(whole) + 1, device=y.device)
-    bits = torch.stack([whole.sum(), (whole * places).sum()])
+    factors = torch.arange(1, len(whole) + 1, device=y.device)
+    bits = torch.stack([whole.sum(), (whole * factors).sum()])
     rows = y.flatten(2).flatten(0, 1)  # [B*L, C]
     signs = (torch.arange(rows.shape[1], device=y.device) * 2654435761 >> 16) % 2 * 2 - 1
     wide = rows.to(torch.promote_types(y.dtype, torch.float32))
     return _Call(layer, frames, bits, wide @ signs.to(wide), y.dtype)
 
 
-def _differing(before: Sequence[_Call], after: Sequence[_Call]) -> int | None:
-    """The first call whose place or bits differ."""
-    for number, (a, b) in enumerate(zip_longest(before, after)):
-        if a is None or b is None:
-            return min(len(before), len(after)) - 1
-        if (a.layer, a.frames) != (b.layer, b.frames) or not torch.equal(a.bits, b.bits):
-            return number
-    return None
-
-
-def _moved(before: Sequence[_Call], after: Sequence[_Call]) -> int | None:
-    """The first call that is another call."""
+def _first(
+    before: Sequence[_Call], after: Sequence[_Call], same: Callable[[_Call, _Call], bool]
+) -> int | None:
+    """The first call of which there is another one after, or none."""
     pairs = enumerate(zip(before, after, strict=False))
-    return next((n for n, (a, b) in pairs if (a.layer, a.frames) != (b.layer, b.frames)), None)
+    shorter = min(len(before), len(after))
+    end = None if len(before) == len(after) else max(shorter - 1, 0)
+    return next((number for number, (a, b) in pairs if not same(a, b)), end)
+
+
+def _same_frames(a: _Call, b: _Call) -> bool:
+    return (a.layer, a.frames) == (b.layer, b.frames)
+
+
+def _same_bits(a: _Call, b: _Call) -> bool:
+    return _same_frames(a, b) and torch.equal(a.bits, b.bits)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -312,7 +313,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _place(calls: Sequence[_Call], where: int) -> Place:
+def _location(calls: Sequence[_Call], where: int) -> Location:
     """Which chunk and pass a call is, counted in its layer."""
     layer = calls[where].layer
     same = [one.frames for one in calls[: where + 1] if one.layer == layer]
@@ -320,7 +321,7 @@ def _place(calls: Sequence[_Call], where: int) -> Place:
     for before, frames in pairwise(same):
         number = number + 1 if frames == before else 0
         chunk += frames != before
-    return Place(layer, chunk, number, same[-1])
+    return Location(layer, chunk, number, same[-1])
 
 
 def _counted(memory: Sequence[HeadRole]) -> dict[HeadRole, str]:

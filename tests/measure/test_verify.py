@@ -17,6 +17,7 @@ from headforcing.errors import AlreadyAppliedError, OptionError, UnverifiedCodeW
 from headforcing.integrations.self_forcing import SelfForcing
 from headforcing.measure.verify import Verdict
 from headforcing.roles import Full, HeadRole, SlidingWindow
+from tests.hosts import find_host, host_names
 from tests.hosts.rig import Rig
 
 WINDOW, SINK, LAYERS = 7, 1, 2
@@ -53,6 +54,31 @@ def test_a_model_is_equal_to_itself(dtype: torch.dtype) -> None:
     assert (found.frames, found.evicted, found.memory) == (12, True, (RIGHT,) * LAYERS)
     assert dict(one.model.named_modules()) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
+
+
+@pytest.mark.parametrize("name", host_names())
+def test_every_adapter_says_the_own_memory_of_its_base_model(name: str) -> None:
+    host = find_host(name)
+    if (missing := host.missing()) is not None:
+        pytest.skip(missing)
+    model = host.model()
+
+    def run() -> None:
+        caches = host.caches(model)
+        with torch.no_grad():
+            for start in range(0, host.frames, host.chunk):
+                for draw in (2, 1, 0):
+                    host.call(model, caches, start, host.chunk, draw)
+
+    found = hf.verify(model, run, adapter=host.adapter)
+    assert (found.result, found.frames) == ("equal", host.frames), str(found)
+    assert found.evicted or Full() in found.memory
+
+
+def test_a_run_that_comes_to_nothing_the_second_time_is_unstable() -> None:
+    one, chunks = rig(), iter([2, 0, 2])
+    found = hf.verify(one.model, lambda: one.video(one.caches(), next(chunks)))
+    assert found.result == "unstable"
 
 
 @pytest.mark.parametrize(
