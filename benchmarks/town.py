@@ -15,9 +15,8 @@ from PIL import Image, ImageDraw
 from headforcing.demo import demo_model, demo_roles
 from headforcing.demo.contest.compare import DEFAULT_CHUNKS, GIVEN_CHUNKS, Policy, make_scene, roll
 from headforcing.demo.model.threads import one_thread
-from headforcing.demo.scenes.draw import pixels
 from headforcing.demo.show.draw import enlarge, font
-from headforcing.demo.show.story import FAINT, FORCING, INK, PAPER, TRUTH, WINDOW, Pixels
+from headforcing.demo.show.story import FAINT, FORCING, INK, PAPER, TRUTH, WINDOW, Pixels, pixels
 from headforcing.demo.world.camera import CHUNK, HEIGHT, WIDTH
 from headforcing.demo.world.scene import render
 
@@ -33,11 +32,11 @@ LIMIT = 1_500_000
 def tracks(seed: int, chunks: int) -> dict[str, tuple[str, Pixels]]:
     """Colour and video of every panel, by its caption."""
     model, scene = demo_model(), make_scene([seed], chunks, camera="pan")
-    found = {"the true town": (TRUTH, pixels(render(scene, torch.arange(chunks * CHUNK)).video))}
+    found = {"the true town": (TRUTH, pixels(render(scene, torch.arange(chunks * CHUNK)).video[0]))}
     policies = {"the model's own window": (WINDOW, None), "Head Forcing": (FORCING, demo_roles())}
     for name, (colour, roles) in policies.items():
         made = roll(model, Policy(name, roles), scene, chunks, seeds=[seed], given_chunks=GIVEN_CHUNKS["pan"])
-        found[name] = colour, pixels(made.video)
+        found[name] = colour, pixels(made.video[0])
     return found
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headforcing.demo.contest.compare import make_scene
 from headforcing.demo.contest.contest import FPS, Contest
 from headforcing.demo.show.draw import draw_sheet
-from headforcing.demo.show.story import INK, TRUTH, Pixels, Story, Track
+from headforcing.demo.show.story import INK, TRUTH, Story, Track, pixels
 from headforcing.demo.world.camera import CHUNK, TOWN
 from headforcing.demo.world.scene import render
 from headforcing.measure.plots.drift import drift_curves, drift_panels
@@ -39,10 +38,10 @@ def sheet(found: Contest) -> Any:
     """A Pillow image: the ground truth and every entrant, a row each, with the first seed."""
     setting = found.setting
     scene = make_scene(setting.seeds[:1], setting.chunks, camera=setting.camera)
-    tracks = [Track("Ground truth", TRUTH, _pixels(render(scene, torch.arange(found.frames)).video[0]))]
+    tracks = [Track("Ground truth", TRUTH, pixels(render(scene, torch.arange(found.frames)).video[0]))]
     for result in found.entrants:
         psnr = result.psnr[0].double().numpy()
-        tracks.append(Track(result.entrant.name.replace("_", " "), INK, _pixels(result.video), psnr))
+        tracks.append(Track(result.entrant.name.replace("_", " "), INK, pixels(result.video), psnr))
     given = setting.given * CHUNK
     story = Story(
         tuple(tracks),
@@ -55,8 +54,3 @@ def sheet(found: Contest) -> Any:
         camera=scene.camera.offset(torch.arange(found.frames))[0].double().numpy() / TOWN,
     )
     return draw_sheet(story)
-
-
-def _pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 48, 72, 3]` of `[3, T, 48, 72]` in [-1, 1]."""
-    return ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

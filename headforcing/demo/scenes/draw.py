@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from headforcing.demo.scenes.run import Script
 from headforcing.demo.scenes.timeline import scene_colours
@@ -49,12 +48,6 @@ class Tale:
     headline: str
     byline: str
     fps: int
-
-
-def pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 48, 72, 3]` of the first video of `[B, 3, T, 48, 72]` in [-1, 1]."""
-    levels: Pixels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    return levels
 
 
 def how_begun(script: Script, scene: int, mode: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from headforcing.demo.model.model import DemoModel
-from headforcing.demo.scenes.draw import SIZE, Tale, draw_sheet, draw_video, pixels
+from headforcing.demo.scenes.draw import SIZE, Tale, draw_sheet, draw_video
 from headforcing.demo.scenes.run import (
     MODES,
     PROMPTS,
@@ -29,7 +29,7 @@ from headforcing.demo.scenes.timeline import draw_modes, draw_timeline
 from headforcing.demo.show import show
 from headforcing.demo.show.files import check_folder, replace_file, write_mp4
 from headforcing.demo.show.report import RoleRow, describe
-from headforcing.demo.show.story import Held, Pixels
+from headforcing.demo.show.story import Held, Pixels, pixels
 from headforcing.roles.maps.role_map import RoleMap
 
 REPORT = "scenes.json"
@@ -200,7 +200,7 @@ def tale(report: Report, script: Script, played: Sequence[Played], who: str) -> 
         found[each.mode] = {n: float(alike(scenes[n], scenes[m])[0]) for n, m in script.returns.items()}
     return Tale(
         script,
-        videos={each.mode: pixels(each.video) for each in played},
+        videos={each.mode: pixels(each.video[0]) for each in played},
         held={each.mode: by_size(each.memories)[0] for each in played},
         alike=found,
         summary={

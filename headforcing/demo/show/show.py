@@ -22,7 +22,7 @@ from headforcing.demo.model.threads import one_thread
 from headforcing.demo.show import draw, plots
 from headforcing.demo.show.files import FILES, MADE_BY, REPORT, check_folder, replace_file, write_mp4
 from headforcing.demo.show.report import Report, policy_row, spans
-from headforcing.demo.show.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track
+from headforcing.demo.show.story import FORCING, TRUTH, WINDOW, Held, Pixels, Story, Track, pixels
 from headforcing.demo.world.camera import CHUNK, TOWN
 from headforcing.demo.world.scene import Scene, render
 from headforcing.demo.world.words import MOTIONS, POSES, format_prompt
@@ -200,10 +200,10 @@ def story(report: Report, scene: Scene, rollouts: list[Rollout]) -> Story:
     """The content of the pictures."""
     truth = render(scene, torch.arange(report.frames)).video
     names = {"sliding window": "The model's own sliding window"}
-    tracks = [Track("Ground truth", TRUTH, _pixels(truth))]
+    tracks = [Track("Ground truth", TRUTH, pixels(truth[0]))]
     for rollout, colour in zip(rollouts, (WINDOW, FORCING), strict=True):
         name = names.get(rollout.policy.name, rollout.policy.name)
-        tracks.append(Track(name, colour, _pixels(rollout.video), rollout.psnr[0].double().numpy()))
+        tracks.append(Track(name, colour, pixels(rollout.video[0]), rollout.psnr[0].double().numpy()))
     times = report.frames / report.trained
     offset = scene.camera.offset(torch.arange(report.frames))[0]
     return Story(
@@ -241,9 +241,3 @@ def write(
         paths["strip.png"], lambda path: draw.draw_strip(held, story.tracks[-1].video, last).save(path)
     )
     return files
-
-
-def _pixels(video: Tensor) -> Pixels:
-    """Frames `[T, 48, 72, 3]` of the first video of `[B, 3, T, 48, 72]` in [-1, 1]."""
-    levels = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255)
-    return levels.to(torch.uint8).numpy()

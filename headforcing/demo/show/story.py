@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headforcing.demo.world.camera import TOWN, WIDTH
 
@@ -15,6 +16,12 @@ Pixels = NDArray[np.uint8]
 TRUTH, WINDOW, FORCING, THIRD = "#E8E6DF", "#E69F00", "#56B4E9", "#CC79A7"
 ROLE_COLOURS = (FORCING, "#009E73", THIRD, "#F0E442", "#D55E00", "#0072B2")
 PAPER, PANEL, INK, FAINT, RULE = "#11151A", "#171C23", "#ECEEF0", "#98A1AC", "#343C47"
+
+
+def pixels(video: Tensor) -> Pixels:
+    """Frames `[T, 48, 72, 3]` of a video `[3, T, 48, 72]` in [-1, 1]."""
+    levels: Pixels = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    return levels
 
 
 @dataclass(frozen=True)
