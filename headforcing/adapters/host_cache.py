@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headforcing.errors import StreamShapeError
+
 TensorVersion = tuple["weakref.ref[Tensor]", int | None]
 """A tensor as it was when last seen: which one, and how often it was edited."""
+Counter = Tensor | int
+"""A number in a base model's cache dict: a tensor of one element, which is written in place, or a number."""
 
 
 def free(tensors: Sequence[Tensor], memo: MutableMapping[str, Any]) -> int:
@@ -48,10 +52,30 @@ def version_of(tensor: Tensor) -> TensorVersion:
     return weakref.ref(tensor), version(tensor)
 
 
-def untouched(tensor: Tensor, seen: TensorVersion) -> bool:
-    """Whether a tensor is as it was last seen; of inference tensors that is not known."""
+def untouched(counter: Counter, seen: TensorVersion | int) -> bool:
+    """Whether a counter is as it was last seen; of inference tensors that is not known."""
+    if not isinstance(counter, Tensor) or not isinstance(seen, tuple):
+        return isinstance(counter, int) and counter == seen
     known, edits = seen
-    return known() is tensor and edits is not None and version(tensor) == edits
+    return known() is counter and edits is not None and version(counter) == edits
+
+
+def write_count(cache: MutableMapping[str, Any], name: str, value: int) -> TensorVersion | int:
+    """Sets a counter of a cache dict; returns how it is then.
+
+    Raises:
+        StreamShapeError: it is neither a tensor nor a number.
+    """
+    counter = cache[name]
+    if isinstance(counter, Tensor):
+        counter.fill_(value)
+        return version_of(counter)
+    if not isinstance(counter, int):
+        raise StreamShapeError(
+            f"{name} of the cache is {counter!r:.60}: expected a tensor of one element, or a whole number"
+        )
+    cache[name] = value
+    return value
 
 
 def _restorage(tensor: Tensor, source: Tensor) -> None:

@@ -196,6 +196,14 @@ def temporal_columns(table: Tensor) -> int:
     return table.shape[1] - 2 * (table.shape[1] // 3)
 
 
+def per_pair(table: Tensor, pairs: int, halves: bool = False) -> Tensor:
+    """Cosines or sines with one column per pair of channels, `[rows, D/2]`, of a table that has one or two.
+
+    The two columns of a pair stand side by side, or, with `halves`, `pairs` columns apart.
+    """
+    return table[:, :pairs] if halves else table[:, :: table.shape[1] // pairs]
+
+
 def begins(columns: Tensor) -> list[int]:
     """Rows of `[rows, columns]` that differ from the one before. Reads the device."""
     moved = (columns[1:] != columns[:-1]).any(1)

@@ -1,15 +1,16 @@
-"""What the adapters of Wan-like models share: modules, calls, RoPE, cross-attention, the cache.
+"""Wan-like base models: an adapter is answers to ten questions, code only for exceptions.
 
-The facts: `self_attn` of every block has linear `q`, `k`, `v`, `o`, norms over the full dim before heads are
-split, frame-major tokens and 3-D RoPE as a complex table; the pipeline owns a dict per layer with `k` and
-`v`, `[B, tokens, H, D]`. What differs is an adapter in `integrations/`: names of arguments, who counts, what
-is returned, who else edits the cache.
+What is alike: a block has a self-attention and a cross-attention; tokens are frame-major, RoPE is 3-D, its
+channels split into time, height and width as in Wan; the pipeline owns a dict per layer with `k` and `v`,
+`[B, tokens, H, D]`. What differs is asked of class attributes, whose defaults are Wan's own answers. Whether
+the cache dict counts, and whether the attention or the model writes it, is the base class: `WanAdapter`,
+`CountingWan` or `DeferringWan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from headforcing.types import AttentionCall, Phase, TracedCall
 
 CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
 """The first arguments of the attention's `forward`, alike in all of these base models."""
-SUBMODULES = ("q", "k", "v", "o", "norm_q", "norm_k")
 TRAINED_WINDOW = 21
 """Latent frames Wan-like AR models are trained on; one with `local_attn_size=-1` does not carry it."""
 
@@ -38,7 +38,22 @@ class WanAdapter(Adapter):
     Attributes:
         forward: names of the arguments of the attention's `forward`, by which the base model is recognised.
         numbers: attributes of the attention that are whole numbers.
-        submodules: attributes of the attention that are modules.
+        projections: its linear layers for queries, keys and values: three, one for all, or none where
+            `forward` receives them.
+        norms: its norms of queries and keys; none, where `forward` receives these.
+        norm_per_head: whether the norms come after heads are split; before, they are over all channels.
+        kv_heads: attribute with the number of heads of keys and values; fewer than those of queries are
+            repeated, and every head stores its own copy.
+        out: its output projection; `None`: the block projects.
+        parts: other attributes of the attention that are modules.
+        rope: argument of `forward`, else attribute of the attention, with the RoPE table: complex for all
+            frames, or cosines and sines of the frames of the call.
+        halves: whether RoPE pairs channel `i` with `i + D/2`; else neighbours.
+        grid: argument with frames, height and width, as a tensor `[B, 3]` or as numbers.
+        start: argument with the beginning of the call.
+        start_in: whether that is in tokens or frames.
+        end: argument with the end of the call, in the same unit; `None`: there is none.
+        cache: argument with the cache dict.
         neighbour: name of the cross-attention in the same block.
         root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
@@ -47,7 +62,19 @@ class WanAdapter(Adapter):
 
     forward: ClassVar[tuple[str, ...]]
     numbers: ClassVar[tuple[str, ...]] = ("num_heads", "head_dim", "local_attn_size", "sink_size")
-    submodules: ClassVar[tuple[str, ...]] = SUBMODULES
+    projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    norms: ClassVar[tuple[str, ...]] = ("norm_q", "norm_k")
+    norm_per_head: ClassVar[bool] = False
+    kv_heads: ClassVar[str] = "num_heads"
+    out: ClassVar[str | None] = "o"
+    parts: ClassVar[tuple[str, ...]] = ()
+    rope: ClassVar[str] = "freqs"
+    halves: ClassVar[bool] = False
+    grid: ClassVar[str] = "grid_sizes"
+    start: ClassVar[str] = "current_start"
+    start_in: ClassVar[Literal["tokens", "frames"]] = "tokens"
+    end: ClassVar[str | None] = None
+    cache: ClassVar[str] = "kv_cache"
     neighbour: ClassVar[str] = "cross_attn"
     root: ClassVar[tuple[str, ...]] = ("time_embedding", "blocks")
     timestep: ClassVar[tuple[str, int]] = ("t", 1)
@@ -56,17 +83,22 @@ class WanAdapter(Adapter):
     def __init__(self, context_noise: float = 0) -> None:
         self.context_noise = context_noise
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Attributes of the attention that are modules, by which it is recognised."""
+        return (*self.projections, *self.norms, *((self.out,) if self.out else ()), *self.parts)
+
     def why_not(self, model: nn.Module) -> str | None:
         """See `Adapter.why_not`."""
         if any(True for _ in self.attentions(model)):
             return None
-        parts = ", ".join((*self.submodules, *self.numbers))
+        parts = ", ".join((*self.modules, *self.numbers))
         return f"no module has {parts} and forward({', '.join(self.forward)})"
 
     def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """See `Adapter.attentions`."""
         for name, module in model.named_modules():
-            if all(isinstance(getattr(module, part, None), nn.Module) for part in self.submodules) and (
+            if all(isinstance(getattr(module, part, None), nn.Module) for part in self.modules) and (
                 all(isinstance(getattr(module, number, None), int) for number in self.numbers)
                 and parameter_names(module) == self.forward
             ):
@@ -110,22 +142,54 @@ class WanAdapter(Adapter):
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AttentionCall | None:
-        """See `Adapter.read`."""
-        arguments = bind(module, args, kwargs)
-        cache = arguments["kv_cache"]
-        if cache is None:
+        """See `Adapter.read`.
+
+        Raises:
+            StreamShapeError: the call is not of whole frames, or says two things about its frames.
+        """
+        given = bind(module, args, kwargs)
+        if (cache := given[self.cache]) is None:
             return None
-        grids = arguments["grid_sizes"].tolist()
-        if any(grid != grids[0] for grid in grids):
-            raise StreamShapeError(f"samples of one batch have different grids {grids}: expected one")
-        frames, height, width = grids[0]
-        start, rest = divmod(int(arguments["current_start"]), height * width)
+        given.setdefault(self.rope, getattr(module, self.rope, None))
+        x = self.hidden(given)
+        frames, height, width = self.frames(module, given, x.shape[1])
+        unit = height * width if self.start_in == "tokens" else 1
+        start, rest = divmod(int(given[self.start]), unit)
         if rest:
             raise StreamShapeError(
-                f"current_start {arguments['current_start']} is no multiple of {height * width} tokens "
-                f"per frame ({height}x{width}): expected tokens, not frames"
+                f"{self.start} {given[self.start]} is no multiple of {unit} tokens per frame "
+                f"({height}x{width}): expected tokens, not frames"
             )
-        return AttentionCall(arguments["x"], start, (frames, height, width), cache["k"], arguments)
+        if self.end is not None and int(given[self.end]) != (start + frames) * unit:
+            raise StreamShapeError(
+                f"the call ends at {self.end} {given[self.end]}, but its {frames} frames from {self.start} "
+                f"{given[self.start]} on end at {(start + frames) * unit}"
+            )
+        return AttentionCall(x, start, (frames, height, width), self.anchor(cache), given)
+
+    def hidden(self, given: Mapping[str, Any]) -> Tensor:
+        """Hidden states of a call, `[B, L, C]`."""
+        return given[self.forward[0]]  # type: ignore[no-any-return]
+
+    def frames(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
+        """Frames, height and width of a call of so many tokens."""
+        grids = given[self.grid]
+        if isinstance(grids, Tensor):
+            every = grids.tolist()
+            if any(grid != every[0] for grid in every):
+                raise StreamShapeError(f"samples of one batch have different grids {every}: expected one")
+            grids = every[0]
+        frames, height, width = map(int, grids)
+        if frames * height * width != tokens:
+            raise StreamShapeError(
+                f"{self.grid} says {frames} frames of {height}x{width} patches: expected the {tokens} "
+                "tokens of the call"
+            )
+        return frames, height, width
+
+    def anchor(self, cache: Mapping[str, Any]) -> object:
+        """What lives as long as the timeline of a cache dict."""
+        return cache["k"]
 
     def traced_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -134,7 +198,7 @@ class WanAdapter(Adapter):
         if len(args) > len(self.forward) or any(name in kwargs for name in self.forward[: len(args)]):
             return None  # a wrong call, which says so where it is served
         call = {**dict(zip(self.forward, args, strict=False)), **kwargs, "block_mask": None}
-        return None if call.get("kv_cache") is None else TracedCall(call, call[self.forward[0]])
+        return None if call.get(self.cache) is None else TracedCall(call, call[self.forward[0]])
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """False: a chunk at frame 0 begins a video, where the base model says nothing else."""
@@ -142,14 +206,40 @@ class WanAdapter(Adapter):
 
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adapter.project`."""
-        x, m = call.x, module
-        shape = (x.shape[0], call.grid[0], call.tokens_per_frame, *self.heads(module))
-        q, k, v = m.norm_q(m.q(x)), m.norm_k(m.k(x)), m.v(x)  # type: ignore[operator]
-        return q.view(shape), k.view(shape), v.view(shape)
+        heads, head_dim = self.heads(module)
+        layers = [getattr(module, name) for name in self.projections]
+        parts = [layer(call.x) for layer in layers]
+        if len(layers) == 1:
+            kv = int(getattr(module, self.kv_heads)) * head_dim
+            parts = list(parts[0].split((heads * head_dim, kv, kv), dim=-1))
+        return self.split_heads(module, parts, call)
+
+    def split_heads(
+        self, module: nn.Module, parts: Sequence[Tensor], call: AttentionCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, L, C]`, normalised, as `[B, F, P, H, D]`."""
+        heads, head_dim = self.heads(module)
+        norms = [getattr(module, name) for name in self.norms]
+        found = []
+        for part, norm in zip(parts, (*norms, None), strict=True):
+            whole = part if norm is None or self.norm_per_head else norm(part)
+            shaped = whole.view(len(part), call.grid[0], call.tokens_per_frame, -1, head_dim)
+            normed = norm(shaped) if norm is not None and self.norm_per_head else shaped
+            copies = heads // normed.shape[-2]
+            found.append(normed if copies == 1 else normed.repeat_interleave(copies, dim=-2))
+        return found[0], found[1], found[2]
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        return rope.rotate(x, call.arguments["freqs"], positions, *call.grid[1:], patch, call.rotary_cache)
+        table, cache, pairs = call.arguments[self.rope], call.rotary_cache, x.shape[-1] // 2
+        if self.halves:
+            x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        if isinstance(table, Tensor):
+            turned = rope.rotate(x, table, positions, *call.grid[1:], patch, cache)
+        else:
+            cos, sin = (rope.per_pair(each, pairs, self.halves) for each in table)
+            turned = rope.rotate_real(x, (cos, sin), positions, *call.grid[1:], patch, cache)
+        return turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.halves else turned
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
         """Projects."""
@@ -157,7 +247,7 @@ class WanAdapter(Adapter):
 
     def project_out(self, module: nn.Module, out: Tensor) -> Tensor:
         """What the attention makes of the attended `out`."""
-        return module.o(out.flatten(2))  # type: ignore[operator, no-any-return]
+        return out if self.out is None else getattr(module, self.out)(out.flatten(2))
 
     def clock(self, model: nn.Module) -> nn.Module | None:
         """The transformer: it embeds the timestep and holds the blocks."""
@@ -190,7 +280,7 @@ class WanAdapter(Adapter):
 
     def release(self, call: AttentionCall, memo: Memo) -> int:
         """Leaves `k` and `v` their shape but no memory: one element, seen everywhere."""
-        return free([call.arguments["kv_cache"][name] for name in ("k", "v")], memo)
+        return free([call.arguments[self.cache][name] for name in ("k", "v")], memo)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`: a cache nothing was written to."""

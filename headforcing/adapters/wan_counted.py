@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.adapters.base import Memo
-from headforcing.adapters.host_cache import alive, untouched, version, version_of
+from headforcing.adapters.host_cache import alive, untouched, version, write_count
 from headforcing.adapters.wan import WanAdapter
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall, TracedCall
@@ -19,7 +19,7 @@ INDICES = ("global_end_index", "local_end_index")
 
 
 class CountingWan(WanAdapter):
-    """A base model whose cache dicts also hold how far they are written, as one-element tensors.
+    """A base model whose cache dicts also hold how far they are written, as one-element tensors or numbers.
 
     `global_end_index` counts tokens of the video, `local_end_index` those in the cache, where a full one is
     rolled to the left after its sink; a new video replaces both by zeros.
@@ -37,8 +37,10 @@ class CountingWan(WanAdapter):
         traced = super().traced_call(module, args, kwargs)
         if traced is None:
             return None
-        cache = traced.arguments["kv_cache"]
-        return dataclasses.replace(traced, writes=tuple([cache[name] for name in self.counters]))
+        counters = [traced.arguments[self.cache][name] for name in self.counters]
+        if not all(isinstance(counter, Tensor) for counter in counters):
+            return None  # numbers cannot be written inside a graph
+        return dataclasses.replace(traced, writes=tuple(counters))
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """See `Adapter.begins_video`; reads the indices only when the base model touched them."""
@@ -57,27 +59,25 @@ class CountingWan(WanAdapter):
         """Both indices, where the base model touched them since the last call; reads the device only then."""
         if "ends" not in memo or "writing" in memo:
             return None
-        indices = [call.arguments["kv_cache"][name] for name in INDICES]
+        indices = [call.arguments[self.cache][name] for name in INDICES]
         if all(untouched(index, left) for index, left in zip(indices, memo["versions"], strict=True)):
             return None
-        return tuple(int(index.item()) for index in indices)
+        return tuple(int(index) for index in indices)
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""
         ends = self.counted(module, call, memo)[:2]
         memo["writing"] = True  # an interrupt leaves this, and indices that only we changed
         memo["ends"] = ends
-        indices = [call.arguments["kv_cache"][name] for name in INDICES]
-        for index, value in zip(indices, memo["ends"], strict=True):
-            index.fill_(value)
-        memo["versions"] = [version_of(index) for index in indices]
+        cache = call.arguments[self.cache]
+        memo["versions"] = [write_count(cache, *new) for new in zip(INDICES, ends, strict=True)]
         del memo["writing"]
         return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
         """Both indices after a call, and the tokens that the base model evicts in it."""
-        cache, tokens = call.arguments["kv_cache"], self.written(module, call)
-        end = int(call.arguments["current_start"]) + tokens
+        cache, tokens = call.arguments[self.cache], self.written(module, call)
+        end = int(call.arguments[self.start]) + tokens
         global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
         over = tokens + local_end - cache["k"].shape[1]
         evicted = over if self.evicts(module) and end > global_end and over > 0 else 0
@@ -97,9 +97,10 @@ class CountingWan(WanAdapter):
             memo.pop(name, None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
-        """Zeros for the indices, too: a cache nothing was written to."""
+        """Zeros for the indices, too: a cache nothing was written to; those that are numbers stay."""
         super().give_back(anchor, memo)
-        for index in alive(known for known, _ in memo.get("versions", ()) if "freed" in memo):
+        tensors = [seen[0] for seen in memo.get("versions", ()) if isinstance(seen, tuple)]
+        for index in alive(tensors if "freed" in memo else ()):
             with torch.inference_mode(index.is_inference()):
                 index.zero_()
 
@@ -127,12 +128,12 @@ class DeferringWan(CountingWan):
         memo["versions"] = [
             (index, edits if edits is None else edits + 1) for index, edits in memo["versions"]
         ]
-        memo["keys"] = version(call.arguments["kv_cache"]["k"])
+        memo["keys"] = version(call.arguments[self.cache]["k"])
         return y, (*memo["ends"], None)
 
     def wrote(self, call: AttentionCall, memo: Memo) -> bool:
         """Whether something wrote to the base model's keys since the last call."""
-        keys = version(call.arguments["kv_cache"]["k"])
+        keys = version(call.arguments[self.cache]["k"])
         return bool(memo.get("keys", keys) != keys)
 
     def forget(self, memo: Memo) -> None:
