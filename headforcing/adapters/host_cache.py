@@ -6,7 +6,7 @@ What is noted about them holds them weakly, for the timeline dies with the base 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from headforcing.errors import StreamShapeError
 TensorVersion = tuple["weakref.ref[Tensor]", int | None]
 """A tensor as it was when last seen: which one, and how often it was edited."""
 Counter = Tensor | int
-"""A number in a base model's cache dict: a tensor of one element, which is written in place, or a number."""
+"""A number in a base model's cache: a tensor of one element, which is written in place, or a number."""
 
 
 def free(tensors: Sequence[Tensor], memo: MutableMapping[str, Any]) -> int:
@@ -60,13 +60,18 @@ def untouched(counter: Counter, seen: TensorVersion | int) -> bool:
     return known() is counter and edits is not None and version(counter) == edits
 
 
-def write_count(cache: MutableMapping[str, Any], name: str, value: int) -> TensorVersion | int:
-    """Sets a counter of a cache dict; returns how it is then.
+def entry(cache: Any, name: str) -> Any:
+    """What a base model's cache, a dict or an object, holds by this name."""
+    return cache[name] if isinstance(cache, Mapping) else getattr(cache, name)
+
+
+def write_count(cache: Any, name: str, value: int) -> TensorVersion | int:
+    """Sets a counter of a cache; returns how it is then.
 
     Raises:
         StreamShapeError: it is neither a tensor nor a number.
     """
-    counter = cache[name]
+    counter = entry(cache, name)
     if isinstance(counter, Tensor):
         counter.fill_(value)
         return version_of(counter)
@@ -74,7 +79,7 @@ def write_count(cache: MutableMapping[str, Any], name: str, value: int) -> Tenso
         raise StreamShapeError(
             f"{name} of the cache is {counter!r:.60}: expected a tensor of one element, or a whole number"
         )
-    cache[name] = value
+    (cache.__setitem__ if isinstance(cache, MutableMapping) else cache.__setattr__)(name, value)
     return value
 
 

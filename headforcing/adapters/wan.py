@@ -1,10 +1,10 @@
 """Wan-like base models: an adapter is answers to ten questions, code only for exceptions.
 
 What is alike: a block has a self-attention and a cross-attention; tokens are frame-major, RoPE is 3-D, its
-channels split into time, height and width as in Wan; the pipeline owns a dict per layer with `k` and `v`,
-`[B, tokens, H, D]`. What differs is asked of class attributes, whose defaults are Wan's own answers. Whether
-the cache dict counts, and whether the attention or the model writes it, is the base class: `WanAdapter`,
-`CountingWan` or `DeferringWan`.
+channels split into time, height and width as in Wan; the pipeline owns a cache per layer, a dict or an
+object, with `k` and `v`, `[B, tokens, H, D]`. What differs is asked of class attributes, whose defaults are
+Wan's own answers. Whether the cache counts, and whether the attention or the model writes it, is the base
+class: `WanAdapter`, `CountingWan` or `DeferringWan`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
-from headforcing.adapters.host_cache import allocate_again, free
+from headforcing.adapters.host_cache import allocate_again, entry, free
 from headforcing.adapters.verified import digest
 from headforcing.errors import StreamShapeError, UnsupportedModelError
 from headforcing.roles import Full, HeadRole, SlidingWindow
@@ -53,7 +53,7 @@ class WanAdapter(Adapter):
         start: argument with the beginning of the call.
         start_in: whether that is in tokens or frames.
         end: argument with the end of the call, in the same unit; `None`: there is none.
-        cache: argument with the cache dict.
+        cache: argument with the cache.
         neighbour: name of the cross-attention in the same block.
         root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
@@ -187,9 +187,9 @@ class WanAdapter(Adapter):
             )
         return frames, height, width
 
-    def anchor(self, cache: Mapping[str, Any]) -> object:
-        """What lives as long as the timeline of a cache dict."""
-        return cache["k"]
+    def anchor(self, cache: Any) -> object:
+        """What lives as long as the timeline of a cache."""
+        return entry(cache, "k")
 
     def traced_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -273,14 +273,16 @@ class WanAdapter(Adapter):
         return found  # type: ignore[return-value]
 
     def forget_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The base model projects the prompt where `is_init` of the cache is false."""
+        """The base model projects the prompt where `is_init` of the cache, a dict or an object, is false."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, dict) and "is_init" in value:
                 value["is_init"] = False
+            elif hasattr(value, "is_init"):
+                value.is_init = False
 
     def release(self, call: AttentionCall, memo: Memo) -> int:
         """Leaves `k` and `v` their shape but no memory: one element, seen everywhere."""
-        return free([call.arguments[self.cache][name] for name in ("k", "v")], memo)
+        return free([entry(call.arguments[self.cache], name) for name in ("k", "v")], memo)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`: a cache nothing was written to."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headforcing.adapters.base import Memo
-from headforcing.adapters.host_cache import alive, untouched, version, write_count
+from headforcing.adapters.host_cache import alive, entry, untouched, version, write_count
 from headforcing.adapters.wan import WanAdapter
 from headforcing.errors import ExternalEditError
 from headforcing.types import AttentionCall, TracedCall
@@ -37,7 +37,7 @@ class CountingWan(WanAdapter):
         traced = super().traced_call(module, args, kwargs)
         if traced is None:
             return None
-        counters = [traced.arguments[self.cache][name] for name in self.counters]
+        counters = [entry(traced.arguments[self.cache], name) for name in self.counters]
         if not all(isinstance(counter, Tensor) for counter in counters):
             return None  # numbers cannot be written inside a graph
         return dataclasses.replace(traced, writes=tuple(counters))
@@ -59,7 +59,7 @@ class CountingWan(WanAdapter):
         """Both indices, where the base model touched them since the last call; reads the device only then."""
         if "ends" not in memo or "writing" in memo:
             return None
-        indices = [call.arguments[self.cache][name] for name in INDICES]
+        indices = [entry(call.arguments[self.cache], name) for name in INDICES]
         if all(untouched(index, left) for index, left in zip(indices, memo["versions"], strict=True)):
             return None
         return tuple(int(index) for index in indices)
@@ -79,7 +79,7 @@ class CountingWan(WanAdapter):
         cache, tokens = call.arguments[self.cache], self.written(module, call)
         end = int(call.arguments[self.start]) + tokens
         global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
-        over = tokens + local_end - cache["k"].shape[1]
+        over = tokens + local_end - entry(cache, "k").shape[1]
         evicted = over if self.evicts(module) and end > global_end and over > 0 else 0
         return end, local_end + end - global_end - evicted, evicted
 
@@ -128,12 +128,12 @@ class DeferringWan(CountingWan):
         memo["versions"] = [
             (index, edits if edits is None else edits + 1) for index, edits in memo["versions"]
         ]
-        memo["keys"] = version(call.arguments[self.cache]["k"])
+        memo["keys"] = version(entry(call.arguments[self.cache], "k"))
         return y, (*memo["ends"], None)
 
     def wrote(self, call: AttentionCall, memo: Memo) -> bool:
         """Whether something wrote to the base model's keys since the last call."""
-        keys = version(call.arguments[self.cache]["k"])
+        keys = version(entry(call.arguments[self.cache], "k"))
         return bool(memo.get("keys", keys) != keys)
 
     def forget(self, memo: Memo) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from headforcing.adapters import rope
+from headforcing.adapters.host_cache import entry
 from headforcing.adapters.wan_counted import INDICES, CountingWan
 from headforcing.errors import StreamShapeError
 from headforcing.roles import HeadRole, SlidingWindow
@@ -65,13 +66,13 @@ class GivenWan(CountingWan):
         first = 0 if keeps_raw(module) else int(given[self.start]) // per_frame
         return tokens // per_frame, *_grid((cos, sin), pairs, per_frame, first)
 
-    def anchor(self, cache: Mapping[str, Any]) -> object:
+    def anchor(self, cache: Any) -> object:
         """The first counter.
 
         Raises:
             StreamShapeError: it is no tensor.
         """
-        anchor = cache[INDICES[0]]
+        anchor = entry(cache, INDICES[0])
         if not isinstance(anchor, Tensor):
             raise StreamShapeError(
                 f"{INDICES[0]} of the cache is {anchor!r}: expected a tensor of one element, as the "
@@ -93,7 +94,7 @@ class GivenWan(CountingWan):
         """The given tensors; if the cache holds keys before RoPE, keys get its dtype."""
         shape = (call.grid[0], call.tokens_per_frame)
         q, k, v = (call.arguments[name].unflatten(1, shape) for name in GIVEN)
-        return q, (k.to(call.arguments[self.cache]["k"].dtype) if keeps_raw(module) else k), v
+        return q, (k.to(entry(call.arguments[self.cache], "k").dtype) if keeps_raw(module) else k), v
 
 
 def keeps_raw(module: nn.Module) -> bool:

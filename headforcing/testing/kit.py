@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import TracebackType
 from typing import Any
 
@@ -173,7 +173,9 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
             yield from leaves(value, f"{path}[{number}]")
-    elif is_dataclass(tree) or (hasattr(tree, "__dict__") and not isinstance(tree, Tensor | nn.Module)):
+    elif is_dataclass(tree):
+        yield from leaves({each.name: getattr(tree, each.name) for each in fields(tree)}, path)
+    elif hasattr(tree, "__dict__") and not isinstance(tree, Tensor | nn.Module):
         yield from leaves(vars(tree), path)
     elif isinstance(tree, Tensor | bool | int):
         yield path, tree

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from headforcing.adapters.host_cache import entry
 from headforcing.demo.model.attention import DemoConfig, DemoCrossAttention, RMSNorm
 from headforcing.roles import HeadRole, SlidingWindow
 from tests.hosts.standin import (
@@ -98,10 +99,15 @@ class FastVideoAttention(nn.Module):
 
 
 class FastVideoBlock(nn.Module):
-    """Self-attention and its projections, cross-attention, MLP."""
+    """Self-attention and its projections, cross-attention, MLP.
+
+    Attributes:
+        told: what its attention is told besides.
+    """
 
     def __init__(self, policy: str) -> None:
         super().__init__()
+        self.told: dict[str, Any] = {"frame_seqlen": TOKENS}
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(DIM, DIM) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(DIM, 1e-6), RMSNorm(DIM, 1e-6)
         self.attn1 = FastVideoAttention(policy)
@@ -116,7 +122,7 @@ class FastVideoBlock(nn.Module):
         y = self.norm(x)
         q, k, v = self.norm_q(self.to_q(y)), self.norm_k(self.to_k(y)), self.to_v(y)
         parts = (part.unflatten(2, (HEADS, HEAD_DIM)) for part in (q, k, v))
-        x = x + self.to_out(self.attn1(*parts, tables, None, frame_seqlen=TOKENS, **cached).flatten(2))
+        x = x + self.to_out(self.attn1(*parts, tables, None, **self.told, **cached).flatten(2))
         x = x + self.attn2(self.norm(x), context, crossattn_cache)
         out: Tensor = x + self.ffn(self.norm(x))
         return out
@@ -191,7 +197,7 @@ class FastVideoHost(CountingHost):
 
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
         """See `Host.call`."""
-        batch = len(caches["kv"][0]["k"])
+        batch = len(entry(caches["kv"][0], "k"))
         out: Tensor = model(
             noise_of((batch, frames, TOKENS, CHANNELS), start, draw, dtype_of(model)),
             noise_of((batch, 3, DIM), 0, 999 + caches["prompt"][0], dtype_of(model)),

@@ -53,13 +53,14 @@ def assert_identical(expected: Result, found: Result) -> None:
         pytest.fail(f"not bit-identical, largest differences: {differences}")
 
 
-def checkout_of(repository: str) -> Path:
-    """Return the folder of a repository's checkout, or skip the test with the reason."""
+def checkout_of(repository: str, module: str | None = None) -> Path:
+    """Return the folder of a checkout that has a module, or skip the test with the reason."""
     root = os.environ.get(VARIABLE)
     if not root:
         pytest.skip(f"{VARIABLE} is not set; it names a folder with a checkout of {repository}")
     checkout = Path(root) / repository
-    if not (checkout / REPOSITORIES[repository].replace(".", "/")).with_suffix(".py").is_file():
+    module = module or REPOSITORIES[repository]
+    if not (checkout / module.replace(".", "/")).with_suffix(".py").is_file():
         pytest.skip(f"{VARIABLE} has no checkout of {repository} at {checkout}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
