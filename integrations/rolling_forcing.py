@@ -31,6 +31,7 @@ class RollingForcing(CountingWan):
     name = "rolling_forcing"
     forward = (*CALL, "cache_start", "updating_cache")
     numbers = ("num_heads", "head_dim", "frame_length", "block_length", "max_attention_size")
+    rolls = True
     verified = {"9a6bb82e34bffb1a": "adjoining"}  # a1477d0, and long_video of Causal Forcing 1fc7bbc
 
     def __init__(self, chunks: int = 5) -> None:
@@ -80,10 +81,6 @@ class RollingForcing(CountingWan):
         """The tokens of the first chunk."""
         frames = int(module.block_length) // int(module.frame_length)  # type: ignore[arg-type]
         return frames * call.tokens_per_frame
-
-    def evicts(self, module: nn.Module) -> bool:
-        """See `CountingWan.evicts`: always."""
-        return True
 
 
 ADAPTER = RollingForcing()

@@ -1,7 +1,7 @@
 """SGLang's causal Wan: FastVideo's attention, with a cache object that evicts by itself.
 
 Facts (0.5.23): a `CausalSelfAttentionKVCache` per layer holds keys after RoPE, the two counters as tensors
-and maybe again as numbers, and sizes in tokens; a full one is always rolled, keeping its sink. With
+and again as numbers, and sizes in tokens; a full one is always rolled, keeping its sink. With
 `local_attn_size` -1 it has room for `sliding_window_num_frames` of the model's configuration. Pinned frames
 and a second sink are for other models. Nothing tells the tokens of a frame but the RoPE tables.
 """
@@ -26,6 +26,7 @@ class SGLang(GivenWan):
     name = "sglang"
     forward = (*GIVEN, "freqs_cis", "block_mask", "kv_cache", "current_start", "cache_start")
     verified = {"bfb2d091d59a86cb": "absolute"}  # 0.5.23
+    rolls = True
     traced_call = Adapter.traced_call  # a graph cannot be given objects
 
     def window(self, model: nn.Module) -> int:
@@ -52,17 +53,11 @@ class SGLang(GivenWan):
             )
         return super().anchor(cache)
 
-    def evicts(self, module: nn.Module) -> bool:
-        """See `CountingWan.evicts`: always."""
-        return True
-
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Any:
-        """See `CountingWan.output`; the counters may be there twice."""
-        cache = call.arguments[self.cache]
+        """See `CountingWan.output`; the counters are there twice."""
         y = super().output(module, out, call, memo)
         for name, end in zip(INDICES, memo["ends"], strict=True):
-            if getattr(cache, f"{name}_int") is not None:
-                setattr(cache, f"{name}_int", end)
+            setattr(call.arguments[self.cache], f"{name}_int", end)
         return y
 
 

@@ -11,6 +11,7 @@ The device decides how: frame by frame on a CPU, all frames at once elsewhere
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -26,6 +27,8 @@ from headforcing.types import OncePerStream, runs, sent, stream_of
 
 THETA = 10000
 """Wan's; only for tables of which the base model passes no more than the frames of the call."""
+ROWS = 1024
+"""Of Wan's table; past them the angle is computed."""
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines."""
 RotaryCache = dict[Any, Tensor]
@@ -184,6 +187,17 @@ def rotate_real(
         out[:, frame, ..., 0::2] = even * cos - odd * sin
         out[:, frame, ..., 1::2] = odd * cos + even * sin
     return out
+
+
+@functools.lru_cache(maxsize=16)
+def wan_table(pairs: int, device: torch.device) -> Tensor:
+    """Wan's multipliers of the first `ROWS` frames, `[ROWS, pairs]`, for base models that make them late."""
+    sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    with torch.inference_mode(False), torch.no_grad():  # it outlives the call
+        places = torch.arange(ROWS, device="cpu")
+        steps = [torch.arange(0, 2 * n, 2, dtype=torch.float64, device="cpu") / (2 * n) for n in sizes]
+        angles = torch.cat([torch.outer(places, 1.0 / THETA**step) for step in steps], dim=1)
+        return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
 def in_one_kernel(device: torch.device) -> bool:

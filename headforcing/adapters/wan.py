@@ -25,8 +25,6 @@ from headforcing.types import AttentionCall, Phase, TracedCall
 
 CALL = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start")
 """The first arguments of the attention's `forward`, alike in all of these base models."""
-TRAINED_WINDOW = 21
-"""Latent frames Wan-like AR models are trained on; one with `local_attn_size=-1` does not carry it."""
 
 
 class WanAdapter(Adapter):
@@ -47,7 +45,7 @@ class WanAdapter(Adapter):
         out: its output projection; `None`: the block projects.
         parts: other attributes of the attention that are modules.
         rope: argument of `forward`, else attribute of the attention, with the RoPE table: complex for all
-            frames, or cosines and sines of the frames of the call.
+            frames, or cosines and sines of the frames of the call; `None`: Wan's, which the attention makes.
         halves: whether RoPE pairs channel `i` with `i + D/2`; else neighbours.
         grid: argument with frames, height and width, as a tensor `[B, 3]` or as numbers.
         start: argument with the beginning of the call.
@@ -57,6 +55,8 @@ class WanAdapter(Adapter):
         neighbour: name of the cross-attention in the same block.
         root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
+        untold_window: frames such models are trained on, where `local_attn_size` is -1 and does not tell.
+        rolls: whether a full cache is rolled though `local_attn_size` is -1.
         positions: of the own memory of code that was never verified.
     """
 
@@ -68,7 +68,7 @@ class WanAdapter(Adapter):
     kv_heads: ClassVar[str] = "num_heads"
     out: ClassVar[str | None] = "o"
     parts: ClassVar[tuple[str, ...]] = ()
-    rope: ClassVar[str] = "freqs"
+    rope: ClassVar[str | None] = "freqs"
     halves: ClassVar[bool] = False
     grid: ClassVar[str] = "grid_sizes"
     start: ClassVar[str] = "current_start"
@@ -78,6 +78,8 @@ class WanAdapter(Adapter):
     neighbour: ClassVar[str] = "cross_attn"
     root: ClassVar[tuple[str, ...]] = ("time_embedding", "blocks")
     timestep: ClassVar[tuple[str, int]] = ("t", 1)
+    untold_window: ClassVar[int] = 21
+    rolls: ClassVar[bool] = False
     positions: ClassVar[PositionScheme] = "absolute"
 
     def __init__(self, context_noise: float = 0) -> None:
@@ -116,7 +118,7 @@ class WanAdapter(Adapter):
                 f"layers have different local_attn_size {sorted(sizes)}: pass window=..."
             )
         size = sizes.pop()
-        return TRAINED_WINDOW if size == -1 else size
+        return self.untold_window if size == -1 else size
 
     def chunk(self, model: nn.Module) -> int:
         """Frames per chunk, as the pipeline set them on the model."""
@@ -134,10 +136,12 @@ class WanAdapter(Adapter):
 
     def own_role(self, module: nn.Module) -> HeadRole:
         """What one attention remembers: the last frames and a sink, or all frames its cache has room for."""
-        if (size := getattr(module, "local_attn_size", -1)) == -1:
+        size = int(getattr(module, "local_attn_size", -1))
+        if size == -1 and not self.rolls:
             return Full()
         positions = self.verified.get(digest(module) or "", self.positions)
-        return SlidingWindow(size, int(module.sink_size), positions=positions)  # type: ignore[arg-type]
+        size, sink = self.untold_window if size == -1 else size, int(module.sink_size)  # type: ignore[arg-type]
+        return SlidingWindow(size, sink, positions=positions)
 
     def read(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -150,7 +154,8 @@ class WanAdapter(Adapter):
         given = bind(module, args, kwargs)
         if (cache := given[self.cache]) is None:
             return None
-        given.setdefault(self.rope, getattr(module, self.rope, None))
+        if self.rope is not None:
+            given.setdefault(self.rope, getattr(module, self.rope, None))
         x = self.hidden(given)
         frames, height, width = self.frames(module, given, x.shape[1])
         unit = height * width if self.start_in == "tokens" else 1
@@ -231,7 +236,8 @@ class WanAdapter(Adapter):
 
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """See `Adapter.rotate`."""
-        table, cache, pairs = call.arguments[self.rope], call.rotary_cache, x.shape[-1] // 2
+        cache, pairs = call.rotary_cache, x.shape[-1] // 2
+        table = rope.wan_table(pairs, x.device) if self.rope is None else call.arguments[self.rope]
         if self.halves:
             x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         if isinstance(table, Tensor):

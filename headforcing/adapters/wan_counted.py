@@ -89,7 +89,7 @@ class CountingWan(WanAdapter):
 
     def evicts(self, module: nn.Module) -> bool:
         """Whether the base model rolls a full cache."""
-        return bool(module.local_attn_size != -1)
+        return self.rolls or bool(module.local_attn_size != -1)
 
     def forget(self, memo: Memo) -> None:
         """Drops what was noted about the indices."""

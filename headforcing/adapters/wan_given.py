@@ -36,7 +36,8 @@ class GivenWan(CountingWan):
     """
 
     projections, norms, out, parts = (), (), None, ("attn",)
-    rope, neighbour = "freqs_cis", "attn2"
+    rope: ClassVar[str | None] = "freqs_cis"
+    neighbour = "attn2"
     root, timestep = ("condition_embedder", "blocks"), ("timestep", 2)
     counters = INDICES[1:]  # the first one is the anchor
     frame_tokens: ClassVar[str | None] = None
@@ -54,8 +55,10 @@ class GivenWan(CountingWan):
         return found.flatten(2)
 
     def frames(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
-        """See `WanAdapter.frames`; height and width are read from the tables."""
-        (cos, sin), pairs = given[self.rope], given[GIVEN[0]].shape[-1] // 2
+        """See `WanAdapter.frames`; where no grid is given, it is read from the tables."""
+        if self.grid in given:
+            return super().frames(module, given, tokens)
+        (cos, sin), pairs = given[str(self.rope)], given[GIVEN[0]].shape[-1] // 2
         per_frame = int(given[self.frame_tokens]) if self.frame_tokens else _per_frame(cos, pairs)
         if tokens % per_frame or int(given[self.start]) % per_frame:
             raise StreamShapeError(

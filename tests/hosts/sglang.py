@@ -47,8 +47,7 @@ class SGLangCache:
         """Writes the counters."""
         self.global_end_index.fill_(global_end)
         self.local_end_index.fill_(local_end)
-        if self.global_end_index_int is not None:
-            self.global_end_index_int, self.local_end_index_int = global_end, local_end
+        self.global_end_index_int, self.local_end_index_int = global_end, local_end
 
 
 class SGLangAttention(FastVideoAttention):

@@ -1,6 +1,7 @@
-"""Real attention and cache classes in blocks of ours, where their packages need a GPU to be imported.
+"""Real classes that sit the conformance kit: a whole model, or attention and cache in blocks of ours.
 
-The classes are taken out of their files; kernels (attention, rotation) are ours.
+The latter are taken out of their files, where their packages need a GPU to be imported; kernels (attention,
+rotation) are ours.
 """
 
 from __future__ import annotations
@@ -20,16 +21,26 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import headforcing as hf
 from headforcing.adapters.verified import digest
+from headforcing.integrations.matrix_game2 import ADAPTER as MATRIX_GAME_2
 from headforcing.integrations.sglang import ADAPTER as SGLANG
-from headforcing.testing import check_adapter
+from headforcing.testing import Host, check_adapter
 from tests.hosts.fastvideo import SINK, WINDOW, turned
 from tests.hosts.sglang import SGLangHost
-from tests.hosts.standin import DIM, HEADS, TOKENS
+from tests.hosts.standin import DIM, HEADS, TOKENS, dtype_of, noise_of
 
+from . import fastvideo, tiny
 from .harness import checkout_of
-from .shims import plain_attention
+from .shims import make_importable, plain_attention
 
 pytestmark = pytest.mark.upstream
+THE_HOSTS_OWN = {
+    *("project_shapes", "batch_of_two"),  # it asserts a batch of one
+    *("dense_parity_bf16", "parity_through_eviction_bf16"),  # it embeds time in float32
+    *("release_frees", "cache_comes_back"),  # it writes caches of mouse and keyboard by itself
+}
+"""Checks that Matrix-Game 2 fails as it is."""
+ACTION_DIM = 64
+"""Of Matrix-Game 2's attention to mouse and keyboard, which is written in its RoPE."""
 
 
 def alone(checkout: str, module: str, *names: str, **given: Any) -> ModuleType:
@@ -104,3 +115,103 @@ def test_sglang_passes_the_kit(numbers: int | None, sink: int) -> None:
     assert digest(host.made()) in SGLANG.verified
     check_adapter(SGLANG, host).raise_if_failed()
     assert set(SGLANG.own_memory(host.model())) == {host.memory}
+
+
+class RealMatrixGame2(Host):
+    """Its whole model, with mouse and keyboard in the first block."""
+
+    frames, dense, window = 18, 9, 9
+    unconcerned = frozenset({"wrapped_layers_are_called"})
+
+    def __init__(self, sink: int, policy: str) -> None:
+        make_importable(checkout_of("FastVideo"))
+        fastvideo.prepare()
+        self.sink, self.policy = sink, policy
+        positions = "compact" if policy == "relativistic" else "absolute"
+        self.memory = hf.roles.SlidingWindow(WINDOW, sink, positions=positions)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        from fastvideo.configs.models.dits.matrixgame2 import (
+            MatrixGame2WanVideoArchConfig,
+            MatrixGame2WanVideoConfig,
+        )
+        from fastvideo.models.dits.matrixgame2 import action_module, causal_model
+
+        causal_model.flex_attention = action_module.flex_attention = flex_attention
+        sizes = MatrixGame2WanVideoArchConfig(
+            num_attention_heads=4,
+            attention_head_dim=tiny.HEAD_DIM,
+            freq_dim=64,
+            ffn_dim=192,
+            num_layers=self.layers,
+            image_dim=tiny.TEXT_DIM,
+            in_channels=tiny.CHANNELS,
+            out_channels=tiny.CHANNELS,
+            local_attn_size=WINDOW,
+            sink_size=self.sink,
+            rope_cache_policy=self.policy,
+            action_config={
+                **MatrixGame2WanVideoArchConfig().action_config,
+                "blocks": [0],
+                "heads_num": 1,
+                "hidden_size": 32,
+                "img_hidden_size": 4 * tiny.HEAD_DIM,
+                "keyboard_hidden_dim": ACTION_DIM,
+                "mouse_hidden_dim": ACTION_DIM,
+            },
+        )
+        made: Any = causal_model.CausalMatrixGame2WanModel(MatrixGame2WanVideoConfig(arch_config=sizes), {})
+        made.load_state_dict(tiny.seeded_weights(made))
+        return made.eval().requires_grad_(False).to(dtype)
+
+    def caches(self, model: nn.Module, batch: int = 1) -> Any:
+        def caches(*shape: int) -> list[dict[str, Any]]:
+            dtype = dtype_of(model)
+            counters = ("global_end_index", "local_end_index")
+            return [
+                {name: torch.zeros(shape, dtype=dtype) for name in ("k", "v")}
+                | {name: torch.zeros(1, dtype=torch.long) for name in counters}
+                for _ in range(self.layers)
+            ]
+
+        tokens = tiny.TOKENS_PER_FRAME
+        return {
+            "kv_cache": caches(batch, WINDOW * tokens, 4, tiny.HEAD_DIM),
+            "kv_cache_mouse": caches(batch * tokens, WINDOW, 1, ACTION_DIM),
+            "kv_cache_keyboard": caches(batch, WINDOW, 1, ACTION_DIM),
+            "crossattn_cache": tiny.text_caches(batch, dtype_of(model))[: self.layers],
+        }
+
+    def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
+        from fastvideo.forward_context import set_forward_context
+
+        dtype, batch = dtype_of(model), len(caches["kv_cache"][0]["k"])
+        seen = 1 + 4 * (start + frames - 1)
+        with set_forward_context(current_timestep=0, attn_metadata=None):
+            out: Tensor = model(
+                noise_of((batch, tiny.CHANNELS, frames, *tiny.LATENT), start, draw, dtype),
+                None,
+                torch.full((batch, frames), 100 * (draw % 10)),
+                noise_of((batch, 7, tiny.TEXT_DIM), 0, 999, dtype),
+                mouse_cond=noise_of((batch, 100, 2), 0, 998, dtype)[:, :seen],
+                keyboard_cond=noise_of((batch, 100, 4), 0, 997, dtype)[:, :seen],
+                current_start=start * tiny.TOKENS_PER_FRAME,
+                start_frame=start,
+                num_frame_per_block=frames,
+                **caches,
+            )
+        return out
+
+    def new_video(self, model: nn.Module, caches: Any) -> None:
+        caches.update(self.caches(model, len(caches["kv_cache"][0]["k"])))
+
+
+@pytest.mark.parametrize("policy", ["absolute", "relativistic"])
+@pytest.mark.parametrize("sink", [0, SINK])
+def test_matrix_game_2_passes_the_kit_with_mouse_and_keyboard(sink: int, policy: str) -> None:
+    host = RealMatrixGame2(sink, policy)
+    model = host.model()
+    assert {digest(module) for _, module in MATRIX_GAME_2.attentions(model)} <= MATRIX_GAME_2.verified.keys()
+    report = check_adapter(MATRIX_GAME_2, host)
+    assert {result.name for result in report.failed} == THE_HOSTS_OWN, str(report)
+    assert set(MATRIX_GAME_2.own_memory(model)) == {host.memory}
