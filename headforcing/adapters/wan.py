@@ -52,6 +52,7 @@ class WanAdapter(Adapter):
         start_in: whether that is in tokens or frames.
         end: argument with the end of the call, in the same unit; `None`: there is none.
         cache: argument with the cache.
+        mask: argument with a mask for training; `None`: there is none.
         neighbour: name of the cross-attention in the same block.
         root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
@@ -75,6 +76,7 @@ class WanAdapter(Adapter):
     start_in: ClassVar[Literal["tokens", "frames"]] = "tokens"
     end: ClassVar[str | None] = None
     cache: ClassVar[str] = "kv_cache"
+    mask: ClassVar[str | None] = "block_mask"
     neighbour: ClassVar[str] = "cross_attn"
     root: ClassVar[tuple[str, ...]] = ("time_embedding", "blocks")
     timestep: ClassVar[tuple[str, int]] = ("t", 1)
@@ -202,7 +204,9 @@ class WanAdapter(Adapter):
         """See `Adapter.traced_call`; masks are for training, roles say what is attended to."""
         if len(args) > len(self.forward) or any(name in kwargs for name in self.forward[: len(args)]):
             return None  # a wrong call, which says so where it is served
-        call = {**dict(zip(self.forward, args, strict=False)), **kwargs, "block_mask": None}
+        call = {**dict(zip(self.forward, args, strict=False)), **kwargs}
+        if self.mask is not None:
+            call[self.mask] = None
         return None if call.get(self.cache) is None else TracedCall(call, call[self.forward[0]])
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:

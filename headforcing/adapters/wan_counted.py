@@ -77,7 +77,7 @@ class CountingWan(WanAdapter):
     def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
         """Both indices after a call, and the tokens that the base model evicts in it."""
         cache, tokens = call.arguments[self.cache], self.written(module, call)
-        end = int(call.arguments[self.start]) + tokens
+        end = call.start * call.tokens_per_frame + tokens
         global_end, local_end = memo["ends"] if "ends" in memo and call.start else (0, 0)
         over = tokens + local_end - entry(cache, "k").shape[1]
         evicted = over if self.evicts(module) and end > global_end and over > 0 else 0

@@ -6,12 +6,14 @@ the projected prompt. Patches lie 2 x 4, so that height and width cannot be exch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from headforcing.adapters.host_cache import entry
 from headforcing.demo.model.attention import (
     DemoConfig,
     DemoCrossAttention,
@@ -79,7 +81,7 @@ class StandInAttention(nn.Module):
 class StandInBlock(nn.Module):
     """Self-attention, cross-attention, MLP."""
 
-    def __init__(self, attention: type[StandInAttention]) -> None:
+    def __init__(self, attention: Callable[[], StandInAttention]) -> None:
         super().__init__()
         self.self_attn = attention()
         self.cross_attn = DemoCrossAttention(DemoConfig(dim=DIM, layers=LAYERS, heads=HEADS))
@@ -99,14 +101,21 @@ class StandInBlock(nn.Module):
 
 
 class StandInModel(nn.Module):
-    """A tiny causal video model that is called as the original is."""
+    """A tiny causal video model that is called as the original is.
 
-    def __init__(self, attention: type[StandInAttention]) -> None:
+    Args:
+        attention: makes the attention of a block.
+        block: makes a block of it.
+    """
+
+    def __init__(
+        self, attention: Callable[[], StandInAttention], block: type[StandInBlock] = StandInBlock
+    ) -> None:
         super().__init__()
         self.num_frame_per_block = 3
         self.patch_embedding = nn.Linear(CHANNELS, DIM)
         self.time_embedding = nn.Linear(1, DIM)
-        self.blocks = nn.ModuleList(StandInBlock(attention) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(block(attention) for _ in range(LAYERS))
         self.head = nn.Linear(DIM, CHANNELS)
         self.freqs = rope_table(DemoConfig(dim=DIM, layers=LAYERS, heads=HEADS))
         generator = torch.Generator().manual_seed(7)
@@ -178,7 +187,7 @@ class StandInHost(Host):
 
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
         """See `Host.call`."""
-        batch = len(caches["kv"][0]["k"])
+        batch = len(entry(caches["kv"][0], "k"))
         out: Tensor = model(
             noise_of((batch, frames, TOKENS, CHANNELS), start, draw, dtype_of(model)),
             torch.full((batch,), 100 * (draw % 10)),
@@ -226,7 +235,7 @@ class CountingHost(StandInHost):
     def new_video(self, model: nn.Module, caches: Any) -> None:
         """See `Host.new_video`."""
         super().new_video(model, caches)
-        caches["kv"][:] = self.caches(model, len(caches["kv"][0]["k"]))["kv"]
+        caches["kv"][:] = self.caches(model, len(entry(caches["kv"][0], "k")))["kv"]
 
     def cached(self, model: nn.Module, caches: Any, layer: int) -> tuple[Tensor, Tensor]:
         """See `Host.cached`."""

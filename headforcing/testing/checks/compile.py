@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from headforcing.adapters.base import Adapter
 from headforcing.testing.kit import Caught, Kit, Skipped, same
+from headforcing.types import TracedCall
 
 
 def compiled_is_one_operator(kit: Kit) -> None:
     """Compiled attention is one graph, where the adapter says by `traced_call` what a graph must know."""
-    if type(kit.adapter).traced_call is Adapter.traced_call:
+    if not _traces(kit):
         raise Skipped("attention is served between two graphs (Adapter.traced_call)")
     take, frames = kit.forced(), 2 * kit.host.chunk
     torch._dynamo.reset()
@@ -29,6 +31,23 @@ def compiled_is_one_operator(kit: Kit) -> None:
         "all that output() writes"
     )
     same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
+
+
+def _traces(kit: Kit) -> bool:
+    """Whether the adapter says what a graph must know of a call."""
+    if type(kit.adapter).traced_call is Adapter.traced_call:
+        return False
+    take, found = kit.plain(), list[TracedCall | None]()
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(kit.adapter.traced_call(module, args, kwargs))
+
+    _, first = kit.sites(take.model)[0]
+    hook = first.register_forward_pre_hook(record, with_kwargs=True)
+    with Caught():  # an error shows again in the compiled model
+        take.passes(0, [0])
+    hook.remove()
+    return found != [None]
 
 
 CHECKS: Sequence[Any] = (compiled_is_one_operator,)
