@@ -22,6 +22,7 @@ import torch
 
 from headforcing.adapters.base import Adapter, find_adapter
 from headforcing.errors import OptionError
+from headforcing.testing.answers import wrong_answer
 from headforcing.testing.checks import compile as checks_compile
 from headforcing.testing.checks import host as checks_host
 from headforcing.testing.checks import leaving as checks_leaving
@@ -196,7 +197,7 @@ def _one(kit: Kit, check: Callable[[Kit], None]) -> Result:
     said = (
         str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
     )
-    return _result(check, "failed", f"{said}{_where(error)}", seconds)
+    return _result(check, "failed", f"{said}{_where(error)}{wrong_answer(kit, check)}", seconds)
 
 
 def _result(check: Callable[[Kit], None], outcome: Outcome, reason: str, seconds: float = 0.0) -> Result:

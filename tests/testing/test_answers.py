@@ -1,0 +1,71 @@
+"""Every answer of a Wan-like adapter: right ones pass the kit with nothing else, a wrong one is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from headforcing.testing import check_adapter
+from headforcing.testing.answers import CHOICES
+from tests.testing.wanlike import Answers, WanLike, WanLikeHost
+
+EVERY = Answers(True, True, 3, True, "real", True, True, True, True, True)
+"""No answer is Wan's."""
+ONE_BY_ONE = [
+    dataclasses.replace(Answers(), **{field.name: getattr(EVERY, field.name)})
+    for field in dataclasses.fields(Answers)
+]
+TOLD = {"norm_per_head": "per_head", "halves": "halves", "start_in": "frames", "positions": "compact"}
+"""Answers with few values, as the stand-in calls them."""
+PARITY = ("fits", "first_chunk", "dense_parity", "parity_through_eviction", "counters_move")
+
+
+@pytest.mark.parametrize(
+    "answers", [EVERY, Answers(table="attribute"), Answers(table="own"), *ONE_BY_ONE], ids=str
+)
+def test_answers_and_nothing_else_make_an_adapter(answers: Answers) -> None:
+    report = check_adapter(WanLike(answers), WanLikeHost(answers), only=PARITY)
+    report.raise_if_failed()
+    assert report.count("passed") == len(PARITY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [Answers(), EVERY, dataclasses.replace(EVERY, plain=False)], ids=str)
+def test_they_pass_the_whole_kit(answers: Answers) -> None:
+    check_adapter(WanLike(answers), WanLikeHost(answers)).raise_if_failed()
+
+
+@functools.cache
+def reasons(name: str) -> str:
+    """What the kit says of one wrong answer, where all others are right."""
+    wrong = WanLike(Answers())
+    setattr(wrong, name, CHOICES[name][1])
+    report = check_adapter(wrong, WanLikeHost(Answers()), only=("own_memory_is_the_hosts", *PARITY))
+    return "\n".join(result.reason for result in report.failed)
+
+
+@pytest.mark.parametrize("name", sorted(TOLD))
+def test_the_wrong_answer_is_named(name: str) -> None:
+    assert f"It passes with {name} = {CHOICES[name][0]!r}" in reasons(name)
+
+
+def test_exchanged_names_are_named() -> None:
+    for name, value in (("norms", ("norm_k", "norm_q")), ("projections", ("k", "q", "v"))):
+        wrong = WanLike(Answers())
+        right = getattr(wrong, name)
+        setattr(wrong, name, value)
+        report = check_adapter(wrong, WanLikeHost(Answers()), only=("first_chunk",))
+        assert f"It passes with {name} = {right!r}" in str(report)
+
+
+def test_where_no_answer_helps_none_is_named() -> None:
+    class Forgetful(WanLike):
+        def output(self, module: Any, out: Any, call: Any, memo: Any) -> Any:
+            return 2 * super().output(module, out, call, memo)
+
+    report = check_adapter(Forgetful(Answers()), WanLikeHost(Answers()), only=("first_chunk",))
+    assert report.failed
+    assert "It passes with" not in str(report)
