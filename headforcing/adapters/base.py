@@ -102,7 +102,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE."""
+        """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE.
+
+        What `output` has to know as well, such as a gate, goes into the call's `arguments`.
+        """
 
     @abstractmethod
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
@@ -126,8 +129,8 @@ class Adapter(ABC):
     def split(self, module: nn.Module, call: AttentionCall) -> Sequence[AttentionCall]:
         """The chunks of a call, in order, where the base model computes the video so far again in one.
 
-        They are served as if they came one by one; observers are shown the last one only. Default: a call is
-        one chunk.
+        They are served as if they came one by one, each with `arguments` of its own; observers are shown the
+        last one only. Default: a call is one chunk.
         """
         return (call,)
 

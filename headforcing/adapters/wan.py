@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headforcing.adapters import rope
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.adapters.host_cache import allocate_again, entry, free
+from headforcing.adapters.host_numbers import host_numbers
 from headforcing.adapters.verified import digest
 from headforcing.errors import StreamShapeError, UnsupportedModelError
 from headforcing.roles import Full, HeadRole, SlidingWindow
@@ -161,16 +162,17 @@ class WanAdapter(Adapter):
         x = self.hidden(given)
         frames, height, width = self.frames(module, given, x.shape[1])
         unit = height * width if self.start_in == "tokens" else 1
-        start, rest = divmod(int(given[self.start]), unit)
+        begin = _number(module, given[self.start])
+        start, rest = divmod(begin, unit)
         if rest:
             raise StreamShapeError(
-                f"{self.start} {given[self.start]} is no multiple of {unit} tokens per frame "
-                f"({height}x{width}): expected tokens, not frames"
+                f"{self.start} {begin} is no multiple of {unit} tokens per frame ({height}x{width}): expected "
+                "tokens, not frames"
             )
-        if self.end is not None and int(given[self.end]) != (start + frames) * unit:
+        if self.end is not None and (end := _number(module, given[self.end])) != (start + frames) * unit:
             raise StreamShapeError(
-                f"the call ends at {self.end} {given[self.end]}, but its {frames} frames from {self.start} "
-                f"{given[self.start]} on end at {(start + frames) * unit}"
+                f"the call ends at {self.end} {end}, but its {frames} frames from {self.start} {begin} on end "
+                f"at {(start + frames) * unit}"
             )
         return AttentionCall(x, start, (frames, height, width), self.anchor(cache), given)
 
@@ -182,7 +184,7 @@ class WanAdapter(Adapter):
         """Frames, height and width of a call of so many tokens."""
         grids = given[self.grid]
         if isinstance(grids, Tensor):
-            every = grids.tolist()
+            every = host_numbers(module, grids)
             if any(grid != every[0] for grid in every):
                 raise StreamShapeError(f"samples of one batch have different grids {every}: expected one")
             grids = every[0]
@@ -297,3 +299,13 @@ class WanAdapter(Adapter):
     def give_back(self, anchor: object, memo: Memo) -> None:
         """Zeros for `k` and `v`: a cache nothing was written to."""
         allocate_again(memo)
+
+
+def _number(module: nn.Module, value: Tensor | int) -> int:
+    """A whole number of a call; a tensor of one element is read once per pass."""
+    if not isinstance(value, Tensor):
+        return int(value)
+    numbers = host_numbers(module, value)
+    while isinstance(numbers, list):
+        (numbers,) = numbers
+    return int(numbers)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from headforcing.adapters.base import Adapter
-from headforcing.testing.kit import Caught, Kit, Skipped, same
+from headforcing.testing.kit import Caught, Kit, Skipped
 from headforcing.types import TracedCall
 
 
@@ -30,7 +30,7 @@ def compiled_is_one_operator(kit: Kit) -> None:
         f"compiled attention raises {caught.error!r}: traced_call() may read no tensor, and must name "
         "all that output() writes"
     )
-    same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
+    kit.same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
 
 
 def _traces(kit: Kit) -> bool:
