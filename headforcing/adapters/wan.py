@@ -166,13 +166,13 @@ class WanAdapter(Adapter):
         start, rest = divmod(begin, unit)
         if rest:
             raise StreamShapeError(
-                f"{self.start} {begin} is no multiple of {unit} tokens per frame ({height}x{width}): expected "
-                "tokens, not frames"
+                f"{self.start} {begin} is no multiple of {unit} tokens per frame ({height}x{width}): "
+                "expected tokens, not frames"
             )
         if self.end is not None and (end := _number(module, given[self.end])) != (start + frames) * unit:
             raise StreamShapeError(
-                f"the call ends at {self.end} {end}, but its {frames} frames from {self.start} {begin} on end "
-                f"at {(start + frames) * unit}"
+                f"the call ends at {self.end} {end}, but its {frames} frames from {self.start} {begin} on "
+                f"end at {(start + frames) * unit}"
             )
         return AttentionCall(x, start, (frames, height, width), self.anchor(cache), given)
 
