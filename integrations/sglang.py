@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headforcing.adapters.base import Adapter, Memo
+from headforcing.adapters.base import Memo
 from headforcing.adapters.wan_counted import INDICES
 from headforcing.adapters.wan_given import GIVEN, GivenWan
 from headforcing.errors import ExternalEditError
@@ -27,7 +27,6 @@ class SGLang(GivenWan):
     forward = (*GIVEN, "freqs_cis", "block_mask", "kv_cache", "current_start", "cache_start")
     verified = {"bfb2d091d59a86cb": "absolute"}  # 0.5.23
     rolls = True
-    traced_call = Adapter.traced_call  # a graph cannot be given objects
 
     def window(self, model: nn.Module) -> int:
         """Frames that a cache has room for."""

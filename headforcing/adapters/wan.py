@@ -209,7 +209,8 @@ class WanAdapter(Adapter):
         call = {**dict(zip(self.forward, args, strict=False)), **kwargs}
         if self.mask is not None:
             call[self.mask] = None
-        return None if call.get(self.cache) is None else TracedCall(call, call[self.forward[0]])
+        held = isinstance(call.get(self.cache), dict)  # a graph cannot be given other objects
+        return TracedCall(call, call[self.forward[0]]) if held else None
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """False: a chunk at frame 0 begins a video, where the base model says nothing else."""
