@@ -38,8 +38,8 @@ class RewardForcing(CountingWan):
             sink: Any = module.sink_size
             if sink == 0 or 1 < chunk < sink:
                 raise UnsupportedModelError(
-                    f"{name} has a sink_size of {sink}, and chunks of {chunk} frames: expected at least 1, at "
-                    "most a chunk. Else its code puts queries at negative positions, or attends to slots "
+                    f"{name} has a sink_size of {sink}, and chunks of {chunk} frames: expected at least 1, "
+                    "at most a chunk. Else its code puts queries at negative positions, or attends to slots "
                     "before they are written: set sink_size to 3, as released, or pass other roles"
                 )
         return super().own_memory(model)
