@@ -96,9 +96,9 @@ class WanAdapter(Adapter):
         """See `Adapter.why_not`."""
         if any(True for _ in self.attentions(model)):
             return None
-        parts, without = ", ".join((*self.modules, *self.numbers, *self.marks)), " or ".join(self.absent)
-        reason = f"no module has {parts} and forward({', '.join(self.forward)})"
-        return f"{reason}, and no {without}" if without else reason
+        parts = ", ".join((*self.modules, *self.numbers, *self.marks))
+        without = f", but no {' or '.join(self.absent)}" if self.absent else ""
+        return f"no module has {parts} and forward({', '.join(self.forward)}){without}"
 
     def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """See `Adapter.attentions`."""

@@ -375,6 +375,7 @@ WITHOUT_A_TABLE = (
 PAST_ENDS = (PAST_THE_END, PAST_THE_WINDOW, *PAST_TABLES)
 AVERAGED = "its averages"
 OTHER_AVERAGES = "averages of other weights"
+OTHER_SINKS = ("a sink of another weight", "a sink that stays")
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, *REMOVALS, GRADIENTS_MIDWAY, *SWITCHES)
 SCENARIOS = {
