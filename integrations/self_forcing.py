@@ -17,6 +17,7 @@ class SelfForcing(CountingWan):
 
     name = "self_forcing"
     forward = (*CALL, "cache_start")
+    absent = ("incremental_update", "fuse_projections")  # of Reward Forcing and Krea
     verified = {
         "db1f10ed3fefd97c": "absolute",  # Self Forcing 33593df, Causal Forcing 1fc7bbc
         "da5906774b20a787": "compact",  # Infinite Forcing b8feaf5, whose positions are the slots of its cache

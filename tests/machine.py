@@ -16,6 +16,7 @@ from headforcing.roles import (
     Anchor,
     Averaging,
     Dynamic,
+    EmaSink,
     Full,
     HeadRole,
     Local,
@@ -72,7 +73,7 @@ def switches() -> st.SearchStrategy[Switch]:
 USUAL: list[list[HeadRole]] = [
     [Local(3, 1), Veil(1, 1, blocks=2, block=2)],
     [Memory(1, 2, 2), Averaging(8, 1, 0.25, 0.5)],
-    [Memory(1, 3, 1, Uniform(), positions="absolute"), Full()],
+    [Memory(1, 3, 1, Uniform(), positions="absolute"), Full(), EmaSink(7, 2, 0.25)],
     [SlidingWindow(8, 2, positions="absolute"), Dynamic(1, 2, 0), Memory(1, 2, 3)],
     [Participating(8, 1, 4, 1), Local(2, 2, positions="clamped"), Veil(3, 1, blocks=2, block=4)],
     [Wave(1, 1, period=2, cap=2), Anchor(1, 2), Memory(2, 4, 2, ThresholdFifo())],
@@ -437,6 +438,16 @@ def check_compressed(
                 for old, weight in ((slow, role.slow), (fast, role.fast))
             )
         _same(values, [x.expand(PATCHES, -1, -1) for x in (slow, fast) if x is not None])
+    elif isinstance(past, oracle.EmaSink) and past.evicted:
+        first, evicted = past.mixed()
+        sink = contents(first)
+        for frames in evicted:
+            gone = contents(frames)[: role.sink]
+            if len(frames) == role.sink:
+                sink = role.alpha * sink + (1 - role.alpha) * gone
+            else:
+                sink = torch.cat([gone, sink[len(gone) :]])
+        _same(values, [sink.flatten(0, 1)])
     elif isinstance(past, oracle.Dynamic) and past.cut():
         bands = contents(past.cut()).unflatten(1, (role.pieces, -1)).flatten(0, 1)
         assert values.shape[0] == PATCHES

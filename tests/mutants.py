@@ -72,6 +72,7 @@ TESTS: dict[str, list[str]] = {
     "headforcing/roles/memrope.py": ["tests/roles/test_memrope.py", *STORES],
     "headforcing/roles/blocks.py": ["tests/roles/test_pyramid.py", *STORES],
     "headforcing/roles/pyramid_forcing.py": ["tests/roles/test_pyramid.py", GOLDEN, *STORES],
+    "headforcing/roles/reward_forcing.py": ["tests/roles/test_reward_forcing.py", *STORES],
     "headforcing/roles/rolling_forcing.py": ["tests/roles/test_rolling.py", *STORES],
     "headforcing/stores/": [*STORES, SWITCH, "tests/stores/test_accounting.py", FAULTS],
     "headforcing/stores/checks.py": [*STORES, SWITCH, FINITE],

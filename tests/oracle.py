@@ -293,6 +293,28 @@ class Averaging(Head):
         return [gone[0 if number else 2 :] for number, gone in enumerate(self.evicted)]
 
 
+class EmaSink(Head):
+    """A sink that evicted frames are mixed into, last frames, `window` in all."""
+
+    def kept(self) -> list[Frame]:
+        if len(self.stored) + self.beside() + self.length <= self.role.window:
+            return self.stored
+        recent = self.role.window - self.sink - self.length
+        return self.stored[len(self.stored) - recent :]
+
+    def beside(self) -> int:
+        return self.sink if self.evicted else 0
+
+    def placed(self, frames: list[Frame], query: int | None, window: int) -> list[int]:
+        """Once it is mixed, the sink comes before all frames."""
+        return [rank + self.beside() for rank in range(len(frames))]
+
+    def mixed(self) -> tuple[list[Frame], list[list[Frame]]]:
+        """The frames that the sink was, and those that were evicted together."""
+        first, *later = self.evicted or [[]]
+        return first[: self.sink], [first[self.sink :], *later]
+
+
 class Participating(Head):
     """First frames, tokens selected from all between, last frames, `window` in all."""
 
@@ -343,6 +365,7 @@ RULES: dict[type[HeadRole], type[Head]] = {
     roles.Strided: Cycle,
     roles.Veil: Veil,
     roles.Averaging: Averaging,
+    roles.EmaSink: EmaSink,
     roles.Participating: Participating,
     roles.Dynamic: Dynamic,
 }

@@ -16,6 +16,7 @@ from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.positions import SCHEMES
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.roles.reward_forcing import EmaSink
 from headforcing.roles.rolling_forcing import Rolling
 from headforcing.testing.backends import Arrangement, Group
 from headforcing.types import Grid
@@ -57,6 +58,7 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
         ),
         Averaging: _averagings(window, chunk),
         Participating: _participating(window, chunk),
+        EmaSink: _ema_sinks(window, chunk),
         Rolling: st.builds(
             lambda size, sink: Rolling(size, min(sink, size - 1)), st.integers(1, window), st.integers(0, 4)
         ),
@@ -107,6 +109,15 @@ def _averagings(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
 
     return st.builds(
         build, st.integers(min(AVERAGES + chunk, window), window), st.integers(0, 4), weight, weight
+    )
+
+
+def _ema_sinks(window: int, chunk: int) -> st.SearchStrategy[HeadRole]:
+    def build(size: int, sink: int, alpha: float) -> EmaSink:
+        return EmaSink(size, max(1, min(sink, size - chunk)), alpha)
+
+    return st.builds(
+        build, st.integers(min(1 + chunk, window), window), st.integers(1, 4), st.floats(0.0, 1.0)
     )
 
 

@@ -45,6 +45,8 @@ class WanAdapter(Adapter):
             repeated, and every head stores its own copy.
         out: its output projection; `None`: the block projects.
         parts: other attributes of the attention that are modules.
+        markers: other attributes that it has, where another base model has the same `forward`.
+        absent: attributes that such a base model has and this one has not.
         rope: argument of `forward`, else attribute of the attention, with the RoPE table: complex for all
             frames, or cosines and sines of the frames of the call; `None`: Wan's, which the attention makes.
         halves: whether RoPE pairs channel `i` with `i + D/2`; else neighbours.
@@ -70,6 +72,8 @@ class WanAdapter(Adapter):
     kv_heads: ClassVar[str] = "num_heads"
     out: ClassVar[str | None] = "o"
     parts: ClassVar[tuple[str, ...]] = ()
+    markers: ClassVar[tuple[str, ...]] = ()
+    absent: ClassVar[tuple[str, ...]] = ()
     rope: ClassVar[str | None] = "freqs"
     halves: ClassVar[bool] = False
     grid: ClassVar[str] = "grid_sizes"
@@ -97,14 +101,17 @@ class WanAdapter(Adapter):
         """See `Adapter.why_not`."""
         if any(True for _ in self.attentions(model)):
             return None
-        parts = ", ".join((*self.modules, *self.numbers))
-        return f"no module has {parts} and forward({', '.join(self.forward)})"
+        parts = ", ".join((*self.modules, *self.numbers, *self.markers))
+        without = f", but no {' or '.join(self.absent)}" if self.absent else ""
+        return f"no module has {parts} and forward({', '.join(self.forward)}){without}"
 
     def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """See `Adapter.attentions`."""
         for name, module in model.named_modules():
             if all(isinstance(getattr(module, part, None), nn.Module) for part in self.modules) and (
                 all(isinstance(getattr(module, number, None), int) for number in self.numbers)
+                and all(hasattr(module, marker) for marker in self.markers)
+                and not any(hasattr(module, mark) for mark in self.absent)
                 and parameter_names(module) == self.forward
             ):
                 yield name, module

@@ -6,6 +6,7 @@ from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.head_forcing import Anchor, Local, Memory
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.roles.reward_forcing import EmaSink
 from headforcing.roles.rolling_forcing import Rolling
 from headforcing.roles.windows import Full, SlidingWindow
 
@@ -13,6 +14,7 @@ __all__ = [
     "Anchor",
     "Averaging",
     "Dynamic",
+    "EmaSink",
     "Full",
     "HeadRole",
     "Local",

@@ -78,7 +78,7 @@ class HeadRole(ABC):
             chunk: frames of the current chunk.
             window: frames the model was trained on.
             query: the frame of the query, for roles that depend on it.
-            gap: positions that compressed tokens take right after the first frames.
+            gap: positions that compressed tokens take right after the first frames that are still stored.
 
         Raises:
             WindowError: a position would leave the range the model was trained on, `[0, window)`.
@@ -86,7 +86,8 @@ class HeadRole(ABC):
         found = scheme_positions(self.positions, frames, chunk, window)
         if gap and self.positions == "compact":
             sink = first_frames(self)
-            found = tuple(rank + gap if rank >= sink else rank for rank in found)
+            first = [frame is not None and frame < sink for frame in frames]
+            found = tuple(rank if is_first else rank + gap for rank, is_first in enumerate(first))
         if self.positions in BOUNDED and found[-1] >= window:
             raise WindowError(
                 f"{self} with a chunk of {chunk} frames reaches RoPE position {found[-1]}, but the "

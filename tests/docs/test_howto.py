@@ -100,6 +100,7 @@ PAGES: dict[str, Callable[[], Stage]] = {
     "causvid": lambda: Stage(find_host("causvid"), 21),
     "longlive": lambda: Stage(find_host("longlive"), 12),
     "longlive2": lambda: Stage(find_host("longlive2"), 32),
+    "reward-forcing": lambda: Stage(find_host("reward_forcing"), 9),
     "rolling-forcing": _rolling,
     "infinity-rope": lambda: Stage(find_host("infinity_rope"), 6),
     "infinity-rope#memrope": lambda: Stage(find_host("longlive"), 12),

@@ -183,8 +183,7 @@ def test_the_folder_holds_adapters_with_a_host_and_refusals() -> None:
     names = {adapter.name for adapter in adapters()}
     assert set(host_names()) == names
     assert set(module_names("headforcing.integrations")) - names == {
-        *("helios", "sana_linear", "wan_diffusers"),
-        *("krea", "reward_forcing"),
+        *("helios", "sana_linear", "wan_diffusers", "krea"),
     }
 
 
@@ -195,19 +194,9 @@ def test_a_refused_model_is_no_obstacle_to_others() -> None:
     hf.apply_head_forcing(both, Local()).remove()
 
 
-@pytest.mark.parametrize(
-    ("marks", "reason"),
-    [
-        (
-            {"compression_alpha": 0.999, "incremental_update": print},
-            "mixes every evicted chunk into the sink",
-        ),
-        ({"fused_projections": False, "fuse_projections": print}, "computes the last frames again"),
-    ],
-)
-def test_a_lookalike_is_refused_though_an_adapter_fits(marks: dict[str, Any], reason: str) -> None:
-    rig = Rig(9)
-    for name, value in marks.items():
+def test_a_lookalike_is_refused_though_an_adapter_fits() -> None:
+    rig, reason = Rig(9), "computes the last frames again"
+    for name, value in {"fused_projections": False, "fuse_projections": print}.items():
         setattr(rig.model.blocks[0].self_attn, name, value)
     before = snapshot(rig.model)
     with pytest.raises(UnsupportedModelError, match=reason):
@@ -216,3 +205,27 @@ def test_a_lookalike_is_refused_though_an_adapter_fits(marks: dict[str, Any], re
     assert (found.adapter, reason in str(found)) == (None, True)
     assert snapshot(rig.model) == before
     hf.apply_head_forcing(rig.model, Local(), adapter=SelfForcing()).remove()  # who says so knows better
+
+
+def test_one_signature_and_two_base_models() -> None:
+    """Reward Forcing is told from Self Forcing by an attribute, whatever the order of adapters."""
+    for name, other in (("self_forcing", "reward_forcing"), ("reward_forcing", "self_forcing")):
+        model = find_host(name).model()
+        found = hf.explain(model)
+        assert (found.adapter, found.also) == (name, ())
+        assert "incremental_update" in found.why_not[other]
+        wrong = next(adapter for adapter in adapters() if adapter.name == other)
+        with pytest.raises(UnsupportedModelError, match="incremental_update"):
+            hf.apply_head_forcing(model, Local(), adapter=wrong)
+
+
+@pytest.mark.parametrize("sink", [0, 4])
+def test_a_sink_of_reward_forcing_that_its_code_does_not_serve_has_no_role(sink: int) -> None:
+    model: Any = find_host("reward_forcing").model()
+    model.blocks[1].self_attn.sink_size = sink
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=f"1.self_attn has a sink_size of {sink}, and"):
+        hf.apply_head_forcing(model, "own")
+    assert f"sink_size of {sink}" in hf.explain(model).unknown["own memory"]
+    assert snapshot(model) == before
+    hf.apply_head_forcing(model, Local()).remove()

@@ -19,6 +19,7 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Veil, Wave
+from headforcing.roles.reward_forcing import EmaSink
 from headforcing.stores import STORES, KVStore
 from headforcing.stores.bank import Bank
 from headforcing.stores.buffered import BufferedBank
@@ -35,6 +36,7 @@ ROWS: dict[str, list[HeadRole]] = {
     "compressed": [
         Averaging(8, sink=1),
         Veil(sink=1, blocks=1),
+        EmaSink(8, sink=2),
         Participating(9, sink=1, recent=3),
         Dynamic(),
     ],

@@ -23,6 +23,7 @@ from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.memrope import AVERAGES, Averaging
 from headforcing.roles.pyramid_forcing import Veil
+from headforcing.roles.reward_forcing import EmaSink
 from headforcing.stores import KVStore, store_class
 from headforcing.stores.buffers import joined
 from headforcing.stores.ring import RingStore
@@ -37,7 +38,7 @@ WINDOW, CHUNK, DIM = 12, 4, 12
 PATCHES = GRID[0] * GRID[1]
 ANGLES = torch.linspace(0.1, 3.0, 64 * DIM // 2, dtype=torch.float64).view(64, -1)
 TABLE = torch.polar(torch.ones_like(ANGLES), ANGLES)
-BESIDE = [kinds(WINDOW, CHUNK)[kind] for kind in (Averaging, Participating, Dynamic, Veil)]
+BESIDE = [kinds(WINDOW, CHUNK)[kind] for kind in (Averaging, EmaSink, Participating, Dynamic, Veil)]
 KINDS = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import shims, tiny
-from .bench import Bench, Caches
+from .bench import Bench, Caches, arguments
 from .fastvideo import FastVideo
 from .longlive2 import LongLive2
 
@@ -80,6 +80,26 @@ class LongLive(Bench):
         return pipeline
 
 
+class RewardForcing(Bench):
+    """Asks for a path of checkpoints, which the many-step pipeline does not pass on."""
+
+    def wrapper(self) -> Any:
+        """Build the diffusion wrapper that every pipeline uses."""
+        with self._tiny_model():
+            wrapper = self._generator(arguments(self.case))
+        return self._finish(wrapper, wrapper)
+
+    def build(self, pipeline_class: Callable[..., Any], arguments: SimpleNamespace) -> Any:
+        """Call the class of a pipeline with a wrapper."""
+        given = {"text_encoder": tiny.TextEncoder(), "vae": tiny.Decoder()}
+        return pipeline_class(arguments, "cpu", generator=self._generator(arguments), **given)
+
+    def _generator(self, arguments: SimpleNamespace) -> Any:
+        from utils.wan_wrapper import WanDiffusionWrapper
+
+        return WanDiffusionWrapper(checkpoint_path="", is_causal=True, **arguments.model_kwargs)
+
+
 class RollingForcing(Bench):
     """Holds eight chunks, and denoises five at once."""
 
@@ -102,6 +122,7 @@ class RollingForcing(Bench):
 HOSTS: dict[str, type[Bench]] = {
     "CausVid": CausVid,
     "LongLive": LongLive,
+    "Reward-Forcing": RewardForcing,
     "RollingForcing": RollingForcing,
     "LongLive2": LongLive2,
     "FastVideo": FastVideo,

@@ -15,6 +15,7 @@ from headforcing.integrations.rolling_forcing import RollingForcing
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.positions import PositionScheme
+from headforcing.roles.reward_forcing import EmaSink
 from headforcing.roles.rolling_forcing import Rolling
 
 from .scenarios import (
@@ -105,6 +106,8 @@ POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     COMMIT: _commit,
     AVERAGED: lambda scenario: Averaging(scenario.window, scenario.sink),
     OTHER_AVERAGES: lambda scenario: Averaging(scenario.window, scenario.sink, slow=0.5, fast=0.6),
+    "a sink of another weight": lambda scenario: EmaSink(scenario.window, scenario.sink, 0.998),
+    "a sink that stays": lambda scenario: SlidingWindow(scenario.window, scenario.sink),
     "last frames in the clean pass": lambda scenario: replace(_equal(scenario), clean_window=scenario.chunk),
     "no sink": lambda scenario: replace(_window(scenario), sink=0),
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),

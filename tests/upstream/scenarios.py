@@ -14,6 +14,7 @@ REPOSITORIES = {
     "LongLive": "wan.modules.causal_model",
     "infinity-rope": "wan.modules.causal_model",
     "MemRoPE": "wan.modules.causal_model",
+    "Reward-Forcing": "wan.modules.causal_model",
     "RollingForcing": "wan.modules.causal_model",
     "LongLive2": "wan_5b.modules.causal_model",
     "FastVideo": "fastvideo.models.dits.causal_wanvideo",
@@ -178,6 +179,8 @@ SHOTS = Scenario(
 )
 TWO_SHOTS = replace(SHOTS, name="two shots", shots=1)
 
+REWARD = replace(SLIDING, name="mixed sink", repositories=("Reward-Forcing",))
+
 PARITY = (
     Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_BOTH),
     SLIDING,
@@ -260,6 +263,15 @@ PARITY = (
     replace(TWO_SHOTS, name="two shots, raw keys", raw_keys=True),
     replace(TWO_SHOTS, name="two shots, second video", driver="second_video", passes=100),
     replace(TWO_SHOTS, name="two shots, guided", driver="cfg", shots=2, passes=100),
+    REWARD,
+    replace(REWARD, name="mixed sink, w8 s3", window=8),
+    replace(REWARD, name="mixed sink, w8 s2", window=8, sink=2),
+    replace(REWARD, name="mixed sink, w7 s1 chunk 1", window=7, sink=1, frames=12, passes=60, chunk=1),
+    replace(REWARD, name="mixed sink, batch 2", batch=2),
+    replace(REWARD, name="mixed sink, global", window=-1),
+    replace(REWARD, name="mixed sink, image", window=7, sink=1, frames=18, passes=31, image=True),
+    replace(REWARD, name="mixed sink, second video", driver="second_video", passes=70),
+    replace(REWARD, name="mixed sink, guided", driver="cfg", passes=70),
     ROLLING,
     replace(ROLLING, name="rolling, batch 2", batch=2),
     replace(ROLLING, name="rolling, second video", driver="second_video", frames=27, passes=2 * 2 * 13),
@@ -363,6 +375,7 @@ WITHOUT_A_TABLE = (
 PAST_ENDS = (PAST_THE_END, PAST_THE_WINDOW, *PAST_TABLES)
 AVERAGED = "its averages"
 OTHER_AVERAGES = "averages of other weights"
+OTHER_SINKS = ("a sink of another weight", "a sink that stays")
 
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, *REMOVALS, GRADIENTS_MIDWAY, *SWITCHES)
 SCENARIOS = {

@@ -12,8 +12,10 @@ from .scenarios import (
     LAYERS,
     LONG_AVERAGES,
     OTHER_AVERAGES,
+    OTHER_SINKS,
     PAST_ENDS,
     PRESET,
+    REWARD,
     TWO_TRANSFORMERS,
     WITHOUT_A_TABLE,
     Case,
@@ -104,3 +106,12 @@ def test_averages_of_other_weights_are_not(case: Case, upstream: Upstream) -> No
     untouched, applied = upstream.pair(case)
     limit = 1e-3 if case.dtype == "float32" else SMALLEST_CHANGE
     assert largest_difference(untouched.tensors["video"], applied.tensors["video"]) > limit
+
+
+@pytest.mark.parametrize("case", [c for p in OTHER_SINKS for c in cases_of(REWARD, policy=p)], ids=str)
+def test_other_sinks_change_the_video_once_frames_are_evicted(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    before, after = (result.tensors["video"] for result in (untouched, applied))
+    window = case.scenario.window
+    assert torch.equal(before[:, :window], after[:, :window])
+    assert largest_difference(before, after) > 1e-4
