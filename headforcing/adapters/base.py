@@ -34,9 +34,12 @@ class Adapter(ABC):
         verified: digests of attention classes (`adapters.verified.digest`) that were compared with
             `own_memory`, each with the positions of its own memory. Other code is warned about, unless this
             is empty.
+        markers: attributes of an attention by which this base model is told from others of the same
+            signature; the adapter with the most is asked first.
     """
 
     verified: ClassVar[Mapping[str, PositionScheme]] = {}
+    markers: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -274,12 +277,13 @@ def refusal(model: nn.Module, by: str = "refuse") -> str | None:
 
 
 def adapters() -> Iterator[Adapter]:
-    """Those in `headforcing.integrations`, then those of installed plug-ins.
+    """Those in `headforcing.integrations`, with the most markers first, then those of installed plug-ins.
 
     Raises:
         UnsupportedModelError: the folder is not installed, or a plug-in brings something else.
     """
-    yield from (module.ADAPTER for module in _integrations() if hasattr(module, "ADAPTER"))
+    own = [module.ADAPTER for module in _integrations() if hasattr(module, "ADAPTER")]
+    yield from sorted(own, key=lambda adapter: -len(adapter.markers))
     for point in entry_points(group="headforcing.adapters"):
         adapter = point.load()
         if not isinstance(adapter, Adapter):

@@ -92,7 +92,7 @@ class WanAdapter(Adapter):
         """See `Adapter.why_not`."""
         if any(True for _ in self.attentions(model)):
             return None
-        parts = ", ".join((*self.modules, *self.numbers))
+        parts = ", ".join((*self.modules, *self.numbers, *self.markers))
         return f"no module has {parts} and forward({', '.join(self.forward)})"
 
     def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -100,6 +100,7 @@ class WanAdapter(Adapter):
         for name, module in model.named_modules():
             if all(isinstance(getattr(module, part, None), nn.Module) for part in self.modules) and (
                 all(isinstance(getattr(module, number, None), int) for number in self.numbers)
+                and all(hasattr(module, marker) for marker in self.markers)
                 and parameter_names(module) == self.forward
             ):
                 yield name, module

@@ -190,6 +190,7 @@ def other_dtype_refused(kit: Kit) -> None:
     """A model whose dtype changes in the middle of a video is refused: its KV cache has the old dtype."""
     take, chunk = kit.forced(), kit.host.chunk
     take.passes(0, (1, 0))
+    take.passes(chunk, [2])
     take.model.to(torch.bfloat16)
     _raises(StreamShapeError, lambda: take.passes(chunk, [1]), "the dtype changed in the middle of a video")
 
