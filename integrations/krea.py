@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from headforcing.adapters.base import Adapter, Memo
+from headforcing.adapters.base import Adapter, Memo, parameter_names
 from headforcing.adapters.wan import CALL
 from headforcing.adapters.wan_counted import CountingWan
 from headforcing.errors import StreamShapeError, UnsupportedModelError
 from headforcing.types import AttentionCall
+
+BIAS = "kv_cache_attention_bias"
 
 
 class Krea(CountingWan):
@@ -37,7 +39,7 @@ class Krea(CountingWan):
     name = "krea"
     forward = (*CALL, "cache_start")
     markers = ("fused_projections", "fuse_projections")
-    verified = {}
+    verified = {"75f19b12fdf7df67": "absolute"}  # acf4b7b
     traced_call = Adapter.traced_call  # a call may be many chunks, and numbers cannot be written in a graph
 
     def read(
@@ -85,7 +87,8 @@ class Krea(CountingWan):
 
     def tokens(self, x: Tensor, frames: Sequence[int | None], call: AttentionCall) -> Tensor:
         """See `Adapter.tokens`; behind them the keys of zeros that the base model attends to."""
-        return pad(super().tokens(x, frames, call), (0, 0, 0, 0, 0, call.arguments.get("zeros", 0)))
+        attended, zeros = super().tokens(x, frames, call), call.arguments.get("zeros", 0)
+        return pad(attended, (0, 0, 0, 0, 0, zeros)) if zeros else attended
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, unless `join` does, and moves the end indices."""
@@ -104,6 +107,17 @@ class Krea(CountingWan):
             "Krea's pipeline computes its past again for every chunk, so there is nothing to keep or drop at "
             "a new prompt: give it to the pipeline, no switch_prompt is needed"
         )
+
+
+def refuse(model: nn.Module) -> str | None:
+    """Why Krea's attention as in daydream Scope (68b0f95) is not supported: it weakens the past by a bias."""
+    for module in model.modules():
+        if all(hasattr(module, marker) for marker in Krea.markers) and BIAS in parameter_names(module):
+            return (
+                f"its attention weakens all past frames but the first by {BIAS}, which no role can say. Use "
+                "the pipeline of krea-ai/realtime-video, or write an adapter that serves a bias of 1 alone"
+            )
+    return None
 
 
 Chunks = tuple[tuple[int, ...], int]

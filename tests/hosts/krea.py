@@ -113,11 +113,11 @@ class KreaHost(StandInHost):
             "compiled_is_one_operator",
         }
     )
-    chunk, frames, dense, window, single = CHUNK, 15, 15, 21, True
+    chunk, frames, dense, window, single = CHUNK, 12, 12, 21, True
     memory: HeadRole = Full()
     attention = KreaAttention
 
-    def __init__(self, context: int = 12, fused: bool = True) -> None:
+    def __init__(self, context: int = 9, fused: bool = True) -> None:
         self.context, self.fused, self.slots = context, fused, context + CHUNK
 
     def model(self, dtype: torch.dtype = torch.float32) -> StandInModel:
