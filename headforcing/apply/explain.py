@@ -137,6 +137,8 @@ def explain(model: nn.Module) -> Explanation:
     fitting, reasons = list[Adapter](), dict[str, str]()
     for adapter in adapters():
         reason = adapter.why_not(model)
+        if reason is None and fitting and len(adapter.markers) < len(fitting[0].markers):
+            reason = f"{fitting[0].name} is told from it by {', '.join(fitting[0].markers)}"
         if reason is None:
             fitting.append(adapter)
         else:

@@ -290,9 +290,10 @@ def test_a_prompt_switch_is_refused_with_the_reason() -> None:
     host = KreaHost()
     model = host.model()
     handle = hf.apply_head_forcing(model, Local())
-    video(host, model, host.caches(model))
+    video(host, model, caches := host.caches(model))
     with pytest.raises(UnsupportedModelError, match="computes its past again"):
         handle.switch_prompt("cut")
+    del caches  # a timeline lives as long as they do
 
 
 def test_it_is_told_from_self_forcing_by_its_markers() -> None:

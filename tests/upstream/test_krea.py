@@ -7,25 +7,33 @@ import torch
 
 from .harness import MARKS, Upstream, assert_identical, largest_difference
 from .scenarios import (
+    EQUAL,
     FIVE_FRAMES,
     IN_FLEX,
     LEFT_SESSION,
     REFERENCE,
     SESSION,
     SESSIONS,
+    UNTOUCHED,
     VERIFIED,
     Case,
+    Scenario,
     cases_of,
 )
 
 pytestmark = MARKS
 VIDEOS = 2
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
+ROUNDING = 1e-4
 SMALLEST_CHANGE = 0.02
 
 
+def fast(*scenarios: Scenario, policy: str = EQUAL) -> list[Case]:
+    """In float32."""
+    return [case for case in cases_of(*scenarios, policy=policy) if case.dtype == "float32"]
+
+
 def equal_cases() -> list[Case]:
-    return [*cases_of(*SESSIONS), *cases_of(SESSION, policy=REFERENCE)]
+    return [*cases_of(SESSION), *fast(*SESSIONS[1:]), *fast(SESSION, policy=REFERENCE)]
 
 
 @pytest.mark.parametrize("case", equal_cases(), ids=str)
@@ -36,22 +44,22 @@ def test_equal_roles_change_nothing(case: Case, upstream: Upstream) -> None:
     assert_identical(untouched, applied)
 
 
-@pytest.mark.parametrize("case", cases_of(*IN_FLEX), ids=str)
+@pytest.mark.parametrize("case", fast(*IN_FLEX), ids=str)
 def test_equal_roles_change_the_rounding_of_flex_attention_only(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == VIDEOS * case.scenario.calls
     for name in ("first", "second"):
         apart = largest_difference(untouched.tensors[name], applied.tensors[name])
-        assert apart < ROUNDING[case.dtype], f"{name}: {apart}"
+        assert 0 < apart < ROUNDING, f"{name}: {apart}"
 
 
-@pytest.mark.parametrize("case", cases_of(*VERIFIED), ids=str)
+@pytest.mark.parametrize("case", fast(*VERIFIED, policy=UNTOUCHED), ids=str)
 def test_verify_says_so(case: Case, upstream: Upstream) -> None:
     facts = upstream.result(case).facts
     assert facts["result"] == ("rounding" if case.scenario.flex else "equal"), facts["said"]
 
 
-@pytest.mark.parametrize("case", cases_of(SESSION, policy=FIVE_FRAMES), ids=str)
+@pytest.mark.parametrize("case", fast(SESSION, policy=FIVE_FRAMES), ids=str)
 def test_other_roles_change_the_video_and_not_the_counters(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == VIDEOS * case.scenario.calls
@@ -61,7 +69,7 @@ def test_other_roles_change_the_video_and_not_the_counters(case: Case, upstream:
         assert largest_difference(untouched.tensors[name], applied.tensors[name]) > SMALLEST_CHANGE
 
 
-@pytest.mark.parametrize("case", cases_of(LEFT_SESSION), ids=str)
+@pytest.mark.parametrize("case", fast(LEFT_SESSION), ids=str)
 def test_removal_leaves_no_trace(case: Case, upstream: Upstream) -> None:
     untouched, applied = upstream.pair(case)
     assert applied.calls == case.scenario.calls
