@@ -66,13 +66,17 @@ class CountingWan(WanAdapter):
 
     def output(self, module: nn.Module, out: Tensor, call: AttentionCall, memo: Memo) -> Tensor:
         """Projects, and moves the end indices as upstream would have."""
+        self.count(module, call, memo)
+        return super().output(module, out, call, memo)  # type: ignore[no-any-return]
+
+    def count(self, module: nn.Module, call: AttentionCall, memo: Memo) -> None:
+        """Moves the end indices."""
         ends = self.counted(module, call, memo)[:2]
         memo["writing"] = True  # an interrupt leaves this, and indices that only we changed
         memo["ends"] = ends
         cache = call.arguments[self.cache]
         memo["versions"] = [write_count(cache, *new) for new in zip(INDICES, ends, strict=True)]
         del memo["writing"]
-        return super().output(module, out, call, memo)  # type: ignore[no-any-return]
 
     def counted(self, module: nn.Module, call: AttentionCall, memo: Memo) -> tuple[int, int, int]:
         """Both indices after a call, and the tokens that the base model evicts in it."""
@@ -97,7 +101,11 @@ class CountingWan(WanAdapter):
             memo.pop(name, None)
 
     def give_back(self, anchor: object, memo: Memo) -> None:
-        """Zeros for the indices, too: a cache nothing was written to; those that are numbers stay."""
+        """Zeros for the indices, too: a cache nothing was written to.
+
+        Numbers stay as they are: the memo cannot hold a dict weakly, and must not keep it alive. They do no
+        harm, because the pipeline sets them to zero before it begins a video in the same dicts.
+        """
         super().give_back(anchor, memo)
         tensors = [seen[0] for seen in memo.get("versions", ()) if isinstance(seen, tuple)]
         for index in alive(tensors if "freed" in memo else ()):

@@ -29,6 +29,7 @@ HOSTS = {
     "causvid": "CausVidHost",
     "fastvideo": "FastVideoHost",
     "infinity_rope": "InfinityRopeHost",
+    "krea": "KreaHost",
     "longlive": "LongLiveHost",
     "longlive2": "LongLive2Host",
     "rolling_forcing": "RollingForcingHost",

@@ -104,6 +104,7 @@ PAGES: dict[str, Callable[[], Stage]] = {
     "rolling-forcing": _rolling,
     "infinity-rope": lambda: Stage(find_host("infinity_rope"), 6),
     "infinity-rope#memrope": lambda: Stage(find_host("longlive"), 12),
+    "krea": lambda: Stage(find_host("krea"), -1),
     "fastvideo": lambda: Stage(find_host("fastvideo"), 21),
     "diffusers": lambda: Stage(find_host("anyflow_far"), 12, chunk=2),
     "diffusers#sana-wm-stage-2": lambda: _Refiner(find_host("sana_wm"), 14),

@@ -92,7 +92,7 @@ class StandInBlock(nn.Module):
         self, x: Tensor, layout: tuple[Any, ...], context: Tensor, crossattn_cache: Any, **cached: Any
     ) -> tuple[Tensor, Any]:
         """One block on `[B, L, C]`, and what its attention wants to be written."""
-        y, written = self.self_attn(self.norm(x), *layout, None, **cached), None
+        y, written = self.self_attn(self.norm(x), *layout, **cached), None
         if self.self_attn.tells and cached["kv_cache"] is not None:
             y, written = y
         x = x + y
@@ -106,7 +106,12 @@ class StandInModel(nn.Module):
     Args:
         attention: makes the attention of a block.
         block: makes a block of it.
+
+    Attributes:
+        block_mask: passed on to the attention.
     """
+
+    block_mask: Any = None
 
     def __init__(
         self, attention: Callable[[], StandInAttention], block: type[StandInBlock] = StandInBlock
@@ -149,7 +154,7 @@ class StandInModel(nn.Module):
         times = self.time_embedding(t[:, None, None].to(x.dtype) / 1000)
         tokens = self.patch_embedding(x).flatten(1, 2) + times
         grids = torch.tensor([[x.shape[1], *GRID]]).expand(len(x), -1)
-        layout = (torch.full((len(x),), tokens.shape[1]), grids, self.freqs)
+        layout = (torch.full((len(x),), tokens.shape[1]), grids, self.freqs, self.block_mask)
         writes = []
         for number, block in enumerate(self.blocks):
             cache = None if kv_cache is None else kv_cache[number]

@@ -3,8 +3,9 @@
 `HEADFORCING_UPSTREAM` names a folder that holds `Self-Forcing` (guandeh17/Self-Forcing, known to
 work at 33593df), `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc), `CausVid` (tianweiy/CausVid,
 at ca21150), `Infinite-Forcing` (SOTAMak1r, at b8feaf5), `LongLive` (NVlabs/LongLive, branch v1.0, at
-e52d9ef), `Reward-Forcing` (JaydenLyh, at 4317f5a) and `FastVideo` (hao-ai-lab/FastVideo, at 2f3d407).
-What is absent is skipped. No weights are needed.
+e52d9ef), `Reward-Forcing` (JaydenLyh, at 4317f5a), `FastVideo` (hao-ai-lab/FastVideo, at 2f3d407),
+`realtime-video` (krea-ai/realtime-video, at acf4b7b) and `sglang` (what its wheel 0.5.23 unpacks to). What is
+absent is skipped. No weights are needed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ collect_ignore = [
     "fastvideo.py",
     "harness.py",
     "hosts.py",
+    "krea.py",
     "longlive2.py",
     "policies.py",
     "runner.py",

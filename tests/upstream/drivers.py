@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import headforcing as hf
 from headforcing.errors import HeadForcingError
 
 from . import tiny
@@ -270,6 +271,30 @@ def _denoise(
     return flow, clean
 
 
+def _sessions(bench: Any) -> Outcome:
+    """Make two videos in sessions of a server, on the same cache dicts."""
+    pipeline = bench.few_step()
+    first = bench.session(pipeline)
+    return bench.outcome(first=first, second=bench.session(pipeline, seed=1))
+
+
+def _left_session(bench: Any) -> Outcome:
+    """Take the library out between two videos on the same cache dicts."""
+    pipeline = bench.few_step()
+    bench.session(pipeline)
+    if bench.handle is not None:
+        bench.handle.remove()
+    return bench.outcome(second=bench.session(pipeline, seed=1))
+
+
+def _verified(bench: Any) -> Outcome:
+    """Let the library judge by itself."""
+    pipeline = bench.few_step()
+    found = hf.verify(pipeline.generator.model, lambda: bench.session(pipeline))
+    bench.facts |= {"result": found.result, "difference": found.difference, "said": str(found)}
+    return bench.outcome()
+
+
 def _facts(bench: Bench, pipeline: Any) -> dict[str, Any]:
     """Describe the model and its caches as far as a library could leave traces in them."""
     model = pipeline.generator.model
@@ -323,4 +348,7 @@ DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "cut": _cut,
     "in_chunks": _in_chunks,
     "flushed": _flushed,
+    "sessions": _sessions,
+    "left_session": _left_session,
+    "verified": _verified,
 }

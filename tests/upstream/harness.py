@@ -127,7 +127,9 @@ class Upstream:
 def _call_runner(job_path: Path) -> subprocess.CompletedProcess[str]:
     package = Path(__file__).parent
     environment = os.environ | {
-        "PYTHONPATH": str(package.parent),
+        "PYTHONPATH": os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        ),
         "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -11,6 +11,7 @@ from torch import nn
 from . import shims, tiny
 from .bench import Bench, Caches, arguments
 from .fastvideo import FastVideo
+from .krea import Krea
 from .longlive2 import LongLive2
 
 
@@ -126,5 +127,6 @@ HOSTS: dict[str, type[Bench]] = {
     "RollingForcing": RollingForcing,
     "LongLive2": LongLive2,
     "FastVideo": FastVideo,
+    "realtime-video": Krea,
 }
 """How to build what a repository runs; all others are built as Self Forcing is."""

@@ -23,6 +23,7 @@ from .scenarios import (
     COMMIT,
     COMPILED,
     EQUAL,
+    FIVE_FRAMES,
     GROUPS,
     HEADS,
     LAYERS,
@@ -113,6 +114,7 @@ POLICIES: dict[str, Callable[[Scenario], HeadRole | list[HeadRole]]] = {
     "window one frame short": lambda scenario: replace(_window(scenario), window=scenario.window - 1),
     "compact positions": lambda scenario: replace(_window(scenario), positions="compact"),
     NINE_FRAMES: lambda scenario: SlidingWindow(9, positions="absolute"),
+    FIVE_FRAMES: lambda scenario: SlidingWindow(5, positions="absolute"),
     "first frames stay where they were": lambda scenario: SlidingWindow(
         24, scenario.sink, positions="absolute", clean_window=21
     ),

@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import fastvideo, longlive2, shims
+from . import fastvideo, krea, longlive2, shims
 from .scenarios import SCENARIOS, Case
 
 PIPELINES = {"CausVid": "causvid.models.wan.causal_inference", "FastVideo": fastvideo.STAGES}
-PREPARE = {"FastVideo": fastvideo.prepare, "LongLive2": longlive2.prepare}
+PIPELINES["realtime-video"] = "release_server"
+PREPARE = {"FastVideo": fastvideo.prepare, "LongLive2": longlive2.prepare, "realtime-video": krea.prepare}
 
 
 def main(job_path: Path) -> None:

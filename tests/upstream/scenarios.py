@@ -18,6 +18,7 @@ REPOSITORIES = {
     "RollingForcing": "wan.modules.causal_model",
     "LongLive2": "wan_5b.modules.causal_model",
     "FastVideo": "fastvideo.models.dits.causal_wanvideo",
+    "realtime-video": "wan.modules.causal_model",
 }
 """The module of every repository that defines its causal model."""
 LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
@@ -44,6 +45,7 @@ CONTROLS = (
 )
 ROLLING_CONTROLS = ("first frames stay where they were", "window six frames wider")
 NINE_FRAMES = "the last nine frames"
+FIVE_FRAMES = "the last five frames"
 PRESET = "streaming_llm"
 BASELINES = (UNTOUCHED, AGAIN)
 
@@ -68,6 +70,9 @@ class Scenario:
         switch: The frame from which on another prompt holds.
         shots: In LongLive 2, 1 for a pinned second shot that is moved in time, 2 to empty the cache before.
         raw_keys: Whether upstream's model is the one that keeps keys before RoPE.
+        context: In Krea, the frames that are computed again before every chunk.
+        fused: In Krea, whether projections are fused, and trained on after that.
+        flex: In Krea, whether masks are left to PyTorch's flex attention, which rounds otherwise.
     """
 
     name: str
@@ -85,6 +90,16 @@ class Scenario:
     raw_keys: bool = False
     switch: int = 0
     shots: int = 0
+    context: int = 0
+    fused: bool = False
+    flex: bool = False
+
+    @property
+    def calls(self) -> int:
+        """Calls of an attention that are served; frames that are computed again come as chunks."""
+        begun = range(self.chunk, self.frames if self.context else 0, self.chunk)
+        again = sum(-(-min(start, self.context) // self.chunk) - 1 for start in begun)
+        return (self.passes + again) * LAYERS
 
 
 @dataclass(frozen=True)
@@ -278,6 +293,27 @@ PARITY = (
     Scenario("overlap", "overlap", window=9, sink=3, frames=14, passes=10),
     Scenario("cfg", "cfg", window=6, sink=1, frames=12, passes=40),
 )
+SESSION = Scenario(
+    "session",
+    "sessions",
+    window=-1,
+    sink=0,
+    frames=18,
+    passes=6 * 5 + 5,
+    repositories=("realtime-video",),
+    context=6,
+    fused=True,
+)
+SESSIONS = (
+    SESSION,
+    replace(SESSION, name="session, all frames", context=15),
+    replace(SESSION, name="session, no whole chunks", context=7),
+    replace(SESSION, name="session, three frames", context=3),
+    replace(SESSION, name="session, not fused", fused=False),
+)
+IN_FLEX = tuple(replace(one, name=f"{one.name}, in flex attention", flex=True) for one in SESSIONS)
+LEFT_SESSION = replace(SESSION, name="session, removed", driver="left_session")
+VERIFIED = tuple(replace(one, name=f"{one.name}, verified", driver="verified") for one in (SESSION, *IN_FLEX))
 FIRST_CHUNK = Scenario(
     "own first steps",
     "few_step",
@@ -380,7 +416,19 @@ OTHER_SINKS = ("a sink of another weight", "a sink that stays")
 EVERY = (*PARITY, FIRST_CHUNK, *PASS_THROUGH, *REMOVALS, GRADIENTS_MIDWAY, *SWITCHES)
 SCENARIOS = {
     item.name: item
-    for item in (*EVERY, *PAST_ENDS, *WITHOUT_A_TABLE, *EMPTIED, *EMPTIED_UNSAID, AVERAGES, LONG_AVERAGES)
+    for item in (
+        *EVERY,
+        *PAST_ENDS,
+        *WITHOUT_A_TABLE,
+        *EMPTIED,
+        *EMPTIED_UNSAID,
+        AVERAGES,
+        LONG_AVERAGES,
+        *SESSIONS,
+        *IN_FLEX,
+        LEFT_SESSION,
+        *VERIFIED,
+    )
 }
 
 

@@ -193,6 +193,7 @@ def other_dtype_refused(kit: Kit) -> None:
     take, chunk = kit.forced(), kit.host.chunk
     kit.truth(chunk, dtype=torch.bfloat16)  # skipped if the unmodified model does not run in it
     take.passes(0, (1, 0))
+    take.passes(chunk, [2])
     take.model.to(torch.bfloat16)
     _raises(StreamShapeError, lambda: take.passes(chunk, [1]), "the dtype changed in the middle of a video")
 
