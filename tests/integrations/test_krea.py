@@ -27,8 +27,12 @@ from tests.hosts.krea import KreaAttention, KreaHost, mask_of
 from tests.hosts.standin import HEADS, LAYERS, TOKENS
 
 CHUNKS = 5
-CONTEXTS = (6, 3, 4, 7, 2)
-"""Frames that are computed again; those that are no whole chunks attend to zeros."""
+FAST = ((6, True), (4, False))
+CONTEXTS = [
+    one if one in FAST else pytest.param(*one, marks=pytest.mark.slow)
+    for one in itertools.product((6, 3, 4, 7, 2), (True, False))
+]
+"""Frames that are computed again, and whether projections are fused; no whole chunks attend to zeros."""
 
 
 def video(host: KreaHost, model: nn.Module, caches: Any, seed: int = 0) -> list[Tensor]:
@@ -44,8 +48,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+@pytest.mark.parametrize(("context", "fused"), CONTEXTS)
 def test_own_memory_changes_nothing_in_two_videos(context: int, fused: bool) -> None:
     host = KreaHost(context, fused)
     outs = []
@@ -271,6 +274,7 @@ def test_counters_stay_numbers_and_removal_leaves_them() -> None:
     assert not any(bool(cache[name].any()) for cache in caches["kv"] for name in ("k", "v"))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_served_between_two_graphs() -> None:
     host = KreaHost(4)
     outs = []
