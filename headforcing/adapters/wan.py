@@ -154,7 +154,7 @@ class WanAdapter(Adapter):
         x = self.hidden(given)
         frames, height, width = self.frames(module, given, x.shape[1])
         unit = height * width if self.start_in == "tokens" else 1
-        start, rest = divmod(int(given[self.start]), unit)
+        start, rest = divmod(self.begin(given), unit)
         if rest:
             raise StreamShapeError(
                 f"{self.start} {given[self.start]} is no multiple of {unit} tokens per frame "
@@ -166,6 +166,10 @@ class WanAdapter(Adapter):
                 f"{given[self.start]} on end at {(start + frames) * unit}"
             )
         return AttentionCall(x, start, (frames, height, width), self.anchor(cache), given)
+
+    def begin(self, given: Mapping[str, Any]) -> int:
+        """Where a call begins, in the unit of `start`."""
+        return int(given[self.start])
 
     def hidden(self, given: Mapping[str, Any]) -> Tensor:
         """Hidden states of a call, `[B, L, C]`."""
