@@ -3,8 +3,8 @@
 `HEADFORCING_UPSTREAM` names a folder that holds `Self-Forcing` (guandeh17/Self-Forcing, known to
 work at 33593df), `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc), `CausVid` (tianweiy/CausVid,
 at ca21150), `Infinite-Forcing` (SOTAMak1r, at b8feaf5), `LongLive` (NVlabs/LongLive, branch v1.0, at
-e52d9ef) and `FastVideo` (hao-ai-lab/FastVideo, at 2f3d407). What is absent is skipped. No
-weights are needed.
+e52d9ef), `FastVideo` (hao-ai-lab/FastVideo, at 2f3d407) and `streamdiffusionv2` (0.1.1 of the
+package index, unpacked). What is absent is skipped. No weights are needed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ collect_ignore = [
     "runner.py",
     "scenarios.py",
     "shims.py",
+    "streamdiffusionv2.py",
     "tiny.py",
 ]
 

@@ -12,6 +12,7 @@ from . import shims, tiny
 from .bench import Bench, Caches
 from .fastvideo import FastVideo
 from .longlive2 import LongLive2
+from .streamdiffusionv2 import StreamDiffusionV2
 
 
 class CausVid(Bench):
@@ -105,5 +106,6 @@ HOSTS: dict[str, type[Bench]] = {
     "RollingForcing": RollingForcing,
     "LongLive2": LongLive2,
     "FastVideo": FastVideo,
+    "streamdiffusionv2": StreamDiffusionV2,
 }
 """How to build what a repository runs; all others are built as Self Forcing is."""

@@ -24,7 +24,11 @@ from torch import Tensor
 from . import fastvideo, longlive2, shims
 from .scenarios import SCENARIOS, Case
 
-PIPELINES = {"CausVid": "causvid.models.wan.causal_inference", "FastVideo": fastvideo.STAGES}
+PIPELINES = {
+    "CausVid": "causvid.models.wan.causal_inference",
+    "FastVideo": fastvideo.STAGES,
+    "streamdiffusionv2": "models.wan.causal_stream_inference",
+}
 PREPARE = {"FastVideo": fastvideo.prepare, "LongLive2": longlive2.prepare}
 
 
