@@ -2,7 +2,8 @@
 
 Facts: cache dicts have `k` and `v` for 21 frames and no indices; calls say where they write, from
 `current_start` to `current_end` in tokens; every chunk attends from frame 0 on, and frame 21 does not fit;
-another rollout begins at frame 0 on the same dicts without resetting them.
+another rollout begins at frame 0 on the same dicts without resetting them. A fork with a sink and the same
+`forward` (StreamDiffusionV2 in daydream Scope) rolls its cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class CausVid(WanAdapter):
 
     name = "causvid"
     forward, end = (*CALL, "current_end"), "current_end"
-    numbers = ("num_heads", "head_dim")
+    numbers, absent = ("num_heads", "head_dim"), ("sink_size",)
     verified = {"91ec675c977a1c99": "absolute"}  # ca21150
 
 

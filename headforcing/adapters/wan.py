@@ -169,7 +169,7 @@ class WanAdapter(Adapter):
         x = self.hidden(given)
         frames, height, width = self.frames(module, given, x.shape[1])
         unit = height * width if self.start_in == "tokens" else 1
-        begin = _number(module, given[self.start])
+        begin = self.begin(module, given)
         start, rest = divmod(begin, unit)
         if rest:
             raise StreamShapeError(
@@ -182,6 +182,10 @@ class WanAdapter(Adapter):
                 f"end at {(start + frames) * unit}"
             )
         return AttentionCall(x, start, (frames, height, width), self.anchor(cache), given)
+
+    def begin(self, module: nn.Module, given: Mapping[str, Any]) -> int:
+        """Where a call begins, in the unit of `start`."""
+        return _number(module, given[self.start])
 
     def hidden(self, given: Mapping[str, Any]) -> Tensor:
         """Hidden states of a call, `[B, L, C]`."""

@@ -34,7 +34,15 @@ from tests.hosts import find_host
 from tests.hosts.rig import Rig
 
 MIXED: tuple[HeadRole, ...] = (Local(), Anchor(), Memory(), SlidingWindow(6, positions="absolute"))
-ONE_GRAPH = ("self_forcing", "causvid", "longlive", "longlive2", "infinity_rope", "fastvideo")
+ONE_GRAPH = (
+    "self_forcing",
+    "causvid",
+    "longlive",
+    "longlive2",
+    "infinity_rope",
+    "fastvideo",
+    "streamdiffusionv2",
+)
 """Hosts whose calls can be taken apart; the one of Rolling Forcing has no room for these roles."""
 PHASED = Memory(clean_window=6)
 WARM, FEW, MANY = 2, 6, 100

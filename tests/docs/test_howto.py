@@ -95,6 +95,17 @@ def _rolling() -> Stage:
     return stage
 
 
+def _streaming() -> Stage:
+    stage = Stage(find_host("streamdiffusionv2"), 21)
+    pipeline = SimpleNamespace(
+        generator=SimpleNamespace(model=stage.model),
+        num_kv_cache=stage.host.dense,
+        text_encoder=lambda text_prompts: text_prompts,
+    )
+    stage.names["pipe"] = SimpleNamespace(pipeline_manager=SimpleNamespace(pipeline=pipeline))
+    return stage
+
+
 PAGES: dict[str, Callable[[], Stage]] = {
     "self-forcing": lambda: Stage(find_host("self_forcing"), -1),
     "causvid": lambda: Stage(find_host("causvid"), 21),
@@ -106,6 +117,7 @@ PAGES: dict[str, Callable[[], Stage]] = {
     "infinity-rope#memrope": lambda: Stage(find_host("longlive"), 12),
     "krea": lambda: Stage(find_host("krea"), -1),
     "fastvideo": lambda: Stage(find_host("fastvideo"), 21),
+    "streamdiffusionv2": _streaming,
     "diffusers": lambda: Stage(find_host("anyflow_far"), 12, chunk=2),
     "diffusers#sana-wm-stage-2": lambda: _Refiner(find_host("sana_wm"), 14),
 }

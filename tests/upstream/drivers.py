@@ -97,6 +97,18 @@ def _emptied(bench: Any) -> Outcome:
     return outcome
 
 
+def _refused(bench: Bench) -> Outcome:
+    """Make a video that our library may refuse."""
+    pipeline = bench.few_step()
+    try:
+        video = _video(pipeline, bench.noise())
+    except HeadForcingError as error:
+        bench.facts["refused"] = str(error)
+        return bench.outcome()
+    bench.facts["refused"] = ""
+    return bench.outcome(video=video)
+
+
 def _past_the_end(bench: Bench) -> Outcome:
     """Make a video that is longer than the cache."""
     pipeline = bench.few_step()
@@ -338,6 +350,7 @@ DRIVERS: dict[str, Callable[[Bench], Outcome]] = {
     "emptied": _emptied,
     "emptied unsaid": _emptied,
     "past_the_end": _past_the_end,
+    "refused": _refused,
     "cfg": _cfg,
     "overlap": _overlap,
     "no_cache": _no_cache,

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import headforcing
+
 from .scenarios import REPOSITORIES, UNTOUCHED, Case
 
 VARIABLE = "HEADFORCING_UPSTREAM"
@@ -126,10 +128,9 @@ class Upstream:
 
 def _call_runner(job_path: Path) -> subprocess.CompletedProcess[str]:
     package = Path(__file__).parent
+    library = str(Path(headforcing.__file__).parents[1])  # the one that is tested here
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]).rstrip(
-            os.pathsep
-        ),
+        "PYTHONPATH": os.pathsep.join([str(package.parent), library]),
         "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -13,6 +13,7 @@ from .bench import Bench, Caches, arguments
 from .fastvideo import FastVideo
 from .krea import Krea
 from .longlive2 import LongLive2
+from .streamdiffusionv2 import StreamDiffusionV2
 
 
 class CausVid(Bench):
@@ -128,5 +129,6 @@ HOSTS: dict[str, type[Bench]] = {
     "LongLive2": LongLive2,
     "FastVideo": FastVideo,
     "realtime-video": Krea,
+    "streamdiffusionv2": StreamDiffusionV2,
 }
 """How to build what a repository runs; all others are built as Self Forcing is."""

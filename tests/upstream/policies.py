@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 import headforcing as hf
-from headforcing.adapters.base import find_adapter
+from headforcing.adapters.base import Adapter, find_adapter
 from headforcing.integrations.longlive2 import LongLive2
 from headforcing.integrations.rolling_forcing import RollingForcing
+from headforcing.integrations.streamdiffusionv2 import StreamDiffusionV2
 from headforcing.roles import Full, HeadRole, SlidingWindow
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.positions import PositionScheme
@@ -55,8 +56,7 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     if policy == PRESET:
         return hf.apply_head_forcing(model, PRESET, chunk=scenario.chunk)
     if policy == EQUAL:
-        slots = LongLive2(use_relative_rope=True) if case_of_slots(scenario) else None
-        return hf.apply_head_forcing(model, "own", adapter=slots)
+        return hf.apply_head_forcing(model, "own", adapter=told_adapter(scenario))
     roles = POLICIES[policy](scenario)
     if isinstance(roles, HeadRole):
         roles = [roles] * HEADS
@@ -68,9 +68,13 @@ def apply(model: nn.Module, scenario: Scenario, policy: str) -> Any:
     return handle
 
 
-def case_of_slots(scenario: Scenario) -> bool:
-    """Whether it is LongLive 2 with positions that only its pipeline knows."""
-    return scenario.raw_keys and scenario.repositories == ("LongLive2",)
+def told_adapter(scenario: Scenario) -> Adapter | None:
+    """Return an adapter that is told what only the pipeline knows, where there is such a thing."""
+    if scenario.raw_keys and scenario.repositories == ("LongLive2",):
+        return LongLive2(use_relative_rope=True)
+    if scenario.repositories == ("streamdiffusionv2",):
+        return StreamDiffusionV2(num_kv_cache=scenario.window, sink=max(3, scenario.sink))
+    return None
 
 
 def _window(scenario: Scenario, role: type[SlidingWindow] = SlidingWindow) -> SlidingWindow:

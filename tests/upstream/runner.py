@@ -24,8 +24,12 @@ from torch import Tensor
 from . import fastvideo, krea, longlive2, shims
 from .scenarios import SCENARIOS, Case
 
-PIPELINES = {"CausVid": "causvid.models.wan.causal_inference", "FastVideo": fastvideo.STAGES}
-PIPELINES["realtime-video"] = "release_server"
+PIPELINES = {
+    "CausVid": "causvid.models.wan.causal_inference",
+    "FastVideo": fastvideo.STAGES,
+    "realtime-video": "release_server",
+    "streamdiffusionv2": "models.wan.causal_stream_inference",
+}
 PREPARE = {"FastVideo": fastvideo.prepare, "LongLive2": longlive2.prepare, "realtime-video": krea.prepare}
 
 

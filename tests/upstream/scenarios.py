@@ -19,6 +19,7 @@ REPOSITORIES = {
     "LongLive2": "wan_5b.modules.causal_model",
     "FastVideo": "fastvideo.models.dits.causal_wanvideo",
     "realtime-video": "wan.modules.causal_model",
+    "streamdiffusionv2": "models.wan.causal_model",
 }
 """The module of every repository that defines its causal model."""
 LIKE_SELF_FORCING = ("Self-Forcing", "Causal-Forcing")
@@ -44,6 +45,7 @@ CONTROLS = (
     "head budgets",
 )
 ROLLING_CONTROLS = ("first frames stay where they were", "window six frames wider")
+RING_CONTROLS = ("no sink", "window one frame short", "compact positions")
 NINE_FRAMES = "the last nine frames"
 FIVE_FRAMES = "the last five frames"
 PRESET = "streaming_llm"
@@ -73,6 +75,7 @@ class Scenario:
         context: In Krea, the frames that are computed again before every chunk.
         fused: In Krea, whether projections are fused, and trained on after that.
         flex: In Krea, whether masks are left to PyTorch's flex attention, which rounds otherwise.
+        variant: What else is switched on.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Scenario:
     raw_keys: bool = False
     switch: int = 0
     shots: int = 0
+    variant: str = ""
     context: int = 0
     fused: bool = False
     flex: bool = False
@@ -195,6 +199,30 @@ SHOTS = Scenario(
 TWO_SHOTS = replace(SHOTS, name="two shots", shots=1)
 
 REWARD = replace(SLIDING, name="mixed sink", repositories=("Reward-Forcing",))
+ONE_SLOT = Scenario(
+    "one slot",
+    "few_step",
+    window=6,
+    sink=3,
+    frames=21,
+    passes=7 * 2,
+    steps=(700, 500),
+    repositories=("streamdiffusionv2",),
+)
+RING = replace(ONE_SLOT, name="ring", chunk=1, passes=20, steps=(700,))
+RINGS = (RING, replace(RING, name="ring, short", window=5, sink=2))
+TWO_STEP_RING = replace(RING, name="ring, two steps", passes=40, steps=(700, 500))
+TWICE = replace(RING, name="ring, second video", driver="second_video", frames=20, passes=38)
+TWICE_FORGOTTEN = replace(TWICE, name="ring, second video, slots forgotten", variant="slots forgotten")
+REFUSED_RINGS = {
+    "stream batch": "mode='single-wo'",
+    "adaptive sink": "adapt_sink_threshold",
+    "positions go back": "t_refresh",
+}
+"""What is refused, and what the refusal names."""
+RINGS_REFUSED = tuple(
+    replace(TWO_STEP_RING, name=variant, driver="refused", variant=variant) for variant in REFUSED_RINGS
+)
 
 PARITY = (
     Scenario("w6 s0", "few_step", window=6, sink=0, frames=18, passes=30, repositories=WITH_BOTH),
@@ -287,6 +315,8 @@ PARITY = (
     replace(REWARD, name="mixed sink, image", window=7, sink=1, frames=18, passes=31, image=True),
     replace(REWARD, name="mixed sink, second video", driver="second_video", passes=70),
     replace(REWARD, name="mixed sink, guided", driver="cfg", passes=70),
+    ONE_SLOT,
+    replace(ONE_SLOT, name="one slot, second video", driver="second_video", passes=28),
     ROLLING,
     replace(ROLLING, name="rolling, batch 2", batch=2),
     replace(ROLLING, name="rolling, second video", driver="second_video", frames=27, passes=2 * 2 * 13),
@@ -336,6 +366,7 @@ REMOVALS = (
     replace(ROLLING, name="rolling, removal", driver="removal", frames=27, passes=2 * 2 * 13),
     replace(TWO_SHOTS, name="two shots, removal", driver="removal", passes=100),
     replace(ROLLOUTS, name="rollouts, removal", driver="removal", passes=2 * 7 * 4),
+    replace(ONE_SLOT, name="one slot, removal", driver="removal", passes=28),
 )
 
 GRADIENTS_MIDWAY = Scenario(
@@ -428,6 +459,7 @@ SCENARIOS = {
         *IN_FLEX,
         LEFT_SESSION,
         *VERIFIED,
+        *(*RINGS, TWO_STEP_RING, TWICE, TWICE_FORGOTTEN, *RINGS_REFUSED),
     )
 }
 
@@ -451,6 +483,7 @@ def control_cases() -> list[Case]:
         *cases_of(RECACHE, policy="no sink"),
         *(case for policy in ("no sink", "compact positions") for case in cases_of(TWO_SHOTS, policy=policy)),
         *(case for policy in ROLLING_CONTROLS for case in cases_of(ROLLING, policy=policy)),
+        *(case for policy in RING_CONTROLS for case in cases_of(RING, policy=policy)),
     ]
 
 
@@ -461,7 +494,7 @@ def sliding_cases(*policies: str) -> list[Case]:
 
 def parity_cases() -> list[Case]:
     """Return the runs whose output must equal the untouched run's."""
-    compiled = cases_of(SLIDING, RECACHE, TWO_SHOTS, ROLLING, ROLLOUTS, policy=COMPILED)
+    compiled = cases_of(SLIDING, RECACHE, TWO_SHOTS, ROLLING, ROLLOUTS, ONE_SLOT, policy=COMPILED)
     return [*cases_of(*PARITY, FIRST_CHUNK), *sliding_cases(GROUPS, WRAPPER, REFERENCE, COMMIT), *compiled]
 
 

@@ -71,15 +71,25 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **unused:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
+def cached_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Attend likewise to a cache of which every sample has filled its own length."""
+    ends = cache_seqlens.tolist()
+    rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), ends, strict=True)
+    return torch.cat([plain_attention(q, k[:, :end], v[:, :end]) for q, k, v, end in rows])
+
+
 def use_plain_attention() -> None:
     """Replace the CUDA kernels in every imported module of the checkout that holds one."""
     stand_ins = {
         "attention": plain_attention,
         "flash_attention": plain_attention,
         "flex_attention": flex_attention,
+        "attention_with_kvcache_fallback": cached_attention,
     }
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in ("wan", "wan_5b", "causvid", "fastvideo"):
+        if name.partition(".")[0] not in ("wan", "wan_5b", "causvid", "fastvideo", "models"):
             continue
         for attribute, stand_in in stand_ins.items():
             if callable(getattr(module, attribute, None)):

@@ -11,7 +11,9 @@ from .scenarios import (
     GRADIENTS_MIDWAY,
     LAYERS,
     PASS_THROUGH,
+    REFUSED_RINGS,
     REMOVALS,
+    RINGS_REFUSED,
     SWITCHES,
     Case,
     cases_of,
@@ -65,3 +67,10 @@ def test_a_prompt_switch_that_leaves_an_empty_sink_is_refused(case: Case, upstre
     untouched, applied = upstream.pair(case)
     assert untouched.facts["refused"] == ""
     assert "global_sink=True" in applied.facts["refused"]
+
+
+@pytest.mark.parametrize("case", cases_of(*RINGS_REFUSED), ids=str)
+def test_what_a_ring_cannot_be_served_with_is_refused(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    assert untouched.facts["refused"] == ""
+    assert REFUSED_RINGS[case.scenario.name] in applied.facts["refused"]

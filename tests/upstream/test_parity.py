@@ -16,6 +16,10 @@ from .scenarios import (
     PAST_ENDS,
     PRESET,
     REWARD,
+    RINGS,
+    TWICE,
+    TWICE_FORGOTTEN,
+    TWO_STEP_RING,
     TWO_TRANSFORMERS,
     WITHOUT_A_TABLE,
     Case,
@@ -99,6 +103,39 @@ def test_averages_are_close(case: Case, upstream: Upstream) -> None:
     assert applied.calls == case.scenario.passes * LAYERS
     limit = 1e-4 if case.dtype == "float32" else 0.1
     assert largest_difference(untouched.tensors["video"], applied.tensors["video"]) < limit
+
+
+@pytest.mark.parametrize("case", cases_of(*RINGS, TWICE_FORGOTTEN), ids=str)
+def test_a_ring_is_close(case: Case, upstream: Upstream) -> None:
+    """Not bit for bit: the ring is attended in the order of its slots, ours by age."""
+    untouched, applied = upstream.pair(case)
+    assert applied.calls == case.scenario.passes * LAYERS
+    assert torch.equal(untouched.tensors["indices"], applied.tensors["indices"])
+    limit = 1e-5 if case.dtype == "float32" else 0.1
+    for name in ("video",) if "video" in applied.tensors else ("first", "second"):
+        expected, found = untouched.tensors[name], applied.tensors[name]
+        filled = case.scenario.window
+        assert torch.equal(expected[:, :filled], found[:, :filled])
+        assert largest_difference(expected, found) < limit
+
+
+@pytest.mark.parametrize("case", cases_of(TWO_STEP_RING), ids=str)
+def test_a_ring_upstream_keeps_two_passes_of_a_chunk(case: Case, upstream: Upstream) -> None:
+    """From the chunk that fills the cache on, its second pass writes the slot of the next one."""
+    untouched, applied = upstream.pair(case)
+    expected, found = untouched.tensors["video"], applied.tensors["video"]
+    filled = case.scenario.window - 1
+    assert torch.equal(expected[:, :filled], found[:, :filled])
+    for frame in range(filled, case.scenario.frames):
+        assert largest_difference(expected[:, frame], found[:, frame]) > SMALLEST_CHANGE
+
+
+@pytest.mark.parametrize("case", cases_of(TWICE), ids=str)
+def test_a_second_video_upstream_begins_with_the_slots_of_the_first(case: Case, upstream: Upstream) -> None:
+    untouched, applied = upstream.pair(case)
+    limit = 1e-5 if case.dtype == "float32" else 0.1
+    assert largest_difference(untouched.tensors["first"], applied.tensors["first"]) < limit
+    assert largest_difference(untouched.tensors["second"], applied.tensors["second"]) > SMALLEST_CHANGE
 
 
 @pytest.mark.parametrize("case", cases_of(AVERAGES, policy=OTHER_AVERAGES), ids=str)
