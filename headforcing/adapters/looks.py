@@ -80,7 +80,8 @@ def check_module(model: object) -> None:
         return
     parts = getattr(model, "__dict__", {})
     inside = [name for name, part in parts.items() if isinstance(part, nn.Module)]
-    weights = [name for name, part in parts.items() if isinstance(getattr(part, "_modules", None), dict)]
+    holders = {type(model).__name__: model, **parts}
+    weights = [name for name, part in holders.items() if isinstance(getattr(part, "_modules", None), dict)]
     said = f"{type(model).__name__} is not a torch.nn.Module"
     if weights and not inside:
         raise UnsupportedModelError(
