@@ -17,7 +17,7 @@ from headforcing.adapters.looks import NOTHING, check_module, misses, seen, told
 from headforcing.errors import UnsupportedModelError
 
 CACHES = ["kv_cache", "cache", "past_key_values", "layer_past", "memory", "history", "conv_state", "prev_kv"]
-CACHES += ["kv_cache_meta", "inference_params", "KV_Cache", "cached_keys", "kv_cache_dict"]
+CACHES += ["kv_cache_meta", "inference_params", "KVCache", "cached_keys", "kv_cache_dict"]
 OTHERS = ["hidden_states", "encoder_hidden_states", "return_kv", "use_cache", "rope_kv", "kv_seqlen"]
 OTHERS += ["context_lens", "teacache_thresh", "state_dict", "inner_kv_dim", "cache_mask", "freqs_cache"]
 
@@ -94,7 +94,8 @@ def test_nothing_is_said_of_a_cache_where_an_argument_is_named_like_one(
     "change", [processed, patched, holding, buffered, with_part, taking_anything], ids=lambda f: f.__name__
 )
 def test_one_attention_of_many_that_may_have_a_cache_is_enough(change: Callable[[nn.Module], None]) -> None:
-    parts = [attention() for _ in range(3)]
+    cls = type(attention())
+    parts = [cls() for _ in range(3)]
     whole = nn.ModuleList(map(model, parts))
     assert without_cache(whole) == NOTHING
     change(parts[1])
@@ -152,6 +153,8 @@ def test_the_nearest_signature_comes_first_with_what_differs() -> None:
     found = seen(model(attention("a", "b", "c", "d", "e")))
     reasons = {
         "far": (("p", "q", "r"), "no far"),
+        "half": (("x", "a", "y", "z"), "no half"),
+        "less": (("x", "w", "y", "z"), "no less"),
         "other": ((), "no other"),
         "three": (("x", "a", "b", "y", "z"), "no three"),
         "one": (("x", "a", "b", "c", "d"), "no one"),
@@ -159,8 +162,8 @@ def test_the_nearest_signature_comes_first_with_what_differs() -> None:
         "two": (("x", "a", "b", "c", "d", "y"), "no two"),
     }
     said, near = misses(found, reasons)
-    assert list(said) == ["same", "one", "two", "three", "far", "other"]
-    assert near == 4
+    assert list(said) == ["same", "one", "two", "three", "half", "far", "less", "other"]
+    assert near == 5
     assert said["same"] == "no norm_q"  # the arguments are all there: something else is missing
     assert said["one"] == "forward of Attention also takes e"
     assert said["two"] == "forward of Attention lacks y and also takes e"
