@@ -20,6 +20,7 @@ class SelfForcing(CountingWan):
     absent = ("incremental_update", "fuse_projections")  # of Reward Forcing and Krea
     verified = {
         "db1f10ed3fefd97c": "absolute",  # Self Forcing 33593df, Causal Forcing 1fc7bbc
+        "6f8f8706229e5ea9": "absolute",  # One-Forcing ca345b3
         "da5906774b20a787": "compact",  # Infinite Forcing b8feaf5, whose positions are the slots of its cache
     }
 

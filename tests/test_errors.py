@@ -79,7 +79,6 @@ def test_every_error_is_ours_and_also_a_builtin_kind() -> None:
 MODELS: dict[str, Callable[[], Any]] = {
     "linear": lambda: nn.Linear(2, 2),
     "empty": nn.Module,
-    "other attention": lambda: nn.TransformerEncoderLayer(16, 2),
     "list of layers": lambda: nn.ModuleList(nn.Linear(2, 2) for _ in range(3)),
     "cross-attention only": lambda: Rig().model.blocks[0].cross_attn,
 }
@@ -99,18 +98,31 @@ def test_a_model_without_such_attention_is_unsupported(make: Callable[[], Any]) 
     before = snapshot(model)
     refused(
         UnsupportedModelError,
-        f"no adapter fits {type(model).__name__} ... self_forcing: no module has ... Pass adapter=",
+        f"no adapter fits {type(model).__name__} ... looks like attention ... Pass adapter= ... "
+        "adapters do not fit, headforcing.explain(model) says why",
         lambda: hf.apply_head_forcing(model, Local()),
     )
     assert before.diff(snapshot(model)) == []
 
 
-def test_an_unsupported_model_is_told_which_attention_was_found() -> None:
-    model = nn.TransformerEncoderLayer(16, 2)
+def test_an_unsupported_model_is_told_which_attention_was_found_and_which_adapters_are_near() -> None:
+    model = Rig().model
+    for block in model.blocks:
+        del block.self_attn.norm_k
+    error = refused(
+        UnsupportedModelError,
+        "looks like attention ... first at blocks.0.self_attn: forward(x, seq_lens, ... Pass adapter= ... "
+        "the nearest: ... self_forcing: no module has q, k, v, o, norm_q, norm_k",
+        lambda: hf.apply_head_forcing(model, Local()),
+    )
+    assert str(error).partition("the nearest:\n")[2].count("\n") == 2  # three adapters, no more
+
+
+def test_a_model_without_a_cache_is_unsupported_in_one_sentence() -> None:
     refused(
         UnsupportedModelError,
-        "found: MultiheadAttention",
-        lambda: hf.apply_head_forcing(model, Local()),
+        "TransformerEncoderLayer cannot be served: nothing in it takes a KV cache",
+        lambda: hf.apply_head_forcing(nn.TransformerEncoderLayer(16, 2), Local()),
     )
 
 

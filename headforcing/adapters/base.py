@@ -7,9 +7,7 @@ backends. It recognises a model by signatures and structure, never by a class na
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
@@ -18,6 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from headforcing.adapters.looks import misses, seen, told, without_cache
+from headforcing.adapters.signatures import bind as bind
+from headforcing.adapters.signatures import parameter_names as parameter_names
 from headforcing.errors import UnsupportedModelError, module_names
 from headforcing.roles import HeadRole
 from headforcing.roles.positions import PositionScheme
@@ -25,6 +26,8 @@ from headforcing.types import AttentionCall, Edit, Phase, TracedCall
 
 Memo = MutableMapping[str, Any]
 """What an adapter notes per layer and timeline, a dict; empty when the timeline begins."""
+NEAREST = 3
+"""So many adapters are named in the error that none fits."""
 
 
 class Adapter(ABC):
@@ -34,9 +37,12 @@ class Adapter(ABC):
         verified: digests of attention classes (`adapters.verified.digest`) that were compared with
             `own_memory`, each with the positions of its own memory. Other code is warned about, unless this
             is empty.
+        forward: names of the arguments of the attention's `forward`, where the base model is recognised by
+            them; errors then say in what another one differs. Default: by something else.
     """
 
     verified: ClassVar[Mapping[str, PositionScheme]] = {}
+    forward: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -192,88 +198,44 @@ class Adapter(ABC):
         """Undoes `release` and leaves the base model's cache as freshly allocated."""
 
 
-def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names of the module's `forward`, defaults filled in."""
-    cls: Any = type(module)
-    simple = _simple(cls)
-    if simple is not None and len(args) < len(simple[0]):
-        (first, *names), defaults, required = simple
-        given = {*names[: len(args)], *kwargs}
-        if len(given) == len(args) + len(kwargs) and required <= given <= defaults.keys():
-            return {first: module, **defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    bound = _signature(cls).bind(module, *args, **kwargs)  # also where it has to say what is wrong
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the module's `forward`, `self` excluded."""
-    cls: Any = type(module)
-    return tuple(_signature(cls).parameters)[1:]
-
-
-@functools.cache
-def _simple(cls: Any) -> tuple[tuple[str, ...], dict[str, Any], frozenset[str]] | None:
-    """Of a `forward` whose parameters can all be given by place or by name: names, defaults, required names.
-
-    Parameters without a default have `None` in its place, in order. `None`: some are given otherwise.
-    """
-    every = [*_signature(cls).parameters.values()]
-    if any(one.kind is not one.POSITIONAL_OR_KEYWORD for one in every):
-        return None
-    later = every[1:]
-    defaults = {one.name: None if one.default is one.empty else one.default for one in later}
-    required = frozenset(one.name for one in later if one.default is one.empty)
-    return tuple(one.name for one in every), defaults, required
-
-
-@functools.cache
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(cls.forward)
-
-
 def find_adapter(model: nn.Module) -> Adapter:
     """The adapter that fits, of those in `headforcing.integrations` and of installed plug-ins.
 
     Raises:
-        UnsupportedModelError: none fits; the message says why, for a model we know to have no such memory
-            in one sentence, else adapter by adapter.
+        UnsupportedModelError: none fits; the message says why, for a model that has no such memory in one
+            sentence, else what looks like attention in it, and what the nearest adapters miss.
     """
-    if (refused := refusal(model, "refuse_lookalike")) is not None:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
-    reasons = []
+    reasons = {}
     for adapter in adapters():
         reason = adapter.why_not(model)
         if reason is None:
             return adapter
-        reasons.append(f"  {adapter.name}: {reason}")
+        reasons[adapter.name] = (adapter.forward, reason)
     if (refused := refusal(model)) is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be served: {refused}")
-    attention_like = sorted(
-        {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
-    )
-    found = ", ".join(attention_like) if attention_like else "no module with 'attention' in its class"
-    raise UnsupportedModelError(
-        f"no adapter fits {type(model).__name__} (found: {found}):\n"
-        + "\n".join(reasons)
-        + "\nPass adapter=..., or write one: docs/porting.md"
-    )
+    found = seen(model)
+    said, near = misses(found, reasons)
+    named = [f"  {name}: {reason}" for name, reason in [*said.items()][: min(near, NEAREST)]]
+    why = f"{len(said)} adapters do not fit, headforcing.explain(model) says why"
+    lines = [*told(found), "Pass adapter=..., or write one: docs/porting.md"]
+    lines += [f"{why}; the nearest:", *named] if named else [why]
+    raise UnsupportedModelError("\n".join([f"no adapter fits {type(model).__name__}", *lines]))
 
 
-def refusal(model: nn.Module, by: str = "refuse") -> str | None:
-    """Why a model that is known cannot be served by any adapter; `None`: it is not known.
+def refusal(model: nn.Module) -> str | None:
+    """Why a model cannot be served by any adapter; `None`: nothing is known against it.
 
-    A module in `headforcing.integrations` says so by a function `refuse(model)`, or `refuse_lookalike(model)`
-    where an adapter seems to fit.
+    A module in `headforcing.integrations` says so by a function `refuse(model)`. A model that no module knows
+    is looked at for what takes a KV cache.
 
     Raises:
         UnsupportedModelError: the folder is not installed.
     """
     for module in _integrations():
-        reason: str | None = getattr(module, by, lambda _: None)(model)
+        reason: str | None = getattr(module, "refuse", lambda _: None)(model)
         if reason is not None:
             return reason
-    return None
+    return without_cache(model)
 
 
 def adapters() -> Iterator[Adapter]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from headforcing.adapters.base import Adapter, find_adapter
+from headforcing.adapters.looks import check_module
 from headforcing.apply.handle import HeadForcing
 from headforcing.apply.handles import handles_of, remove_all
 from headforcing.apply.hooks import check_phases
@@ -94,7 +95,7 @@ def apply_head_forcing(
         NonFiniteKVError: with `replace`, the video so far holds NaN or infinity that was not reported: called
             again, it goes on.
     """
-    _check_model(model)
+    check_module(model)
     adapter = find_adapter(model) if adapter is None else _adapter(adapter)
     check_single(sites_of(model, [module for _, module in adapter.attentions(model)]))
     layers, heads, head_dim = _shape(model, adapter)
@@ -138,16 +139,8 @@ def remove_head_forcing(model: nn.Module) -> None:
         PatchedModuleError: a hook added after apply still wraps one of our modules.
         NonFiniteKVError: a video ended with NaN or infinity that was not reported; all is removed.
     """
-    _check_model(model)
+    check_module(model)
     remove_all(handles_of(model))
-
-
-def _check_model(model: object) -> None:
-    if isinstance(model, nn.Module):
-        return
-    inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
-    hint = f"pass one of its modules: {', '.join(inside)}" if inside else "pass the model itself"
-    raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: {hint}")
 
 
 def _check_merging(role_map: RoleMap, adapter: Adapter) -> None:

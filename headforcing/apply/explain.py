@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from headforcing.adapters.base import Adapter, adapters, parameter_names, refusal
+from headforcing.adapters.base import Adapter, adapters, refusal
+from headforcing.adapters.looks import Seen, check_module, misses, seen, told
 from headforcing.apply.handles import handles_of
 from headforcing.apply.unverified import unverified
 from headforcing.attention.module import HeadForcingMixin, original_class
-from headforcing.errors import HeadForcingError, OptionError, UnsupportedModelError
+from headforcing.errors import HeadForcingError, OptionError
 from headforcing.roles import HeadRole
 
 FEW = 6
@@ -39,23 +40,6 @@ class Layer:
     kind: str
     heads: int
     head_dim: int
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A class of modules that looks like attention.
-
-    Attributes:
-        kind: its name.
-        count: modules of it.
-        path: dotted name of the first.
-        forward: what its forward takes.
-    """
-
-    kind: str
-    count: int
-    path: str
-    forward: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,13 +81,9 @@ class Explanation:
         lines += [f"  {what}: {reason}" for what, reason in self.unknown.items()]
         lines += [f"  fits as well: {name}" for name in self.also]
         lines += [f"  applied: {part}" for part in self.applied] or ["  nothing is applied"]
+        lines += told(self.seen)
         if self.why_not and not self.refused:
             lines += ["why not", *(f"  {name}: {reason}" for name, reason in self.why_not.items())]
-        lines += (
-            ["looks like attention", *(_told(seen) for seen in self.seen)]
-            if self.seen
-            else ["nothing looks like attention: no class has it in its name"]
-        )
         if self.adapter is None and not self.refused:
             lines.append("pass adapter=..., or write one: docs/porting.md")
         return "\n".join(lines)
@@ -132,17 +112,16 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         UnsupportedModelError: it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: pass the model itself")
-    fitting, reasons = list[Adapter](), dict[str, str]()
+    check_module(model)
+    found = seen(model, _class)
+    fitting, reasons = list[Adapter](), dict[str, tuple[tuple[str, ...], str]]()
     for adapter in adapters():
         reason = adapter.why_not(model)
         if reason is None:
             fitting.append(adapter)
         else:
-            reasons[adapter.name] = reason
-    refused = refusal(model, "refuse_lookalike")
-    first = fitting[0] if fitting and refused is None else None
+            reasons[adapter.name] = (adapter.forward, reason)
+    first = fitting[0] if fitting else None
     unknown: dict[str, str] = {}
     window = chunk = own = None
     layers: tuple[Layer, ...] = ()
@@ -162,14 +141,14 @@ def explain(model: nn.Module) -> Explanation:
         model=_kind(model),
         adapter=None if first is None else first.name,
         also=tuple(adapter.name for adapter in fitting[1:]),
-        why_not=reasons,
-        refused=refusal(model) if first is None and refused is None else refused,
+        why_not=misses(found, reasons)[0],
+        refused=refusal(model) if first is None else None,
         layers=layers,
         window=window,
         chunk=chunk,
         own=tuple(own or ()),
         unknown=unknown,
-        seen=_seen(model),
+        seen=found,
         applied=tuple(str(handle.status()).splitlines()[0] for handle in handles_of(model)),
     )
 
@@ -183,25 +162,12 @@ def _asked(unknown: dict[str, str], what: str, ask: Callable[[], Any]) -> Any:
         return None
 
 
-def _seen(model: nn.Module) -> tuple[Seen, ...]:
-    found: dict[type, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        cls = original_class(module) if isinstance(module, HeadForcingMixin) else type(module)
-        if any(part in cls.__name__.lower() for part in ("attention", "attn")):
-            found.setdefault(cls, []).append((path, module))
-    return tuple(
-        Seen(cls.__name__, len(places), places[0][0], parameter_names(places[0][1]))
-        for cls, places in found.items()
-    )
+def _class(module: nn.Module) -> type:
+    return original_class(module) if isinstance(module, HeadForcingMixin) else type(module)
 
 
 def _kind(module: nn.Module) -> str:
-    return (original_class(module) if isinstance(module, HeadForcingMixin) else type(module)).__name__
-
-
-def _told(seen: Seen) -> str:
-    takes = ", ".join(seen.forward)
-    return f"  {seen.count} x {seen.kind}, first at {seen.path or 'the top'}: forward({takes})"
+    return _class(module).__name__
 
 
 def _frames(count: int | None) -> str:

@@ -129,12 +129,29 @@ def test_an_applied_model_is_explained_as_what_it_was() -> None:
 
 
 def test_a_foreign_model_is_told_what_every_adapter_misses() -> None:
+    model = Rig().model
+    for block in model.blocks:
+        del block.self_attn.norm_k
+    found = hf.explain(model)
+    text = str(found)
+    assert (found.adapter, found.refused, found.layers, set(found.why_not)) == (None, None, (), OTHERS)
+    assert text.startswith(f"{type(model).__name__}: no adapter fits")
+    assert (
+        f"2 x {type(model.blocks[0].self_attn).__name__}, first at blocks.0.self_attn: forward(x, seq" in text
+    )
+    assert "docs/porting.md" in text
+    assert next(iter(found.why_not)) == "self_forcing"  # the nearest
+
+
+def test_a_model_without_a_cache_is_told_so() -> None:
     found = hf.explain(nn.TransformerEncoderLayer(8, 2, 8))
     text = str(found)
     assert (found.adapter, found.layers, set(found.why_not)) == (None, (), OTHERS)
-    assert text.startswith("TransformerEncoderLayer: no adapter fits")
+    assert text.startswith(
+        "TransformerEncoderLayer: no adapter fits\n  cannot be served: nothing in it takes"
+    )
     assert "1 x MultiheadAttention, first at self_attn: forward(query, key, value, " in text
-    assert "docs/porting.md" in text
+    assert "docs/porting.md" not in text
     assert "nothing looks like attention" in str(hf.explain(nn.Linear(1, 1)))
 
 

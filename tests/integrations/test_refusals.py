@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import headforcing as hf
 from headforcing.adapters import base as adapter
 from headforcing.adapters.base import adapters, find_adapter, refusal
+from headforcing.adapters.looks import NOTHING
 from headforcing.cli import app
 from headforcing.errors import UnsupportedModelError, module_names
 from headforcing.integrations.self_forcing import SelfForcing
@@ -34,14 +35,35 @@ WORLD = {
     "in_channels": 4, "num_layers": 2, "softmax_every_n": 2, "hidden_size": 24, "num_attention_heads": 2,
     "linear_head_dim": 12, "chunk_plucker_channels": 4, "caption_channels": 8,
 }  # fmt: skip
+COSMOS = {
+    **SMALL, "num_layers": 1, "mlp_ratio": 1.0, "text_embed_dim": 8, "adaln_lora_dim": 8,
+    "max_size": (4, 4, 4),
+}  # fmt: skip
+FRAMEPACK = {
+    **SMALL, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 1.0,
+    "text_embed_dim": 8, "pooled_projection_dim": 8, "rope_axes_dim": (4, 4, 4), "image_proj_dim": 8,
+    "has_image_proj": True, "has_clean_x_embedder": True,
+}  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "HeliosTransformer3DModel": (HELIOS, "no KV cache: each step receives the past as latents"),
+    "HunyuanVideoFramepackTransformer3DModel": (
+        FRAMEPACK,
+        "each step receives the past as latents (latents_h",
+    ),
+    "CosmosTransformer3DModel": (COSMOS, "nothing in it takes a KV cache: no argument is named like one"),
+    "SkyReelsV2Transformer3DModel": (
+        {**WAN, "num_layers": 1},
+        "nothing in it takes a KV cache: no argument is named like one",
+    ),
     "WanTransformer3DModel": (WAN, "it is bidirectional: all frames are in every call"),
     "SanaVideoTransformer3DModel": (VIDEO, "its attention is linear: all frames are summed into one state"),
     "SanaWMTransformer3DModel": (WORLD, "its attention is linear: all frames are summed into one state"),
 }
 INSTEAD = {
     "HeliosTransformer3DModel": "history_sizes of its pipeline",
+    "HunyuanVideoFramepackTransformer3DModel": "history_sizes of its pipeline",
+    "CosmosTransformer3DModel": "Take an autoregressive model with a KV cache: docs/how-to/models.md",
+    "SkyReelsV2Transformer3DModel": "Take an autoregressive model with a KV cache: docs/how-to/models.md",
     "WanTransformer3DModel": "Load an autoregressive model distilled from it",
     "SanaVideoTransformer3DModel": "apply to the refiner's transformer",
     "SanaWMTransformer3DModel": "apply to the refiner's transformer",
@@ -126,7 +148,7 @@ def test_wan_without_blocks_and_sana_without_its_temporal_convolution_are_not_kn
     assert refusal(model) is None
     model = made("SanaVideoTransformer3DModel")
     del model.transformer_blocks[0].ff.conv_temp
-    assert refusal(model) is None
+    assert refusal(model) == NOTHING
 
 
 def test_what_an_adapter_serves_is_not_refused() -> None:
@@ -134,7 +156,23 @@ def test_what_an_adapter_serves_is_not_refused() -> None:
         model = find_host(name).model()
         assert refusal(model) is None
         assert hf.explain(model).refused is None
-    assert refusal(nn.TransformerEncoderLayer(8, 2, 8)) is None
+
+
+def test_every_model_of_diffusers_that_takes_a_cache_is_left_to_those_who_write_adapters() -> None:
+    """These have one, for images or animation; what is said of models without would be wrong of them."""
+    diffusers = pytest.importorskip("diffusers", minversion="0.42")
+    with torch.device("meta"):
+        for kind in ("GlmImageTransformer2DModel", "WanAnimate2Transformer3DModel"):
+            model = getattr(diffusers, kind)(num_layers=1)
+            assert refusal(model) is None
+            with pytest.raises(UnsupportedModelError, match=f"^no adapter fits {kind}\nlooks like attention"):
+                find_adapter(model)
+        for kind in (
+            "HunyuanVideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "MochiTransformer3DModel",
+        ):
+            assert refusal(getattr(diffusers, kind)(num_layers=1)) == NOTHING
 
 
 def test_an_adapter_that_is_given_or_fits_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
