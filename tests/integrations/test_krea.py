@@ -267,6 +267,10 @@ def test_counters_stay_numbers_and_removal_leaves_them() -> None:
     video(host, model, caches)
     counts = [[cache[name] for name in ("global_end_index", "local_end_index")] for cache in caches["kv"]]
     assert counts == [[(9 + 3) * TOKENS] * 2] * LAYERS
+    with torch.no_grad():
+        host._begin(model, caches, CHUNKS * host.chunk)
+    counts = [[cache[name] for name in ("global_end_index", "local_end_index")] for cache in caches["kv"]]
+    assert counts == [[9 * TOKENS] * 2] * LAYERS
     handle.remove()
     assert [
         [cache[name] for name in ("global_end_index", "local_end_index")] for cache in caches["kv"]
