@@ -45,8 +45,18 @@ headforcing presets --window 12 --grid 22x40
 
 A preset that treats all heads alike goes by name, `apply_head_forcing(model, "memrope")`. The others need a
 label for every head. Labels belong to a checkpoint: [import or measure them](measuring.md), then call
-`headforcing.roles.maps.presets.PRESETS["forcing_kv"].labelled(labels)`. Results on the demo model:
-[Presets on the demo](preset-results.md).
+`headforcing.roles.maps.presets.PRESETS["pyramid_forcing"].labelled(labels, window, chunk)`. Results on the
+demo model: [Presets on the demo](preset-results.md).
+
+The sources publish their numbers for a window of {window} frames. At another window, a number that its source
+ties to the window is multiplied by `window / {window}` and rounded down, to at least 1; a number that is tied
+to a chunk follows the chunk, and all others stay. Below, each preset says which are which. At any window, no
+query attends to more frames than the window, but for `full`, and no head stores more than the window and a
+chunk, but for `full` and wave heads. A preset that would require more is refused with a `WindowError`.
+
+Pass the window and the chunk of your model to `labelled`, or to `headforcing roles import`; a preset that
+goes by name takes them from the model. On a model with a larger window, a map works and stores no more; on
+one with a smaller window, a map whose numbers are beyond it is refused.
 
 * **Stored**, **attended**: frames that a head stores, and frames that a query attends to in a noisy pass,
   both including the current chunk, once a video is long. If heads differ, it is the mean over the published

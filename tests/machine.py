@@ -71,12 +71,12 @@ def switches() -> st.SearchStrategy[Switch]:
 
 
 USUAL: list[list[HeadRole]] = [
-    [Local(3, 1), Veil(1, 1, blocks=2, block=2)],
+    [Local(3, 1), Veil(1, 1, 9, WINDOW, blocks=2, block=2)],
     [Memory(1, 2, 2), Averaging(8, 1, 0.25, 0.5)],
     [Memory(1, 3, 1, Uniform(), positions="absolute"), Full(), EmaSink(7, 2, 0.25)],
     [SlidingWindow(8, 2, positions="absolute"), Dynamic(1, 2, 0), Memory(1, 2, 3)],
-    [Participating(8, 1, 4, 1), Local(2, 2, positions="clamped"), Veil(3, 1, blocks=2, block=4)],
-    [Wave(1, 1, period=2, cap=2), Anchor(1, 2), Memory(2, 4, 2, ThresholdFifo())],
+    [Participating(8, 1, 4, 1), Local(2, 2, positions="clamped"), Veil(3, 1, 9, WINDOW, blocks=2, block=4)],
+    [Wave(1, 1, 9, WINDOW, period=2, cap=2), Anchor(1, 2), Memory(2, 4, 2, ThresholdFifo())],
 ]
 """Roles for which every switch makes a difference."""
 
@@ -403,7 +403,7 @@ STORY = [
 ROLES = [
     *{role: None for row in USUAL for role in row},
     Rolling(7, 2),
-    Strided(1, 1, period=3, cap=2),
+    Strided(1, 1, 9, WINDOW, period=3, cap=2),
     Memory(1, 4, 2, clean_window=WINDOW),
     Anchor(3, 2, clean_window=WINDOW),
 ]

@@ -87,6 +87,7 @@ TESTS: dict[str, list[str]] = {
     "headforcing/roles/maps/importers/": ["tests/roles/maps/test_importers.py"],
     "headforcing/roles/maps/preset": [
         "tests/roles/maps/test_presets.py",
+        "tests/roles/maps/test_preset_windows.py",
         GOLDEN,
         "tests/roles/maps/test_importers.py",
     ],

@@ -49,9 +49,9 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
         Local: st.builds(lambda p, s: Local(recent=p[0], sink=p[1], positions=s), pair, ends),
         Anchor: st.builds(lambda p, s: Anchor(sink=p[0], recent=p[1], positions=s), pair, ends),
         Memory: memories(window, chunk),
-        Wave: _cycles(Wave),
-        Strided: _cycles(Strided),
-        Veil: _veils(),
+        Wave: _cycles(Wave, window),
+        Strided: _cycles(Strided, window),
+        Veil: _veils(window),
         Dynamic: st.builds(
             lambda sink, pieces, skip, positions: Dynamic(sink, pieces, skip, positions=positions),
             *(st.integers(0, 4), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 3), two),
@@ -82,20 +82,20 @@ def _fits(role: HeadRole, window: int, chunk: int) -> bool:
     return True
 
 
-def _cycles(kind: type[Wave] | type[Strided]) -> st.SearchStrategy[HeadRole]:
+def _cycles(kind: type[Wave] | type[Strided], window: int) -> st.SearchStrategy[HeadRole]:
     """Heads of Pyramid Forcing that select frames by cycles, differently per query frame."""
     few = st.integers(0, 4)
     return st.builds(
-        lambda sink, period, cap, recent: kind(sink, recent, period=period, cap=cap),
+        lambda sink, period, cap, recent: kind(sink, recent, 0, window, period=period, cap=cap),
         *(few, st.integers(1, 7), few, few),
     )
 
 
-def _veils() -> st.SearchStrategy[HeadRole]:
+def _veils(window: int) -> st.SearchStrategy[HeadRole]:
     few = st.integers(0, 4)
     return st.builds(
         lambda sink, recent, blocks, block, patch: Veil(
-            sink, recent, blocks=blocks, block=block, patch=patch
+            sink, recent, 0, window, blocks=blocks, block=block, patch=patch
         ),
         *(few, few, few, st.integers(1, 5), st.integers(1, 2)),
     )

@@ -70,15 +70,15 @@ def _row(preset: Preset, size: ModelSize) -> dict[str, Any]:
         "source": preset.source,
         "published": dict(preset.published),
         "counted": preset.counted,
-        "labels": list(preset.labels_needed(size.window, size.chunk)),
+        "labels": list(preset.labels_needed()),
     }
-    roles = preset.roles(size.window, size.chunk)
     try:
+        roles = preset.roles(size.window, size.chunk)
         fitted = {label: role.fit(size.window, size.chunk) for label, role in roles.items()}
     except WindowError as error:
         return {**row, "does_not_fit": str(error)}
     row["roles"] = [_role(label, role, preset, size) for label, role in fitted.items()]
-    shares = preset.shares(size.window, size.chunk)
+    shares = preset.shares()
     for name in ("stored", "attended"):
         row[name] = None if shares is None else _mean([each[name] for each in row["roles"]], shares)
     if shares is None:

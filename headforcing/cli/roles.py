@@ -95,19 +95,21 @@ def import_file(
     base_model: Annotated[
         str | None, typer.Option(help="Public name of the checkpoint it is for, stored as a note.")
     ] = None,
+    window: Annotated[int, typer.Option(help="Frames the model was trained on.", min=1)] = 21,
+    chunk: Annotated[int, typer.Option(help="Frames of a chunk.", min=1)] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Make a role map from the head labels of another project.
 
-    Labels are imported exactly or not at all. They get the roles of the preset of the same name; the notes of
-    the map list them.
+    Labels are imported exactly or not at all. They get the roles of the preset of the same name, for the
+    window of the model; the notes of the map list them.
     """
     with clean_errors():
         from headforcing.cli.tables import role_tables, summary
         from headforcing.roles.maps.importers import import_roles
         from headforcing.roles.maps.origin import Origin
 
-        role_map = import_roles(file, form)
+        role_map = import_roles(file, form, window=window, chunk=chunk)
         if base_model is not None:
             notes = {**role_map.origin.notes, "base_model": base_model}
             role_map = dataclasses.replace(role_map, origin=Origin(notes=notes))

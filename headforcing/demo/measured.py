@@ -113,7 +113,7 @@ def demo_preset(name: str, window: int = 21, chunk: int = 3) -> RoleMap:
     if name not in PRESETS:
         raise OptionError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     preset, config = PRESETS[name], DemoConfig()
-    if not preset.labels_needed(window, chunk):
+    if not preset.labels_needed():
         return preset.uniform(config.layers, config.heads, window, chunk)
     found, file = preset.labelled(labels(name), window, chunk), label_file()
     origin = Origin(

@@ -41,7 +41,7 @@ def of_preset(preset: Preset, size: ModelSize) -> RoleMap:
         OptionError: how many heads have which label is not published.
         WindowError: a role does not fit the window.
     """
-    if preset.shares(size.window, size.chunk) is None:
+    if preset.shares() is None:
         raise OptionError(
             f"{preset.name}: {preset.counted}, so what it takes is not known: give a role map of your model "
             "with --roles"
@@ -52,7 +52,7 @@ def of_preset(preset: Preset, size: ModelSize) -> RoleMap:
 
 def published_map(preset: Preset, roles: Mapping[str, HeadRole], size: ModelSize) -> RoleMap:
     """A map with the published numbers of heads, as one layer; of the model, where all heads are alike."""
-    if not preset.labels_needed(size.window, size.chunk):
+    if not preset.labels_needed():
         (role,) = roles.values()
         return RoleMap.uniform(role, size.layers, size.heads)
     return RoleMap((tuple(role for label, role in roles.items() for _ in range(preset.published[label])),))

@@ -60,7 +60,10 @@ class Participating(HeadRole):
     def fit(self, window: int, chunk: int) -> HeadRole:
         least = self.sink + self.chosen + max(self.recent, chunk)
         if self.window < least:
-            raise WindowError(f"{self} requires a window of at least {least} frames for a chunk of {chunk}")
+            raise WindowError(
+                f"{self} requires a window of at least {least} frames for a chunk of {chunk}: "
+                "give it fewer first or chosen frames"
+            )
         return super().fit(window, chunk)
 
     def compressed(self) -> CompressedHistory | None:

@@ -34,7 +34,8 @@ class _Clamped(HeadRole):
         sink: first frames of the video.
         recent: last frames.
         near: distance of the far frames until the video is that long.
-        far: their distance after that; 21 is one more than a model of 21 frames was trained on.
+        far: their distance after that, at most the window; 21 is one more than a model of 21 frames was
+            trained on.
     """
 
     sink: int
@@ -51,15 +52,22 @@ class _Clamped(HeadRole):
             raise RoleError(f"{self}: expected near <= far")
 
     def fit(self, window: int, chunk: int) -> HeadRole:
-        """The role, if no frame at its true distance is further back than the far frames.
+        """The role, if far frames are within the window, and no frame at its true distance is further back.
 
         Raises:
-            WindowError: its last frames, or its blocks, are.
+            WindowError: the far frames are not, or last frames or blocks are.
         """
+        if self.far > window:
+            raise WindowError(
+                f"{self} puts old frames at a distance of {self.far}, but the model was trained on {window} "
+                f"frames: lower near and far to at most {window}, or make the map for this window, such as "
+                f"headforcing.roles.maps.presets.pyramid_forcing(labels, window={window})"
+            )
         if self._reach(chunk) > self.far:
             raise WindowError(
                 f"{self} attends to frames {self._reach(chunk)} before a query of a chunk of {chunk} at "
-                f"their true distance, but all older than {self.far} frames have one position: raise far"
+                f"their true distance, but all older than {self.far} frames have one position: raise far, or "
+                "give it fewer frames"
             )
         return super().fit(window, chunk)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from headforcing.adapters import base
+from headforcing.adapters import signatures
 
 
 class Plain(nn.Module):
@@ -50,7 +50,7 @@ calls = st.tuples(
 
 
 def check(*call: Any) -> None:
-    assert answer(base.bind, *call) == answer(by_inspect, *call)
+    assert answer(signatures.bind, *call) == answer(by_inspect, *call)
 
 
 @given(calls)
@@ -65,13 +65,13 @@ def check_some() -> None:
 
 @pytest.mark.parametrize("wrong", ["required", "defaults", "names"])
 def test_what_passes_over_a_part_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, defaults, required = base._simple(Plain)
+    names, defaults, required = signatures._simple(Plain)
     broken = {
         "required": (names, defaults, frozenset()),
         "defaults": (names, {**defaults, "other": 0}, required),
         "names": ((names[0], *names[:0:-1]), defaults, required),
     }[wrong]
     check_some()
-    monkeypatch.setattr(base, "_simple", lambda _: broken)
+    monkeypatch.setattr(signatures, "_simple", lambda _: broken)
     with pytest.raises(AssertionError):
         check_some()

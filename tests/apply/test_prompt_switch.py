@@ -178,7 +178,7 @@ def test_after_a_smooth_switch_nothing_is_evicted_while_everything_fits(
 
 @pytest.mark.parametrize("store", sorted(STORES))
 def test_first_frames_that_a_cut_keeps_are_merged_into_the_first_block(store: str) -> None:
-    role = Veil(3, 1, blocks=2, patch=1)
+    role = Veil(3, 1, 9, WINDOW, blocks=2, patch=1)
     held = told(role, store)
     for start in (0, 3, 6, 9, 12, 15):
         if start == 9:
@@ -240,7 +240,9 @@ def test_memory_stays_the_same_from_switch_to_switch() -> None:
         Switch("recall", mark="a"),
         Switch("recache", frames=3),
     )
-    held = RingStore(grouped([Local(3, 1), Memory(1, 2, 2), Veil(1, 1, blocks=2)]), window=WINDOW, layer=0)
+    held = RingStore(
+        grouped([Local(3, 1), Memory(1, 2, 2), Veil(1, 1, 9, WINDOW, blocks=2)]), window=WINDOW, layer=0
+    )
     start, sizes = 0, []
     for number in range(36):
         if number:
@@ -265,7 +267,7 @@ TABLES: dict[str, list[HeadRole]] = {
         Local(2, 1, positions="absolute"),
         Memory(1, 2, 2, Uniform(), positions="absolute"),
     ],
-    "digests": [Veil(), Averaging(9, 2), Dynamic(1, 4), Wave()],
+    "digests": [Veil(far=9, near=6, block=1), Averaging(9, 2), Dynamic(1, 4), Wave(far=9, near=6)],
 }
 
 

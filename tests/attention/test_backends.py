@@ -300,9 +300,15 @@ def test_what_cannot_run_here_says_so_at_the_first_call():
 
 # Through the whole library.
 
+WAVE = Wave(near=6, far=9)
 ROLES = [
     [Anchor(1, 1), Local(1), Anchor(1, 1), Memory(1, 2, 1)],
-    [Wave(1, 1, period=2, cap=1), Local(1), Veil(1, 1, blocks=1, block=2, patch=2), SlidingWindow(6)],
+    [
+        Wave(1, 1, 6, 9, period=2, cap=1),
+        Local(1),
+        Veil(1, 1, 6, 9, blocks=1, block=2, patch=2),
+        SlidingWindow(6),
+    ],
 ]
 
 
@@ -389,7 +395,10 @@ def test_the_ring_store_is_read_in_place(batch, row):
 
 @pytest.mark.parametrize(
     "row",
-    [pytest.param((Wave(),) * 4, marks=pytest.mark.slow), (Wave(), Strided(), Veil(), Wave())],
+    [
+        pytest.param((WAVE,) * 4, marks=pytest.mark.slow),
+        (WAVE, Strided(near=6, far=9), Veil(near=6, far=9, block=1), WAVE),
+    ],
     ids=["one", "many"],
 )
 def test_what_query_frames_see_is_read_in_place_once_memories_are_full(row):

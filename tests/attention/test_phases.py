@@ -30,6 +30,7 @@ from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWind
 from headforcing.roles.base import bounded, sees_compressed
 from headforcing.roles.episodic import Uniform
 from headforcing.roles.forcing_kv import Dynamic
+from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 from headforcing.roles.memrope import Averaging
 from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
@@ -86,9 +87,9 @@ ROLES: list[HeadRole] = [
     Memory(1, 2, 3),
     Memory(2, 4, 2, Uniform()),
     Memory(1, 3, 2, Uniform(), positions="absolute"),
-    Wave(1, 2, period=3, cap=2),
-    Strided(2, 1, period=2, cap=3),
-    Veil(2, 2, blocks=2, block=2),
+    Wave(1, 2, 9, WINDOW, period=3, cap=2),
+    Strided(2, 1, 9, WINDOW, period=2, cap=3),
+    Veil(2, 2, 9, WINDOW, blocks=2, block=2),
 ]
 
 
@@ -188,9 +189,7 @@ EVERY: list[HeadRole] = [
     Memory(1, 2, 2, Uniform(), positions="absolute"),
     SlidingWindow(6, 1, positions="absolute"),
     Full(),
-    Wave(),
-    Strided(),
-    Veil(),
+    *PRESETS["pyramid_forcing"].roles(9, 3).values(),
     Averaging(9, 2),
     Dynamic(1, 4),
 ]
@@ -236,7 +235,9 @@ def test_the_host_tells_the_clean_pass_and_every_layer_hears() -> None:
     assert phases == ["denoise", "denoise", "clean"] * 2
 
 
-@pytest.mark.parametrize("role", [Local(6), Memory(1, 3, 2), Full(), Wave()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "role", [Local(6), Memory(1, 3, 2), Full(), Wave(near=6, far=9)], ids=lambda r: type(r).__name__
+)
 def test_with_the_clean_pass_left_out_it_is_the_role_inside(role: HeadRole) -> None:
     """Until the first clean pass that sees less, and for ever where the window is as large as everything."""
     outputs = []

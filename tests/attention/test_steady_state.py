@@ -66,7 +66,9 @@ EVERY_ROLE = (*ROLES.values(), Anchor(1))  # the heads of the anchor role are no
 ROWS = {**{name: (role, role) for name, role in {**ROLES, **BESIDE}.items()}, "every role": EVERY_ROLE}
 OTHER_WORK = ("memory, uniform", "participating", "every role")
 FIXED = {name: row for name, row in ROWS.items() if name not in OTHER_WORK}
-PYRAMID = {"wave": (Wave(), Wave()), "strided": (Strided(), Strided()), "veil": (Veil(patch=1), Wave())}
+WAVE, STRIDED = (kind(near=9, far=WINDOW) for kind in (Wave, Strided))
+VEIL = Veil(near=9, far=WINDOW, block=2, patch=1)
+PYRAMID = {"wave": (WAVE, WAVE), "strided": (STRIDED, STRIDED), "veil": (VEIL, WAVE)}
 
 
 def rows(*tables: dict[str, Any]) -> Any:
@@ -687,9 +689,7 @@ def test_an_object_that_stays_is_found():
         check_no_object_stays(layer, chunks=60, allowed=SOME_BYTES)
 
 
-@pytest.mark.parametrize(
-    "row", [(Averaging(WINDOW),) * 2, (Veil(patch=1), Veil(patch=1))], ids=["see", "copy"]
-)
+@pytest.mark.parametrize("row", [(Averaging(WINDOW),) * 2, (VEIL, VEIL)], ids=["see", "copy"])
 def test_tokens_that_are_put_together_in_every_pass_are_found(row):
     with pytest.raises(AssertionError, match="cat"):
         check_a_pass_makes_nothing_larger_than_its_chunk(Layer(row, store=with_banks(Scattered)))

@@ -19,6 +19,7 @@ from headforcing.measure.classifiers import find_classifier
 from headforcing.measure.profile import HeadProfile, ProfileFacts
 from headforcing.roles.maps import hub
 from headforcing.roles.maps.origin import Measurement, ModelFacts, Origin
+from headforcing.roles.maps.presets import pyramid_forcing
 
 RUN = CliRunner()
 LAYERS, HEADS, WINDOW, CHUNK = 3, 4, 21, 3
@@ -441,6 +442,10 @@ def test_labels_of_another_project_are_imported(tmp_path):
     assert {name for row in RoleMap.load(out).labels for name in row} <= {"anchor", "wave", "veil"}
     assert notes["imported"] == "pyramid_forcing"
     assert told["hash"] == RoleMap.load(out).hash
+    assert RoleMap.load(out) == pyramid_forcing(RoleMap.load(out).labels)
+    parsed(run("import", tmp_path / "labels.csv", *options, "--window", 12, "--json"))
+    assert RoleMap.load(out) == pyramid_forcing(RoleMap.load(out).labels, 12)
+    assert refused(run("import", tmp_path / "labels.csv", *options, "--window", 12, "--chunk", 9), "12", "9")
     said = run("import", tmp_path / "labels.csv", *options)
     assert said.exit_code == 0
     assert "the role of its preset" in " ".join(said.stdout.split())

@@ -45,6 +45,7 @@ class Rig:
         dtype: dtype of the weights and the noise.
         layers: blocks of the model.
         heads: heads per block.
+        grid: height and width of a frame in patches.
 
     Example:
         >>> rig = Rig(window=6)
@@ -61,9 +62,10 @@ class Rig:
         dtype: torch.dtype = torch.float32,
         layers: int = 2,
         heads: int = 4,
+        grid: tuple[int, int] = (4, 4),
     ) -> None:
         self.window, self.dtype = window, dtype
-        self.config = DemoConfig(dim=16 * heads, layers=layers, heads=heads, grid=(4, 4))
+        self.config = DemoConfig(dim=16 * heads, layers=layers, heads=heads, grid=grid)
         model = DemoModel(self.config).randomize(torch.Generator().manual_seed(1))
         self.model: DemoModel = model.eval().requires_grad_(False).to(dtype)
         model.local_attn_size, model.sink_size = window, sink

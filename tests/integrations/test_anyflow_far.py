@@ -442,11 +442,11 @@ def test_roles_that_average_frames_are_served_while_all_frames_are_full() -> Non
 
 
 def test_roles_that_read_per_query_are_served_and_those_that_merge_patches_are_not(plain: Tensor) -> None:
-    found = forced(Strided(1, 1, period=2, cap=1))
+    found = forced(Strided(1, 1, 5, 5, period=2, cap=1))
     assert found.isfinite().all()
     assert apart(found, plain) > APART
     with pytest.raises(UnsupportedModelError, match="takes no patch"):
-        hf.apply_head_forcing(made(), Veil(1, 1, blocks=1, block=1, patch=2))
+        hf.apply_head_forcing(made(), Veil(1, 1, 5, 5, blocks=1, block=1, patch=2))
 
 
 def test_a_prompt_switch_is_refused_with_what_to_do() -> None:

@@ -27,6 +27,7 @@ from headforcing.measure.profile import HeadProfile
 from headforcing.roles import Anchor, Full, Local, Memory, SlidingWindow
 from headforcing.roles.episodic import ThresholdFifo, Uniform
 from headforcing.roles.maps.file import encode_role
+from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.pyramid_forcing import Wave
 from tests.examples import examples
 from tests.profiles import CANDIDATES, permuted, profile_of, random_profile
@@ -475,6 +476,10 @@ def test_pyramid_forcing_on_planted_heads():
     found = pyramid_forcing.classify(profile_of({"qk_logits.by_age": heads}))
     assert found.labels == (("anchor", "veil", "wave", "wave", "anchor", "veil", "anchor", "anchor"),)
     assert found.roles["wave"] == Wave()
+    profile = profile_of({"qk_logits.by_age": heads})
+    model = profile.facts.model.model_copy(update={"window": 12})
+    small = dataclasses.replace(profile, facts=profile.facts.model_copy(update={"model": model}))
+    assert pyramid_forcing.classify(small).roles == PRESETS["pyramid_forcing"].roles(12, 3) != found.roles
     step = torch.cat([torch.ones(12), torch.full((3,), -100.0), torch.full((3,), torch.nan)])
     exact = pyramid_forcing.classify(profile_of({"qk_logits.by_age": logits(wave(6.4) + 0.1, step, -step)}))
     assert exact.labels == (("wave", "anchor", "veil"),)  # 6.4 frames, and 12 of 15 logits

@@ -123,16 +123,18 @@ def encode(x: torch.Tensor, positions: Any, patch: int = 1) -> torch.Tensor:
     return x + 1000.0 * torch.tensor(positions, dtype=x.dtype)[:, None, None, None]
 
 
-def check_like_enough(role: HeadRole, numbers: dict[str, int], store: type[KVStore]) -> None:
+def check_like_enough(
+    role: HeadRole, numbers: dict[str, int], store: type[KVStore], window: int = WINDOW
+) -> None:
     """With large numbers, a role sees what it sees with numbers that are large enough, or says why not."""
     try:
         large = dataclasses.replace(role, **numbers)
         with Small():
-            found = views(large, store)
+            found = views(large, store, window)
     except HeadForcingError:
         return
     enough = {name: ENOUGH[number] for name, number in numbers.items()}
-    wanted = views(dataclasses.replace(role, **enough), store)
+    wanted = views(dataclasses.replace(role, **enough), store, window)
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -167,7 +169,7 @@ class AllInFront(RotatedBank):
     [
         (AllAtOnce, SlidingWindow(8, positions="absolute"), {"window": 10**9}),
         (AllAtOnce, SlidingWindow(8, positions="absolute"), {"window": 10**20}),
-        (AllAtOnce, every.Wave(), {"cap": 10**9}),
+        (AllAtOnce, every.Wave(near=9, far=WINDOW), {"cap": 10**9}),
         (AllInFront, every.Veil(), {"blocks": 10**9, "far": 10**20}),
     ],
     ids=str,
@@ -175,9 +177,10 @@ class AllInFront(RotatedBank):
 def test_the_test_catches_memory_that_is_reserved(
     bank: type[RotatedBank], role: HeadRole, numbers: dict[str, int]
 ) -> None:
-    check_like_enough(role, numbers, RotatedStore)
+    window = max(WINDOW, numbers.get("far", 0))
+    check_like_enough(role, numbers, RotatedStore, window)
     with pytest.raises((AssertionError, RuntimeError, TypeError, OverflowError)):
-        check_like_enough(role, numbers, with_banks(bank))
+        check_like_enough(role, numbers, with_banks(bank), window)
 
 
 RotatedStore = with_banks(RotatedBank)

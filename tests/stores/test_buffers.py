@@ -164,7 +164,7 @@ def addresses(store: Any) -> list[int]:
 
 
 def test_buffers_stay_over_chunks_videos_and_resets() -> None:
-    store = store_of([Local(1), Memory(1, 2, 2), Wave(period=3, cap=2)])
+    store = store_of([Local(1), Memory(1, 2, 2), Wave(near=9, far=WINDOW, period=3, cap=2)])
     for start in range(0, 12 * CHUNK, CHUNK):
         write(store, range(start, start + CHUNK))
     before = addresses(store), store.nbytes()

@@ -32,10 +32,16 @@ from tests.strategies import GRID, frame_tensor, queries
 
 WINDOW = 12
 ROWS: dict[str, list[HeadRole]] = {
-    "frames": [Memory(1, 2, 2), Local(5, sink=1), Full(), Memory(1, 2, 2), Wave(period=2, cap=1)],
+    "frames": [
+        Memory(1, 2, 2),
+        Local(5, sink=1),
+        Full(),
+        Memory(1, 2, 2),
+        Wave(near=9, far=WINDOW, period=2, cap=1),
+    ],
     "compressed": [
         Averaging(8, sink=1),
-        Veil(sink=1, blocks=1),
+        Veil(sink=1, near=9, far=WINDOW, blocks=1),
         EmaSink(8, sink=2),
         Participating(9, sink=1, recent=3),
         Dynamic(),

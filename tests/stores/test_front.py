@@ -108,6 +108,9 @@ class Asking(CompressedHistory):
 class Curious(Veil):
     """A role whose query frames see different tokens."""
 
+    near: int = 9
+    far: int = WINDOW
+    block: int = 1
     said: int | None = None
 
     def compressed(self) -> CompressedHistory:
@@ -287,7 +290,12 @@ def test_more_tokens_than_were_promised_are_refused() -> None:
 @pytest.mark.parametrize("store", ["reference", "lean", "ring"])
 def test_keys_beside_frames_are_of_the_type_that_is_attended_to(store: str) -> None:
     """Some hosts normalise keys in float32 and keep values in bfloat16."""
-    for role in (Averaging(), Participating(8, 1, 2, 1), Dynamic(), Veil(patch=1)):
+    for role in (
+        Averaging(),
+        Participating(8, 1, 2, 1),
+        Dynamic(),
+        Veil(far=WINDOW, near=9, block=2, patch=1),
+    ):
         side = Side([role], random.Random(0), [store_class(store)])
         side.kinds = KINDS[2]
         for _ in range(5):

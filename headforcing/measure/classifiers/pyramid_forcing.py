@@ -11,7 +11,7 @@ Our choices: weights 1/h of harmonics h = 1..3 (the paper's are unpublished); `<
 are averaged over passes, while the paper votes over prompts; which passes count (see `classify`).
 Not `scipy.signal.periodogram`: here, series of different lengths share one spectrum, each with its window.
 
-The labels get the roles of its released configuration (`headforcing.roles.pyramid_forcing`).
+The labels get the roles of its preset (`headforcing.roles.maps.presets`), for the window of the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from headforcing.errors import OptionError, ProfileError
 from headforcing.measure.classifiers import Classification, as_margin, share, table
 from headforcing.measure.profile import HeadProfile
-from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
+from headforcing.roles.maps.presets import PRESETS
 
 GRID = 256
 """Points of the zero-padded Fourier transform; 6.4 frames are one of its periods."""
@@ -64,13 +64,14 @@ def classify(profile: HeadProfile, *, polarity: float = 0.8, period: float = 6.4
         as_margin((found - period).abs(), found).nan_to_num(1.0),
         as_margin(mean.abs(), mean),
     ]
+    model = profile.facts.model
     running = torch.stack(margins).cummin(0).values
     asked = torch.where(anchor, 0, torch.where(veil, 1, torch.where(wave, 2, 3)))
     return Classification(
         "pyramid_forcing",
         table([NAMES[number] for number in code.tolist()], profile.shape[1]),
         running.gather(0, asked[None])[0].view(profile.shape),
-        {"anchor": Strided(), "wave": Wave(), "veil": Veil()},
+        PRESETS["pyramid_forcing"].roles(model.window, model.chunk),
         settings,
         ("qk_logits",),
     )

@@ -13,6 +13,8 @@ from headforcing.roles.maps.role_map import RoleMap
 Roles = Mapping[str, HeadRole]
 """What the labels of a preset mean; a preset that requires no labels has the one label `all`."""
 ALL = "all"
+WINDOW, CHUNK = 21, 3
+"""Of Self Forcing, for which the sources publish their numbers."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Preset:
 
     Attributes:
         name: its name.
-        roles: its roles by label, from the window and the chunk in frames.
+        roles: its roles by label, from the window of a model and its chunk, in frames; a WindowError where
+            it requires more.
         source: where it is published, as an arXiv id, or in words.
         classifier: the classifier that finds its labels; `None`: all heads are alike, or none is known.
         importer: format of its published labels for `headforcing roles import`, where we read it.
@@ -39,14 +42,14 @@ class Preset:
     counted: str = ""
     first_layer: str | None = None
 
-    def labels_needed(self, window: int = 21, chunk: int = 3) -> tuple[str, ...]:
+    def labels_needed(self) -> tuple[str, ...]:
         """Its labels; none, where all heads are alike."""
-        names = tuple(self.roles(window, chunk))
+        names = tuple(self.roles(WINDOW, CHUNK))
         return () if names == (ALL,) else names
 
-    def shares(self, window: int = 21, chunk: int = 3) -> Mapping[str, float] | None:
+    def shares(self) -> Mapping[str, float] | None:
         """Share of all heads per label, as published; `None` where it is not known for every label."""
-        names = self.labels_needed(window, chunk)
+        names = self.labels_needed()
         if not names:
             return {ALL: 1.0}
         if set(names) != set(self.published):
@@ -59,12 +62,13 @@ class Preset:
 
         Raises:
             RoleMapError: it does not; the message says how to get its labels.
+            WindowError: it requires more frames than the window.
         """
-        if needed := self.labels_needed(window, chunk):
+        if needed := self.labels_needed():
             raise RoleMapError(f"{self.name} has other memories for {_listed(needed)} heads: {self._how()}")
         return RoleMap.uniform(self.roles(window, chunk)[ALL], layers, heads)
 
-    def labelled(self, labels: Sequence[Sequence[str]], window: int = 21, chunk: int = 3) -> RoleMap:
+    def labelled(self, labels: Sequence[Sequence[str]], window: int = WINDOW, chunk: int = CHUNK) -> RoleMap:
         """The map for given labels.
 
         Args:
@@ -74,8 +78,9 @@ class Preset:
 
         Raises:
             RoleMapError: the method takes no labels, there is another one, or the table is malformed.
+            WindowError: it requires more frames than the window.
         """
-        if not self.labels_needed(window, chunk):
+        if not self.labels_needed():
             raise RoleMapError(f"{self.name} gives all heads the same memory: it takes no labels")
         table = [list(row) for row in labels]
         known = self.roles(window, chunk)

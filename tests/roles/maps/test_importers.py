@@ -95,7 +95,9 @@ def test_a_table_of_pyramid_forcing_becomes_a_map(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text(CSV)
     role_map = import_roles(path, "pyramid_forcing")
-    wave, anchor, veil = (pyramid_forcing.ROLES[name] for name in ("wave", "anchor", "veil"))
+    wave, anchor, veil = (
+        PRESETS["pyramid_forcing"].roles(21, 3)[name] for name in ("wave", "anchor", "veil")
+    )
     assert role_map.layers == (
         (wave, anchor, veil, anchor),
         (veil, wave, wave, anchor),
@@ -113,12 +115,12 @@ def test_a_profile_of_forcing_kv_becomes_a_map(tmp_path):
     path = tmp_path / "heads.json"
     path.write_bytes(text_of(PROFILE))
     role_map = import_roles(str(path), "forcing_kv")
-    assert role_map == hf.RoleMap.from_labels(LABELS, forcing_kv.ROLES)
     preset = PRESETS["forcing_kv"]
-    assert preset.roles(21, 3) == forcing_kv.ROLES
-    assert preset.labelled(role_map.labels).layers == ((forcing_kv.ROLES[STATIC],) * 4, *role_map.layers[1:])
+    roles = preset.roles(21, 3)
+    assert role_map == hf.RoleMap.from_labels(LABELS, roles)
+    assert preset.labelled(role_map.labels).layers == ((roles[STATIC],) * 4, *role_map.layers[1:])
     given = import_roles(path, "forcing_kv", {DYNAMIC: Local(3)})
-    assert given == hf.RoleMap.from_labels(LABELS, {**forcing_kv.ROLES, DYNAMIC: Local(3)})
+    assert given == hf.RoleMap.from_labels(LABELS, {**roles, DYNAMIC: Local(3)})
     assert role_map.origin.notes["file_says_profile"] == "tiny"
     assert role_map.origin.notes["file_says_description"] == "mass"
     assert hf.RoleMap.from_json(role_map.to_json()).origin == role_map.origin
@@ -400,7 +402,7 @@ def test_a_reader_that_drops_what_it_does_not_understand_is_found():
                         table[record["layer_idx"]][head] = STATIC
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RoleMapError("x") from error
-        return importers.Imported(table, forcing_kv.ROLES)
+        return importers.Imported(table)
 
     with pytest.raises(AssertionError):
         fuzzed(careless, [json.dumps(PROFILE)], plain_json, 4_000)

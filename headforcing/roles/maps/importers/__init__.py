@@ -16,6 +16,8 @@ from headforcing.errors import OptionError, named_module
 from headforcing.roles import HeadRole
 from headforcing.roles.maps.file import read_bytes
 from headforcing.roles.maps.origin import Origin, Scalar
+from headforcing.roles.maps.preset import CHUNK, WINDOW
+from headforcing.roles.maps.presets import PRESETS
 from headforcing.roles.maps.role_map import RoleMap
 
 
@@ -25,35 +27,44 @@ class Imported:
 
     Attributes:
         labels: name of the role of every head, `labels[layer][head]`.
-        roles: the roles of the preset of that name, by label.
         says: what the file says about itself, such as a profile name and a description.
     """
 
     labels: Sequence[Sequence[str]]
-    roles: Mapping[str, HeadRole]
     says: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def import_roles(path: str | Path, format: str, roles: Mapping[str, HeadRole] | None = None) -> RoleMap:
+def import_roles(
+    path: str | Path,
+    format: str,
+    roles: Mapping[str, HeadRole] | None = None,
+    *,
+    window: int = WINDOW,
+    chunk: int = CHUNK,
+) -> RoleMap:
     """The role map of a file of another project.
 
     Args:
         path: the file.
         format: name of the importer, such as `pyramid_forcing`.
         roles: what the labels mean, where it is not to be the role of the preset.
+        window: frames the model was trained on; numbers of the preset follow it.
+        chunk: frames of a chunk.
 
     Raises:
         OptionError: there is no such importer, or it knows no label of a name in `roles`.
         RoleMapError: the file cannot be read, or anything at all is wrong with it.
+        WindowError: the preset requires more frames than the window.
     """
     path = Path(path)
     read = cast(Callable[[bytes, str], Imported], named_module(__name__, format).read)
     content = read_bytes(path)
     found = read(content, str(path))
-    given = dict(roles or {})
-    if unknown := sorted(set(given) - set(found.roles)):
-        raise OptionError(f"roles names {unknown}: {format} has the labels {', '.join(found.roles)}")
-    meaning = {**found.roles, **given}
+    (preset,) = (one for one in PRESETS.values() if one.importer == format)
+    known, given = preset.roles(window, chunk), dict(roles or {})
+    if unknown := sorted(set(given) - set(known)):
+        raise OptionError(f"roles names {unknown}: {format} has the labels {', '.join(known)}")
+    meaning = {**known, **given}
     notes: dict[str, Scalar] = {
         "imported": format,
         "file": path.name.encode("utf-8", "backslashreplace").decode(),

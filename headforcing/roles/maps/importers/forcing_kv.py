@@ -19,13 +19,11 @@ from headforcing.errors import RoleMapError
 from headforcing.roles.maps import strict_json
 from headforcing.roles.maps.file import MAX_BYTES
 from headforcing.roles.maps.importers import Imported
-from headforcing.roles.maps.presets import PRESETS
 
 NAMES = {
     "static": ("static_head", "static_heads", "local_head", "local_heads", "spatial_head", "spatial_heads"),
     "dynamic": ("dynamic_head", "dynamic_heads", "temporal_head", "temporal_heads"),
 }
-ROLES = PRESETS["forcing_kv"].roles(21, 3)
 TEXTS, COUNTS = ("format", "profile", "description"), ("num_layers", "num_heads")
 
 
@@ -49,7 +47,7 @@ def read(content: bytes, source: str) -> Imported:
         rows[layer] = _row(record, heads, where)
         heads = len(rows[layer])
     says = {name: header[name] for name in TEXTS if name in header}
-    return Imported(_table(rows, header.get("num_layers"), source), ROLES, says)
+    return Imported(_table(rows, header.get("num_layers"), source), says)
 
 
 def _split(entries: Any, source: str) -> tuple[dict[str, Any], Any]:

@@ -2,7 +2,7 @@
 
 -1 is Wave, 1 is Anchor, 2 is Veil. The file says nothing about the model it belongs to.
 
-The labels get the roles of its released configuration (`headforcing.roles.pyramid_forcing`).
+The labels get the roles of its preset (`headforcing.roles.maps.presets`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import re
 from headforcing.errors import RoleMapError
 from headforcing.roles.maps.file import MAX_BYTES
 from headforcing.roles.maps.importers import Imported
-from headforcing.roles.pyramid_forcing import Strided, Veil, Wave
 
 LABELS = {"-1": "wave", "1": "anchor", "2": "veil"}
-ROLES = {"wave": Wave(), "anchor": Strided(), "veil": Veil()}
 
 
 def read(content: bytes, source: str) -> Imported:
@@ -43,7 +41,7 @@ def read(content: bytes, source: str) -> Imported:
             raise RoleMapError(
                 f"{source}: layer {layer} (line {layer + 1}) has {len(row)} heads, layer 0 has {len(rows[0])}"
             )
-    return Imported([[LABELS[cell] for cell in row] for row in rows], ROLES)
+    return Imported([[LABELS[cell] for cell in row] for row in rows])
 
 
 def _shown(cell: str) -> str:
