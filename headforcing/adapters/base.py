@@ -102,14 +102,18 @@ class Adapter(ABC):
 
     @abstractmethod
     def project(self, module: nn.Module, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE."""
+        """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE.
+
+        Where several heads of queries share keys (GQA), `H` counts the heads of keys, and the queries that
+        share them follow each other as tokens: all `P` of the first, then of the next.
+        """
 
     @abstractmethod
     def rotate(self, x: Tensor, call: AttentionCall, positions: Sequence[float], patch: int = 1) -> Tensor:
         """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the base model would.
 
         Args:
-            x: queries or keys.
+            x: queries or keys; queries that share keys have a multiple of `P` tokens, as from `project`.
             call: the call; its `heads` say whose they are, where every head is rotated differently.
             positions: temporal positions.
             patch: side of the squares of patches that were merged into one, which is rotated as its top left
@@ -151,10 +155,10 @@ class Adapter(ABC):
         """
         return None
 
-    def answer(self, y: Tensor, numbers: Tensor) -> Any:
+    def answer(self, y: Tensor, numbers: Tensor, call: TracedCall) -> Any:
         """What a compiled forward returns: `y` as `output` made it, and the whole numbers after it.
 
-        Default: `y` alone.
+        What else the original returns must be among the arguments of the call. Default: `y` alone.
         """
         return y
 

@@ -109,7 +109,7 @@ class HeadForcingMixin(nn.Module):
         call = adapter.traced_call(self, args, kwargs)
         if call is None or tracks_gradients(self, call.like) or not traced.fits(call.arguments):
             return traced.serve_between_graphs(self, args, kwargs)
-        return adapter.answer(*traced.attend(state.key, state.activity.order, call))
+        return adapter.answer(*traced.attend(state.key, state.activity.order, call), call)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         own: Any = self  # what PyTorch compiled for this object stays with it
