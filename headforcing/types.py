@@ -184,13 +184,13 @@ class AttentionCall:
         grid: frames, height and width of the chunk in patches, `(F, h, w)`.
         anchor: the object whose life is the life of the timeline (for Self Forcing the key tensor
             of the cache); `None` where the base model has no cache object.
-        arguments: the original call by parameter name, for the adapter.
+        arguments: the original call by parameter name, for the adapter. A dict of this call alone: what
+            `project` puts into it, `output` finds there.
         phase: which pass this is, where some role requires it.
         repeats: whether a call that ends where the video ends, but begins before its last chunk, means that
             the base model recomputes these frames, as after a new prompt (KV recache).
         emptied: whether the base model kept nothing but the recomputed frames.
-        rolling: whether the base model denoises several chunks at once; see `Chunk`.
-        shift: how far the base model moves these frames on the temporal axis, in frames.
+        rolling, shift: see `Chunk`.
         heads: whose queries or keys are rotated, where a model rotates heads differently; `None`: all.
         rotary_cache: rotation factors of the RoPE table, for all roles of this call, where they are not kept
             from call to call; see `rope.rotate`.
@@ -200,7 +200,7 @@ class AttentionCall:
     start: int
     grid: tuple[int, int, int]
     anchor: object | None
-    arguments: Mapping[str, Any] = field(repr=False)
+    arguments: dict[str, Any] = field(repr=False)
     phase: Phase = "denoise"
     repeats: bool = False
     emptied: bool = False

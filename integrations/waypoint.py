@@ -19,16 +19,16 @@ Attention is PyTorch's instead of `flex_attention`, so results are equal to roun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from torch.utils.weak import WeakIdKeyDictionary
 
 from headforcing.adapters.base import Adapter, Memo, bind, parameter_names
 from headforcing.adapters.host_cache import allocate_again, free, version
+from headforcing.adapters.host_numbers import host_numbers
 from headforcing.errors import ExternalEditError, RoleError, StreamError, StreamShapeError
 from headforcing.roles import Dilated, HeadRole, SlidingWindow
 from headforcing.types import AttentionCall, Phase, TracedCall
@@ -100,7 +100,7 @@ class Waypoint(Adapter):
                 f"{given['x'].shape[1]} tokens: expected one frame of {grid[1]}x{grid[2]} patches per call"
             )
         arguments = {**given, **held, "rope": (module.rope.cos, module.rope.sin)}
-        return AttentionCall(given["x"], _frame(given["pos_ids"]["t_pos"]), grid, held["kv"], arguments)
+        return AttentionCall(given["x"], _frame(module, given["pos_ids"]["t_pos"]), grid, held["kv"], arguments)
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """Whether the cache was emptied.
@@ -207,21 +207,12 @@ class Waypoint(Adapter):
         return next(module.config for _, module in self.attentions(model))
 
 
-_FRAMES: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
-"""Frame number and version of a tensor; one per pass: all layers receive the same, and reading it waits."""
-
-
-def _frame(positions: Tensor) -> int:
+def _frame(module: nn.Module, positions: Tensor) -> int:
     """The number of the frame of a call, of its tokens' temporal positions `[B, L]`."""
-    edits = version(positions)
-    if edits is not None and positions in _FRAMES and _FRAMES[positions][1] == edits:
-        return _FRAMES[positions][0]
-    first, last = torch.stack(torch.aminmax(positions)).tolist()
-    if first != last:
-        raise StreamShapeError(f"t_pos goes from frame {first} to {last}: expected one frame per call")
-    if edits is not None:
-        _FRAMES[positions] = first, edits
-    return int(first)
+    frames = {frame for sample in host_numbers(module, positions) for frame in sample}
+    if len(frames) > 1:
+        raise StreamShapeError(f"t_pos has the frames {sorted(frames)}: expected one frame per call")
+    return int(frames.pop())
 
 
 def _held(module: Any, cache: Any) -> dict[str, Any]:

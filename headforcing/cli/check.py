@@ -142,11 +142,11 @@ def _table(report: Report) -> Any:
     table.add_column("what it proves, or the reason")
     for result in report.results:
         outcome = Text(result.outcome, style=COLOURS[result.outcome])
-        table.add_row(result.name, outcome, Text(result.reason or result.proves))
+        told = " ".join([result.proves, *([f"Measured: {result.measured}"] if result.measured else [])])
+        table.add_row(result.name, outcome, Text(result.reason or told))
     return table
 
 
 def _summary(report: Report) -> str:
-    counts = ", ".join(f"{report.count(name)} {name}" for name in ("passed", "failed", "skipped"))
     first = f"; begin with {report.failed[0].name}" if report.failed else ""
-    return f"{report.adapter}: {counts}{first}"
+    return f"{report.adapter}: {report.summary}{first}"

@@ -189,7 +189,7 @@ def _compared(found: Verdict, before: Sequence[_Call], ours: Sequence[_Call], ch
         return replace(
             found, result="different", difference=float("inf"), first=_location(before, other), hint=hint
         )
-    gaps = [_gap(a.tokens, b.tokens) for a, b in zip(before, ours, strict=True)]
+    gaps = [gap(a.tokens, b.tokens) for a, b in zip(before, ours, strict=True)]
     limit = ROUNDING.get(before[where].dtype, 0.0)
     beyond = next((number for number, gap in enumerate(gaps) if not gap <= limit), None)
     first = _location(before, where if beyond is None else beyond)
@@ -307,8 +307,8 @@ def _same_bits(a: _Call, b: _Call) -> bool:
     return _same_frames(a, b) and torch.equal(a.bits, b.bits)
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
-    """Largest difference, over the root mean square."""
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, over the root mean square of the first."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / a.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny))
 

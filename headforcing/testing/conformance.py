@@ -61,6 +61,9 @@ class Result:
         outcome: passed, failed or skipped.
         reason: why it failed and what to check, or why it was skipped.
         seconds: how long it took.
+        compared: passes of an applied model that were compared with the unmodified one.
+        apart: the largest difference among them, over the root mean square of the output; 0: they are equal
+            bit for bit. More only up to `Host.rounding`.
     """
 
     name: str
@@ -68,6 +71,18 @@ class Result:
     outcome: Outcome
     reason: str = ""
     seconds: float = 0.0
+    compared: int = 0
+    apart: float = 0.0
+
+    @property
+    def measured(self) -> str:
+        """What a check that passed has measured, in words; empty: it compared no passes."""
+        if not self.compared or self.outcome != "passed":
+            return ""
+        many = f"{self.compared} pass{'es' * (self.compared != 1)}"
+        if not self.apart:
+            return f"equal bit for bit in {many}"
+        return f"equal to rounding in {many}, which differ by up to {self.apart:.2g} (Host.rounding)"
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,11 @@ class Report:
         """The checks that failed; begin with the first."""
         return tuple(result for result in self.results if result.outcome == "failed")
 
+    @property
+    def rounded(self) -> tuple[Result, ...]:
+        """The checks that passed because of `Host.rounding`."""
+        return tuple(result for result in self.results if result.outcome == "passed" and result.apart)
+
     def count(self, outcome: Outcome) -> int:
         """The number of checks with this outcome."""
         return sum(result.outcome == outcome for result in self.results)
@@ -107,13 +127,18 @@ class Report:
         if self.failed:
             raise AssertionError(str(self))
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many checks passed, how many of them only to rounding, failed, were skipped."""
         outcomes: tuple[Outcome, ...] = ("passed", "failed", "skipped")
         counts = ", ".join(f"{self.count(name)} {name}" for name in outcomes)
-        lines = [f"{self.adapter} with {self.host}: {counts}"]
+        return f"{counts}; {len(self.rounded)} passed only to rounding" if self.rounded else counts
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapter} with {self.host}: {self.summary}"]
         for result in self.results:
-            if result.outcome != "passed":
-                lines.append(f"  {result.outcome} {result.name}: {result.reason}")
+            if result.outcome != "passed" or result.apart:
+                lines.append(f"  {result.outcome} {result.name}: {result.reason or result.measured}")
             if result.outcome == "failed":
                 lines.append(f"    it proves: {result.proves}")
         return "\n".join(lines)
@@ -186,11 +211,13 @@ def _run(
 
 def _one(kit: Kit, check: Callable[[Kit], None]) -> Result:
     started = time.perf_counter()
+    kit.compared, kit.apart = 0, 0.0
     with torch.no_grad(), Caught() as caught:
         check(kit)
     seconds, error = time.perf_counter() - started, caught.error
     if error is None:
-        return _result(check, "passed", "", seconds)
+        proves = inspect.getdoc(check) or ""
+        return Result(check.__name__, proves, "passed", "", seconds, kit.compared, kit.apart)
     if isinstance(error, Skipped):
         return _result(check, "skipped", str(error), seconds)
     said = (

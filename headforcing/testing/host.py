@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ class Host(ABC):
         layers: causal self-attention layers.
         chunk: frames the model denoises together.
         frames: frames that the unmodified model can generate, at least three chunks.
-        dense: number of frames before its window overflows.
-        memory: the role that reproduces the unmodified model.
+        dense: number of frames before its window overflows; of several windows, the smallest.
+        memory: the role that reproduces the unmodified model, or one per layer.
         window: frames the model was trained on, to compare with the adapter; `None`: not compared.
         single: whether it can also run chunks of one frame.
+        batches: whether it can also run two samples in one batch.
+        rounding: the largest difference that counts as rounding, in float32, over the root mean square of the
+            output. For models that attend with another kernel than `scaled_dot_product_attention`; reports
+            say what was measured. If it is not 0, other dtypes have the limits of `verify`.
         unconcerned: checks that do not apply to it; our tests require that all others run.
     """
 
@@ -35,9 +40,11 @@ class Host(ABC):
     chunk: int = 3
     frames: int = 18
     dense: int = 9
-    memory: HeadRole = Full()
+    memory: HeadRole | Sequence[HeadRole] = Full()
     window: int | None = None
     single: bool = False
+    batches: bool = True
+    rounding: float = 0.0
     unconcerned: frozenset[str] = frozenset()
 
     def missing(self) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headforcing.adapters.base import Adapter
 from headforcing.apply import Roles, apply_head_forcing
 from headforcing.apply.handle import HeadForcing
+from headforcing.measure.verify import ROUNDING, gap
 from headforcing.roles import Full, HeadRole
 from headforcing.testing.host import Host
 from headforcing.types import AttentionCall
@@ -86,12 +87,16 @@ class Kit:
         host: runs the model.
         anchored: whether calls carry a cache object.
         untouched: videos of the unmodified model.
+        compared: passes that `same` compared in this check.
+        apart: the largest difference among them, over the root mean square of the output.
     """
 
     adapter: Adapter
     host: Host
     anchored: bool = True
     untouched: dict[Any, list[Tensor]] = field(default_factory=dict)
+    compared: int = 0
+    apart: float = 0.0
 
     def plain(self, dtype: torch.dtype = torch.float32, batch: int = 1) -> Take:
         """An unmodified model."""
@@ -99,12 +104,22 @@ class Kit:
         return Take(self, model, None, self.host.caches(model, batch))
 
     def forced(
-        self, role: HeadRole | None = None, dtype: torch.dtype = torch.float32, batch: int = 1
+        self,
+        role: HeadRole | Sequence[HeadRole] | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 1,
     ) -> Take:
-        """A model with the same role for every head; by default `Full`."""
+        """A model with the same role for every head, or for every head of a layer; by default `Full`."""
         model = self.host.model(dtype)
         caches = self.host.caches(model, batch)
-        return Take(self, model, self.apply(model, role or Full()), caches)
+        return Take(self, model, self.apply(model, self._roles(model, role or Full())), caches)
+
+    def _roles(self, model: nn.Module, role: HeadRole | Sequence[HeadRole]) -> Roles:
+        """One role for all heads, or a table from one per layer."""
+        if isinstance(role, HeadRole):
+            return role
+        heads = [self.adapter.heads(module)[0] for _, module in self.sites(model)]
+        return [[own] * count for own, count in zip(role, heads, strict=True)]
 
     def apply(self, model: nn.Module, roles: Roles) -> HeadForcing:
         """Applies roles with the adapter under test."""
@@ -113,11 +128,43 @@ class Kit:
     def truth(
         self, frames: int, draw: int = 0, dtype: torch.dtype = torch.float32, batch: int = 1
     ) -> list[Tensor]:
-        """`Take.video` of the unmodified model."""
+        """`Take.video` of the unmodified model.
+
+        Raises:
+            Skipped: it does not run in this dtype, and does in float32.
+        """
         key = frames, draw, dtype, batch
         if key not in self.untouched:
-            self.untouched[key] = self.plain(dtype, batch).video(frames, draw)
+            with Caught() as caught:
+                self.untouched[key] = self.plain(dtype, batch).video(frames, draw)
+            if caught.error is not None and dtype is not torch.float32:
+                raise Skipped(f"the unmodified model does not run in {dtype}: {caught.error!r}")
+            if caught.error is not None:
+                raise caught.error
         return self.untouched[key]
+
+    @property
+    def memory(self) -> list[HeadRole]:
+        """The role of every layer that reproduces the unmodified model."""
+        own, layers = self.host.memory, self.host.layers
+        return [own] * layers if isinstance(own, HeadRole) else list(own)
+
+    def allowed(self, dtype: torch.dtype = torch.float32) -> float:
+        """Up to which difference outputs that were computed in a dtype are equal to rounding."""
+        limit = self.host.rounding
+        return limit if dtype is torch.float32 or not limit else max(limit, ROUNDING[dtype])
+
+    def same(
+        self,
+        found: Sequence[Tensor],
+        expected: Sequence[Tensor],
+        hint: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """As the function `same`, but up to `Host.rounding`; the report says what was measured."""
+        same(found, expected, hint, self.allowed(dtype))
+        unequal = [gap(b, a) for a, b in zip(found, expected, strict=True) if not torch.equal(a, b)]
+        self.compared, self.apart = self.compared + len(found), max([self.apart, *unequal])
 
     def sites(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The attention modules that the adapter finds, with their paths."""
@@ -148,20 +195,29 @@ class Kit:
         return found
 
 
-def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-    """Describes the first difference between two videos; `None` if they are equal bit for bit."""
+def differences(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: float = 0.0) -> str | None:
+    """Describes the first difference between two videos; `None` if they are equal.
+
+    Args:
+        found: outputs of passes.
+        expected: as many.
+        allowed: the largest difference over the root mean square of an output; 0: equal bit for bit.
+    """
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"pass {number}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}"
-        if not torch.equal(a, b):
-            apart = float((a.detach().double() - b.detach().double()).abs().max())
-            return f"pass {number} of {len(found)} differs by up to {apart:.3g} (three passes per chunk)"
+        if not torch.equal(a, b) and not (apart := gap(b.detach(), a.detach())) <= allowed:
+            limit = f", Host.rounding allows {allowed:.3g}" if allowed else ""
+            return (
+                f"pass {number} of {len(found)} differs by up to {apart:.3g} of the root mean square{limit} "
+                "(three passes per chunk)"
+            )
     return None
 
 
-def same(found: Sequence[Tensor], expected: Sequence[Tensor], hint: str) -> None:
-    """Asserts that both videos are equal bit for bit; the hint says what to check if not."""
-    apart = differences(found, expected)
+def same(found: Sequence[Tensor], expected: Sequence[Tensor], hint: str, allowed: float = 0.0) -> None:
+    """Asserts that both videos are equal; the hint says what to check if not."""
+    apart = differences(found, expected, allowed)
     assert apart is None, f"{apart}: {hint}"
 
 
@@ -173,7 +229,9 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
             yield from leaves(value, f"{path}[{number}]")
-    elif is_dataclass(tree) or (hasattr(tree, "__dict__") and not isinstance(tree, Tensor | nn.Module)):
+    elif isinstance(tree, nn.Module):
+        yield from leaves(dict(tree.named_buffers()), path)
+    elif is_dataclass(tree) or (hasattr(tree, "__dict__") and not isinstance(tree, Tensor)):
         yield from leaves(vars(tree), path)
     elif isinstance(tree, Tensor | bool | int):
         yield path, tree

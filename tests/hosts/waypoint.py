@@ -6,6 +6,7 @@ Pairs of query heads share keys. The second layer is global.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -193,7 +194,7 @@ class WaypointModel(nn.Module):
         """One pass over one frame `[B, P, CHANNELS]` at noise level `sigma [B, 1]`."""
         self.places.copy_(frame_timestamp[0, 0].expand_as(self.places))
         pos_ids = {"t_pos": self.places.expand(len(x), -1)}
-        tokens = self.embed(x) + (self.level(sigma) + self.press(button))[:, None]
+        tokens = self.embed(x) + (self.level(sigma) + self.press(button))[:, None] + prompt_emb
         first = None
         for block in self.blocks:
             out, first = block(tokens, pos_ids, first, kv_cache=kv_cache)
@@ -203,18 +204,21 @@ class WaypointModel(nn.Module):
 
 
 class WaypointHost(Host):
-    """Two layers whose rings keep all of the last frames, as the kit asks for; see `DilatedWaypointHost`.
+    """Two layers with different windows, nothing dilated, as the kit asks for; see `DilatedWaypointHost`.
 
     Attributes:
         sizes: window of the local layer and of the global one, and its dilation.
         fused: whether one projection makes queries, keys and values, as inference patches the model.
     """
 
-    unconcerned = frozenset({"edited_cache_refused", "uncached_calls_pass_through", "prompt_switch_takes_effect"})
+    unconcerned = frozenset({"counters_move", "edited_cache_refused", "uncached_calls_pass_through"})
     adapter = Waypoint()
-    chunk, frames, dense, window, single = 1, 12, 4, 4, True
-    memory: Any = SlidingWindow(4, positions="absolute")
-    sizes, fused = (4, 4, 1), False
+    chunk, frames, dense, window, single = 1, 12, 3, 6, True
+    memory: Sequence[HeadRole] = (
+        SlidingWindow(3, positions="absolute"),
+        SlidingWindow(6, positions="absolute"),
+    )
+    sizes, fused = (3, 6, 1), False
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Host.model`."""
@@ -223,7 +227,7 @@ class WaypointHost(Host):
     def caches(self, model: nn.Module, batch: int = 1) -> Any:
         """See `Host.caches`; which slots are written is nothing that a pipeline reads, so it is hidden."""
         rings = Rings(model.config, batch, dtype_of(model))
-        return {"rings": lambda: rings, "kv": [ring.kv for ring in rings.layers]}
+        return {"rings": lambda: rings, "kv": [ring.kv for ring in rings.layers], "prompt": [0]}
 
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Tensor:
         """See `Host.call`."""
@@ -234,6 +238,7 @@ class WaypointHost(Host):
             noise_of((batch, frames * TOKENS, CHANNELS), start, draw, dtype),
             torch.full((batch, 1), 0.1 * (draw % 10), dtype=dtype),
             torch.tensor([[start]]),
+            prompt_emb=noise_of((batch, 1, DIM), 0, 999 + caches["prompt"][0], dtype),
             button=noise_of((batch, BUTTONS), start, 5, dtype),
             kv_cache=rings,
         )
@@ -251,6 +256,11 @@ class WaypointHost(Host):
         k, v = ring.kv[:, :, :, rows].transpose(2, 3)
         return k, v
 
+    def switch_prompt(self, model: nn.Module, caches: Any) -> bool:
+        """See `Host.switch_prompt`."""
+        caches["prompt"][0] += 1
+        return True
+
 
 class DilatedWaypointHost(WaypointHost):
     """One local layer of three frames, and a global one that keeps every second frame of six.
@@ -258,5 +268,5 @@ class DilatedWaypointHost(WaypointHost):
     Frame 1 is dropped at frame 2, so there is no video of three frames from which nothing is dropped.
     """
 
-    dense, window, sizes = 2, 6, (3, 6, 2)
+    dense, sizes = 2, (3, 6, 2)
     memory = (SlidingWindow(3, positions="absolute"), Dilated(6, 2, positions="absolute"))

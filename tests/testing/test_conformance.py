@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -105,6 +106,26 @@ class ReadsUncached(SelfForcing):
             kwargs = {**kwargs, "kv_cache": {"k": torch.zeros(1)}}
             args = args[:5]
         return super().read(module, args, kwargs)
+
+
+class SharesArguments(SelfForcing):
+    shared: dict[str, Any] = {}  # noqa: RUF012 - the bug
+
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = super().read(module, args, kwargs)
+        self.shared.update(call.arguments if call else {})
+        return call and dataclasses.replace(call, arguments=self.shared)
+
+
+class SplitsSharing(SelfForcing):
+    def split(self, module: nn.Module, call: Any) -> Any:
+        return dataclasses.replace(call), dataclasses.replace(call)
+
+
+class FrozenArguments(SelfForcing):
+    def read(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = super().read(module, args, kwargs)
+        return call and dataclasses.replace(call, arguments=MappingProxyType(call.arguments))  # type: ignore[arg-type]
 
 
 class AnchorIsAView(SelfForcing):
@@ -351,6 +372,9 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (ReadsTokens, "read_counts_frames"),
     (ReadsNothing, "layers_in_order"),
     (ReadsUncached, "uncached_calls_pass_through"),
+    (SharesArguments, "arguments_belong_to_the_call"),
+    (SplitsSharing, "arguments_belong_to_the_call"),
+    (FrozenArguments, "arguments_belong_to_the_call"),
     (AnchorIsAView, "anchor_is_the_timeline"),
     (AnchorIsTheDict, "anchor_is_the_timeline"),
     (AnchorIsTheModule, "anchor_is_the_timeline"),
@@ -366,7 +390,7 @@ BUGS: list[tuple[type[Adapter], str]] = [
     (RotatesOneTooFar, "rotation_is_the_hosts"),
     (RotatesByTheFirst, "rotation_is_per_frame"),
     (RotatesInFloat32, "rotation_is_the_hosts"),
-    (RotatesToFloat32, "rotation_is_per_frame"),
+    (RotatesToFloat32, "rotation_keeps_the_dtype"),
     (RotatesWithinTheTable, "rotation_reaches_far"),
     (RotatesMergedPatchesAsPlain, "rotation_of_merged_patches"),
     (WidthForHeight, "rotation_is_the_hosts"),
@@ -500,9 +524,21 @@ class Random(SelfForcingHost):
         return super().call(model, caches, start, frames, draw) + torch.rand(())
 
 
+class OneSample(SelfForcingHost):
+    def caches(self, model: nn.Module, batch: int = 1) -> Any:
+        assert batch == 1, "one video at a time"
+        return super().caches(model, batch)
+
+
 class Broken(SelfForcingHost):
     def call(self, model: nn.Module, caches: Any, start: int, frames: int, draw: int) -> Any:
         raise RuntimeError("sizes of tensors must match")
+
+
+class LayersMissing(SelfForcingHost):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = [self.memory]  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -512,6 +548,7 @@ class Broken(SelfForcingHost):
         (Deaf, "host_depends_on_its_input"),
         (Random, "host_repeats_itself"),
         (Broken, "host_repeats_itself"),
+        (LayersMissing, "host_repeats_itself"),
     ],
 )
 def test_a_broken_host_is_not_blamed_on_the_adapter(host: type[Host], named: str) -> None:
@@ -640,6 +677,7 @@ CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
     "host_repeats_itself": Random,
     "host_depends_on_its_input": Deaf,
     "host_starts_again": Forgetful,
+    "host_takes_batches": OneSample,
     "weights_are_random": NormsOfOnes,
     "fits": NeverFits,
     "rotation_is_relative": RotatesBySquares,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from headforcing.adapters.base import Adapter
-from headforcing.testing.kit import Caught, Kit, Skipped, same
+from headforcing.testing.kit import Caught, Kit, Skipped
 
 
 def compiled_is_one_operator(kit: Kit) -> None:
@@ -28,7 +28,7 @@ def compiled_is_one_operator(kit: Kit) -> None:
         f"compiled attention raises {caught.error!r}: traced_call() may read no tensor, and must name "
         "all that output() writes"
     )
-    same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
+    kit.same(outs, kit.truth(frames), "compiled: answer() must return what output() returns")
 
 
 CHECKS: Sequence[Any] = (compiled_is_one_operator,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from headforcing.testing.kit import Kit, differences, same
+from headforcing.testing.kit import Caught, Kit, Skipped, differences, same
 
 
 def host_repeats_itself(kit: Kit) -> None:
@@ -14,6 +14,10 @@ def host_repeats_itself(kit: Kit) -> None:
     assert frames >= 3 * chunk, f"Host.frames is {frames}: expected three chunks of {chunk} or more"
     assert chunk < kit.host.dense <= frames, (
         f"Host.dense is {kit.host.dense}: expected more than a chunk of {chunk} and at most {frames} frames"
+    )
+    assert len(kit.memory) == kit.host.layers, (
+        f"Host.memory has {len(kit.memory)} roles: expected one role, or one per layer, "
+        f"{kit.host.layers}"
     )
     hint = "this is the host, not the adapter: seed all randomness from start, draw and batch"
     same(kit.plain().video(frames), kit.truth(frames), hint)
@@ -47,6 +51,18 @@ def host_starts_again(kit: Kit) -> None:
     same(take.video(frames), kit.truth(frames), hint)
 
 
+def host_takes_batches(kit: Kit) -> None:
+    """The unmodified model runs two samples in one batch."""
+    if not kit.host.batches:
+        raise Skipped("the host takes one sample (Host.batches)")
+    with Caught() as caught:
+        kit.truth(kit.host.chunk, batch=2)
+    assert caught.error is None, (
+        f"with two samples the unmodified model raises {caught.error!r}: if it takes one only, set "
+        "Host.batches = False"
+    )
+
+
 def weights_are_random(kit: Kit) -> None:
     """Attention weights are random, norms included: with all ones, a mix-up of two norms would not show."""
     for path, module in kit.sites(kit.host.model()):
@@ -62,5 +78,6 @@ CHECKS: Sequence[Any] = (
     host_repeats_itself,
     host_depends_on_its_input,
     host_starts_again,
+    host_takes_batches,
     weights_are_random,
 )

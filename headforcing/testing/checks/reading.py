@@ -108,10 +108,9 @@ def heads_and_sizes(kit: Kit) -> None:
 def own_memory_is_the_hosts(kit: Kit) -> None:
     """`own_memory` returns the role that reproduces the unmodified model, for every layer."""
     found = list(kit.adapter.own_memory(kit.host.model()))
-    wanted = [kit.host.memory] * kit.host.layers
-    assert found == wanted, (
-        f"own_memory() returns {found}, Host.memory says {kit.host.memory} for each of {kit.host.layers} "
-        "layers: if parity_through_eviction passes, own_memory is wrong"
+    assert found == kit.memory, (
+        f"own_memory() returns {found}, Host.memory says {kit.memory}, one role per layer: if "
+        "parity_through_eviction passes, own_memory is wrong"
     )
 
 
@@ -132,6 +131,21 @@ def read_counts_frames(kit: Kit) -> None:
             )
             assert call.x.dim() == 3, f"{path}: x is {tuple(call.x.shape)}, expected [B, L, C]"
             del module
+
+
+def arguments_belong_to_the_call(kit: Kit) -> None:
+    """Every call, and every part of one that is split, has a dict of its own, for what `project` notes."""
+    take = kit.plain()
+    calls = [found for start in (0, kit.host.chunk) for found in kit.calls(take, start)]
+    each = [(path, one.arguments) for path, module, call in calls for one in kit.adapter.split(module, call)]
+    seen = set[int]()
+    for path, arguments in each:
+        assert type(arguments) is dict, f"{path}: arguments is a {type(arguments).__name__}: expected a dict"
+        assert id(arguments) not in seen, (
+            f"{path}: another call has the same arguments dict, so what project() notes for output() would "
+            "mix: make a new one in every read(), and in split() for every chunk"
+        )
+        seen.add(id(arguments))
 
 
 def anchor_is_the_timeline(kit: Kit) -> None:
@@ -212,6 +226,7 @@ CHECKS: Sequence[Any] = (
     heads_and_sizes,
     own_memory_is_the_hosts,
     read_counts_frames,
+    arguments_belong_to_the_call,
     anchor_is_the_timeline,
     clock_tells_the_clean_pass,
     uncached_calls_pass_through,

@@ -19,8 +19,11 @@ ROUNDING = 1e-4
 
 
 def project_shapes(kit: Kit) -> None:
-    """`project` returns `[B, F, P, H, D]`, for one sample and for two; queries that share keys, more tokens."""
-    for batch in (1, 2):
+    """`project` returns `[B, F, P, H, D]`, for one sample and, if the host takes them, for two.
+
+    Queries that share keys have a multiple of `P` tokens.
+    """
+    for batch in (1, 2) if kit.host.batches else (1,):
         for path, module, call in kit.calls(kit.plain(batch=batch), 0):
             expected = (batch, call.grid[0], call.tokens_per_frame, *kit.adapter.heads(module))
             for name, part in zip("qkv", kit.adapter.project(module, call), strict=True):
@@ -68,10 +71,10 @@ def rotation_is_the_hosts(kit: Kit) -> None:
 
 
 def rotation_is_per_frame(kit: Kit) -> None:
-    """`rotate` rotates every frame independently, at any positions in any order, and keeps the dtype."""
+    """`rotate` rotates every frame independently, at any positions in any order."""
     _, module, call = kit.calls(kit.plain(), 0)[0]
-    k = kit.adapter.project(module, call)[1]
-    places = [2, 0, 7, 1][: k.shape[1]]
+    k, places = kit.adapter.project(module, call)[1], [2, 0, 7, 1]
+    k = k[:, torch.arange(len(places)) % k.shape[1]]
     together = kit.adapter.rotate(k, call, places)
     assert together.shape == k.shape, f"rotate() returns {tuple(together.shape)}, expected {tuple(k.shape)}"
     for row, place in enumerate(places):
@@ -80,8 +83,15 @@ def rotation_is_per_frame(kit: Kit) -> None:
             f"a frame at position {place} is rotated differently when others are present ({places}): use "
             "every given position, not the first and a count"
         )
-    low = kit.adapter.rotate(k.bfloat16(), call, places)
-    assert low.dtype == torch.bfloat16, f"rotate() converts bfloat16 to {low.dtype}: return the dtype of x"
+
+
+def rotation_keeps_the_dtype(kit: Kit) -> None:
+    """`rotate` returns bfloat16 for bfloat16."""
+    kit.truth(kit.host.chunk, dtype=torch.bfloat16)  # skipped if the unmodified model does not run in it
+    _, module, call = kit.calls(kit.plain(), 0)[0]
+    low = kit.adapter.project(module, call)[1].bfloat16()
+    found = kit.adapter.rotate(low, call, range(low.shape[1])).dtype
+    assert found == torch.bfloat16, f"rotate() converts bfloat16 to {found}: return the dtype of x"
 
 
 def rotation_is_relative(kit: Kit) -> None:
@@ -154,6 +164,7 @@ CHECKS: Sequence[Any] = (
     keys_are_the_hosts,
     rotation_is_the_hosts,
     rotation_is_per_frame,
+    rotation_keeps_the_dtype,
     rotation_is_relative,
     rotation_reaches_far,
     rotation_of_merged_patches,
