@@ -1,4 +1,4 @@
-"""Waypoint (Overworld world_engine): one frame per call, GQA, gated attention, layers with different memories.
+"""Waypoint (Overworld world_engine): one frame per call, shared keys, gates, layers with different memories.
 
 Facts (208c909): the model denoises one frame at a time and is given its number as a tensor, of which every
 layer receives the same `pos_ids["t_pos"]`. The cache is a module with one ring of keys and values per layer.
@@ -56,9 +56,10 @@ class Waypoint(Adapter):
     def attentions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """See `Adapter.attentions`."""
         for path, module in model.named_modules():
-            if parameter_names(module) == FORWARD and _has(module, PARTS) and _projections(module):
-                if all(isinstance(getattr(module, number, None), int) for number in NUMBERS):
-                    yield path, module
+            numbers = (getattr(module, number, None) for number in NUMBERS)
+            parts = _has(module, PARTS) and any(_has(module, names) for names in PROJECTIONS)
+            if parts and parameter_names(module) == FORWARD and all(isinstance(n, int) for n in numbers):
+                yield path, module
 
     def heads(self, module: Any) -> tuple[int, int]:
         """Heads that have keys and values, and head dim."""
@@ -100,7 +101,8 @@ class Waypoint(Adapter):
                 f"{given['x'].shape[1]} tokens: expected one frame of {grid[1]}x{grid[2]} patches per call"
             )
         arguments = {**given, **held, "rope": (module.rope.cos, module.rope.sin)}
-        return AttentionCall(given["x"], _frame(module, given["pos_ids"]["t_pos"]), grid, held["kv"], arguments)
+        start = _frame(module, given["pos_ids"]["t_pos"])
+        return AttentionCall(given["x"], start, grid, held["kv"], arguments)
 
     def begins_video(self, call: AttentionCall, memo: Memo) -> bool:
         """Whether the cache was emptied.
@@ -149,7 +151,9 @@ class Waypoint(Adapter):
         even, odd = x.float().unflatten(2, (-1, cos.shape[2])).unflatten(-1, (-1, 2)).unbind(-1)
         return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(2, 3).type_as(x)
 
-    def output(self, module: Any, out: Tensor, call: AttentionCall, memo: Memo) -> tuple[Tensor, Tensor | None]:
+    def output(
+        self, module: Any, out: Tensor, call: AttentionCall, memo: Memo
+    ) -> tuple[Tensor, Tensor | None]:
         """Gates and projects; returns the values of the first layer as well."""
         memo["start"] = call.start
         memo["not_kept"] = call.start if call.arguments["frozen"] else None
@@ -171,9 +175,7 @@ class Waypoint(Adapter):
         """An empty ring."""
         allocate_again(memo)
 
-    def traced_call(
-        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> TracedCall | None:
+    def traced_call(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TracedCall | None:
         """See `Adapter.traced_call`; the values of the first layer are computed in the graph."""
         call = {**dict(zip(FORWARD, args, strict=False)), **kwargs}
         if len(args) + len(kwargs) != len(FORWARD) or call.keys() != {*FORWARD} or call["kv_cache"] is None:
@@ -236,15 +238,15 @@ def _factors(call: AttentionCall, positions: Sequence[float], patch: int) -> tup
     Raises:
         RoleError: a position is below 0, or cannot be computed because the table has one frame only.
     """
-    tables = tuple(table.unflatten(0, (-1, *call.grid[1:]))[:, ::patch, ::patch] for table in call.arguments["rope"])
-    frames = len(tables[0])
-    if min(positions) < 0 or (frames == 1 and max(positions) > 0):
+    cos, sin = (table.unflatten(0, (-1, *call.grid[1:])) for table in call.arguments["rope"])
+    if min(positions) < 0 or (len(cos) == 1 and max(positions) > 0):
         raise RoleError(f"RoPE positions {tuple(positions)}: expected none below 0, and a table of 2 frames")
     rows = [
-        [table[int(at)] for table in tables] if at < frames and at == int(at) else _computed(*tables, at)
+        (cos[int(at)], sin[int(at)]) if at < len(cos) and at == int(at) else _computed(cos, sin, at)
         for at in positions
     ]
-    cos, sin = (torch.stack(each).flatten(1, 2) for each in zip(*rows, strict=True))
+    merged = (slice(None), slice(None, None, patch), slice(None, None, patch))
+    cos, sin = (torch.stack(each)[merged].flatten(1, 2) for each in zip(*rows, strict=True))
     return cos, sin
 
 
@@ -257,10 +259,6 @@ def _computed(cos: Tensor, sin: Tensor, position: float) -> tuple[Tensor, Tensor
 
 def _has(module: nn.Module, parts: Sequence[str]) -> bool:
     return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
-
-
-def _projections(module: nn.Module) -> bool:
-    return any(_has(module, parts) for parts in PROJECTIONS)
 
 
 ADAPTER = Waypoint()

@@ -1,6 +1,7 @@
 """A base model with the interface of Waypoint, from words: its cache is a module, its layers differ.
 
-The original attends with `flex_attention`; the stand-in takes PyTorch's kernel, so that it is equal bit for bit.
+The original attends with `flex_attention`, the stand-in with PyTorch's kernel, so that results are equal bit
+for bit.
 Pairs of query heads share keys. The second layer is global.
 """
 
@@ -40,7 +41,7 @@ def config(local: int, whole: int, dilation: int) -> SimpleNamespace:
 
 
 class Ring(nn.Module):
-    """The cache of one layer: frames in slots, a slot is taken again when all were; the last one is the current.
+    """The cache of one layer: frames in slots, which are used again in turn; the last is for the current one.
 
     Attributes:
         kv: keys after RoPE, and values, `[2, B, heads, tokens, D]`.
@@ -211,7 +212,7 @@ class WaypointHost(Host):
         fused: whether one projection makes queries, keys and values, as inference patches the model.
     """
 
-    unconcerned = frozenset({"counters_move", "edited_cache_refused", "uncached_calls_pass_through"})
+    unconcerned = frozenset({"edited_cache_refused", "uncached_calls_pass_through"})
     adapter = Waypoint()
     chunk, frames, dense, window, single = 1, 12, 3, 6, True
     memory: Sequence[HeadRole] = (

@@ -16,8 +16,7 @@ def host_repeats_itself(kit: Kit) -> None:
         f"Host.dense is {kit.host.dense}: expected more than a chunk of {chunk} and at most {frames} frames"
     )
     assert len(kit.memory) == kit.host.layers, (
-        f"Host.memory has {len(kit.memory)} roles: expected one role, or one per layer, "
-        f"{kit.host.layers}"
+        f"Host.memory has {len(kit.memory)} roles: expected one role, or one per layer, {kit.host.layers}"
     )
     hint = "this is the host, not the adapter: seed all randomness from start, draw and batch"
     same(kit.plain().video(frames), kit.truth(frames), hint)
