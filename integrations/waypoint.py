@@ -45,7 +45,7 @@ class Waypoint(Adapter):
     """Attention that passes its keys and values through a cache module."""
 
     name = "waypoint"
-    verified = {}
+    verified = {"291ef444a1d9b65c": "absolute", "bc5e4582ddc339b7": "absolute"}
 
     def why_not(self, model: nn.Module) -> str | None:
         """See `Adapter.why_not`."""

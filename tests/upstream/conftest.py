@@ -3,7 +3,8 @@
 `HEADFORCING_UPSTREAM` names a folder that holds `Self-Forcing` (guandeh17/Self-Forcing, known to
 work at 33593df), `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc), `CausVid` (tianweiy/CausVid,
 at ca21150), `Infinite-Forcing` (SOTAMak1r, at b8feaf5), `LongLive` (NVlabs/LongLive, branch v1.0, at
-e52d9ef) and `FastVideo` (hao-ai-lab/FastVideo, at 2f3d407). What is absent is skipped. No
+e52d9ef), `FastVideo` (hao-ai-lab/FastVideo, at 2f3d407) and `world_engine` (Overworldai/world_engine, at
+208c909; it also requires tensordict, rotary-embedding-torch and omegaconf). What is absent is skipped. No
 weights are needed.
 """
 
@@ -26,6 +27,7 @@ collect_ignore = [
     "scenarios.py",
     "shims.py",
     "tiny.py",
+    "waypoint.py",
 ]
 
 
