@@ -1,6 +1,6 @@
 """Waypoint: its real classes with and without head forcing, past the eviction of both kinds of rings.
 
-It attends with `flex_attention`, we with PyTorch's kernel, so videos are equal to rounding. In float64 that is
+It attends with `flex_attention`, we with another kernel, so videos are equal to rounding. In float64 that is
 1e-12 of the output, where no fault can hide.
 """
 
@@ -56,7 +56,6 @@ def test_own_memory(package: Any, dtype: torch.dtype, patched: bool, residual: b
     status = handle.status()
     assert status.bypassed == 0
     measured = max(apart(*pair) for pair in zip(found, expected, strict=True))
-    print(f"{dtype}, patched {patched}, residual {residual}: {measured:.3g}")
     assert measured < LIMITS[dtype]
     handle.remove()
     assert all(map(torch.equal, world.video(VIDEO), expected[0]))
@@ -82,7 +81,6 @@ def test_known_code_is_not_warned_about(package: Any) -> None:
 def test_verify(package: Any) -> None:
     world = World(package, torch.float64)
     verdict = hf.verify(world.model, lambda *_: world.video(VIDEO))
-    print(verdict)
     assert verdict.ok
     assert verdict.evicted
 
@@ -102,7 +100,6 @@ def test_past_the_table(package: Any) -> None:
         world.video(FRAMES + 1)
     handle = hf.apply_head_forcing(world.model, "own")
     measured = apart(world.video(frames), expected)
-    print(f"past the table: {measured:.3g}")
     assert measured < 1e-4
     handle.remove()
     hf.apply_head_forcing(world.model, SlidingWindow(GLOBAL))
@@ -140,5 +137,4 @@ def test_compiled_whole(package: Any) -> None:
     with torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=64):
         compiled = torch.compile(world.model, fullgraph=True, dynamic=False, backend="aot_eager")
         measured = apart(world.video(GLOBAL, model=compiled), expected)
-    print(f"compiled: {measured:.3g}")
     assert measured < LIMITS[torch.float32]
