@@ -95,6 +95,13 @@ def _rolling() -> Stage:
     return stage
 
 
+def _engine() -> Stage:
+    """The engine of a world model, which denoises frame by frame."""
+    stage = Stage(find_host("waypoint"), 6, chunk=1)
+    stage.names["engine"] = SimpleNamespace(model=stage.model)
+    return stage
+
+
 PAGES: dict[str, Callable[[], Stage]] = {
     "self-forcing": lambda: Stage(find_host("self_forcing"), -1),
     "causvid": lambda: Stage(find_host("causvid"), 21),
@@ -104,6 +111,7 @@ PAGES: dict[str, Callable[[], Stage]] = {
     "infinity-rope": lambda: Stage(find_host("infinity_rope"), 6),
     "infinity-rope#memrope": lambda: Stage(find_host("longlive"), 12),
     "fastvideo": lambda: Stage(find_host("fastvideo"), 21),
+    "waypoint": _engine,
     "diffusers": lambda: Stage(find_host("anyflow_far"), 12, chunk=2),
     "diffusers#sana-wm-stage-2": lambda: _Refiner(find_host("sana_wm"), 14),
 }
