@@ -170,7 +170,7 @@ class WaypointModel(nn.Module):
     def __init__(self, config: Any, fused: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.embed, self.level = nn.Linear(CHANNELS, DIM), nn.Linear(1, DIM)
+        self.embed, self.denoise_step_emb = nn.Linear(CHANNELS, DIM), nn.Linear(1, DIM)
         self.press, self.head = nn.Linear(BUTTONS, DIM), nn.Linear(DIM, CHANNELS)
         self.blocks = nn.ModuleList(WaypointAttention(config, layer, fused) for layer in range(2))
         self.register_buffer("places", torch.zeros(TOKENS, dtype=torch.long), persistent=False)
@@ -195,7 +195,7 @@ class WaypointModel(nn.Module):
         """One pass over one frame `[B, P, CHANNELS]` at noise level `sigma [B, 1]`."""
         self.places.copy_(frame_timestamp[0, 0].expand_as(self.places))
         pos_ids = {"t_pos": self.places.expand(len(x), -1)}
-        tokens = self.embed(x) + (self.level(sigma) + self.press(button))[:, None] + prompt_emb
+        tokens = self.embed(x) + (self.denoise_step_emb(sigma) + self.press(button))[:, None] + prompt_emb
         first = None
         for block in self.blocks:
             out, first = block(tokens, pos_ids, first, kv_cache=kv_cache)

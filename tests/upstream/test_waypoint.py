@@ -130,10 +130,12 @@ def test_rotated_keys_are_the_models(package: Any) -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_compiled_whole(package: Any) -> None:
+@pytest.mark.parametrize("roles", ["own", Local(2, positions="absolute", clean_window=2)], ids=str)
+def test_compiled_whole(package: Any, roles: Any) -> None:
     world = World(package)
+    handle = hf.apply_head_forcing(world.model, roles)
     expected = world.video(GLOBAL)
-    hf.apply_head_forcing(world.model, "own")
+    handle.reset()
     with torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=64):
         compiled = torch.compile(world.model, fullgraph=True, dynamic=False, backend="aot_eager")
         measured = apart(world.video(GLOBAL, model=compiled), expected)
