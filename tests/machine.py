@@ -15,6 +15,7 @@ from headforcing.errors import StreamError
 from headforcing.roles import (
     Anchor,
     Averaging,
+    Dilated,
     Dynamic,
     EmaSink,
     Full,
@@ -404,6 +405,7 @@ ROLES = [
     *{role: None for row in USUAL for role in row},
     Rolling(7, 2),
     Strided(1, 1, 9, WINDOW, period=3, cap=2),
+    Dilated(7, 2),
     Memory(1, 4, 2, clean_window=WINDOW),
     Anchor(3, 2, clean_window=WINDOW),
 ]

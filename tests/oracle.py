@@ -179,6 +179,14 @@ class Sliding(Head):
         return self.first() + self.last(self.role.window - self.length - self.sink)
 
 
+class Dilated(Head):
+    """Of the last `window` frames, current chunk included, the multiples of the dilation."""
+
+    def kept(self) -> list[Frame]:
+        last = range(self.start + self.length - self.role.window, self.start)
+        return [f for f in self.stored if f.time in last and f.time % self.role.dilation == 0]
+
+
 class Rolling(Head):
     """First and last frames, `window` in all; the clean pass attends to first ones only among the last."""
 
@@ -357,6 +365,7 @@ class Dynamic(Head):
 RULES: dict[type[HeadRole], type[Head]] = {
     roles.Full: Head,
     roles.SlidingWindow: Sliding,
+    roles.Dilated: Dilated,
     roles.Local: Ends,
     roles.Anchor: Ends,
     roles.Memory: Memory,

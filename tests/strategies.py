@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headforcing.errors import WindowError
-from headforcing.roles import Anchor, Full, HeadRole, Local, Memory, SlidingWindow
+from headforcing.roles import Anchor, Dilated, Full, HeadRole, Local, Memory, SlidingWindow
 from headforcing.roles.deep_forcing import Participating
 from headforcing.roles.episodic import EpisodicUpdate, MaxMin, ThresholdFifo, Uniform
 from headforcing.roles.forcing_kv import Dynamic
@@ -46,6 +46,10 @@ def kinds(window: int, chunk: int) -> dict[type[HeadRole], st.SearchStrategy[Hea
     plain: dict[type[HeadRole], st.SearchStrategy[HeadRole]] = {
         Full: st.just(Full()),
         SlidingWindow: sliding,
+        Dilated: st.builds(
+            lambda size, dilation, positions: Dilated(size, dilation, positions=positions),
+            *(st.integers(max(chunk, 1), window), st.integers(1, 4), two),
+        ),
         Local: st.builds(lambda p, s: Local(recent=p[0], sink=p[1], positions=s), pair, ends),
         Anchor: st.builds(lambda p, s: Anchor(sink=p[0], recent=p[1], positions=s), pair, ends),
         Memory: memories(window, chunk),

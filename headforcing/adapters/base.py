@@ -111,6 +111,8 @@ class Adapter(ABC):
         """Queries, keys, values `[B, F, P, H, D]`, normalised, before RoPE.
 
         What `output` has to know as well, such as a gate, goes into the call's `arguments`.
+        Where several heads of queries share keys (GQA), `H` counts the heads of keys, and the queries that
+        share them follow each other as tokens: all `P` of the first, then of the next.
         """
 
     @abstractmethod
@@ -118,7 +120,7 @@ class Adapter(ABC):
         """`x [B, n, P, Hr, D]` rotated to `n` temporal positions, as the base model would.
 
         Args:
-            x: queries or keys.
+            x: queries or keys; queries that share keys have a multiple of `P` tokens, as from `project`.
             call: the call; its `heads` say whose they are, where every head is rotated differently.
             positions: temporal positions.
             patch: side of the squares of patches that were merged into one, which is rotated as its top left
@@ -160,10 +162,10 @@ class Adapter(ABC):
         """
         return None
 
-    def answer(self, y: Tensor, numbers: Tensor) -> Any:
+    def answer(self, y: Tensor, numbers: Tensor, call: TracedCall) -> Any:
         """What a compiled forward returns: `y` as `output` made it, and the whole numbers after it.
 
-        Default: `y` alone.
+        What else the original returns must be among the arguments of the call. Default: `y` alone.
         """
         return y
 

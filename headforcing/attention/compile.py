@@ -156,7 +156,8 @@ def _attend(
     with torch.autocast(like.device.type, dtype) if layout["casts"] else nullcontext():
         answer = _serve(written, args, kwargs)
     y: Tensor
-    y, *ends = [leaf for leaf in pytree.tree_leaves(answer) if leaf is not None]
+    y, *rest = [leaf for leaf in pytree.tree_leaves(answer) if leaf is not None]
+    ends = [leaf for leaf in rest if not isinstance(leaf, Tensor)]  # tensors are arguments, given back
     if (y.shape, y.dtype, len(ends)) != (like.shape, dtype, len(promised)):
         raise StreamShapeError(
             f"under torch.compile, attention returned {tuple(y.shape)} in {y.dtype} and {len(ends)} numbers, "

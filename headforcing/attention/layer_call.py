@@ -63,7 +63,7 @@ class LayerCall:
 
     def _read(self, role: HeadRole, heads: Heads) -> list[tuple[Part, KVView]]:
         """What the heads of a role attend with: the whole chunk, or each query frame by itself."""
-        count, tokens, encode = self.q.shape[1], self.call.tokens_per_frame, self._encoder(heads)
+        (count, tokens), encode = self.q.shape[1:3], self._encoder(heads)
         step = 1 if "query" in role.depends_on else count
         groups = [slice(first, first + step) for first in range(0, count, step)]
         sides = [self._keys(role, frames, encode) for frames in groups]

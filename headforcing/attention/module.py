@@ -104,12 +104,13 @@ class HeadForcingMixin(nn.Module):
                 f"layer {state.layer}: an exported program outlives the memory of this process: remove head "
                 "forcing before torch.export, or use torch.compile"
             )
-        if state.activity.prompt_hooks:
-            pass  # read so that dynamo guards on it: graphs from before the prompt hooks are recompiled
+        for hooked in (state.activity.prompt_hooks, state.activity.phase_hook):
+            if hooked:
+                pass  # read so that dynamo guards on it: graphs from before the hooks are recompiled
         call = adapter.traced_call(self, args, kwargs)
         if call is None or tracks_gradients(self, call.like) or not traced.fits(call.arguments):
             return traced.serve_between_graphs(self, args, kwargs)
-        return adapter.answer(*traced.attend(state.key, state.activity.order, call))
+        return adapter.answer(*traced.attend(state.key, state.activity.order, call), call)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         own: Any = self  # what PyTorch compiled for this object stays with it

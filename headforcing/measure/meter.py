@@ -167,7 +167,7 @@ class Meter:
 
     def _rows(self, seen: Observation) -> Tensor | None:
         """A sample of queries of every frame, the same for all layers and metrics."""
-        tokens = seen.call.tokens_per_frame
+        tokens = seen.q.shape[2]
         if self.queries is None or self.queries >= tokens:
             return None
         drawn = [

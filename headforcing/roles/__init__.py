@@ -2,6 +2,7 @@
 
 from headforcing.roles.base import HeadRole
 from headforcing.roles.deep_forcing import Participating
+from headforcing.roles.dilated import Dilated
 from headforcing.roles.forcing_kv import Dynamic
 from headforcing.roles.head_forcing import Anchor, Local, Memory
 from headforcing.roles.memrope import Averaging
@@ -13,6 +14,7 @@ from headforcing.roles.windows import Full, SlidingWindow
 __all__ = [
     "Anchor",
     "Averaging",
+    "Dilated",
     "Dynamic",
     "EmaSink",
     "Full",

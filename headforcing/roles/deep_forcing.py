@@ -77,7 +77,7 @@ class Chosen(CompressedHistory):
 
     def __init__(self, role: Participating) -> None:
         self.role = role
-        self._queries: Tensor | None = None  # [B, recent, P, Hr, D]
+        self._queries: Tensor | None = None  # [B, recent, queries of a frame, Hr, D]
         self._frames: list[Past] = []
         self._kept: Tokens | None = None
 
@@ -118,7 +118,7 @@ class Chosen(CompressedHistory):
 
     def _choose(self, encode: Encode) -> Tokens:
         assert self._queries is not None
-        position, tokens = self.role.sink, self.role.chosen * self._queries.shape[2]
+        position, tokens = self.role.sink, self.role.chosen * self._frames[0].k.shape[2]
         held = [] if self._kept is None else [self._kept]
         for past in self._frames:
             k = encode(past.k, (position,) * past.k.shape[1]).to(past.v.dtype)

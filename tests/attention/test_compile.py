@@ -599,3 +599,16 @@ def test_numbers_die_with_what_they_stand_for() -> None:
     del rig, handle
     gc.collect()
     assert len(traced._served) == before
+
+
+def test_a_graph_without_phases_is_not_used_where_roles_ask_for_them() -> None:
+    for role in (Local(2), Local(2, clean_window=2)):
+        host = find_host("waypoint")
+        model = host.model()
+        handle = hf.apply_head_forcing(model, role)
+        videos = []
+        for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=False)):
+            caches = host.caches(model)
+            videos.append([host.call(run, caches, frame, 1, draw) for frame in range(4) for draw in (1, 0)])
+            handle.reset()
+        assert all(map(torch.equal, *videos)), role

@@ -106,6 +106,13 @@ def _streaming() -> Stage:
     return stage
 
 
+def _engine() -> Stage:
+    """The engine of a world model, which denoises frame by frame."""
+    stage = Stage(find_host("waypoint"), 6, chunk=1)
+    stage.names["engine"] = SimpleNamespace(model=stage.model)
+    return stage
+
+
 PAGES: dict[str, Callable[[], Stage]] = {
     "self-forcing": lambda: Stage(find_host("self_forcing"), -1),
     "causvid": lambda: Stage(find_host("causvid"), 21),
@@ -118,6 +125,7 @@ PAGES: dict[str, Callable[[], Stage]] = {
     "krea": lambda: Stage(find_host("krea"), -1),
     "fastvideo": lambda: Stage(find_host("fastvideo"), 21),
     "streamdiffusionv2": _streaming,
+    "waypoint": _engine,
     "diffusers": lambda: Stage(find_host("anyflow_far"), 12, chunk=2),
     "diffusers#sana-wm-stage-2": lambda: _Refiner(find_host("sana_wm"), 14),
 }

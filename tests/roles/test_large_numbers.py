@@ -51,6 +51,7 @@ def usual() -> list[HeadRole]:
     """Every built-in role with numbers that fit the demo model."""
     kinds = [getattr(every, name) for name in every.__all__ if name != "HeadRole"]
     needed = {every.SlidingWindow: {"window": 8}, every.Rolling: {"window": 8}, every.Dynamic: {"pieces": 4}}
+    needed |= {every.Dilated: {"window": 8, "dilation": 2}}
     needed |= {every.Memory: {"update": Uniform()}}
     return [kind(**needed.get(kind, {})) for kind in kinds]
 

@@ -4,9 +4,10 @@
 work at 33593df), `Causal-Forcing` (thu-ml/Causal-Forcing, at 1fc7bbc), `CausVid` (tianweiy/CausVid,
 at ca21150), `Infinite-Forcing` (SOTAMak1r, at b8feaf5), `One-Forcing` (Aurora-edu, at ca345b3), `LongLive`
 (NVlabs/LongLive, branch v1.0, at e52d9ef), `Reward-Forcing` (JaydenLyh, at 4317f5a), `FastVideo`
-(hao-ai-lab/FastVideo, at 2f3d407), `realtime-video` (krea-ai/realtime-video, at acf4b7b), and what two
-packages unpack to: `streamdiffusionv2` (0.1.1) and `sglang` (0.5.23). What is absent is skipped. No weights
-are needed.
+(hao-ai-lab/FastVideo, at 2f3d407), `realtime-video` (krea-ai/realtime-video, at acf4b7b), `world_engine`
+(Overworldai/world_engine, at 208c909; it also requires tensordict, rotary-embedding-torch and omegaconf), and
+what two packages unpack to: `streamdiffusionv2` (0.1.1) and `sglang` (0.5.23). What is absent is skipped. No
+weights are needed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ collect_ignore = [
     "shims.py",
     "streamdiffusionv2.py",
     "tiny.py",
+    "waypoint.py",
 ]
 
 

@@ -62,7 +62,7 @@ class Look:
         """Frame of the chunk, from 0, of each measured query, `[Q]`."""
         q = self.seen.parts[0].q
         rows = torch.arange(q.shape[1], device=q.device) if self.rows is None else self.rows
-        return rows // self.tokens_per_frame
+        return rows // (q.shape[1] // self.chunk)
 
     @functools.cached_property
     def share(self) -> Tensor:
