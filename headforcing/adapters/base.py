@@ -106,6 +106,7 @@ class Adapter(ABC):
 
         Where several heads of queries share keys (GQA), `H` counts the heads of keys, and the queries that
         share them follow each other as tokens: all `P` of the first, then of the next.
+        What `output` has to know as well, such as a gate, goes into the call's `arguments`.
         """
 
     @abstractmethod
@@ -130,8 +131,8 @@ class Adapter(ABC):
     def split(self, module: nn.Module, call: AttentionCall) -> Sequence[AttentionCall]:
         """The chunks of a call, in order, where the base model computes the video so far again in one.
 
-        They are served as if they came one by one; observers are shown the last one only. Default: a call is
-        one chunk.
+        They are served as if they came one by one, each with `arguments` of its own; observers are shown the
+        last one only. Default: a call is one chunk.
         """
         return (call,)
 

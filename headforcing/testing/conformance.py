@@ -82,7 +82,7 @@ class Result:
         many = f"{self.compared} pass{'es' * (self.compared != 1)}"
         if not self.apart:
             return f"equal bit for bit in {many}"
-        return f"equal to rounding in {many}, which differ by up to {self.apart:.2g} (Host.rounding)"
+        return f"equal to rounding in {many}: differences up to {self.apart:.2g} of the root mean square"
 
 
 @dataclass(frozen=True)

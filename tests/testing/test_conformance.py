@@ -570,6 +570,16 @@ class RotatesBySquares(SelfForcing):
         return super().rotate(x, call, [place**2 for place in positions], patch)
 
 
+class RotatesToWholeFrames(SelfForcing):
+    def rotate(self, x: Any, call: Any, positions: Any, patch: int = 1) -> Any:
+        return super().rotate(x, call, [int(place) for place in positions], patch)
+
+
+class RotatesToTheNearestFrame(SelfForcing):
+    def rotate(self, x: Any, call: Any, positions: Any, patch: int = 1) -> Any:
+        return super().rotate(x, call, [round(place) for place in positions], patch)
+
+
 class RotatesWithinSix(SelfForcing):
     def rotate(self, x: Any, call: Any, positions: Any, patch: int = 1) -> Any:
         return super().rotate(x, call, [min(place, 5) for place in positions], patch)
@@ -706,6 +716,13 @@ CAN_FAIL: dict[str, type[Adapter] | type[Host]] = {
     "remove_leaves_no_trace": LeavesAnAttribute,
     "host_works_after_remove": NeverGivesBack,
 }
+
+
+@pytest.mark.parametrize("bug", [RotatesToWholeFrames, RotatesToTheNearestFrame])
+def test_fractions_of_frames_are_rotated(bug: type[Adapter]) -> None:
+    (result,) = sit(bug, only=["rotation_is_relative"]).results
+    assert result.outcome == "failed"
+    assert "are fractions cut off" in result.reason
 
 
 def test_no_check_is_without_a_bug_that_it_finds() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from headforcing.testing.kit import Kit, Skipped
 from headforcing.types import AttentionCall
 
+FRACTIONS = "are fractions cut off, or rows of a table taken for them?"
 FAR = 5000
 """A frame far past any table."""
 ROUNDING = 1e-4
@@ -95,18 +96,22 @@ def rotation_keeps_the_dtype(kit: Kit) -> None:
 
 
 def rotation_is_relative(kit: Kit) -> None:
-    """Scores depend on the distance of query and key only, so positions may restart."""
+    """Scores depend on the distance of query and key only, so positions may restart, and be fractions."""
     _, module, call = kit.calls(kit.plain(), 0)[0]
     q, k, _ = kit.adapter.project(module, call)
 
-    def scores(moved: int) -> Tensor:
-        a, b = (kit.adapter.rotate(x[:, :1], call, [moved + place]) for x, place in ((q, 4), (k, 1)))
-        return torch.einsum("bfphd,bfrhd->bhpr", a.double(), b.double())
+    def scores(*places: float) -> Tensor:
+        a, b = (
+            kit.adapter.rotate(x[:, :1], call, [place]).double()
+            for x, place in zip((q, k), places, strict=True)
+        )
+        return torch.einsum("bfphd,bfrhd->bhpr", a, b)
 
-    apart = float((scores(0) - scores(11)).abs().max() / scores(0).abs().max())
-    assert apart < 1e-3, (
-        f"scores change by {apart:.3g} when queries and keys move by 11 frames: is it a rotation?"
-    )
+    for near, far, hint in (((4, 1), (15, 12), "is it a rotation?"), ((1.5, 0.25), (3, 1.75), FRACTIONS)):
+        apart = float((scores(*near) - scores(*far)).abs().max() / scores(*near).abs().max())
+        assert apart < 1e-3, (
+            f"scores change by {apart:.3g} when query and key move from frames {near} to {far}: {hint}"
+        )
 
 
 def rotation_reaches_far(kit: Kit) -> None:
