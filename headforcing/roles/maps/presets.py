@@ -85,8 +85,9 @@ def _pyramid_forcing(window: int, chunk: int) -> Roles:
     The numbers are those of its released configuration (code); `headforcing.roles.pyramid_forcing` says
     which details are our choice. The distance of old frames (`near`, `far`), the number of cycles or of sixth
     frames (`cap`) and the length of a merged block follow the window; the other numbers stay. At any window,
-    a wave head stores at most 26/21 of it, rounded up, beside the current chunk. Merged blocks leave no room
-    for long chunks: at the published window, for more than 4 frames.
+    a wave head stores at most 26/21 of it, rounded up, beside the current chunk; copies that the `ring` store
+    makes for query frames come on top, `lean` makes none. Merged blocks leave no room for long chunks: at the
+    published window, for more than 4 frames.
     """
     near, part = scaled(18, window), scaled(4, window)
     anchor = Strided(near=near, far=window, cap=part)
