@@ -76,7 +76,7 @@ USUAL: list[list[HeadRole]] = [
     [Memory(1, 2, 2), Averaging(8, 1, 0.25, 0.5)],
     [Memory(1, 3, 1, Uniform(), positions="absolute"), Full(), EmaSink(7, 2, 0.25)],
     [SlidingWindow(8, 2, positions="absolute"), Dynamic(1, 2, 0), Memory(1, 2, 3)],
-    [Participating(8, 1, 4, 1), Local(2, 2, positions="clamped"), Veil(3, 1, 9, WINDOW, blocks=2, block=4)],
+    [Participating(8, 1, 4, 1), Local(2, 2, positions="clamped"), Veil(3, 1, 9, WINDOW, blocks=2, block=3)],
     [Wave(1, 1, 9, WINDOW, period=2, cap=2), Anchor(1, 2), Memory(2, 4, 2, ThresholdFifo())],
 ]
 """Roles for which every switch makes a difference."""

@@ -112,7 +112,7 @@ def test_an_unsupported_model_is_told_which_attention_was_found_and_which_adapte
     error = refused(
         UnsupportedModelError,
         "looks like attention ... first at blocks.0.self_attn: forward(x, seq_lens, ... Pass adapter= ... "
-        "the nearest: ... self_forcing: no module has q, k, v, o, norm_q, norm_k",
+        "the nearest: ... self_forcing: no module has q, k, v, norm_q, norm_k, o",
         lambda: hf.apply_head_forcing(model, Local()),
     )
     assert str(error).partition("the nearest:\n")[2].count("\n") == 2  # three adapters, no more

@@ -167,7 +167,7 @@ class WanAdapter(Adapter):
         if self.rope is not None:
             given.setdefault(self.rope, getattr(module, self.rope, None))
         x = self.hidden(given)
-        frames, height, width = self.frames(module, given, x.shape[1])
+        frames, height, width = self.grid_of(module, given, x.shape[1])
         unit = height * width if self.start_in == "tokens" else 1
         begin = self.begin(module, given)
         start, rest = divmod(begin, unit)
@@ -191,7 +191,7 @@ class WanAdapter(Adapter):
         """Hidden states of a call, `[B, L, C]`."""
         return given[self.forward[0]]  # type: ignore[no-any-return]
 
-    def frames(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
+    def grid_of(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
         """Frames, height and width of a call of so many tokens."""
         grids = given[self.grid]
         if isinstance(grids, Tensor):

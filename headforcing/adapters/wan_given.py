@@ -54,10 +54,10 @@ class GivenWan(CountingWan):
         found: Tensor = next((part for part in parts if part.requires_grad), parts[0])
         return found.flatten(2)
 
-    def frames(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
-        """See `WanAdapter.frames`; where no grid is given, it is read from the tables."""
+    def grid_of(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
+        """See `WanAdapter.grid_of`; where no grid is given, it is read from the tables."""
         if self.grid in given:
-            return super().frames(module, given, tokens)
+            return super().grid_of(module, given, tokens)
         (cos, sin), pairs = given[str(self.rope)], given[GIVEN[0]].shape[-1] // 2
         per_frame = int(given[self.frame_tokens]) if self.frame_tokens else _per_frame(cos, pairs)
         if tokens % per_frame or int(given[self.start]) % per_frame:
