@@ -144,7 +144,7 @@ class WanLikeBlock(StandInBlock):
     ) -> tuple[Tensor, Any]:
         """One block on `[B, L, C]`."""
         attention: Any = self.self_attn
-        told, (_, grids, freqs) = attention.answers, layout
+        told, (_, grids, freqs, _) = attention.answers, layout
         first, frames = current_start // TOKENS, x.shape[1] // TOKENS
         rope = tables_of(first, frames) if told.table == "real" else freqs
         if told.table == "real" and told.halves:
