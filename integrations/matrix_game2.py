@@ -18,7 +18,7 @@ class MatrixGame2(GivenWan):
         *(*GIVEN, "freqs_cis", "block_mask", "grid_sizes"),
         *("kv_cache", "current_start", "cache_start"),
     )
-    rope, rolls, untold_window = None, True, 15
+    rope, grid, rolls, untold_window = None, "grid_sizes", True, 15
     verified = {"2d03158c65253a91": "absolute"}  # 2f3d40740, with either policy
 
 

@@ -50,12 +50,13 @@ class WanAdapter(Adapter):
         rope: argument of `forward`, else attribute of the attention, with the RoPE table: complex for all
             frames, or cosines and sines of the frames of the call; `None`: Wan's, which the attention makes.
         halves: whether RoPE pairs channel `i` with `i + D/2`; else neighbours.
-        grid: argument with frames, height and width, as a tensor `[B, 3]` or as numbers.
+        grid: argument with frames, height and width, as a tensor `[B, 3]` or as numbers; `None`: there is none,
+            `grid_of` finds out.
         start: argument with the beginning of the call.
         start_in: whether that is in tokens or frames.
         end: argument with the end of the call, in the same unit; `None`: there is none.
         cache: argument with the cache.
-        mask: argument with a mask for training; `None`: there is none.
+        mask: argument with a mask for training, where `forward` has one.
         neighbour: name of the cross-attention in the same block.
         root: attributes of the transformer, which receives the timestep.
         timestep: name and place of this argument.
@@ -76,12 +77,12 @@ class WanAdapter(Adapter):
     absent: ClassVar[tuple[str, ...]] = ()
     rope: ClassVar[str | None] = "freqs"
     halves: ClassVar[bool] = False
-    grid: ClassVar[str] = "grid_sizes"
+    grid: ClassVar[str | None] = "grid_sizes"
     start: ClassVar[str] = "current_start"
     start_in: ClassVar[Literal["tokens", "frames"]] = "tokens"
     end: ClassVar[str | None] = None
     cache: ClassVar[str] = "kv_cache"
-    mask: ClassVar[str | None] = "block_mask"
+    mask: ClassVar[str] = "block_mask"
     neighbour: ClassVar[str] = "cross_attn"
     root: ClassVar[tuple[str, ...]] = ("time_embedding", "blocks")
     timestep: ClassVar[tuple[str, int]] = ("t", 1)
@@ -98,7 +99,10 @@ class WanAdapter(Adapter):
         return (*self.projections, *self.norms, *((self.out,) if self.out else ()), *self.parts)
 
     def why_not(self, model: nn.Module) -> str | None:
-        """See `Adapter.why_not`."""
+        """See `Adapter.why_not`; first, whether the answers agree with each other."""
+        for answer in ("grid", "start", "end", "cache"):
+            if (name := getattr(self, answer)) is not None and name not in self.forward:
+                return f"forward({', '.join(self.forward)}) has no argument {name!r}: set {answer}"
         if any(True for _ in self.attentions(model)):
             return None
         parts = ", ".join((*self.modules, *self.numbers, *self.markers))
@@ -193,7 +197,7 @@ class WanAdapter(Adapter):
 
     def grid_of(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
         """Frames, height and width of a call of so many tokens."""
-        grids = given[self.grid]
+        grids = given[str(self.grid)]
         if isinstance(grids, Tensor):
             every = host_numbers(module, grids)
             if any(grid != every[0] for grid in every):
@@ -218,7 +222,7 @@ class WanAdapter(Adapter):
         if len(args) > len(self.forward) or any(name in kwargs for name in self.forward[: len(args)]):
             return None  # a wrong call, which says so where it is served
         call = {**dict(zip(self.forward, args, strict=False)), **kwargs}
-        if self.mask is not None:
+        if self.mask in self.forward:
             call[self.mask] = None
         held = isinstance(call.get(self.cache), dict)  # a graph cannot be given other objects
         return TracedCall(call, call[self.forward[0]]) if held else None

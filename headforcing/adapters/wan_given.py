@@ -37,6 +37,7 @@ class GivenWan(CountingWan):
 
     projections, norms, out, parts = (), (), None, ("attn",)
     rope: ClassVar[str | None] = "freqs_cis"
+    grid: ClassVar[str | None] = None
     neighbour = "attn2"
     root, timestep = ("condition_embedder", "blocks"), ("timestep", 2)
     counters = INDICES[1:]  # the first one is the anchor
@@ -56,7 +57,7 @@ class GivenWan(CountingWan):
 
     def grid_of(self, module: nn.Module, given: Mapping[str, Any], tokens: int) -> tuple[int, int, int]:
         """See `WanAdapter.grid_of`; where no grid is given, it is read from the tables."""
-        if self.grid in given:
+        if self.grid is not None:
             return super().grid_of(module, given, tokens)
         (cos, sin), pairs = given[str(self.rope)], given[GIVEN[0]].shape[-1] // 2
         per_frame = int(given[self.frame_tokens]) if self.frame_tokens else _per_frame(cos, pairs)

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def wrong_answer(kit: Kit, check: Callable[[Kit], None]) -> str:
-    """The other answer with which a check that failed passes, as a sentence; empty: there is none."""
+    """The other answer with which a check that failed passes, in words; empty: there is none."""
     if not isinstance(kit.adapter, WanAdapter):
         return ""
     for name, value in _others(kit.adapter):
@@ -31,7 +31,7 @@ def wrong_answer(kit: Kit, check: Callable[[Kit], None]) -> str:
         with torch.no_grad(), Caught() as caught:
             check(Kit(other, kit.host, kit.anchored))
         if caught.error is None:
-            return f". It passes with {name} = {value!r}"
+            return f" (it passes with {name} = {value!r})"
     return ""
 
 

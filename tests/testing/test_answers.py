@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from headforcing.testing import check_adapter
 from headforcing.testing.answers import CHOICES
@@ -49,7 +50,7 @@ def reasons(name: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(TOLD))
 def test_the_wrong_answer_is_named(name: str) -> None:
-    assert f"It passes with {name} = {CHOICES[name][0]!r}" in reasons(name)
+    assert f"it passes with {name} = {CHOICES[name][0]!r}" in reasons(name)
 
 
 def test_exchanged_names_are_named() -> None:
@@ -58,7 +59,7 @@ def test_exchanged_names_are_named() -> None:
         right = getattr(wrong, name)
         setattr(wrong, name, value)
         report = check_adapter(wrong, WanLikeHost(Answers()), only=("first_chunk",))
-        assert f"It passes with {name} = {right!r}" in str(report)
+        assert f"it passes with {name} = {right!r}" in str(report)
 
 
 def test_where_no_answer_helps_none_is_named() -> None:
@@ -68,4 +69,21 @@ def test_where_no_answer_helps_none_is_named() -> None:
 
     report = check_adapter(Forgetful(Answers()), WanLikeHost(Answers()), only=("first_chunk",))
     assert report.failed
-    assert "It passes with" not in str(report)
+    assert "it passes with" not in str(report)
+
+
+@pytest.mark.parametrize("answer", ["grid", "start", "end", "cache"])
+def test_an_answer_that_is_no_argument_is_said(answer: str) -> None:
+    wrong = WanLike(Answers())
+    setattr(wrong, answer, "elsewhere")
+    report = check_adapter(wrong, WanLikeHost(Answers()), only=("fits",))
+    assert f"has no argument 'elsewhere': set {answer}" in str(report)
+
+
+def test_a_forward_without_a_mask_needs_no_answer() -> None:
+    adapter = WanLike(Answers())
+    adapter.forward, adapter.mask = (*WanLike.forward[:3], *WanLike.forward[4:]), "block_mask"
+    model, cache = WanLikeHost(Answers()).model(), {name: torch.zeros(1) for name in adapter.counters}
+    traced = adapter.traced_call(model, (), {"x": cache[adapter.counters[0]], "cache": cache})
+    assert traced is not None
+    assert "block_mask" not in traced.arguments
