@@ -50,7 +50,7 @@ class WanAdapter(Adapter):
         rope: argument of `forward`, else attribute of the attention, with the RoPE table: complex for all
             frames, or cosines and sines of the frames of the call; `None`: Wan's, which the attention makes.
         halves: whether RoPE pairs channel `i` with `i + D/2`; else neighbours.
-        grid: argument with frames, height and width, as a tensor `[B, 3]` or as numbers; `None`: there is none,
+        grid: argument with frames, height and width, as a tensor `[B, 3]` or as numbers; `None`: none,
             `grid_of` finds out.
         start: argument with the beginning of the call.
         start_in: whether that is in tokens or frames.
