@@ -83,7 +83,7 @@ def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter |
     from headforcing.testing.host import Host
 
     found = _made(target)
-    what = found if isinstance(found, Adapter) else None if adapter is None else _made(adapter)
+    what = found if isinstance(found, Adapter) else None if adapter is None else adapter_named(adapter)
     driver = found if isinstance(found, Host) else None if host is None else _made(host)
     if isinstance(found, Host) and host is not None:
         raise OptionError(f"{target} is a host itself: leave out --host, or name an adapter instead")
@@ -92,14 +92,26 @@ def _pair(target: str, host: str | None, adapter: str | None) -> tuple[Adapter |
     if not isinstance(found, Adapter | Host):
         wanted = "headforcing.Adapter or headforcing.testing.Host"
         raise OptionError(f"{target} is {kind(found)}: expected a subclass of {wanted}")
-    if not (what is None or isinstance(what, Adapter)):
-        raise OptionError(f"{adapter} is {kind(what)}: expected a subclass of headforcing.Adapter")
     driver = _only_host(target) if driver is None else driver
     if not isinstance(driver, Host):
         raise OptionError(f"{host} is {kind(driver)}: expected a subclass of headforcing.testing.Host")
     if (reason := driver.missing()) is not None:
         raise OptionError(f"{target} cannot be checked here: {reason}")
     return what, driver
+
+
+def adapter_named(target: str) -> Adapter:
+    """The adapter that `MODULE:ADAPTER` names.
+
+    Raises:
+        OptionError: there is none.
+    """
+    from headforcing.adapters.base import Adapter
+
+    found = _made(target)
+    if not isinstance(found, Adapter):
+        raise OptionError(f"{target} is {kind(found)}: expected a subclass of headforcing.Adapter")
+    return found
 
 
 def _made(target: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from headforcing.cli.check import adapter_named
 from headforcing.cli.console import AsJson, clean_errors, examples, print_json, print_parts, say
 from headforcing.cli.profile import load_target
 from headforcing.cli.target import check_call, importable_here
@@ -27,6 +28,9 @@ def verify(
     ],
     prompt: Annotated[str | None, typer.Option(help="Passed to run.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the global random numbers before every run.")] = 0,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="MODULE:ADAPTER", help="Default: the adapter that fits the model.")
+    ] = None,
     record: Annotated[
         bool,
         typer.Option(
@@ -47,14 +51,14 @@ def verify(
     with clean_errors(HeadForcingError), importable_here():
         model, run = load_target(target)
         check_call("run", run, () if prompt is None else (prompt,))
-        found = verified(model, run, prompt=prompt, seed=seed)
+        own = find_adapter(model) if adapter is None else adapter_named(adapter)
+        found = verified(model, run, prompt=prompt, seed=seed, adapter=own)
         if as_json:
             print_json({**dataclasses.asdict(dataclasses.replace(found, memory=())), "ok": found.ok})
         else:
             print_parts(str(found))
         if found.ok and record:
-            adapter = find_adapter(model)
-            codes = {code for _, module in adapter.attentions(model) if (code := digest(module)) is not None}
+            codes = {code for _, module in own.attentions(model) if (code := digest(module)) is not None}
             say(f"noted {', '.join(sorted(codes))} in {noted(codes)}")
     if not found.ok:
         raise typer.Exit(1)
