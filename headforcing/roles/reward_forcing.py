@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headforcing.errors import RoleError, WindowError
+from headforcing.errors import RoleError
 from headforcing.roles.base import HeadRole
 from headforcing.roles.compressed import CompressedHistory, Past, Tokens
+from headforcing.roles.windows import check_sink
 from headforcing.types import Encode, FrameTable
 
 
@@ -57,11 +58,7 @@ class EmaSink(HeadRole):
         return range(len(table) - room + self.sink, len(table))
 
     def fit(self, window: int, chunk: int) -> HeadRole:
-        if self.window < self.sink + chunk:
-            raise WindowError(
-                f"{self} has no room for its sink and a chunk of {chunk} frames: give it a window of at "
-                f"least {self.sink + chunk}"
-            )
+        check_sink(self, self.window, self.sink, chunk)
         return super().fit(window, chunk)
 
     def compressed(self) -> CompressedHistory | None:

@@ -52,12 +52,21 @@ class SlidingWindow(HeadRole):
         return with_last(table, first, self.window - table.chunk - len(first))
 
     def fit(self, window: int, chunk: int) -> HeadRole:
-        if self.window < self.sink + chunk:
-            raise WindowError(
-                f"{self} has no room for its sink and a chunk of {chunk} frames: give it a window of at "
-                f"least {self.sink + chunk}"
-            )
+        check_sink(self, self.window, self.sink, chunk)
         return super().fit(window, chunk)
+
+
+def check_sink(role: HeadRole, window: int, sink: int, chunk: int) -> None:
+    """Refuses a role whose window has no room for its first frames and a chunk.
+
+    Raises:
+        WindowError: it has none.
+    """
+    if window < sink + chunk:
+        raise WindowError(
+            f"{role} has no room for its sink and a chunk of {chunk} frames: give it a window of at least "
+            f"{sink + chunk}"
+        )
 
 
 def check_pin(role: HeadRole, pin: Pin, chunk: int) -> None:
