@@ -195,8 +195,7 @@ def wan_table(pairs: int, device: torch.device) -> Tensor:
     sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     with torch.inference_mode(False), torch.no_grad():  # it outlives the call
         places = torch.arange(ROWS, device="cpu")
-        steps = [torch.arange(0, 2 * n, 2, dtype=torch.float64, device="cpu") / (2 * n) for n in sizes]
-        angles = torch.cat([torch.outer(places, 1.0 / THETA**step) for step in steps], dim=1)
+        angles = torch.cat([torch.outer(places, _rates(size, torch.float64)) for size in sizes], dim=1)
         return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
@@ -227,11 +226,15 @@ def begins(columns: Tensor) -> list[int]:
 def _temporal_tables(
     device: torch.device, positions: tuple[float, ...], columns: int, dtype: torch.dtype
 ) -> Tables:
-    steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")  # whatever the default device is
-    rates = 1.0 / THETA ** (steps / (2 * columns))
-    angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), rates)
+    angles = torch.outer(torch.tensor(positions, dtype=dtype, device="cpu"), _rates(columns, dtype))
     cos, sin = sent(torch.stack([angles.cos(), angles.sin()]), device)
     return cos, sin
+
+
+def _rates(columns: int, dtype: torch.dtype) -> Tensor:
+    """Angles of position 1, `[columns]`; on the CPU, whatever the default device is."""
+    steps = torch.arange(0, 2 * columns, 2, dtype=dtype, device="cpu")
+    return 1.0 / THETA ** (steps / (2 * columns))
 
 
 temporal_tables = OncePerStream(_temporal_tables, 256)
