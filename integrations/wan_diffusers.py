@@ -6,12 +6,10 @@ attention processors get a cache or the first frame of a call.
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 from torch import nn
 
 from headforcing.adapters.base import parameter_names
+from headforcing.adapters.looks import processor_names
 
 PARTS = {"patch_embedding", "rope", "condition_embedder", "blocks"}
 FORWARD = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
@@ -25,16 +23,10 @@ def refuse(model: nn.Module) -> str | None:
         if module._modules.keys() >= PARTS and parameter_names(module) == (*FORWARD, *OPTIONS):
             blocks = module.get_submodule("blocks").children()
             attentions = [getattr(block, "attn1", None) for block in blocks]
-            if attentions and all(_takes(attention) == PROCESSOR for attention in attentions):
+            if attentions and all(processor_names(attention) == PROCESSOR for attention in attentions):
                 return (
                     "it is bidirectional: all frames are in every call and attend to each other, so there is "
                     "no KV cache of past frames. Load an autoregressive model distilled from it (Self "
                     "Forcing, LongLive, CausVid, ...), in the class of its repository"
                 )
     return None
-
-
-def _takes(attention: Any) -> tuple[str, ...]:
-    """The parameters of an attention's processor."""
-    processor = getattr(attention, "processor", None)
-    return tuple(inspect.signature(processor).parameters) if callable(processor) else ()

@@ -100,7 +100,7 @@ def seen(model: nn.Module, kind: Callable[[nn.Module], type] = type) -> tuple[Se
         if is_attention(module, kind(module)):
             found.setdefault(kind(module), []).append((path, module))
     return tuple(
-        Seen(cls.__name__, len(places), path, parameter_names(first), _processor_names(first))
+        Seen(cls.__name__, len(places), path, parameter_names(first), processor_names(first))
         for cls, places in found.items()
         for path, first in places[:1]
     )
@@ -140,7 +140,8 @@ def misses(
     return {name: text for _, name, text in said}, sum(distance < FAR for distance, _, _ in said)
 
 
-def _processor_names(module: nn.Module) -> tuple[str, ...]:
+def processor_names(module: Any) -> tuple[str, ...]:
+    """The parameters of an attention's processor; empty: it has none."""
     processor = getattr(module, "processor", None)
     return tuple(one.name for one in _parameters(processor)) if callable(processor) else ()
 
