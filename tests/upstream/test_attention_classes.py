@@ -33,11 +33,7 @@ from .harness import checkout_of
 from .shims import make_importable, plain_attention
 
 pytestmark = pytest.mark.upstream
-THE_HOSTS_OWN = {
-    *("project_shapes", "batch_of_two"),  # it asserts a batch of one
-    *("dense_parity_bf16", "parity_through_eviction_bf16"),  # it embeds time in float32
-    *("release_frees", "cache_comes_back"),  # it writes caches of mouse and keyboard by itself
-}
+THE_HOSTS_OWN = {"release_frees", "cache_comes_back"}  # it writes the caches of mouse and keyboard by itself
 """Checks that Matrix-Game 2 fails as it is."""
 ACTION_DIM = 64
 """Of Matrix-Game 2's attention to mouse and keyboard, which is written in its RoPE."""
@@ -120,8 +116,7 @@ def test_sglang_passes_the_kit(numbers: int | None, sink: int) -> None:
 class RealMatrixGame2(Host):
     """Its whole model, with mouse and keyboard in the first block."""
 
-    frames, dense, window = 18, 9, 9
-    unconcerned = frozenset({"wrapped_layers_are_called"})
+    frames, dense, window, batches = 18, 9, 9, False
 
     def __init__(self, sink: int, policy: str) -> None:
         make_importable(checkout_of("FastVideo"))
